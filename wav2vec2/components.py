@@ -1,0 +1,694 @@
+"""The blocks of the model.
+
+Module and parameter names are torchaudio's, so that its checkpoints and the published ones load.
+A block that can be pruned does three things beside its forward:
+
+- ``get_num_params()`` counts its expected parameters (differentiable while it has masks),
+- ``prune()`` makes it physically smaller and says whether anything is left of it,
+- ``shape`` says its size in the config's terms.
+
+Throughout, B is the batch, T the number of samples or frames, C conv channels, D the embedding
+dimension, H heads, K the head dimension, F the intermediate dimension of the feed-forward.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hardconcrete import HardConcrete
+
+from .pruning_utils import prune_conv1d, prune_linear, prune_norm
+
+# Initial drop rates of the units (released settings): everything starts nearly dense, except the
+# feed-forward's intermediate dimensions.
+_DROP_RATE_DENSE = 0.01
+_DROP_RATE_INTERMEDIATE = 0.5
+
+# Weight norm's names as a parametrization -> the published ones.
+_WEIGHT_NORM_NAMES = {
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+}
+
+# Added to the attention scores of padded frames; a finite number survives half precision.
+_PADDING_SCORE = -10000.0
+
+
+def _expected_size(mask: HardConcrete | None, size: int) -> Tensor | int:
+    """Number of units a mask is expected to keep, or all of them where there is no mask."""
+    return size if mask is None else mask.l0_norm()
+
+
+def _layer_mask(enabled: bool) -> HardConcrete | None:
+    """The mask of one unit that switches a whole attention or feed-forward block."""
+    return HardConcrete(n_in=1, init_mean=_DROP_RATE_DENSE) if enabled else None
+
+
+def _scale_output(layer: nn.Linear, scale: Tensor) -> None:
+    """Multiply a block's last layer, and with it the block's whole output, by ``scale`` (1,)."""
+    layer.weight.mul_(scale)
+    layer.bias.mul_(scale)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, T)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class ConvLayerBlock(nn.Module):
+    """One layer of the extractor: Conv1d, an optional norm, GELU, and the mask over its output channels."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        bias: bool,
+        layer_norm: nn.Module | None,
+        prune_conv_channels: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layer_norm = layer_norm
+        self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, bias=bias)
+        # At least one channel stays: the layers behind have nothing to work on otherwise.
+        self.hard_concrete = (
+            HardConcrete(n_in=out_channels, init_mean=_DROP_RATE_DENSE, min_kept=1) if prune_conv_channels else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, T) -> (B, C_out, num_frames(T))"""
+        x = self.conv(x)
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        x = F.gelu(x)
+        if self.hard_concrete is not None:
+            x = x * self.hard_concrete()[:, None]
+        return x
+
+    def num_frames(self, length: Any) -> Any:
+        """Frames made of ``length`` (an int or an integer tensor): floor((n - kernel) / stride) + 1, at least 0."""
+        frames = (length - self.conv.kernel_size[0]) // self.conv.stride[0] + 1
+        return frames.clamp(min=0) if isinstance(frames, Tensor) else max(frames, 0)
+
+    def get_num_params(self, in_channels: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
+        """Expected parameters given the expected input channels, and the expected output channels."""
+        out_channels = _expected_size(self.hard_concrete, self.conv.out_channels)
+        num_params = in_channels * out_channels * self.conv.kernel_size[0]
+        if self.conv.bias is not None:
+            num_params = num_params + out_channels
+        if self.layer_norm is not None:
+            num_params = num_params + 2 * out_channels
+        return num_params, out_channels
+
+    def prune_outputs(self) -> tuple[Tensor, Tensor] | None:
+        """Drop masked output channels; returns (kept index, kept soft mask) for whoever consumes them, or None."""
+        if self.hard_concrete is None:
+            return None
+        mask = self.hard_concrete()
+        index = mask.nonzero().squeeze(-1)
+        prune_conv1d(self.conv, index, "output")
+        if self.layer_norm is not None:
+            prune_norm(self.layer_norm, index)
+        self.hard_concrete = None
+        return index, mask[index]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, kernel, stride), an entry of ``extractor_conv_layer_config``."""
+        return self.conv.out_channels, self.conv.kernel_size[0], self.conv.stride[0]
+
+
+class FeatureExtractor(nn.Module):
+    """The convolutional front end: waveform to frames."""
+
+    def __init__(self, conv_layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.conv_layers = conv_layers
+        # A non-trained scale that keeps the last conv's soft mask after pruning: the projection's
+        # LayerNorm behind it could not absorb the mask into its weights.
+        self.dummy_weight = nn.Parameter(torch.ones(conv_layers[-1].conv.out_channels), requires_grad=False)
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, T) and (B,) samples -> (B, frames, C) and (B,) frames."""
+        if waveforms.ndim != 2:
+            raise ValueError(f"waveforms must have shape (batch, samples), found {tuple(waveforms.shape)}")
+        if lengths is not None:
+            lengths = self.num_frames(lengths)
+        if self.num_frames(waveforms.size(1)) == 0:  # shorter than the receptive field: no frame, as lengths say
+            return waveforms.new_zeros(waveforms.size(0), 0, len(self.dummy_weight)), lengths
+        x = waveforms[:, None]  # (B, 1, T)
+        for layer in self.conv_layers:
+            x = layer(x)
+        return x.transpose(1, 2) * self.dummy_weight, lengths
+
+    def num_frames(self, length: Any) -> Any:
+        """Frames made of ``length`` samples (an int or an integer tensor)."""
+        for layer in self.conv_layers:
+            length = layer.num_frames(length)
+        return length
+
+    def get_num_params(self) -> tuple[Tensor | int, Tensor | int]:
+        """Expected parameters, and the expected number of output channels."""
+        num_params, channels = 0, 1
+        for layer in self.conv_layers:
+            layer_params, channels = layer.get_num_params(channels)
+            num_params = num_params + layer_params
+        return num_params + channels, channels  # dummy_weight has one entry per channel
+
+    def prune(self) -> Tensor | None:
+        """Prune all layers; returns the kept output channels (n,), or None if the last layer has no mask."""
+        kept = None
+        for layer, consumer in zip(self.conv_layers, [*self.conv_layers[1:], None], strict=True):
+            kept = layer.prune_outputs()
+            if kept is None:
+                continue
+            index, soft_mask = kept
+            if consumer is not None:
+                prune_conv1d(consumer.conv, index, "input")
+                consumer.conv.weight.mul_(soft_mask[:, None])
+            else:
+                scale = self.dummy_weight[index] * soft_mask
+                self.dummy_weight = nn.Parameter(scale, requires_grad=False)
+        return None if kept is None else kept[0]
+
+
+class FeatureProjection(nn.Module):
+    """LayerNorm, Linear and dropout between extractor and transformer."""
+
+    def __init__(self, in_features: int, out_features: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(in_features)
+        self.projection = nn.Linear(in_features, out_features)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, frames, C) -> (B, frames, D)"""
+        return self.dropout(self.projection(self.layer_norm(x)))
+
+    def get_num_params(self, in_features: Tensor | int) -> Tensor | int:
+        """Expected parameters given the extractor's expected output channels."""
+        return in_features * 2 + (in_features + 1) * self.projection.out_features
+
+    def prune(self, index: Tensor) -> None:
+        """Keep the input channels of ``index`` (n,)."""
+        prune_norm(self.layer_norm, index)
+        prune_linear(self.projection, index, "input")
+
+
+class WeightNormConv1d(nn.Module):
+    """Grouped Conv1d whose weight is ``weight_g * weight_v / ||weight_v||``, the norm over all but dim 2.
+
+    ``weight_g`` (1, 1, kernel) and ``weight_v`` (D, D / groups, kernel) are the published names; those of
+    ``torch.nn.utils.parametrizations.weight_norm`` load as well.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, groups: int) -> None:
+        super().__init__()
+        conv = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, groups=groups)
+        self.padding, self.groups, self.kernel_size = kernel_size // 2, groups, kernel_size
+        self.bias = conv.bias
+        self.weight_g = nn.Parameter(torch.linalg.vector_norm(conv.weight.detach(), dim=(0, 1), keepdim=True))
+        self.weight_v = conv.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, T) -> (B, D, T), one more frame if the kernel is even"""
+        weight = self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True))
+        return F.conv1d(x, weight, self.bias, padding=self.padding, groups=self.groups)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name, published in _WEIGHT_NORM_NAMES.items():
+            if prefix + name in state_dict:
+                state_dict[prefix + published] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ConvolutionalPositionalEmbedding(nn.Module):
+    """Relative position from a wide grouped convolution over time."""
+
+    def __init__(self, embed_dim: int, kernel_size: int, groups: int) -> None:
+        super().__init__()
+        self.conv = WeightNormConv1d(embed_dim, kernel_size, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        num_frames = x.size(1)
+        x = self.conv(x.transpose(1, 2))[..., :num_frames]  # an even kernel makes one frame too many
+        return F.gelu(x).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of HuBERT and wav2vec 2.0, with masks over heads and over the whole block."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int,
+        dropout: float = 0.0,
+        prune_heads: bool = False,
+        prune_layer: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.dropout = dropout
+        self.k_proj = nn.Linear(embed_dim, num_heads * head_dim)
+        self.v_proj = nn.Linear(embed_dim, num_heads * head_dim)
+        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim)
+        self.out_proj = nn.Linear(num_heads * head_dim, embed_dim)
+        self.hard_concrete_for_heads = (
+            HardConcrete(n_in=num_heads, init_mean=_DROP_RATE_DENSE) if prune_heads else None
+        )
+        self.hard_concrete_for_layer = _layer_mask(prune_layer)
+
+    def forward(self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D)
+
+        Args:
+            x: input frames.
+            padding_scores: (B, 1, 1, T), added to the scores of every query, or None without padding.
+            position_bias: (H_total, T, T), WavLM's shared bias.
+        """
+        batch, frames, _ = x.shape
+
+        def split_heads(projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
+            return projected.view(batch, frames, self.num_heads, self.head_dim).transpose(1, 2)
+
+        query = split_heads(self.q_proj(x)) * self.head_dim**-0.5
+        scores = query @ split_heads(self.k_proj(x)).transpose(-2, -1)  # (B, H, T, T)
+        if position_bias is not None:
+            scores = scores + self._gate(x, position_bias)
+        if padding_scores is not None:
+            scores = scores + padding_scores
+        weights = F.dropout(scores.softmax(dim=-1), p=self.dropout, training=self.training)
+        heads = weights @ split_heads(self.v_proj(x))  # (B, H, T, K)
+
+        mask = None if self.hard_concrete_for_heads is None else self.hard_concrete_for_heads()
+        if mask is not None:
+            heads = heads * mask[:, None, None]
+        output = self.out_proj(heads.transpose(1, 2).reshape(batch, frames, self.num_heads * self.head_dim))
+        if mask is not None and not self.training:
+            output = output * (mask != 0).any()  # no head left: the block is dropped, its output bias with it
+        if self.hard_concrete_for_layer is not None:
+            output = output * self.hard_concrete_for_layer()
+        return output
+
+    def _gate(self, x: Tensor, position_bias: Tensor) -> Tensor:
+        raise NotImplementedError("only WavLM's attention has a position bias")
+
+    def get_num_params(self) -> Tensor | int:
+        """Expected parameters."""
+        width = _expected_size(self.hard_concrete_for_heads, self.num_heads) * self.head_dim
+        num_params = 3 * (self.embed_dim + 1) * width + (width + 1) * self.embed_dim + self._num_gate_params()
+        return num_params * _expected_size(self.hard_concrete_for_layer, 1)
+
+    def _num_gate_params(self) -> int:
+        return 0
+
+    def prune(self) -> bool:
+        """Drop masked heads; returns whether anything of the block is left."""
+        kept = True
+        if self.hard_concrete_for_layer is not None:
+            layer_mask = self.hard_concrete_for_layer()
+            _scale_output(self.out_proj, layer_mask)
+            kept = bool(layer_mask.any())
+            self.hard_concrete_for_layer = None
+        if self.hard_concrete_for_heads is not None:
+            mask = self.hard_concrete_for_heads()
+            self.out_proj.weight.mul_(mask.repeat_interleave(self.head_dim))
+            head_index = mask.nonzero().squeeze(-1)
+            columns = (head_index[:, None] * self.head_dim + torch.arange(self.head_dim, device=mask.device)).flatten()
+            for projection in (self.k_proj, self.v_proj, self.q_proj):
+                prune_linear(projection, columns, "output")
+            prune_linear(self.out_proj, columns, "input")
+            self._keep_heads(head_index)
+            self.hard_concrete_for_heads = None
+        return kept and self.num_heads > 0
+
+    def _keep_heads(self, head_index: Tensor) -> None:
+        self.num_heads = len(head_index)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """This layer's entries of the list-valued attention keys of the config."""
+        return {"encoder_num_heads": self.num_heads}
+
+
+class WavLMSelfAttention(SelfAttention):
+    """Self-attention with WavLM's gated relative position bias (arXiv 2110.13900, section 3.2).
+
+    Args:
+        embed_dim: D.
+        total_num_heads: heads of the unpruned layer; gates and bucket table always cover all of them.
+        remaining_heads: indices of the heads that this layer still has.
+        holds_table: whether this layer owns the bucket table that all layers share.
+        num_buckets, max_distance: of the table.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        total_num_heads: int,
+        remaining_heads: list[int],
+        dropout: float = 0.0,
+        holds_table: bool = False,
+        num_buckets: int = 320,
+        max_distance: int = 800,
+        prune_heads: bool = False,
+        prune_layer: bool = False,
+    ) -> None:
+        head_dim = embed_dim // total_num_heads
+        super().__init__(embed_dim, len(remaining_heads), head_dim, dropout, prune_heads, prune_layer)
+        self.total_num_heads = total_num_heads
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.register_buffer("head_index", torch.tensor(remaining_heads, dtype=torch.long), persistent=False)
+        self.rel_attn_embed = nn.Embedding(num_buckets, total_num_heads) if holds_table else None
+        self.gru_rel_pos_linear = nn.Linear(head_dim, 8)
+        self.gru_rel_pos_const = nn.Parameter(torch.ones(1, total_num_heads, 1, 1))
+
+    def position_bias(self, num_frames: int) -> Tensor:
+        """The shared, ungated bias (H_total, T, T); only the layer that holds the table has it."""
+        position = torch.arange(num_frames, device=self.rel_attn_embed.weight.device)
+        distance = position[None, :] - position[:, None]  # key minus query
+        return self.rel_attn_embed(self._bucket(distance)).permute(2, 0, 1)
+
+    def _bucket(self, distance: Tensor) -> Tensor:
+        """T5's buckets: half for each sign; of those, half exact and half logarithmic up to max_distance."""
+        num_buckets = self.num_buckets // 2
+        num_exact = num_buckets // 2
+        magnitude = distance.abs()
+        # Small magnitudes take the other branch; the clamp only keeps their logarithm finite.
+        log_ratio = torch.log(magnitude.clamp(min=1).float() / num_exact) / math.log(self.max_distance / num_exact)
+        far = num_exact + (log_ratio * (num_buckets - num_exact)).long()
+        bucket = torch.where(magnitude < num_exact, magnitude, far.clamp(max=num_buckets - 1))
+        return bucket + (distance > 0) * num_buckets
+
+    def _gate(self, x: Tensor, position_bias: Tensor) -> Tensor:
+        """(B, T, D) input of the attention, (H_total, T, T) -> (B, H, T, T)"""
+        batch, frames, _ = x.shape
+        per_head = x.view(batch, frames, self.total_num_heads, self.head_dim).transpose(1, 2)  # (B, H_total, T, K)
+        const = self.gru_rel_pos_const
+        if self.num_heads < self.total_num_heads:
+            per_head = per_head.index_select(1, self.head_index)
+            const = const.index_select(1, self.head_index)
+            position_bias = position_bias.index_select(0, self.head_index)
+        logits = self.gru_rel_pos_linear(per_head)  # (B, H, T, 8)
+        gates = torch.sigmoid(logits.view(batch, self.num_heads, frames, 2, 4).sum(-1))
+        gate_a, gate_b = gates.chunk(2, dim=-1)  # (B, H, T, 1) each
+        return (gate_a * (gate_b * const - 1.0) + 2.0) * position_bias
+
+    def _num_gate_params(self) -> int:
+        # The table is counted by the transformer: it lives as long as any attention does.
+        return 8 * (self.head_dim + 1) + self.total_num_heads
+
+    def _keep_heads(self, head_index: Tensor) -> None:
+        super()._keep_heads(head_index)
+        self.head_index = self.head_index[head_index]
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {
+            "encoder_total_num_heads": self.total_num_heads,
+            "encoder_remaining_heads": self.head_index.tolist(),
+        }
+
+
+class FeedForward(nn.Module):
+    """The feed-forward block, with masks over intermediate dimensions and over the whole block."""
+
+    def __init__(
+        self,
+        io_features: int,
+        intermediate_features: int,
+        intermediate_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        prune_intermediate: bool = False,
+        prune_layer: bool = False,
+    ) -> None:
+        super().__init__()
+        self.intermediate_dense = nn.Linear(io_features, intermediate_features)
+        self.intermediate_dropout = nn.Dropout(intermediate_dropout)
+        self.output_dense = nn.Linear(intermediate_features, io_features)
+        self.output_dropout = nn.Dropout(output_dropout)
+        self.hard_concrete_for_intermediate = (
+            HardConcrete(n_in=intermediate_features, init_mean=_DROP_RATE_INTERMEDIATE) if prune_intermediate else None
+        )
+        self.hard_concrete_for_layer = _layer_mask(prune_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))  # (B, T, F)
+        mask = None if self.hard_concrete_for_intermediate is None else self.hard_concrete_for_intermediate()
+        if mask is not None:
+            x = x * mask
+        x = self.output_dropout(self.output_dense(x))
+        if mask is not None and not self.training:
+            x = x * (mask != 0).any()  # nothing left: the block is dropped, its output bias with it
+        if self.hard_concrete_for_layer is not None:
+            x = x * self.hard_concrete_for_layer()
+        return x
+
+    def get_num_params(self) -> Tensor | int:
+        """Expected parameters."""
+        features = self.intermediate_dense.in_features
+        width = _expected_size(self.hard_concrete_for_intermediate, self.intermediate_dense.out_features)
+        num_params = (features + 1) * width + (width + 1) * features
+        return num_params * _expected_size(self.hard_concrete_for_layer, 1)
+
+    def prune(self) -> bool:
+        """Drop masked intermediate dimensions; returns whether anything of the block is left."""
+        kept = True
+        if self.hard_concrete_for_layer is not None:
+            layer_mask = self.hard_concrete_for_layer()
+            _scale_output(self.output_dense, layer_mask)
+            kept = bool(layer_mask.any())
+            self.hard_concrete_for_layer = None
+        if self.hard_concrete_for_intermediate is not None:
+            mask = self.hard_concrete_for_intermediate()
+            index = mask.nonzero().squeeze(-1)
+            self.output_dense.weight.mul_(mask)
+            prune_linear(self.intermediate_dense, index, "output")
+            prune_linear(self.output_dense, index, "input")
+            self.hard_concrete_for_intermediate = None
+        return kept and self.intermediate_dense.out_features > 0
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """This layer's entry of the list-valued feed-forward key of the config."""
+        return {"encoder_ff_interm_features": self.intermediate_dense.out_features}
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward with residuals, pre-norm or post-norm; either block may be absent.
+
+    Args:
+        attention, feed_forward: the blocks, None where the config switches one off.
+        dropout: of the attention's output.
+        layer_norm_first: pre-norm.
+        embed_dim: D.
+        block_shapes: this layer's entries of the config's list-valued keys, which also give the shape
+            that a switched-off block would have.
+    """
+
+    def __init__(
+        self,
+        attention: SelfAttention | None,
+        feed_forward: FeedForward | None,
+        dropout: float,
+        layer_norm_first: bool,
+        embed_dim: int,
+        block_shapes: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.dropout = nn.Dropout(dropout)
+        self.layer_norm = nn.LayerNorm(embed_dim)
+        self.layer_norm_first = layer_norm_first
+        self.feed_forward = feed_forward
+        self.final_layer_norm = nn.LayerNorm(embed_dim)
+        self._block_shapes = block_shapes
+
+    def forward(self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, T, D); see :meth:`SelfAttention.forward` for the other arguments."""
+        if self.attention is not None:
+            residual = x
+            if self.layer_norm_first:
+                x = self.layer_norm(x)
+            x = residual + self.dropout(self.attention(x, padding_scores, position_bias))
+        if self.layer_norm_first:
+            if self.feed_forward is not None:
+                x = x + self.feed_forward(self.final_layer_norm(x))
+            return x
+        # Post-norm: both norms act on the residual stream itself and stay when a block is gone.
+        x = self.layer_norm(x)
+        if self.feed_forward is not None:
+            x = x + self.feed_forward(x)
+        return self.final_layer_norm(x)
+
+    def get_num_params(self) -> Tensor | int:
+        """Expected parameters, both LayerNorms included."""
+        num_params = 4 * self.layer_norm.normalized_shape[0]
+        for block in (self.attention, self.feed_forward):
+            if block is not None:
+                num_params = num_params + block.get_num_params()
+        return num_params
+
+    def prune(self) -> None:
+        """Prune both blocks and drop what is empty."""
+        for name in ("attention", "feed_forward"):
+            block = getattr(self, name)
+            if block is not None and not block.prune():
+                self._block_shapes |= block.shape
+                setattr(self, name, None)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """This layer's entries of the list-valued keys of the config."""
+        shape = {
+            "encoder_use_attention": self.attention is not None,
+            "encoder_use_feed_forward": self.feed_forward is not None,
+            **self._block_shapes,
+        }
+        for block in (self.attention, self.feed_forward):
+            if block is not None:
+                shape |= block.shape
+        return shape
+
+
+class Transformer(nn.Module):
+    """Positional convolution and the stack of layers.
+
+    The ``layer_norm`` acts before the layers in post-norm models. In pre-norm models it acts behind
+    the last layer, in :meth:`forward` only (as in fairseq and torchaudio).
+    """
+
+    def __init__(
+        self,
+        pos_conv_embed: ConvolutionalPositionalEmbedding,
+        dropout: float,
+        layers: nn.ModuleList,
+        layer_norm_first: bool,
+        layer_drop: float,
+        embed_dim: int,
+    ) -> None:
+        super().__init__()
+        self.pos_conv_embed = pos_conv_embed
+        self.layer_norm = nn.LayerNorm(embed_dim)
+        self.layer_norm_first = layer_norm_first
+        self.layer_drop = layer_drop
+        self.dropout = nn.Dropout(dropout)
+        self.layers = layers
+
+    def _preprocess(self, x: Tensor) -> Tensor:
+        x = x + self.pos_conv_embed(x)
+        if not self.layer_norm_first:
+            x = self.layer_norm(x)
+        return self.dropout(x)
+
+    def _position_bias(self, num_frames: int) -> Tensor | None:
+        """WavLM's shared bias; None for the other families and where every attention is gone."""
+        holder = self.table_holder
+        return None if holder is None else holder.position_bias(num_frames)
+
+    @property
+    def table_holder(self) -> WavLMSelfAttention | None:
+        """The attention that owns WavLM's bucket table."""
+        for layer in self.layers:
+            if getattr(layer.attention, "rel_attn_embed", None) is not None:
+                return layer.attention
+        return None
+
+    def forward(self, x: Tensor, padding_scores: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D), with layer drop in training"""
+        x = self._preprocess(x)
+        # Made here and not by the first layer, so that layer drop cannot take it away.
+        position_bias = self._position_bias(x.size(1))
+        for layer in self.layers:
+            if not (self.training and torch.rand(1).item() <= self.layer_drop):
+                x = layer(x, padding_scores, position_bias)
+        return self.layer_norm(x) if self.layer_norm_first else x
+
+    def get_intermediate_outputs(
+        self, x: Tensor, padding_scores: Tensor | None = None, num_layers: int | None = None
+    ) -> list[Tensor]:
+        """(B, T, D) -> the outputs (B, T, D) of the first ``num_layers`` layers (default: all), without layer drop.
+
+        Raises:
+            ValueError: ``num_layers`` is not between 1 and the number of layers.
+        """
+        if num_layers is not None and not 0 < num_layers <= len(self.layers):
+            raise ValueError(f"num_layers must be between 1 and {len(self.layers)}, found {num_layers}")
+        x = self._preprocess(x)
+        position_bias = self._position_bias(x.size(1))
+        outputs = []
+        for layer in self.layers[:num_layers]:
+            x = layer(x, padding_scores, position_bias)
+            outputs.append(x)
+        return outputs
+
+    def get_num_params(self) -> Tensor | int:
+        """Expected parameters."""
+        num_params = sum(p.numel() for p in self.pos_conv_embed.parameters()) + 2 * self.layer_norm.normalized_shape[0]
+        for layer in self.layers:
+            num_params = num_params + layer.get_num_params()
+        return num_params + self._num_table_params()
+
+    def _num_table_params(self) -> Tensor | int:
+        holder = self.table_holder
+        if holder is None:
+            return 0
+        all_gone = 1
+        for layer in self.layers:
+            if layer.attention is not None:
+                all_gone = all_gone * (1 - _expected_size(layer.attention.hard_concrete_for_layer, 1))
+        return holder.rel_attn_embed.weight.numel() * (1 - all_gone)
+
+    def prune(self) -> None:
+        """Prune every layer; WavLM's bucket table moves to the first attention that is left."""
+        holder = self.table_holder
+        for layer in self.layers:
+            layer.prune()
+        if holder is None:
+            return
+        table, holder.rel_attn_embed = holder.rel_attn_embed, None
+        for layer in self.layers:
+            if layer.attention is not None:
+                layer.attention.rel_attn_embed = table
+                return
+
+
+class Encoder(nn.Module):
+    """Projection of the extractor's frames, padding, and the transformer."""
+
+    def __init__(self, feature_projection: FeatureProjection, transformer: Transformer) -> None:
+        super().__init__()
+        self.feature_projection = feature_projection
+        self.transformer = transformer
+
+    def _preprocess(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x = self.feature_projection(features)
+        if lengths is None:
+            return x, None
+        padded = torch.arange(x.size(1), device=x.device) >= lengths[:, None]  # (B, T)
+        x = x.masked_fill(padded[..., None], 0.0)
+        return x, padded[:, None, None].to(x.dtype) * _PADDING_SCORE
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B, frames, C) and (B,) valid frames -> (B, frames, D)"""
+        x, padding_scores = self._preprocess(features, lengths)
+        return self.transformer(x, padding_scores)
+
+    def extract_features(
+        self, features: Tensor, lengths: Tensor | None = None, num_layers: int | None = None
+    ) -> list[Tensor]:
+        """The projected features and the output of each layer: num_layers + 1 tensors (B, frames, D)."""
+        x, padding_scores = self._preprocess(features, lengths)
+        return [x, *self.transformer.get_intermediate_outputs(x, padding_scores, num_layers)]
