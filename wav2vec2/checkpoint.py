@@ -8,7 +8,7 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .model import Wav2Vec2Model, wav2vec2_model
+from .model import Wav2Vec2Model, wav2vec2_model, with_masks
 
 
 @contextmanager
@@ -125,4 +125,18 @@ def load_model(path: str | os.PathLike) -> Wav2Vec2Model:
     contents = read_model_file(path)
     model = build_model(contents["config"], path)
     load_state(model, contents["state_dict"], path)
+    return model
+
+
+def load_masked_model(path: str | os.PathLike, units: Iterable[str]) -> Wav2Vec2Model:
+    """Build the model of an unmasked ``.pth`` file with fresh masks on ``units`` (names as in ``--pruning_units``).
+
+    Raises:
+        UserError: as :func:`load_model`.
+    """
+    contents = read_model_file(path)
+    model = build_model(with_masks(contents["config"], units), path)
+    # The one thing that the file cannot have is the state of the masks; everything else must be there.
+    fresh_masks = {key: value for key, value in model.state_dict().items() if key.endswith("log_alpha")}
+    load_state(model, {**fresh_masks, **contents["state_dict"]}, path)
     return model

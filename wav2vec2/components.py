@@ -218,7 +218,8 @@ class WeightNormConv1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, T) -> (B, D, T), one more frame if the kernel is even"""
-        weight = self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True))
+        # The operator behind torch.nn.utils.parametrizations.weight_norm: the same to the last bit, gradients too.
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 2)
         return F.conv1d(x, weight, self.bias, padding=self.padding, groups=self.groups)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -263,9 +264,7 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(embed_dim, num_heads * head_dim)
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim)
-        self.hard_concrete_for_heads = (
-            HardConcrete(n_in=num_heads, init_mean=_DROP_RATE_DENSE) if prune_heads else None
-        )
+        self.hard_concrete_for_heads = HardConcrete(n_in=num_heads, init_mean=_DROP_RATE_DENSE) if prune_heads else None
         self.hard_concrete_for_layer = _layer_mask(prune_layer)
 
     def forward(self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None = None) -> Tensor:

@@ -5,8 +5,9 @@
 torchaudio's (``torchaudio.models.wav2vec2``), extended with per-layer shapes and masks.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,35 @@ from .components import (
 # (channels, kernel, stride) of every published model's extractor: 320 samples (20 ms) per frame.
 CONV_LAYERS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
 
-# --pruning_units name -> the config key that puts masks on this unit (paper, section 2.2).
-PRUNING_SWITCHES = {
-    "conv": "extractor_prune_conv_channels",
-    "head": "encoder_prune_attention_heads",
-    "interm": "encoder_prune_feed_forward_intermediate",
-    "attlayer": "encoder_prune_attention_layer",
-    "ffnlayer": "encoder_prune_feed_forward_layer",
+
+class PruningUnit(NamedTuple):
+    """A kind of unit that can be pruned (paper, section 2.2)."""
+
+    switch: str  # the config key that puts masks on it
+    mask_name: str  # what the state dict keys of its masks contain
+
+
+# By the names of --pruning_units.
+PRUNING_UNITS = {
+    "conv": PruningUnit("extractor_prune_conv_channels", "conv_layers.{}.hard_concrete."),
+    "head": PruningUnit("encoder_prune_attention_heads", "attention.hard_concrete_for_heads."),
+    "interm": PruningUnit("encoder_prune_feed_forward_intermediate", "feed_forward.hard_concrete_for_intermediate."),
+    "attlayer": PruningUnit("encoder_prune_attention_layer", "attention.hard_concrete_for_layer."),
+    "ffnlayer": PruningUnit("encoder_prune_feed_forward_layer", "feed_forward.hard_concrete_for_layer."),
 }
+
+
+def masked_units(keys: Iterable[str]) -> list[str]:
+    """The names (as in ``--pruning_units``) of the units that a state dict with these keys has masks on."""
+    generic = {re.sub(r"\.\d+\.", ".{}.", key) for key in keys}
+    return [name for name, unit in PRUNING_UNITS.items() if any(unit.mask_name in key for key in generic)]
+
+
+def with_masks(config: dict[str, Any], units: Iterable[str]) -> dict[str, Any]:
+    """The config with masks on exactly these units (names as in ``--pruning_units``)."""
+    units = set(units)
+    return {**config, **{unit.switch: name in units for name, unit in PRUNING_UNITS.items()}}
+
 
 # fairseq's epsilon (the Hugging Face feature extractor has 1e-7).
 _NORMALIZATION_EPS = 1e-5
@@ -143,7 +165,7 @@ class Wav2Vec2Model(nn.Module):
         if kept_channels is not None:
             self.encoder.feature_projection.prune(kept_channels)
         self.encoder.transformer.prune()
-        self._config |= dict.fromkeys(PRUNING_SWITCHES.values(), False)
+        self._config = with_masks(self._config, ())
         return self.config
 
     @property
@@ -441,6 +463,27 @@ def _wavlm_size(size: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _named(
+    size: dict[str, Any],
+    projection_dropout: float,
+    attention_dropout: float,
+    ff_interm_dropout: float,
+    dropout: float,
+    layer_drop: float,
+    aux_num_out: int | None,
+    options: dict[str, bool],
+) -> Wav2Vec2Model:
+    config = size | {
+        "encoder_projection_dropout": projection_dropout,
+        "encoder_attention_dropout": attention_dropout,
+        "encoder_ff_interm_dropout": ff_interm_dropout,
+        "encoder_dropout": dropout,
+        "encoder_layer_drop": layer_drop,
+        "aux_num_out": aux_num_out,
+    }
+    return wav2vec2_model(**config | options)
+
+
 def wav2vec2_base(
     encoder_projection_dropout: float = 0.1,
     encoder_attention_dropout: float = 0.1,
@@ -454,15 +497,16 @@ def wav2vec2_base(
 
     ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
     """
-    config = _BASE | _POST_NORM | {
-        "encoder_projection_dropout": encoder_projection_dropout,
-        "encoder_attention_dropout": encoder_attention_dropout,
-        "encoder_ff_interm_dropout": encoder_ff_interm_dropout,
-        "encoder_dropout": encoder_dropout,
-        "encoder_layer_drop": encoder_layer_drop,
-        "aux_num_out": aux_num_out,
-    }
-    return wav2vec2_model(**config | options)
+    return _named(
+        _BASE | _POST_NORM,
+        encoder_projection_dropout,
+        encoder_attention_dropout,
+        encoder_ff_interm_dropout,
+        encoder_dropout,
+        encoder_layer_drop,
+        aux_num_out,
+        options,
+    )
 
 
 def wav2vec2_large(
@@ -478,15 +522,16 @@ def wav2vec2_large(
 
     ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
     """
-    config = _LARGE | _POST_NORM | {
-        "encoder_projection_dropout": encoder_projection_dropout,
-        "encoder_attention_dropout": encoder_attention_dropout,
-        "encoder_ff_interm_dropout": encoder_ff_interm_dropout,
-        "encoder_dropout": encoder_dropout,
-        "encoder_layer_drop": encoder_layer_drop,
-        "aux_num_out": aux_num_out,
-    }
-    return wav2vec2_model(**config | options)
+    return _named(
+        _LARGE | _POST_NORM,
+        encoder_projection_dropout,
+        encoder_attention_dropout,
+        encoder_ff_interm_dropout,
+        encoder_dropout,
+        encoder_layer_drop,
+        aux_num_out,
+        options,
+    )
 
 
 def wav2vec2_large_lv60k(
@@ -502,15 +547,16 @@ def wav2vec2_large_lv60k(
 
     ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
     """
-    config = _LARGE | _PRE_NORM | {"extractor_conv_bias": True} | {
-        "encoder_projection_dropout": encoder_projection_dropout,
-        "encoder_attention_dropout": encoder_attention_dropout,
-        "encoder_ff_interm_dropout": encoder_ff_interm_dropout,
-        "encoder_dropout": encoder_dropout,
-        "encoder_layer_drop": encoder_layer_drop,
-        "aux_num_out": aux_num_out,
-    }
-    return wav2vec2_model(**config | options)
+    return _named(
+        _LARGE | _PRE_NORM | {"extractor_conv_bias": True},
+        encoder_projection_dropout,
+        encoder_attention_dropout,
+        encoder_ff_interm_dropout,
+        encoder_dropout,
+        encoder_layer_drop,
+        aux_num_out,
+        options,
+    )
 
 
 def hubert_base(
@@ -526,15 +572,16 @@ def hubert_base(
 
     ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
     """
-    config = _BASE | _POST_NORM | {
-        "encoder_projection_dropout": encoder_projection_dropout,
-        "encoder_attention_dropout": encoder_attention_dropout,
-        "encoder_ff_interm_dropout": encoder_ff_interm_dropout,
-        "encoder_dropout": encoder_dropout,
-        "encoder_layer_drop": encoder_layer_drop,
-        "aux_num_out": aux_num_out,
-    }
-    return wav2vec2_model(**config | options)
+    return _named(
+        _BASE | _POST_NORM,
+        encoder_projection_dropout,
+        encoder_attention_dropout,
+        encoder_ff_interm_dropout,
+        encoder_dropout,
+        encoder_layer_drop,
+        aux_num_out,
+        options,
+    )
 
 
 def hubert_large(
@@ -550,15 +597,16 @@ def hubert_large(
 
     ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
     """
-    config = _LARGE | _PRE_NORM | {
-        "encoder_projection_dropout": encoder_projection_dropout,
-        "encoder_attention_dropout": encoder_attention_dropout,
-        "encoder_ff_interm_dropout": encoder_ff_interm_dropout,
-        "encoder_dropout": encoder_dropout,
-        "encoder_layer_drop": encoder_layer_drop,
-        "aux_num_out": aux_num_out,
-    }
-    return wav2vec2_model(**config | options)
+    return _named(
+        _LARGE | _PRE_NORM,
+        encoder_projection_dropout,
+        encoder_attention_dropout,
+        encoder_ff_interm_dropout,
+        encoder_dropout,
+        encoder_layer_drop,
+        aux_num_out,
+        options,
+    )
 
 
 def hubert_xlarge(
@@ -574,15 +622,16 @@ def hubert_xlarge(
 
     ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
     """
-    config = _XLARGE | _PRE_NORM | {
-        "encoder_projection_dropout": encoder_projection_dropout,
-        "encoder_attention_dropout": encoder_attention_dropout,
-        "encoder_ff_interm_dropout": encoder_ff_interm_dropout,
-        "encoder_dropout": encoder_dropout,
-        "encoder_layer_drop": encoder_layer_drop,
-        "aux_num_out": aux_num_out,
-    }
-    return wav2vec2_model(**config | options)
+    return _named(
+        _XLARGE | _PRE_NORM,
+        encoder_projection_dropout,
+        encoder_attention_dropout,
+        encoder_ff_interm_dropout,
+        encoder_dropout,
+        encoder_layer_drop,
+        aux_num_out,
+        options,
+    )
 
 
 def wavlm_base(
@@ -598,15 +647,16 @@ def wavlm_base(
 
     ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
     """
-    config = _wavlm_size(_BASE) | _POST_NORM | {
-        "encoder_projection_dropout": encoder_projection_dropout,
-        "encoder_attention_dropout": encoder_attention_dropout,
-        "encoder_ff_interm_dropout": encoder_ff_interm_dropout,
-        "encoder_dropout": encoder_dropout,
-        "encoder_layer_drop": encoder_layer_drop,
-        "aux_num_out": aux_num_out,
-    }
-    return wav2vec2_model(**config | options)
+    return _named(
+        _wavlm_size(_BASE) | _POST_NORM,
+        encoder_projection_dropout,
+        encoder_attention_dropout,
+        encoder_ff_interm_dropout,
+        encoder_dropout,
+        encoder_layer_drop,
+        aux_num_out,
+        options,
+    )
 
 
 def wavlm_large(
@@ -622,12 +672,13 @@ def wavlm_large(
 
     ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
     """
-    config = _wavlm_size(_LARGE) | _PRE_NORM | {
-        "encoder_projection_dropout": encoder_projection_dropout,
-        "encoder_attention_dropout": encoder_attention_dropout,
-        "encoder_ff_interm_dropout": encoder_ff_interm_dropout,
-        "encoder_dropout": encoder_dropout,
-        "encoder_layer_drop": encoder_layer_drop,
-        "aux_num_out": aux_num_out,
-    }
-    return wav2vec2_model(**config | options)
+    return _named(
+        _wavlm_size(_LARGE) | _PRE_NORM,
+        encoder_projection_dropout,
+        encoder_attention_dropout,
+        encoder_ff_interm_dropout,
+        encoder_dropout,
+        encoder_layer_drop,
+        aux_num_out,
+        options,
+    )

@@ -1,0 +1,54 @@
+"""Step 2: distil the pruned student further, without masks and without the sparsity penalty.
+
+--student_ckpt is what prune.py wrote; its projections are taken over. The result is
+EXP_DIR/ckpts/last.ckpt, from which save_final_ckpt.py makes the model file.
+
+  python final_distill.py --tsv_dir data/librispeech --train_subset train960 --seconds_per_batch 160 \\
+      --gpus 1 --accum_grad 4 --precision 16 --exp_dir exp/hubert-base/final \\
+      --teacher_ckpt pretrained/hubert-base-ls960.hf.pth --student_ckpt exp/hubert-base/ckpts/pruned_hubert_base.pth
+
+Several GPUs, nodes, SLURM, CPU: as in distill.py.
+"""
+
+import argparse
+
+import cli
+from lightning import add_arguments, prepare, train_student
+from wav2vec2.checkpoint import build_model, load_state, read_model_file
+from wav2vec2.errors import UserError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add_arguments(parser, learning_rate=1e-4, warmup_updates=5000, max_updates=25000)
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    setup = prepare(args)
+    pruned = read_model_file(args.student_ckpt)
+    if not isinstance(pruned.get("distill_linear_projs"), dict):
+        raise UserError(f"{args.student_ckpt}: no distill_linear_projs in it; give the file that prune.py wrote")
+    student = build_model(pruned["config"], args.student_ckpt)
+    load_state(student, pruned["state_dict"], args.student_ckpt)
+    projections = setup.make_projections(student, args.distill_mode)
+    load_state(
+        projections,
+        pruned["distill_linear_projs"],
+        f"{args.student_ckpt} (distill_linear_projs; --distill_layers and --distill_mode must be those of distill.py)",
+    )
+    train_student(
+        args,
+        "final distillation",
+        setup,
+        student,
+        projections,
+        use_reg=False,
+        reg_learning_rate=None,
+        target_sparsity=None,
+        sparsity_warmup_updates=None,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

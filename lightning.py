@@ -1,0 +1,780 @@
+"""Everything that trains: loss, Lagrangian, schedule, data module, and what both distillations share.
+
+Named as in the published program; it shadows the ``lightning`` package, so this project imports
+``pytorch_lightning`` and never installs this file.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataset import SAMPLE_RATE, BatchSampler, SpeechDataset, make_batches, read_manifest
+from wav2vec2 import checkpoint as ckpt
+from wav2vec2.errors import UserError
+from wav2vec2.model import Wav2Vec2Model
+
+VALID_SUBSET = "valid"
+LAST_CHECKPOINT = "last.ckpt"
+# The published name of what prune.py and save_final_ckpt.py write, whatever the model.
+PRUNED_MODEL = "pruned_hubert_base.pth"
+# The published number of GPUs of one node (run.sh).
+DEFAULT_GPUS = 4
+# Length buckets that batches are filled from (paper's program).
+NUM_BUCKETS = 1000
+PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+COS_TYPES = ("raw", "log_sig")
+DISTILL_MODES = ("layer2layer", "predlayer")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Loss and sparsity
+# ---------------------------------------------------------------------------------------------------
+
+
+class DistillLoss(nn.Module):
+    """Distance between student and teacher hidden states (paper, equation 1).
+
+    Args:
+        l2_weight: of the mean squared error.
+        l1_weight: of the mean absolute error.
+        cos_weight: of the cosine term, over the feature dimension.
+        cos_type: "raw" (-mean cos) or "log_sig" (-mean log sigmoid(cos), as DistilHuBERT).
+    """
+
+    def __init__(self, l2_weight: float, l1_weight: float, cos_weight: float, cos_type: str) -> None:
+        super().__init__()
+        if cos_type not in COS_TYPES:
+            raise UserError(f"--cos_type: expected one of {COS_TYPES}, found {cos_type!r}")
+        self.l2_weight = l2_weight
+        self.l1_weight = l1_weight
+        self.cos_weight = cos_weight
+        self.cos_type = cos_type
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Weighted sum and its parts (mse, l1, cos) for two tensors (B, layers, frames, D).
+
+        A part with weight zero is not computed and is zero.
+        """
+        zero = student.new_zeros(())
+        mse = F.mse_loss(student, teacher) if self.l2_weight else zero
+        l1 = F.l1_loss(student, teacher) if self.l1_weight else zero
+        cos = zero
+        if self.cos_weight:
+            similarity = F.cosine_similarity(student, teacher, dim=-1)
+            cos = -(F.logsigmoid(similarity) if self.cos_type == "log_sig" else similarity).mean()
+        return self.l2_weight * mse + self.l1_weight * l1 + self.cos_weight * cos, (mse, l1, cos)
+
+
+class SparsityBudget:
+    """What the Lagrangian needs to know: how sparse the student is and how sparse it should be at step k.
+
+    Args:
+        original_num_params: parameters of the teacher.
+        target_sparsity: final target, 0 to 1.
+        warmup_updates: optimiser steps over which the target rises linearly from zero.
+    """
+
+    def __init__(self, original_num_params: int, target_sparsity: float, warmup_updates: int) -> None:
+        self.original_num_params = original_num_params
+        self.target_sparsity = target_sparsity
+        self.warmup_updates = warmup_updates
+
+    def sparsity(self, num_params: Tensor | int) -> Tensor | float:
+        """Share of the teacher's parameters that is gone."""
+        return 1.0 - num_params / self.original_num_params
+
+    def target(self, step: int) -> float:
+        """Target sparsity at optimiser step ``step``."""
+        return (
+            self.target_sparsity * min(step / self.warmup_updates, 1.0) if self.warmup_updates else self.target_sparsity
+        )
+
+
+def linear_warmup_decay(warmup_updates: int, max_updates: int) -> Callable[[int], float]:
+    """The learning rate's factor at optimiser step k: (k + 1) / warmup up to 1, then linear to 0 at ``max_updates``."""
+
+    def factor(step: int) -> float:
+        update = step + 1
+        if update <= warmup_updates:
+            return update / warmup_updates
+        return max(0.0, (max_updates - update) / max(1, max_updates - warmup_updates))
+
+    return factor
+
+
+# ---------------------------------------------------------------------------------------------------
+# The module
+# ---------------------------------------------------------------------------------------------------
+
+
+class DistillModule(pl.LightningModule):
+    """Distils a teacher into a student, with the sparsity penalty on the student's masks if ``use_reg``.
+
+    Args:
+        teacher_model: frozen, kept in eval mode, not stored in checkpoints.
+        student_model: trained; with masks if ``use_reg``.
+        distill_mode: "layer2layer" (student layer k learns teacher layer k) or "predlayer" (all teacher
+            layers are predicted from the student's last output, as DistilHuBERT).
+        distill_layers: indices into the list of ``extract_features``.
+        distill_linear_projs: one projection per entry of ``distill_layers``, see :func:`make_projections`.
+        distill_loss: of stacked hidden states.
+        learning_rate, weight_decay: of student weights and projections.
+        warmup_updates, max_updates: of the schedule that all parameter groups follow.
+        use_reg: add λ1·(s − t) + λ2·(s − t)² and train masks and multipliers.
+        reg_learning_rate: of log_alpha (descent) and of λ1, λ2 (ascent).
+        target_sparsity, sparsity_warmup_updates: see :class:`SparsityBudget`.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher_model: Wav2Vec2Model,
+        student_model: Wav2Vec2Model,
+        distill_mode: str,
+        distill_layers: list[int],
+        distill_linear_projs: nn.ModuleList,
+        distill_loss: DistillLoss,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_updates: int,
+        max_updates: int,
+        use_reg: bool,
+        reg_learning_rate: float | None,
+        target_sparsity: float | None,
+        sparsity_warmup_updates: int | None,
+    ) -> None:
+        super().__init__()
+        if distill_mode not in DISTILL_MODES:
+            raise UserError(f"--distill_mode: expected one of {DISTILL_MODES}, found {distill_mode!r}")
+        self.teacher_model = teacher_model.requires_grad_(False)
+        self.student_model = student_model
+        self.distill_linear_projs = distill_linear_projs
+        self.distill_loss = distill_loss
+        self.distill_mode = distill_mode
+        self.distill_layers = list(distill_layers)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_updates = warmup_updates
+        self.max_updates = max_updates
+        self.reg_learning_rate = reg_learning_rate
+        self.use_reg = use_reg
+        if use_reg:
+            self.lambda1 = nn.Parameter(torch.tensor(0.0))
+            self.lambda2 = nn.Parameter(torch.tensor(0.0))
+            self.budget = SparsityBudget(int(teacher_model.get_num_params()), target_sparsity, sparsity_warmup_updates)
+        self._teacher_depth = max(self.distill_layers)
+        num_student_layers = len(student_model.encoder.transformer.layers)
+        self._student_depth = self._teacher_depth if distill_mode == "layer2layer" else num_student_layers
+        freeze_unreached(student_model, self._student_depth)
+        self.train()
+
+    def train(self, mode: bool = True) -> "DistillModule":
+        """Set the student's mode; the teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher_model.eval()
+        return self
+
+    # --- forward -----------------------------------------------------------------------------------
+
+    def _hidden_states(self, model: Wav2Vec2Model, batch: tuple[Tensor, Tensor | None], depth: int) -> list[Tensor]:
+        waveforms, lengths = batch
+        if depth == 0:  # only the projection is wanted; the model runs at least one layer
+            depth = 1
+        return model.extract_features(waveforms, lengths, num_layers=depth)[0]
+
+    def _predictions(self, hidden_states: list[Tensor]) -> Tensor:
+        """The student's version of the distilled teacher layers: (B, layers, frames, D)."""
+        if self.distill_mode == "layer2layer":
+            sources = [hidden_states[layer] for layer in self.distill_layers]
+        else:
+            sources = [hidden_states[-1]] * len(self.distill_layers)
+        return torch.stack([proj(x) for proj, x in zip(self.distill_linear_projs, sources, strict=True)], dim=1)
+
+    def _step(self, batch: tuple[Tensor, Tensor | None], mode: str) -> Tensor:
+        with torch.no_grad():
+            teacher = self._hidden_states(self.teacher_model, batch, self._teacher_depth)
+            teacher = torch.stack([teacher[layer] for layer in self.distill_layers], dim=1)
+        student = self._predictions(self._hidden_states(self.student_model, batch, self._student_depth))
+        loss, (mse, l1, cos) = self.distill_loss(student, teacher)
+        logged = {"loss_distill": loss, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
+        if self.use_reg:
+            sparsity = self.budget.sparsity(self.student_model.get_num_params())
+            target = self.budget.target(self.global_step)
+            penalty = self.lambda1 * (sparsity - target) + self.lambda2 * (sparsity - target) ** 2
+            loss = loss + penalty
+            logged["loss_reg"] = penalty
+            if mode == "train":
+                lagrangian = {"sparsity_expected": sparsity, "sparsity_target": target}
+                lagrangian |= {"lambda1": self.lambda1, "lambda2": self.lambda2}
+                self.log_dict({name: torch.as_tensor(value).item() for name, value in lagrangian.items()})
+        logged = {f"{mode}_{name}": value.detach() for name, value in {"loss": loss, **logged}.items()}
+        self.log_dict(
+            logged,
+            on_step=mode == "train",
+            on_epoch=mode != "train",
+            sync_dist=mode != "train",
+            batch_size=len(batch[0]),
+        )
+        return loss
+
+    def training_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
+        return self._step(batch, "valid")
+
+    # --- optimisation ------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with the published parameter groups, all on one schedule stepped once per update."""
+        weights, log_alphas = [], []
+        for name, parameter in self.student_model.named_parameters():
+            if parameter.requires_grad:
+                (log_alphas if name.endswith("log_alpha") else weights).append(parameter)
+        weights += list(self.distill_linear_projs.parameters())
+        groups = [
+            {"params": weights, "lr": self.learning_rate, "weight_decay": self.weight_decay, "name": "main"},
+        ]
+        if self.use_reg:
+            regularised = {"lr": self.reg_learning_rate, "weight_decay": 0.0}
+            groups += [
+                {"params": log_alphas, "name": "log_alpha", **regularised},
+                # The multipliers climb: they raise the price of being away from the target.
+                {"params": [self.lambda1, self.lambda2], "name": "lambda", "maximize": True, **regularised},
+            ]
+        optimizer = torch.optim.AdamW(groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, linear_warmup_decay(self.warmup_updates, self.max_updates)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # --- checkpoints -------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the teacher out, and say what the checkpoint is of (prune.py reads it)."""
+        checkpoint["state_dict"] = {
+            key: value for key, value in checkpoint["state_dict"].items() if not key.startswith("teacher_model.")
+        }
+        checkpoint["distillation"] = {
+            "student_config": self.student_model.config,
+            "target_sparsity": self.budget.target_sparsity if self.use_reg else None,
+            "original_num_params": self.budget.original_num_params if self.use_reg else None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the teacher back, so that the load is strict: it never changes and comes from --teacher_ckpt."""
+        teacher = {f"teacher_model.{key}": value for key, value in self.teacher_model.state_dict().items()}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **teacher}
+
+
+def freeze_unreached(student: Wav2Vec2Model, depth: int) -> None:
+    """Freeze what the loss cannot reach: DDP waits for the gradient of every parameter that asks for one.
+
+    These never had a gradient, so training is the same. Masks above ``depth`` still get theirs from
+    the sparsity penalty.
+
+    Args:
+        student: the student.
+        depth: the highest layer that is distilled.
+    """
+    transformer = student.encoder.transformer
+    unreached = list(transformer.layers[depth:])
+    if transformer.layer_norm_first:  # pre-norm: the final norm acts in forward() only, others with their block
+        unreached.append(transformer.layer_norm)
+        for layer in transformer.layers:
+            unreached += [layer.layer_norm] if layer.attention is None else []
+            unreached += [layer.final_layer_norm] if layer.feed_forward is None else []
+    if student.aux is not None:
+        unreached.append(student.aux)
+    for module in unreached:
+        for name, parameter in module.named_parameters():
+            if not name.endswith("log_alpha"):
+                parameter.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Teacher, student and projections
+# ---------------------------------------------------------------------------------------------------
+
+
+def parse_distill_layers(text: str) -> list[list[int]]:
+    """``"0.4,8,12"`` -> ``[[0], [4, 8, 12]]``: a period separates groups, a comma layers of one group.
+
+    Raises:
+        UserError: not of this form.
+    """
+    try:
+        groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
+    except ValueError:
+        raise UserError(f"--distill_layers: expected layers and groups such as 0.4,8,12, found {text!r}") from None
+    layers = [layer for group in groups for layer in group]
+    if min(layers) < 0 or len(set(layers)) < len(layers):
+        raise UserError(f"--distill_layers: expected every layer once and none below 0, found {text!r}")
+    return groups
+
+
+def make_projections(mode: str, groups: list[list[int]], student_dim: int, teacher_dim: int) -> nn.ModuleList:
+    """One projection (student_dim -> teacher_dim) per distilled layer.
+
+    layer2layer: a Linear per group, shared in the group (the entry repeats) and initialised to identity.
+    predlayer: an own Linear and GELU per layer.
+    """
+    if mode == "predlayer":
+        return nn.ModuleList(
+            nn.Sequential(nn.Linear(student_dim, teacher_dim), nn.GELU()) for group in groups for _ in group
+        )
+    projections = nn.ModuleList()
+    for group in groups:
+        linear = nn.Linear(student_dim, teacher_dim)
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        projections.extend([linear] * len(group))
+    return projections
+
+
+def check_pair(teacher: Wav2Vec2Model, student: Wav2Vec2Model, layers: list[int], mode: str) -> None:
+    """Check that the student can learn these layers of the teacher.
+
+    Raises:
+        UserError: a layer that a model does not have, or models with different frames.
+    """
+    for name, model, needed in (("teacher", teacher, True), ("student", student, mode == "layer2layer")):
+        num_layers = len(model.encoder.transformer.layers)
+        if needed and max(layers) > num_layers:
+            raise UserError(
+                f"--distill_layers: layer {max(layers)} is wanted, but the {name} has {num_layers} layers; "
+                f"give layers between 0 and {num_layers}"
+            )
+    shapes = [[layer.shape[1:] for layer in model.feature_extractor.conv_layers] for model in (teacher, student)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"--student_ckpt: its frames do not fit the teacher's: conv (kernel, stride) are {shapes[1]}, "
+            f"the teacher's {shapes[0]}; give a student with the teacher's frame rate"
+        )
+    if teacher.normalize_waveform != student.normalize_waveform:
+        raise UserError(
+            f"--student_ckpt: normalize_waveform is {student.normalize_waveform}, the teacher's "
+            f"{teacher.normalize_waveform}; give models that take the same input"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------
+
+
+class SpeechDataModule(pl.LightningDataModule):
+    """Batches of ``TSV_DIR/TRAIN_SUBSET.tsv`` and ``TSV_DIR/valid.tsv``, bucketed and cropped.
+
+    Manifests are read and batches are made here and now, so that bad input ends the run before any
+    model is built.
+
+    Args:
+        tsv_dir: where prepare_data.py wrote its manifests.
+        train_subset: name of the training manifest without ``.tsv``.
+        seconds_per_batch: audio of one batch of one process, before cropping to the shortest.
+        num_workers: loader processes.
+        min_seconds, max_seconds: utterances outside these lengths are left out.
+        max_crop_seconds: crop every utterance to at most this length; None means to the batch's shortest only.
+        seed: of the batches' order and the crops.
+
+    Raises:
+        UserError: see :func:`dataset.read_manifest` and :func:`dataset.make_batches`.
+    """
+
+    def __init__(
+        self,
+        tsv_dir: str | os.PathLike,
+        train_subset: str,
+        seconds_per_batch: float,
+        num_workers: int,
+        min_seconds: float,
+        max_seconds: float,
+        max_crop_seconds: float | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.num_workers = num_workers
+        self.seed = seed
+        self.max_crop = None if max_crop_seconds is None else round(max_crop_seconds * SAMPLE_RATE)
+        self.manifests, self.batches = {}, {}
+        for subset in (train_subset, VALID_SUBSET):
+            manifest = read_manifest(Path(tsv_dir) / f"{subset}.tsv")
+            self.manifests[subset] = manifest
+            try:
+                self.batches[subset] = make_batches(
+                    manifest.lengths,
+                    num_buckets=NUM_BUCKETS,
+                    max_tokens=seconds_per_batch * SAMPLE_RATE,
+                    min_len=round(min_seconds * SAMPLE_RATE),
+                    max_len=round(max_seconds * SAMPLE_RATE),
+                    max_crop=self.max_crop,
+                )
+            except UserError as error:
+                raise UserError(f"{manifest.path}: {error}") from None
+        self.train_subset = train_subset
+
+    def _loader(self, subset: str, shuffle: bool) -> DataLoader:
+        manifest = self.manifests[subset]
+        sampler = BatchSampler(
+            manifest.lengths,
+            self.batches[subset],
+            num_replicas=self.trainer.world_size,
+            rank=self.trainer.global_rank,
+            shuffle=shuffle,
+            seed=self.seed,
+            max_crop=self.max_crop,
+        )
+        # batch_size=None: the sampler's entries are whole batches already.
+        return DataLoader(
+            SpeechDataset(manifest),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_subset, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(VALID_SUBSET, shuffle=False)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What distill.py and final_distill.py share
+# ---------------------------------------------------------------------------------------------------
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, *, learning_rate: float, warmup_updates: int, max_updates: int
+) -> None:
+    """The flags of both distillations; the three defaults that differ are given."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--tsv_dir", required=True, type=Path, help="directory of the manifests from prepare_data.py")
+    group.add_argument("--train_subset", default="train100", help="train on TSV_DIR/NAME.tsv")
+    group.add_argument("--seconds_per_batch", type=float, default=87.5, help="seconds of audio per batch and process")
+    group.add_argument("--num_workers", type=int, default=1, help="data loading processes per training process")
+    group.add_argument("--min_seconds", type=float, default=2.0, help="leave out shorter utterances")
+    group.add_argument("--max_seconds", type=float, default=15.625, help="leave out longer utterances")
+    group.add_argument(
+        "--max_crop_seconds",
+        type=float,
+        help="crop utterances to at most this length (default: only to the shortest of their batch)",
+    )
+
+    group = parser.add_argument_group("models")
+    group.add_argument("--teacher_ckpt", required=True, type=Path, help="teacher .pth from a converter")
+    group.add_argument("--student_ckpt", required=True, type=Path, help=".pth that the student starts from")
+    group.add_argument("--distill_layers", default="0.4,8,12", help="groups by period, layers in a group by comma")
+    group.add_argument("--distill_mode", choices=DISTILL_MODES, default="layer2layer")
+    group.add_argument("--l2_weight", type=float, default=0.0)
+    group.add_argument("--l1_weight", type=float, default=1.0)
+    group.add_argument("--cos_weight", type=float, default=1.0)
+    group.add_argument("--cos_type", choices=COS_TYPES, default="raw")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--exp_dir", type=Path, default=Path("./exp"), help="where checkpoints and logs go")
+    group.add_argument("--resume_checkpoint", type=Path, help="a .ckpt of an interrupted run to continue from")
+    group.add_argument("--log_interval", type=int, default=50, help="log every this many updates")
+    group.add_argument(
+        "--valid_interval", type=int, help="validate every this many batches (default: at the end of each epoch)"
+    )
+    group.add_argument("--learning_rate", type=float, default=learning_rate)
+    group.add_argument("--weight_decay", type=float, default=0.0)
+    group.add_argument("--warmup_updates", type=int, default=warmup_updates)
+    group.add_argument("--max_updates", type=int, default=max_updates)
+    group.add_argument("--clip_norm", type=float, default=10.0, help="clip the gradient's norm; 0 switches it off")
+    group.add_argument("--accum_grad", type=int, default=1, help="batches per update")
+    group.add_argument("--seed", type=int, default=2022)
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
+    group.add_argument("--num_nodes", type=int, default=1)
+    group.add_argument(
+        "--gpus",
+        type=int,
+        help=f"GPUs per node (default: {DEFAULT_GPUS}); with --accelerator cpu, processes per node (default: 1)",
+    )
+    group.add_argument("--precision", choices=tuple(PRECISIONS), default="32")
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Check the shared flags as far as they can be checked alone.
+
+    Raises:
+        UserError: names the option, what was found and what is expected.
+    """
+    for name in ("seconds_per_batch", "max_updates", "accum_grad", "log_interval", "num_nodes", "learning_rate"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name}: expected a number above 0, found {getattr(args, name)}")
+    for name in ("warmup_updates", "num_workers", "weight_decay", "clip_norm"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name}: expected 0 or more, found {getattr(args, name)}")
+    for name in ("valid_interval", "max_crop_seconds"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise UserError(f"--{name}: expected a number above 0, found {getattr(args, name)}")
+    if args.warmup_updates > args.max_updates:
+        raise UserError(f"--warmup_updates {args.warmup_updates} is above --max_updates {args.max_updates}")
+    if not (args.l2_weight or args.l1_weight or args.cos_weight):
+        raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: nothing would be distilled")
+    if args.resume_checkpoint is not None and not args.resume_checkpoint.is_file():
+        raise UserError(f"--resume_checkpoint: {args.resume_checkpoint} does not exist; give a .ckpt of a run")
+    accelerator, _ = resolve_devices(args.accelerator, args.gpus)
+    if args.precision == "16" and accelerator == "cpu":
+        raise UserError("--precision 16 needs a GPU (its small gradients need a loss scaler); use 32 or bf16 on a CPU")
+
+
+def resolve_devices(accelerator: str, gpus: int | None) -> tuple[str, int]:
+    """The accelerator ("gpu" or "cpu") and the number of processes per node.
+
+    Raises:
+        UserError: more GPUs are asked for than there are.
+    """
+    available = torch.cuda.device_count()
+    if accelerator == "auto":
+        accelerator = "gpu" if available or gpus else "cpu"
+    if accelerator == "cpu":
+        if gpus is not None and gpus < 1:
+            raise UserError(f"--gpus: expected 1 or more, found {gpus}")
+        return "cpu", gpus or 1
+    wanted = DEFAULT_GPUS if gpus is None else gpus
+    if wanted < 1:
+        raise UserError(f"--gpus: expected 1 or more, found {wanted}; use --accelerator cpu to train without one")
+    if wanted > available:
+        advice = (
+            f"give --gpus {available} (and --accum_grad to keep the total batch)"
+            if available
+            else "use --accelerator cpu to train without one"
+        )
+        given = "asked for" if gpus is not None else "are the default"
+        raise UserError(f"--gpus: {wanted} GPUs {given}, {available} found on this machine; {advice}")
+    return "gpu", wanted
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints are written whole or not at all, and read without unpickling more than plain data."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        ckpt.save(path, checkpoint)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return ckpt.read(path)
+
+
+class UpdateProgressBar(pl.Callback):
+    """One bar over all updates: loss, expected sparsity and its target, time left."""
+
+    _SHOWN = (("loss", "train_loss"), ("sparsity", "sparsity_expected"), ("target", "sparsity_target"))
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            # A log file gets a line now and then; a terminal gets a moving bar.
+            self._bar = tqdm(
+                desc=self._description,
+                total=trainer.max_steps,
+                initial=trainer.global_step,
+                unit="update",
+                mininterval=0.5 if sys.stderr.isatty() else 30.0,
+                dynamic_ncols=sys.stderr.isatty(),
+            )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._bar is not None and self._bar.n < trainer.global_step:
+            metrics = trainer.callback_metrics
+            shown = {label: f"{metrics[name]:.3f}" for label, name in self._SHOWN if name in metrics}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+
+def make_trainer(args: argparse.Namespace, description: str) -> pl.Trainer:
+    """The trainer of the shared flags; checkpoints go to ``EXP_DIR/ckpts/last.ckpt``."""
+    accelerator, devices = resolve_devices(args.accelerator, args.gpus)
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=args.num_nodes,
+        strategy=DDPStrategy(gradient_as_bucket_view=True) if devices * args.num_nodes > 1 else "auto",
+        precision=PRECISIONS[args.precision],
+        max_steps=args.max_updates,
+        max_epochs=-1,
+        accumulate_grad_batches=args.accum_grad,
+        gradient_clip_val=args.clip_norm or None,
+        val_check_interval=args.valid_interval,
+        check_val_every_n_epoch=None if args.valid_interval else 1,
+        use_distributed_sampler=False,  # the batch sampler deals to the ranks itself
+        log_every_n_steps=args.log_interval,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
+        logger=[
+            TensorBoardLogger(args.exp_dir, name="tensorboard"),
+            CSVLogger(args.exp_dir, name="csv"),
+        ],
+        callbacks=[
+            ModelCheckpoint(
+                dirpath=args.exp_dir / "ckpts",
+                filename=Path(LAST_CHECKPOINT).stem,
+                enable_version_counter=False,
+                every_n_epochs=1,
+                save_on_train_epoch_end=True,
+            ),
+            LearningRateMonitor(logging_interval="step"),
+            UpdateProgressBar(description),
+        ],
+    )
+
+
+class Setup(NamedTuple):
+    """What a distillation starts from, the student apart."""
+
+    data: SpeechDataModule
+    teacher: Wav2Vec2Model
+    layer_groups: list[list[int]]
+
+    @property
+    def layers(self) -> list[int]:
+        """The distilled layers, all groups together."""
+        return [layer for group in self.layer_groups for layer in group]
+
+    def make_projections(self, student: Wav2Vec2Model, mode: str) -> nn.ModuleList:
+        """Freshly initialised projections from ``student`` to the teacher, which must fit (:func:`check_pair`)."""
+        check_pair(self.teacher, student, self.layers, mode)
+        dims = [model.config["encoder_embed_dim"] for model in (student, self.teacher)]
+        return make_projections(mode, self.layer_groups, *dims)
+
+
+def prepare(args: argparse.Namespace) -> Setup:
+    """Check the shared flags, seed, and load data and teacher: whatever is wrong with them ends the run here.
+
+    Raises:
+        UserError: a flag, a manifest or the teacher is wrong, or the machine lacks what is asked for.
+    """
+    _check_arguments(args)
+    layer_groups = parse_distill_layers(args.distill_layers)
+    data = SpeechDataModule(
+        args.tsv_dir,
+        args.train_subset,
+        args.seconds_per_batch,
+        args.num_workers,
+        args.min_seconds,
+        args.max_seconds,
+        args.max_crop_seconds,
+        args.seed,
+    )
+    pl.seed_everything(args.seed, verbose=False)
+    return Setup(data, ckpt.load_model(args.teacher_ckpt), layer_groups)
+
+
+def train_student(
+    args: argparse.Namespace,
+    description: str,
+    setup: Setup,
+    student: Wav2Vec2Model,
+    projections: nn.ModuleList,
+    **sparsity: Any,
+) -> None:
+    """Train ``student`` for ``--max_updates`` and say where the result is.
+
+    Args:
+        args: the shared flags.
+        description: name of the stage, for its output.
+        setup: from :func:`prepare`.
+        student: the model to train.
+        projections: one per distilled layer.
+        sparsity: ``use_reg`` and what comes with it, see :class:`DistillModule`.
+    """
+    module = DistillModule(
+        teacher_model=setup.teacher,
+        student_model=student,
+        distill_mode=args.distill_mode,
+        distill_layers=setup.layers,
+        distill_linear_projs=projections,
+        distill_loss=DistillLoss(args.l2_weight, args.l1_weight, args.cos_weight, args.cos_type),
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        warmup_updates=args.warmup_updates,
+        max_updates=args.max_updates,
+        **sparsity,
+    )
+    _quiet_lightning()
+    trainer = make_trainer(args, description)
+    if trainer.is_global_zero:
+        num_params = [sum(p.numel() for p in model.parameters()) for model in (setup.teacher, student)]
+        batches = setup.data.batches[args.train_subset]
+        print(
+            f"{description}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; layers "
+            f"{args.distill_layers}; {sum(map(len, batches))} utterances in {len(batches)} batches; "
+            f"{trainer.world_size} x {trainer.strategy.root_device.type}, precision {args.precision}",
+            flush=True,
+        )
+    trainer.fit(module, datamodule=setup.data, ckpt_path=args.resume_checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        print(f"{description}: {trainer.global_step} updates done: {args.exp_dir / 'ckpts' / LAST_CHECKPOINT}")
+
+
+def _quiet_lightning() -> None:
+    """Keep Lightning's hints that do not concern users of this program off their terminal."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training checkpoints
+# ---------------------------------------------------------------------------------------------------
+
+
+def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a ``.ckpt`` of one of the distillations.
+
+    Raises:
+        UserError: it is something else; a model file is named as such.
+    """
+    contents = ckpt.read(path)
+    state_dict = contents.get("state_dict")
+    if not isinstance(state_dict, dict) or not any(str(key).startswith("student_model.") for key in state_dict):
+        kind = "a model file (.pth)" if "config" in contents else "neither a training checkpoint nor a model file"
+        raise UserError(
+            f"{path}: {kind} where a training checkpoint (.ckpt) of distill.py or final_distill.py is wanted"
+        )
+    return contents
+
+
+def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The student's and the projections' parts of a training checkpoint's state dict, without their prefixes."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+
+    return part("student_model."), part("distill_linear_projs.")

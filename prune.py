@@ -1,0 +1,78 @@
+"""Turn the masks of step 1 into a physically smaller model.
+
+Which units were pruned is read from the checkpoint. Writes pruned_hubert_base.pth (state_dict, config,
+distill_linear_projs) beside the checkpoint, for final_distill.py, and prints its config as JSON.
+
+  python prune.py --distilled_ckpt exp/hubert-base/ckpts/last.ckpt \\
+      --original_ckpt pretrained/hubert-base-ls960.hf.pth
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import cli
+from lightning import PRUNED_MODEL, read_training_checkpoint, split_state_dict
+from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
+from wav2vec2.errors import UserError
+from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
+from wav2vec2.sparsity import fit_masks
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--distilled_ckpt", required=True, type=Path, help="last.ckpt of distill.py")
+    parser.add_argument("--original_ckpt", required=True, type=Path, help="distill.py's --student_ckpt")
+    parser.add_argument(
+        "--target_sparsity", type=float, help="size to meet (default: the target that the checkpoint was trained for)"
+    )
+    parser.add_argument(
+        "--sparsity_tolerance",
+        type=float,
+        default=0.005,
+        help="move the masks' threshold only if the pruned size is further than this from the target; "
+        "1 never moves it, as the published program",
+    )
+    return parser.parse_args()
+
+
+def fit_to_target(model: Wav2Vec2Model, training: dict[str, Any], args: argparse.Namespace, original: int) -> None:
+    """Meet the target sparsity where the checkpoint or the user names one, and say what that took."""
+    original = training.get("original_num_params") or original
+    target = args.target_sparsity if args.target_sparsity is not None else training.get("target_sparsity")
+    if target is None:
+        return
+    expected = 1 - float(model.get_num_params()) / original
+    shift = fit_masks(model, (1 - target) * original, args.sparsity_tolerance * original)
+    action = f"log_alpha moved by {shift:+.4f} to meet the target" if shift else "within tolerance, masks as trained"
+    print(f"sparsity: target {target:.4f}, expected after training {expected:.4f}; {action}", file=sys.stderr)
+
+
+def main(args: argparse.Namespace) -> None:
+    distilled = read_training_checkpoint(args.distilled_ckpt)
+    student_state, projections = split_state_dict(distilled["state_dict"])
+    units = masked_units(student_state)
+    if not units:
+        raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")
+    original = read_model_file(args.original_ckpt)
+    model = build_model(with_masks(original["config"], units), args.original_ckpt)
+    load_state(model, student_state, f"{args.distilled_ckpt} in the model of {args.original_ckpt}")
+    num_original = int(build_model(with_masks(original["config"], ()), args.original_ckpt).get_num_params())
+
+    fit_to_target(model, distilled.get("distillation", {}), args, num_original)
+    config = model.prune()
+    out = args.distilled_ckpt.parent / PRUNED_MODEL
+    save(out, {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections})
+    num_params = model.get_num_params()
+    print(json.dumps(config, indent=2))
+    print(
+        f"pruned {', '.join(units)}: {num_original:,} -> {num_params:,} parameters, "
+        f"sparsity {1 - num_params / num_original:.4f}: {out}",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

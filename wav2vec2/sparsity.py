@@ -1,0 +1,95 @@
+"""How large a masked model becomes when it is pruned, and how to make that meet a target exactly.
+
+Training drives the *expected* size to the target (paper, section 2.3). Each deterministic mask then
+rounds its own number of units, and a short schedule can end before the Lagrangian has settled, so the
+pruned size differs from the target. :func:`fit_masks` closes that gap with one number: a constant
+added to every ``log_alpha``, which moves the threshold between kept and dropped units and leaves
+their order alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hardconcrete import HardConcrete
+
+from .model import Wav2Vec2Model
+
+# sigmoid(+-40) is exactly 1 and practically 0 in float32: a mask without any doubt left in it.
+_CERTAIN = 40.0
+
+
+def _masks(model: Wav2Vec2Model) -> list[HardConcrete]:
+    return [module for module in model.modules() if isinstance(module, HardConcrete)]
+
+
+@contextmanager
+def _log_alphas(masks: list[HardConcrete], values: list[Tensor]) -> Iterator[None]:
+    """Other ``log_alpha`` values for the length of the block."""
+    originals = [mask.log_alpha.detach().clone() for mask in masks]
+    try:
+        for mask, value in zip(masks, values, strict=True):
+            mask.log_alpha.copy_(value)
+        yield
+    finally:
+        for mask, original in zip(masks, originals, strict=True):
+            mask.log_alpha.copy_(original)
+
+
+@torch.no_grad()
+def smallest_num_params(model: Wav2Vec2Model) -> float:
+    """Expected parameters if every mask dropped what it may: no target below this can be reached."""
+    masks = _masks(model)
+    with _log_alphas(masks, [torch.full_like(mask.log_alpha, -_CERTAIN) for mask in masks]):
+        return float(model.get_num_params())
+
+
+@torch.no_grad()
+def pruned_num_params(model: Wav2Vec2Model) -> float:
+    """Parameters that ``model.prune()`` would leave, without pruning it; the model must be in eval mode.
+
+    Biases and gates that go with a block whose units all go are still counted here.
+    """
+    masks = _masks(model)
+    decided = [torch.where(mask() != 0, _CERTAIN, -_CERTAIN) for mask in masks]
+    with _log_alphas(masks, decided):
+        return float(model.get_num_params())
+
+
+@torch.no_grad()
+def fit_masks(model: Wav2Vec2Model, target_num_params: float, tolerance: float) -> float:
+    """Shift all ``log_alpha`` of ``model`` by the constant that brings its pruned size to the target.
+
+    Nothing is changed where the published rounding already lands within ``tolerance``.
+
+    Args:
+        model: a masked model; put in eval mode.
+        target_num_params: the size wanted.
+        tolerance: the deviation, in parameters, that needs no correction.
+
+    Returns:
+        The shift (0.0 if none was needed); above zero units come back, below zero more units go.
+    """
+    model.eval()
+    masks = _masks(model)
+    if abs(pruned_num_params(model) - target_num_params) <= tolerance:
+        return 0.0
+    originals = [mask.log_alpha.detach().clone() for mask in masks]
+
+    def size(shift: float) -> float:
+        with _log_alphas(masks, [value + shift for value in originals]):
+            return pruned_num_params(model)
+
+    low, high = -_CERTAIN, _CERTAIN  # the size grows with the shift
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        if size(middle) <= target_num_params:
+            low = middle
+        else:
+            high = middle
+    shift = min(low, high, key=lambda value: abs(size(value) - target_num_params))
+    for mask, value in zip(masks, originals, strict=True):
+        mask.log_alpha.copy_(value + shift)
+    return shift
