@@ -8,7 +8,10 @@ from wav2vec2.errors import UserError
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults and keeps the line breaks of the commands in the script's docstring."""
+    """Shows defaults that say something and keeps the line breaks of the commands in the script's docstring."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import SAMPLE_RATE, BatchSampler, SpeechDataset, make_batches, read_manifest
+from dataset import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, BatchSampler, SpeechDataset, make_batches, read_manifest
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
@@ -425,6 +425,7 @@ class SpeechDataModule(pl.LightningDataModule):
                     min_len=round(min_seconds * SAMPLE_RATE),
                     max_len=round(max_seconds * SAMPLE_RATE),
                     max_crop=self.max_crop,
+                    generator=torch.Generator().manual_seed(seed) if subset == train_subset else None,
                 )
             except UserError as error:
                 raise UserError(f"{manifest.path}: {error}") from None
@@ -439,6 +440,8 @@ class SpeechDataModule(pl.LightningDataModule):
             rank=self.trainer.global_rank,
             shuffle=shuffle,
             seed=self.seed,
+            # Topping up would count a batch twice in the validation loss; one process can do without.
+            drop_last=not shuffle and self.trainer.world_size == 1,
             max_crop=self.max_crop,
         )
         # batch_size=None: the sampler's entries are whole batches already.
@@ -472,8 +475,8 @@ def add_arguments(
     group.add_argument("--train_subset", default="train100", help="train on TSV_DIR/NAME.tsv")
     group.add_argument("--seconds_per_batch", type=float, default=87.5, help="seconds of audio per batch and process")
     group.add_argument("--num_workers", type=int, default=1, help="data loading processes per training process")
-    group.add_argument("--min_seconds", type=float, default=2.0, help="leave out shorter utterances")
-    group.add_argument("--max_seconds", type=float, default=15.625, help="leave out longer utterances")
+    group.add_argument("--min_seconds", type=float, default=MIN_SECONDS, help="leave out shorter utterances")
+    group.add_argument("--max_seconds", type=float, default=MAX_SECONDS, help="leave out longer utterances")
     group.add_argument(
         "--max_crop_seconds",
         type=float,
@@ -484,7 +487,7 @@ def add_arguments(
     group.add_argument("--teacher_ckpt", required=True, type=Path, help="teacher .pth from a converter")
     group.add_argument("--student_ckpt", required=True, type=Path, help=".pth that the student starts from")
     group.add_argument("--distill_layers", default="0.4,8,12", help="groups by period, layers in a group by comma")
-    group.add_argument("--distill_mode", choices=DISTILL_MODES, default="layer2layer")
+    group.add_argument("--distill_mode", choices=DISTILL_MODES, default="layer2layer", help="see the README")
     group.add_argument("--l2_weight", type=float, default=0.0)
     group.add_argument("--l1_weight", type=float, default=1.0)
     group.add_argument("--cos_weight", type=float, default=1.0)
@@ -746,8 +749,13 @@ def train_student(
 def _quiet_lightning() -> None:
     """Keep Lightning's hints that do not concern users of this program off their terminal."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
+    for message in (
+        "does not have many workers",
+        "number of training batches .* is smaller than the logging interval",
+        "module.s. in eval mode at the start of training",  # the teacher, on purpose
+        "isinstance.treespec, LeafSpec. is deprecated",  # Lightning's own use of torch
+    ):
+        warnings.filterwarnings("ignore", f".*{message}.*")
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,31 @@
+"""Convert a fairseq-format checkpoint (WavLM, HuBERT or wav2vec 2.0) into a model file (.pth).
+
+    python convert_wavlm_from_fairseq.py --ckpt WavLM-Base+.pt
+    python convert_wavlm_from_fairseq.py --ckpt hubert_large_ll60k.pt --out pretrained/hubert-large.pth
+
+fairseq is not needed, and no code from the file is run.
+"""
+
+import argparse
+from pathlib import Path
+
+from cli import make_parser, run
+from wav2vec2.utils.import_fairseq import import_fairseq_model
+from wav2vec2.utils.importing import add_converter_flags, dropouts_from, normalize_waveform_from, write_model
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint in fairseq's format")
+    parser.add_argument("--out", type=Path, help="file to write; if not given, pretrained/NAME.pth")
+    add_converter_flags(parser)
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    imported = import_fairseq_model(args.ckpt, dropouts_from(args), normalize_waveform_from(args))
+    write_model(imported, args.out or Path("pretrained") / f"{args.ckpt.stem}.pth")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -1,0 +1,291 @@
+"""List a speech corpus in manifests: NAME.tsv for each split, for ``--tsv_dir`` and ``--train_subset``.
+
+LibriSpeech is known by its folders and gives train100, train960 and valid, whichever are there:
+
+    python prepare_data.py --data /corpora/LibriSpeech --out data/librispeech
+
+Any other corpus of FLAC, WAV, OGG or MP3 files is split by folder name, or by holding out a fraction:
+
+    python prepare_data.py --data /corpora/mine --out data/mine --splits train=tr,extra-* valid=cv
+    python prepare_data.py --data /corpora/mine --out data/mine --valid_fraction 0.05
+
+Only folders below --data decide about splits. Links to folders are followed. Files that cannot be
+read are left out and listed with the reason in rejected.tsv.
+"""
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from pathlib import Path, PurePosixPath
+
+from soundfile import LibsndfileError, SoundFile
+from tqdm import tqdm
+
+import cli
+from dataset import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, num_samples_at_16k, open_audio, seeks_exactly
+from wav2vec2.checkpoint import atomic_path
+from wav2vec2.errors import UserError
+
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
+LIBRISPEECH_SPLITS = {"train100": ["train-clean-100"], "train960": ["train-*"], "valid": ["dev-*"]}
+DEFAULT_VALID_FRACTION = 0.05
+REJECTED = "rejected"
+LINE_BREAK = re.compile(r"[\r\n]")  # either would end a manifest's row
+
+FolderPatterns = dict[str, list[str]]  # split name to its folders
+Splits = dict[str, list[str]]  # split name to its files
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--data", required=True, help="folder of the corpus")
+    parser.add_argument("--out", required=True, help="folder to write the manifests to")
+    parser.add_argument(
+        "--splits",
+        nargs="+",
+        metavar="NAME=FOLDER[,FOLDER...]",
+        help="splits by folder: a name or path below --data, * and ? allowed; not needed for LibriSpeech",
+    )
+    parser.add_argument(
+        "--valid_fraction",
+        type=float,
+        help="fraction of the files for valid.tsv, the rest for train.tsv; "
+        f"{DEFAULT_VALID_FRACTION} if --splits is not given and the corpus is not LibriSpeech",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses the files that --valid_fraction holds out")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read headers")
+    return parser
+
+
+def find_audio(root: str) -> list[str]:
+    """Every audio file below ``root`` by its suffix in either case, as sorted relative paths with ``/``."""
+    return sorted(Path(path).relative_to(root).as_posix() for path in _walk(root, frozenset()))
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Audio files below ``folder``; ``above`` identifies the folders around it, so that no link leads in a circle."""
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(entry.path, above | {identity})
+            elif entry.name.lower().endswith(AUDIO_SUFFIXES):
+                yield entry.path
+
+
+def parse_splits(options: list[str]) -> FolderPatterns:
+    """``["train=a,b", "valid=c"]`` to ``{"train": ["a", "b"], "valid": ["c"]}``.
+
+    Raises:
+        UserError: an option of another form, a name that cannot name a manifest or is given twice.
+    """
+    splits: FolderPatterns = {}
+    for option in options:
+        name, _, folders = option.partition("=")
+        patterns = [folder.strip("/") for folder in folders.split(",") if folder.strip("/")]
+        if not re.fullmatch(r"\w[\w.-]*", name) or name == REJECTED or name in splits or not patterns:
+            raise UserError(
+                f"--splits: found {option!r}, expected NAME=FOLDER[,FOLDER...] with each NAME once, of letters, "
+                f"digits and _.-, and not {REJECTED!r}; for example train=tr,extra-* valid=cv"
+            )
+        splits[name] = patterns
+    return splits
+
+
+def split_by_folder(paths: list[str], splits: FolderPatterns) -> Splits:
+    """Sort relative paths into splits: the outermost folder that any pattern matches decides.
+
+    A folder may belong to several splits, as train-clean-100 does to train100 and train960.
+    """
+
+    @cache
+    def names_of(folder: PurePosixPath) -> list[str]:
+        if folder.name == "":
+            return []
+        return names_of(folder.parent) or [
+            name
+            for name, patterns in splits.items()
+            if any(fnmatchcase(folder.name, pattern) or fnmatchcase(str(folder), pattern) for pattern in patterns)
+        ]
+
+    found: Splits = {name: [] for name in splits}
+    for path in paths:
+        for name in names_of(PurePosixPath(path).parent):
+            found[name].append(path)
+    return found
+
+
+def hold_out(paths: list[str], fraction: float, seed: int) -> Splits:
+    """Hold out ``fraction`` of the files, at least one, as valid; the rest is train.
+
+    Files are ranked by a hash of seed and path, so that most keep their place when the corpus grows.
+    """
+    ranked = sorted(paths, key=lambda path: hashlib.sha256(f"{seed} {path}".encode(errors="surrogateescape")).digest())
+    num_valid = max(1, round(fraction * len(paths)))
+    return {"train": sorted(ranked[num_valid:]), "valid": sorted(ranked[:num_valid])}
+
+
+def choose_rule(
+    paths: list[str], split_options: list[str] | None, valid_fraction: float | None, seed: int
+) -> tuple[Callable[[list[str]], Splits], str]:
+    """Choose from the options and the corpus how to split.
+
+    Returns:
+        The rule as a function from paths to splits, and in words.
+
+    Raises:
+        UserError: both options, or one that cannot be followed.
+    """
+    if split_options and valid_fraction is not None:
+        raise UserError("--splits and --valid_fraction are two ways to split; give one of them")
+    if split_options:
+        patterns = parse_splits(split_options)
+        return partial(split_by_folder, splits=patterns), f"by folder, {_in_words(patterns)}"
+    if valid_fraction is None:
+        members = split_by_folder(paths, LIBRISPEECH_SPLITS)
+        present = {name: patterns for name, patterns in LIBRISPEECH_SPLITS.items() if members[name]}
+        absent = {name: patterns for name, patterns in LIBRISPEECH_SPLITS.items() if not members[name]}
+        if present:
+            words = f"LibriSpeech's, {_in_words(present)}" + (f" (not there: {_in_words(absent)})" if absent else "")
+            return partial(split_by_folder, splits=present), words
+        valid_fraction = DEFAULT_VALID_FRACTION
+    if not 0 < valid_fraction < 1:
+        raise UserError(f"--valid_fraction {valid_fraction:g}: expected a number between 0 and 1, such as 0.05")
+    words = f"{valid_fraction:g} of the files, chosen by --seed {seed}, held out as valid"
+    return partial(hold_out, fraction=valid_fraction, seed=seed), words
+
+
+def _in_words(splits: FolderPatterns) -> str:
+    """``train = a, b; valid = c``."""
+    return "; ".join(f"{name} = {', '.join(patterns)}" for name, patterns in splits.items())
+
+
+def count_samples(path: str) -> tuple[int, str]:
+    """Samples that a file gives at 16 kHz and ``""``, or 0 and the reason why it cannot be used.
+
+    The last sample is read too: a file that was cut short still has the whole count in its header.
+    """
+    if LINE_BREAK.search(path):
+        return 0, "a line break in its path"
+    if not os.path.isfile(path):
+        return 0, "not a file, or a link to nothing"
+    try:
+        with open_audio(path) as file:
+            if not seeks_exactly(file):
+                num_frames = len(file.read(dtype="float32"))
+            elif _has_last_frame(file):
+                num_frames = file.frames
+            else:
+                return 0, f"cut short: its header promises {file.frames} samples, the last cannot be read"
+            return num_samples_at_16k(num_frames, file.samplerate), "" if num_frames else "no samples"
+    except LibsndfileError as error:
+        return 0, f"cannot be decoded ({error.error_string.rstrip('.')}; {os.path.getsize(path)} bytes)"
+
+
+def _has_last_frame(file: SoundFile) -> bool:
+    """Whether the last frame that the header promises is there; a file without frames has all of them."""
+    try:
+        file.seek(max(file.frames - 1, 0))
+        return len(file.read(1)) == min(file.frames, 1)
+    except LibsndfileError:
+        return False
+
+
+def count_all(root: str, paths: list[str], num_workers: int) -> list[tuple[int, str]]:
+    """:func:`count_samples` of every file, in order, with a progress bar.
+
+    In processes: in threads the short calls wait for Python's lock and are slower than one alone.
+    """
+    full_paths = [os.path.join(root, path) for path in paths]
+    # Ctrl-C is left to the main process, which ends the workers.
+    with multiprocessing.Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        counts = pool.imap(count_samples, full_paths, chunksize=64)
+        return list(tqdm(counts, "reading headers", len(paths), unit=" files", disable=None))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file whole or not at all; names that are not UTF-8 keep their bytes."""
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
+
+
+def write_rejected(path: Path, rejected: dict[str, str]) -> None:
+    """List the files that were left out with the reason; with none, remove an earlier run's list."""
+    if not rejected:
+        path.unlink(missing_ok=True)
+        return
+    write_lines(path, (f"{LINE_BREAK.sub('?', name)}\t{reason}" for name, reason in rejected.items()))
+    print(f"{len(rejected)} files left out, listed with the reason in {path}")
+
+
+def describe(name: str, lengths: list[int]) -> str:
+    """One line on a split: utterances, hours, and how much of it training with the default limits uses."""
+    kept = [length for length in lengths if MIN_SECONDS * SAMPLE_RATE <= length <= MAX_SECONDS * SAMPLE_RATE]
+    hours, kept_hours = (sum(samples) / SAMPLE_RATE / 3600 for samples in (lengths, kept))
+    return (
+        f"{name}: {len(lengths)} utterances, {hours:.2f} h; "
+        f"{len(kept)} ({kept_hours:.2f} h) last {MIN_SECONDS:g} s to {MAX_SECONDS:g} s, the limits of training"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Find, split, count, write.
+
+    Raises:
+        UserError: no such folder, no audio in it, or a split without a file that can be read.
+    """
+    root = os.path.abspath(args.data)
+    out = Path(args.out)
+    if not os.path.isdir(root):
+        raise UserError(f"--data {args.data}: no such folder; give the folder of the corpus")
+    if "\t" in root or LINE_BREAK.search(root):
+        raise UserError(f"--data {args.data!r}: a tab or line break in the path breaks the manifest; rename the folder")
+    if args.num_workers < 1:
+        raise UserError(f"--num_workers {args.num_workers}: expected 1 or more")
+    found = find_audio(root)
+    if not found:
+        raise UserError(f"--data {root}: no {', '.join(AUDIO_SUFFIXES)} file in it or below; give the corpus folder")
+
+    split, rule = choose_rule(found, args.splits, args.valid_fraction, args.seed)
+    print(f"splits: {rule}")
+    candidates = split(found)
+    chosen = sorted(set().union(*candidates.values()))
+    if len(chosen) < len(found):
+        print(f"{len(found) - len(chosen)} of {len(found)} files are in no split")
+
+    counts = dict(zip(chosen, count_all(root, chosen, args.num_workers), strict=True))
+    write_rejected(out / f"{REJECTED}.tsv", {path: reason for path, (_, reason) in counts.items() if reason})
+    splits = split([path for path, (_, reason) in counts.items() if not reason])
+    for name, paths in splits.items():
+        if not paths:
+            num_files = len(candidates[name])
+            found_instead = f"none of its {num_files} files can be used" if num_files else "no file falls into it"
+            raise UserError(
+                f"{name}.tsv would be empty: {found_instead}; {_folders_below(root)}; "
+                "change --splits or --valid_fraction"
+            )
+    for name, paths in splits.items():
+        lengths = [counts[path][0] for path in paths]
+        write_lines(out / f"{name}.tsv", [root, *map("{}\t{}".format, paths, lengths)])
+        print(describe(name, lengths))
+    print(f"written to {out}: " + ", ".join(f"{name}.tsv" for name in splits))
+
+
+def _folders_below(root: str) -> str:
+    """The first few folders below the root, in words."""
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    return f"folders in {root}: " + (", ".join(folders[:10]) + (", ..." if len(folders) > 10 else "") or "none")
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser().parse_args())

@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=dphubert
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --output=dphubert-%j.out
+#
+# The whole job: distil and prune, prune, final distillation, save.
+#
+#   sbatch run.sh [conf/NAME.conf]      on SLURM, 4 GPUs of one node
+#   bash run.sh [conf/NAME.conf]        anywhere else
+#   bash run.sh --print [conf/NAME.conf]    show the commands, run nothing
+#
+# Every setting below can be set in the config file (lines NAME=VALUE) or in the environment, which
+# wins:   gpus=1 accum_grad=4 bash run.sh conf/wavlm_base_plus.conf
+set -euo pipefail
+
+# sbatch runs a copy of this script from its spool directory; the job was submitted from the checkout.
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}"
+
+# name            default (the published experiment)
+defaults=(
+    python=python
+    exp_dir=exp/hubert-base_sp0.75
+    teacher_ckpt=pretrained/hubert-base-ls960.hf.pth
+    tsv_dir=data/librispeech
+    train_subset=train960
+    seconds_per_batch=160
+    num_workers=12
+    min_seconds=2.0
+    max_seconds=15.625
+    max_crop_seconds=
+    distill_layers=0.4,8,12
+    distill_mode=layer2layer
+    l2_weight=0
+    l1_weight=1
+    cos_weight=1
+    cos_type=raw
+    weight_decay=0
+    clip_norm=10
+    pruning_units=conv,head,interm
+    target_sparsity=0.75
+    reg_learning_rate=0.02
+    sparsity_warmup_updates=5000
+    learning_rate=2e-4
+    warmup_updates=15000
+    max_updates=50000
+    final_learning_rate=1e-4
+    final_warmup_updates=5000
+    final_max_updates=25000
+    accelerator=auto
+    gpus=4
+    num_nodes="${SLURM_NNODES:-1}"
+    accum_grad=1
+    precision=16
+    log_interval=50
+    valid_interval=
+    seed=2022
+)
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# Sets NAME to VALUE unless the environment, or a call before this one, already has.
+set_default() {
+    [[ -v $1 ]] || printf -v "$1" '%s' "$2"
+}
+
+print_only=false
+if [[ ${1-} == --print ]]; then
+    print_only=true
+    shift
+fi
+(($# <= 1)) || fail "expected at most one config file, found: $*"
+if (($# == 1)); then
+    [[ -f $1 ]] || fail "$1: no such config file; shipped ones: $(echo conf/*.conf)"
+    while IFS= read -r line || [[ -n $line ]]; do
+        line=${line%$'\r'}
+        [[ $line =~ ^[[:space:]]*(#|$) ]] && continue
+        [[ $line =~ ^([a-z0-9_]+)=(.*)$ ]] || fail "$1: expected NAME=VALUE, found: $line"
+        name=${BASH_REMATCH[1]}
+        value=${BASH_REMATCH[2]}
+        [[ " ${defaults[*]%%=*} " == *" $name "* ]] || fail "$1: unknown setting $name; known: ${defaults[*]%%=*}"
+        set_default "$name" "$value"
+    done <"$1"
+fi
+for entry in "${defaults[@]}"; do
+    set_default "${entry%%=*}" "${entry#*=}"
+done
+
+# One process per GPU comes from srun inside a SLURM job; elsewhere Lightning starts them itself.
+launcher=()
+[[ -n ${SLURM_JOB_ID-} && $accelerator != cpu ]] && launcher=(srun)
+
+shared=(
+    --tsv_dir "$tsv_dir" --train_subset "$train_subset" --seconds_per_batch "$seconds_per_batch"
+    --num_workers "$num_workers" --min_seconds "$min_seconds" --max_seconds "$max_seconds"
+    --teacher_ckpt "$teacher_ckpt" --distill_layers "$distill_layers" --distill_mode "$distill_mode"
+    --l2_weight "$l2_weight" --l1_weight "$l1_weight" --cos_weight "$cos_weight" --cos_type "$cos_type"
+    --weight_decay "$weight_decay" --clip_norm "$clip_norm" --log_interval "$log_interval" --seed "$seed"
+    --accelerator "$accelerator" --gpus "$gpus" --num_nodes "$num_nodes" --accum_grad "$accum_grad"
+    --precision "$precision"
+)
+[[ -n $max_crop_seconds ]] && shared+=(--max_crop_seconds "$max_crop_seconds")
+[[ -n $valid_interval ]] && shared+=(--valid_interval "$valid_interval")
+
+# Runs one stage and keeps its output in EXP_DIR/NAME.log; pipefail makes its failure the script's.
+stage() {
+    local name=$1
+    shift
+    printf '+ %s\n' "${*@Q}"
+    $print_only && return
+    mkdir -p "$exp_dir"
+    "$@" 2>&1 | tee -a "$exp_dir/$name.log"
+}
+
+stage distill "${launcher[@]}" "$python" distill.py "${shared[@]}" \
+    --student_ckpt "$teacher_ckpt" --exp_dir "$exp_dir" --pruning_units "$pruning_units" \
+    --target_sparsity "$target_sparsity" --reg_learning_rate "$reg_learning_rate" \
+    --sparsity_warmup_updates "$sparsity_warmup_updates" \
+    --learning_rate "$learning_rate" --warmup_updates "$warmup_updates" --max_updates "$max_updates"
+
+stage prune "$python" prune.py --distilled_ckpt "$exp_dir/ckpts/last.ckpt" --original_ckpt "$teacher_ckpt"
+
+stage final_distill "${launcher[@]}" "$python" final_distill.py "${shared[@]}" \
+    --student_ckpt "$exp_dir/ckpts/pruned_hubert_base.pth" --exp_dir "$exp_dir/final" \
+    --learning_rate "$final_learning_rate" --warmup_updates "$final_warmup_updates" --max_updates "$final_max_updates"
+
+stage save "$python" save_final_ckpt.py --config_path "$exp_dir/ckpts/pruned_hubert_base.pth" \
+    --ckpt_after_final_distill "$exp_dir/final/ckpts/last.ckpt"
+
+$print_only || echo "the compressed model: $exp_dir/final/ckpts/pruned_hubert_base.pth"

@@ -1,0 +1,115 @@
+"""What several test files share: small models with no parameter at a trivial value, and comparisons of frames."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hardconcrete import HardConcrete
+from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
+
+REFERENCE = Path(__file__).resolve().parent / "data" / "reference"
+
+# 40 samples a frame, so that short waveforms make enough of them.
+SMALL_CONV_LAYERS = [[10, 10, 5], [12, 3, 2], [8, 3, 2], [9, 2, 2]]
+
+
+def small_config(family: str, size: str = "base", **changes: Any) -> dict[str, Any]:
+    """A config of three small layers without dropout.
+
+    Args:
+        family: "hubert" or "wavlm".
+        size: "base" (group_norm extractor, post-norm) or "large" (layer_norm extractor, pre-norm, conv
+            bias, normalised waveform).
+        changes: keys to override.
+    """
+    large = size == "large"
+    heads = (
+        {
+            "encoder_total_num_heads": [4, 4, 4],
+            "encoder_remaining_heads": [[0, 1, 2, 3]] * 3,
+            "encoder_num_buckets": 16,
+            "encoder_max_distance": 40,
+        }
+        if family == "wavlm"
+        else {"encoder_num_heads": [4, 4, 4], "encoder_head_dim": 4}
+    )
+    return {
+        "extractor_mode": "layer_norm" if large else "group_norm",
+        "extractor_conv_layer_config": SMALL_CONV_LAYERS,
+        "extractor_conv_bias": large,
+        "encoder_embed_dim": 16,
+        "encoder_projection_dropout": 0.0,
+        "encoder_pos_conv_kernel": 8,
+        "encoder_pos_conv_groups": 4,
+        "encoder_num_layers": 3,
+        "encoder_use_attention": [True, True, True],
+        "encoder_use_feed_forward": [True, True, True],
+        **heads,
+        "encoder_attention_dropout": 0.0,
+        "encoder_ff_interm_features": [20, 20, 20],
+        "encoder_ff_interm_dropout": 0.0,
+        "encoder_dropout": 0.0,
+        "encoder_layer_norm_first": large,
+        "encoder_layer_drop": 0.0,
+        "aux_num_out": None,
+        "normalize_waveform": large,
+        "extractor_prune_conv_channels": False,
+        "encoder_prune_attention_heads": False,
+        "encoder_prune_attention_layer": False,
+        "encoder_prune_feed_forward_intermediate": False,
+        "encoder_prune_feed_forward_layer": False,
+        **changes,
+    }
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Move every parameter, masks apart, away from its start: no norm, bias, gate or scale stays 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if not name.endswith("log_alpha"):
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+
+
+def random_model(config: dict[str, Any], seed: int = 0) -> Wav2Vec2Model:
+    """The model of a config with random weights, in eval mode."""
+    model = wav2vec2_model(**config)
+    randomize(model, seed)
+    return model.eval()
+
+
+def random_waveforms(*num_samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Waveforms (B, T) with an offset and zeros behind the shorter ones, and their lengths (B,)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [0.3 * torch.randn(n, generator=generator) + 0.1 for n in num_samples]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(num_samples)
+
+
+def masks_of(model: torch.nn.Module) -> dict[str, HardConcrete]:
+    """The masks of a model by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, HardConcrete)}
+
+
+def num_elements(model: torch.nn.Module) -> int:
+    """The exact number of parameters, masks apart."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.endswith("log_alpha"))
+
+
+def assert_same_frames(
+    ours: list[Tensor], theirs: list[Tensor], lengths: Tensor | None = None, tolerance: float = 1e-5
+) -> None:
+    """Both lists hold equal (B, frames, D) tensors up to each row's valid frames (None: all are valid)."""
+    assert len(ours) == len(theirs)
+    for stage, (our_stage, their_stage) in enumerate(zip(ours, theirs, strict=True)):
+        assert our_stage.shape == their_stage.shape, f"stage {stage}"
+        for row in range(len(our_stage)):
+            valid = slice(None if lengths is None else int(lengths[row]))
+            torch.testing.assert_close(
+                our_stage[row, valid],
+                their_stage[row, valid],
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda text, stage=stage, row=row: f"stage {stage}, row {row}: {text}",
+            )

@@ -1,0 +1,267 @@
+"""Imports HuBERT, wav2vec 2.0 and WavLM checkpoints in fairseq's format, without fairseq.
+
+Three layouts of settings are published: ``cfg`` with one dict per component (fairseq from 2021 on, plain or as an
+omegaconf DictConfig), ``args`` (an argparse.Namespace, before that), and a flat ``cfg`` (Microsoft's WavLM). Settings
+that a file lacks have the defaults of the program that wrote it.
+"""
+
+import ast
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from ..errors import UserError
+from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
+from .restricted_unpickler import read_foreign_file, to_plain
+
+# (our prefix, fairseq's prefix); {} is a layer index.
+_ENCODER_NAMES = [
+    ("encoder.feature_projection.layer_norm", "layer_norm"),
+    ("encoder.feature_projection.projection", "post_extract_proj"),
+    ("encoder.transformer.pos_conv_embed.conv", "encoder.pos_conv.0"),
+    ("encoder.transformer.layer_norm", "encoder.layer_norm"),
+    ("encoder.transformer.layers.{}.attention.gru_rel_pos_const", "encoder.layers.{}.self_attn.grep_a"),
+    ("encoder.transformer.layers.{}.attention.gru_rel_pos_linear", "encoder.layers.{}.self_attn.grep_linear"),
+    ("encoder.transformer.layers.{}.attention.rel_attn_embed", "encoder.layers.{}.self_attn.relative_attention_bias"),
+    ("encoder.transformer.layers.{}.attention", "encoder.layers.{}.self_attn"),
+    ("encoder.transformer.layers.{}.layer_norm", "encoder.layers.{}.self_attn_layer_norm"),
+    ("encoder.transformer.layers.{}.feed_forward.intermediate_dense", "encoder.layers.{}.fc1"),
+    ("encoder.transformer.layers.{}.feed_forward.output_dense", "encoder.layers.{}.fc2"),
+    ("encoder.transformer.layers.{}.final_layer_norm", "encoder.layers.{}.final_layer_norm"),
+]
+# fairseq keeps conv, dropout, norm and activation of a layer in one Sequential. In layer_norm mode the norm lies
+# between two transpositions in a Sequential of its own.
+_EXTRACTOR_NAMES = {
+    "group_norm": [
+        ("feature_extractor.conv_layers.{}.conv", "feature_extractor.conv_layers.{}.0"),
+        ("feature_extractor.conv_layers.{}.layer_norm", "feature_extractor.conv_layers.{}.2"),
+    ],
+    "layer_norm": [
+        ("feature_extractor.conv_layers.{}.conv", "feature_extractor.conv_layers.{}.0"),
+        ("feature_extractor.conv_layers.{}.layer_norm", "feature_extractor.conv_layers.{}.2.1"),
+    ],
+}
+
+_DROPPED_NAMES = {
+    "mask_emb": "replaces masked frames in pre-training",
+    "final_proj": "pre-training target projection",
+    "label_embs_concat": "HuBERT's cluster embeddings, pre-training targets",
+    "quantizer": "wav2vec 2.0's codebooks, pre-training targets",
+    "project_q": "wav2vec 2.0's projection of the quantised targets",
+    "target_glu": "gate on pre-training targets",
+}
+# A fine-tuned model holds the backbone under a prefix, beside its own output layer.
+_FINE_TUNED_PREFIX = "w2v_encoder.w2v_model."
+_DROPPED_HEAD_NAMES = {"w2v_encoder.proj": "CTC head"}
+
+_FAMILIES = {"hubert": "HuBERT", "wav2vec2": "wav2vec 2.0"}
+_FAMILY_BY_KEY = {"label_embs_concat": "hubert", "quantizer.vars": "wav2vec2"}
+
+_EXTRACTOR_MODES = {"default": "group_norm", "layer_norm": "layer_norm"}
+
+# fairseq's and WavLM's defaults, for settings that the file lacks.
+_DEFAULTS: dict[str, Any] = {
+    "extractor_mode": "default",
+    "conv_feature_layers": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2",
+    "conv_bias": False,
+    "encoder_embed_dim": 768,
+    "conv_pos": 128,
+    "conv_pos_groups": 16,
+    "encoder_layers": 12,
+    "encoder_attention_heads": 12,
+    "encoder_ffn_embed_dim": 3072,
+    "layer_norm_first": False,
+    "normalize": False,
+    "num_buckets": 320,
+    "max_distance": 1280,
+    "relative_position_embedding": False,
+    "gru_rel_pos": False,
+}
+
+# Settings that would make it another model: name -> values that do not. All may be absent.
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "activation_fn": ("gelu",),
+    "layer_type": ("transformer",),
+    "pos_conv_depth": (1,),
+    "conv_pos_batch_norm": (False,),
+    "attn_type": ("", None),
+    "quantize_input": (False,),
+    "expand_attention_head_size": (-1,),
+}
+
+_MAX_CONV_LAYERS = 64
+
+
+def import_fairseq_model(
+    path: str | PathLike, dropouts: Dropouts | None = None, normalize_waveform: bool | None = None
+) -> ImportedModel:
+    """Import a fairseq-format checkpoint: pre-trained, or fine-tuned with CTC (the head is left out).
+
+    Args:
+        path: the checkpoint, in torch's zip or older format, full or half precision.
+        dropouts: written into the config; the published training's by default.
+        normalize_waveform: overrides what the file says.
+
+    Raises:
+        UserError: the file is damaged, asks for foreign code, or holds a model of another architecture.
+    """
+    source = str(path)
+    contents = read_foreign_file(path)
+    weights = contents.get("model") if isinstance(contents, dict) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
+        found = f"keys {sorted(map(str, contents))[:8]}" if isinstance(contents, dict) else type(contents).__name__
+        raise UserError(f"{source}: expected a fairseq checkpoint with its weights under 'model', found {found}")
+
+    settings, task = _find_settings(contents, source)
+    backbone = Backbone(_DROPPED_NAMES)
+    if any(name.startswith(_FINE_TUNED_PREFIX) for name in weights):
+        settings = _backbone_settings(settings, source)
+        backbone = Backbone(_DROPPED_NAMES, _FINE_TUNED_PREFIX, _DROPPED_HEAD_NAMES)
+    architecture = _read_architecture(settings, task, weights, normalize_waveform, source)
+    names = _EXTRACTOR_NAMES[architecture.extractor_mode] + _ENCODER_NAMES
+    return import_weights(architecture, dropouts or Dropouts(), weights, names, backbone, source)
+
+
+def _find_settings(contents: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The settings of the model, and those that say whether waveforms are normalised (None if there are none)."""
+    for entry in ("cfg", "args"):
+        settings = to_plain(contents.get(entry), source)
+        if isinstance(settings, dict):
+            return _split_settings(settings, f"{source}: {entry}")
+    raise UserError(
+        f"{source}: expected the model's settings under 'cfg' or 'args', found keys {sorted(map(str, contents))[:8]}; "
+        "give a checkpoint that fairseq or WavLM's program wrote"
+    )
+
+
+def _split_settings(settings: dict[str, Any], place: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Split settings into the model's and the task's; those without components are both."""
+    if "model" not in settings:
+        return settings, settings
+    model, task = settings["model"], settings.get("task")
+    if not isinstance(model, dict):
+        raise UserError(f"{place}.model: expected a dict of settings, found {type(model).__name__}")
+    return model, task if isinstance(task, dict) else None
+
+
+def _backbone_settings(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """The pre-trained model's settings, which a fine-tuned model's hold under ``w2v_args``."""
+    backbone = settings.get("w2v_args")
+    if not isinstance(backbone, dict):
+        raise UserError(
+            f"{source}: a fine-tuned model that does not hold its backbone's settings (w2v_args); "
+            "convert the pre-trained checkpoint, or the same model from the Hugging Face hub"
+        )
+    return _split_settings(backbone, f"{source}: w2v_args")[0]
+
+
+def _read_architecture(
+    settings: dict[str, Any],
+    task: dict[str, Any] | None,
+    weights: Mapping[str, Any],
+    normalize_waveform: bool | None,
+    source: str,
+) -> Architecture:
+    def setting(name: str, kind: type, place: dict[str, Any] = settings) -> Any:
+        value = place.get(name, _DEFAULTS[name])
+        if type(value) is not kind:
+            raise UserError(f"{source}: setting {name} is {value!r}, expected {kind.__name__}; the file is damaged")
+        return value
+
+    is_wavlm = "relative_position_embedding" in settings or any(".self_attn.grep_" in name for name in weights)
+    family = "WavLM" if is_wavlm else _family(settings, weights, source)
+    for name, accepted in _ACCEPTED.items():
+        if name in settings and settings[name] not in accepted:
+            raise UserError(
+                f"{source}: {family} with {name} {settings[name]!r}, expected {accepted[0]!r}; "
+                "such a model has no counterpart here and cannot be converted"
+            )
+    if is_wavlm and not (setting("relative_position_embedding", bool) and setting("gru_rel_pos", bool)):
+        raise UserError(
+            f"{source}: WavLM without gated relative positions (relative_position_embedding and gru_rel_pos), "
+            "expected both to be true; such a model cannot be converted"
+        )
+    if setting("extractor_mode", str) not in _EXTRACTOR_MODES:
+        raise UserError(
+            f"{source}: extractor_mode {settings['extractor_mode']!r}, expected one of {list(_EXTRACTOR_MODES)}"
+        )
+    if normalize_waveform is None:
+        if task is None:
+            raise UserError(
+                f"{source}: no cfg.task, which says whether the model wants normalised waveforms; "
+                "give --normalize_waveform true or false"
+            )
+        normalize_waveform = setting("normalize", bool, task)
+
+    return Architecture(
+        family=family,
+        extractor_mode=_EXTRACTOR_MODES[setting("extractor_mode", str)],
+        conv_layers=parse_conv_layers(setting("conv_feature_layers", str), source),
+        conv_bias=setting("conv_bias", bool),
+        embed_dim=setting("encoder_embed_dim", int),
+        pos_conv_kernel=setting("conv_pos", int),
+        pos_conv_groups=setting("conv_pos_groups", int),
+        num_layers=setting("encoder_layers", int),
+        num_heads=setting("encoder_attention_heads", int),
+        ff_interm_features=setting("encoder_ffn_embed_dim", int),
+        layer_norm_first=setting("layer_norm_first", bool),
+        normalize_waveform=normalize_waveform,
+        relative_positions=RelativePositions(setting("num_buckets", int), setting("max_distance", int))
+        if is_wavlm
+        else None,
+    )
+
+
+def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -> str:
+    name = settings.get("_name") or settings.get("arch")
+    if name is None:  # the two differ in their pre-training targets only
+        name = next((family for key, family in _FAMILY_BY_KEY.items() if key in weights), None)
+    if name not in _FAMILIES:
+        raise UserError(
+            f"{source}: a fairseq model of kind {name!r}, expected one of {list(_FAMILIES)} or a WavLM; "
+            "other architectures cannot be converted"
+        )
+    return _FAMILIES[name]
+
+
+def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> list[list[int]]:
+    """Read fairseq's conv layers, Python such as ``[(512,10,5)] + [(512,3,2)] * 4``, without running it.
+
+    Returns:
+        ``[channels, kernel, stride]`` of each layer.
+
+    Raises:
+        UserError: anything but lists and tuples of whole numbers, joined by + and repeated by *, or too many layers.
+    """
+    try:
+        layers = _evaluate(ast.parse(expression.strip(), mode="eval").body)
+        if not isinstance(layers, list) or not 0 < len(layers) <= _MAX_CONV_LAYERS:
+            raise ValueError(f"not a list of 1 to {_MAX_CONV_LAYERS} layers")
+        for layer in layers:
+            if not isinstance(layer, list) or len(layer) != 3 or not all(type(n) is int and n > 0 for n in layer):
+                raise ValueError(f"{layer} is not (channels, kernel, stride)")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(
+            f"{source}: conv_feature_layers {expression[:100]!r} cannot be read ({error}), "
+            "expected lists of (channels, kernel, stride)"
+        ) from error
+    return layers
+
+
+def _evaluate(node: ast.expr) -> Any:
+    """Value of a literal built of whole numbers, lists and tuples (both returned as lists), + and *."""
+    match node:
+        case ast.Constant(value=number) if type(number) is int:
+            return number
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            return [_evaluate(element) for element in elements]
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            first, second = _evaluate(left), _evaluate(right)
+            if isinstance(first, list) and isinstance(second, list):
+                return first + second
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            items, times = _evaluate(left), _evaluate(right)
+            # The bound comes before the multiplication: the file may ask for more than memory holds.
+            if isinstance(items, list) and isinstance(times, int) and len(items) * times <= _MAX_CONV_LAYERS:
+                return items * times
+    raise ValueError(f"{ast.unparse(node)} is not allowed")
