@@ -42,8 +42,8 @@ FolderPatterns = dict[str, list[str]]  # split name to its folders
 Splits = dict[str, list[str]]  # split name to its files
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The flags of this script."""
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags of this script, from ``arguments`` or the command line."""
     parser = cli.make_parser(__doc__)
     parser.add_argument("--data", required=True, help="folder of the corpus")
     parser.add_argument("--out", required=True, help="folder to write the manifests to")
@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses the files that --valid_fraction holds out")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read headers")
-    return parser
+    return parser.parse_args(arguments)
 
 
 def find_audio(root: str) -> list[str]:
@@ -288,4 +288,4 @@ def _folders_below(root: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser().parse_args())
+    cli.run(main, parse_args())

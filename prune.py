@@ -18,7 +18,7 @@ from lightning import PRUNED_MODEL, read_training_checkpoint, split_state_dict
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
-from wav2vec2.sparsity import fit_masks
+from wav2vec2.sparsity import expected_num_params, fit_masks
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,7 +44,7 @@ def fit_to_target(model: Wav2Vec2Model, training: dict[str, Any], args: argparse
     target = args.target_sparsity if args.target_sparsity is not None else training.get("target_sparsity")
     if target is None:
         return
-    expected = 1 - float(model.get_num_params()) / original
+    expected = 1 - expected_num_params(model) / original
     shift = fit_masks(model, (1 - target) * original, args.sparsity_tolerance * original)
     action = f"log_alpha moved by {shift:+.4f} to meet the target" if shift else "within tolerance, masks as trained"
     print(f"sparsity: target {target:.4f}, expected after training {expected:.4f}; {action}", file=sys.stderr)

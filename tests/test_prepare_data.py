@@ -42,7 +42,7 @@ def prepare(capfd: pytest.CaptureFixture) -> Callable[..., Result]:
     """Run the script's main as its last lines do, without the time that a new process takes."""
 
     def run(data: Path, out: Path, *options: str) -> Result:
-        args = prepare_data.make_parser().parse_args(["--data", str(data), "--out", str(out), *options])
+        args = prepare_data.parse_args(["--data", str(data), "--out", str(out), *options])
         returncode = 0
         try:
             cli.run(prepare_data.main, args)

@@ -239,6 +239,8 @@ class ConvolutionalPositionalEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
         num_frames = x.size(1)
+        if num_frames == 0:  # torch has no convolution over nothing
+            return x
         x = self.conv(x.transpose(1, 2))[..., :num_frames]  # an even kernel makes one frame too many
         return F.gelu(x).transpose(1, 2)
 

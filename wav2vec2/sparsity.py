@@ -39,6 +39,12 @@ def _log_alphas(masks: list[HardConcrete], values: list[Tensor]) -> Iterator[Non
 
 
 @torch.no_grad()
+def expected_num_params(model: Wav2Vec2Model) -> float:
+    """``model.get_num_params()`` as a plain number."""
+    return float(model.get_num_params())
+
+
+@torch.no_grad()
 def smallest_num_params(model: Wav2Vec2Model) -> float:
     """Expected parameters if every mask dropped what it may: no target below this can be reached."""
     masks = _masks(model)
