@@ -194,9 +194,7 @@ class DistillModule(pl.LightningModule):
 
     def _hidden_states(self, model: Wav2Vec2Model, batch: tuple[Tensor, Tensor | None], depth: int) -> list[Tensor]:
         waveforms, lengths = batch
-        if depth == 0:  # only the projection is wanted; the model runs at least one layer
-            depth = 1
-        return model.extract_features(waveforms, lengths, num_layers=depth)[0]
+        return model.extract_features(waveforms, lengths, num_layers=max(depth, 1))[0]  # it runs at least one layer
 
     def _predictions(self, hidden_states: list[Tensor]) -> Tensor:
         """The student's version of the distilled teacher layers: (B, layers, frames, D)."""
@@ -220,9 +218,8 @@ class DistillModule(pl.LightningModule):
             loss = loss + penalty
             logged["loss_reg"] = penalty
             if mode == "train":
-                lagrangian = {"sparsity_expected": sparsity, "sparsity_target": target}
-                lagrangian |= {"lambda1": self.lambda1, "lambda2": self.lambda2}
-                self.log_dict({name: torch.as_tensor(value).item() for name, value in lagrangian.items()})
+                multipliers = {name: getattr(self, name).detach().clone() for name in ("lambda1", "lambda2")}
+                self.log_dict({"sparsity_expected": sparsity.detach(), "sparsity_target": target, **multipliers})
         logged = {f"{mode}_{name}": value.detach() for name, value in {"loss": loss, **logged}.items()}
         self.log_dict(
             logged,
@@ -295,6 +292,8 @@ def freeze_unreached(student: Wav2Vec2Model, depth: int) -> None:
     """
     transformer = student.encoder.transformer
     unreached = list(transformer.layers[depth:])
+    if depth == 0:  # only the projection is distilled
+        unreached += [transformer.pos_conv_embed, transformer.layer_norm]
     if transformer.layer_norm_first:  # pre-norm: the final norm acts in forward() only, others with their block
         unreached.append(transformer.layer_norm)
         for layer in transformer.layers:
@@ -452,6 +451,8 @@ class SpeechDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            # Its own, so that masks and dropout, which draw from the global one, do not depend on the loader.
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def train_dataloader(self) -> DataLoader:

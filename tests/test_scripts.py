@@ -230,6 +230,23 @@ def test_resume_continues_where_the_checkpoint_ends(manifests, small_teacher, tm
     assert torch.load(last, weights_only=True)["global_step"] == 9
 
 
+def test_same_seed_same_weights(manifests, small_teacher, tmp_path, monkeypatch):
+    states = []
+    for run, seed in (("a", 1), ("b", 1), ("c", 2)):
+        flags = small_run(manifests, small_teacher, seed=seed, num_workers=1 if run == "b" else 0)
+        run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / run)
+        states.append(torch.load(tmp_path / run / "ckpts" / "last.ckpt", weights_only=True)["state_dict"])
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
+
+
+def test_bf16(manifests, small_teacher, tmp_path, monkeypatch):
+    flags = small_run(manifests, small_teacher, precision="bf16", valid_interval=2)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp")
+    state = torch.load(tmp_path / "exp" / "ckpts" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in state.values())
+
+
 def test_two_processes_train_a_pre_norm_model(manifests, tmp_path):
     """DDP on two CPU processes: a final LayerNorm that gets no gradient does not stop it."""
     teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "large")
