@@ -79,6 +79,8 @@ class HardConcrete(nn.Module):
         num_zeros = (self.n_in - self.l0_norm().double()).round().clamp(max=self.n_in - self.min_kept)
         rank = self.log_alpha.argsort(stable=True).argsort()  # 0 is the weakest unit
         soft_mask = torch.sigmoid(self.log_alpha / self.temperature * _EVAL_SHARPNESS)
+        # A kept unit must not count as dropped because its soft value underflows.
+        soft_mask = soft_mask.clamp(min=torch.finfo(soft_mask.dtype).tiny)
         return soft_mask * (rank >= num_zeros)
 
     def extra_repr(self) -> str:

@@ -1,10 +1,8 @@
 """What several test files share: small models with no parameter at a trivial value, and comparisons of frames."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -15,15 +13,6 @@ REFERENCE = Path(__file__).resolve().parent / "data" / "reference"
 
 # 40 samples a frame, so that short waveforms make enough of them.
 SMALL_CONV_LAYERS = [[10, 10, 5], [12, 3, 2], [8, 3, 2], [9, 2, 2]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Acts in each file that imports it: threads make tiny operations slower, by far on a busy machine."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def small_config(family: str, size: str = "base", **changes: Any) -> dict[str, Any]:

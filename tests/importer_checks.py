@@ -17,8 +17,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).resolve().parent / "data" / "fixtures"
 TOLERANCE = 1e-5
 
-torch.set_num_threads(1)
-
 
 def load_expected(directory: Path) -> dict[str, Tensor]:
     with np.load(directory / "expected.npz") as arrays:

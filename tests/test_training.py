@@ -200,7 +200,8 @@ def test_multipliers_climb_and_masks_close():
     ],
 )
 @pytest.mark.parametrize(
-    ("mode", "layers"), [("layer2layer", [0, 1, 3]), ("layer2layer", [0, 2]), ("layer2layer", [0]), ("predlayer", [1, 2])]
+    ("mode", "layers"),
+    [("layer2layer", [0, 1, 3]), ("layer2layer", [0, 2]), ("layer2layer", [0]), ("predlayer", [1, 2])],
 )
 def test_every_trained_parameter_gets_a_gradient(family, size, changes, mode, layers):
     """DDP waits for the gradient of each parameter that asks for one, and a frozen one must have had none."""

@@ -59,7 +59,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; give the path of a checkpoint")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{path}: not a checkpoint that can be read safely ({reason}); "

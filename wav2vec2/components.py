@@ -370,6 +370,8 @@ class WavLMSelfAttention(SelfAttention):
         self.total_num_heads = total_num_heads
         self.num_buckets = num_buckets
         self.max_distance = max_distance
+        self.remaining_heads = list(remaining_heads)
+        # The same on the model's device, so that selecting them waits for nothing.
         self.register_buffer("head_index", torch.tensor(remaining_heads, dtype=torch.long), persistent=False)
         self.rel_attn_embed = nn.Embedding(num_buckets, total_num_heads) if holds_table else None
         self.gru_rel_pos_linear = nn.Linear(head_dim, 8)
@@ -413,12 +415,13 @@ class WavLMSelfAttention(SelfAttention):
     def _keep_heads(self, head_index: Tensor) -> None:
         super()._keep_heads(head_index)
         self.head_index = self.head_index[head_index]
+        self.remaining_heads = self.head_index.tolist()
 
     @property
     def shape(self) -> dict[str, Any]:
         return {
             "encoder_total_num_heads": self.total_num_heads,
-            "encoder_remaining_heads": self.head_index.tolist(),
+            "encoder_remaining_heads": list(self.remaining_heads),
         }
 
 

@@ -194,6 +194,8 @@ def wav2vec2_model(**config: Any) -> Wav2Vec2Model:
 
 def hubert_model(
     *,
+    encoder_num_layers: int,
+    encoder_embed_dim: int,
     encoder_num_heads: int | Sequence[int],
     encoder_head_dim: int | None = None,
     **config: Any,
@@ -201,6 +203,7 @@ def hubert_model(
     """Build HuBERT or wav2vec 2.0 from its config.
 
     Args:
+        encoder_num_layers, encoder_embed_dim: as in :func:`_build`.
         encoder_num_heads: heads of each layer; one number means the same in every layer.
         encoder_head_dim: K; default D / heads, where the number of heads is one number.
         config: the other keys, see :func:`_build`.
@@ -208,22 +211,26 @@ def hubert_model(
     if encoder_head_dim is None:
         if not isinstance(encoder_num_heads, int):
             raise ValueError("encoder_head_dim is needed where encoder_num_heads is a list")
-        encoder_head_dim = config["encoder_embed_dim"] // encoder_num_heads
-    heads = _per_layer("encoder_num_heads", encoder_num_heads, config["encoder_num_layers"])
+        encoder_head_dim = encoder_embed_dim // encoder_num_heads
+    heads = _per_layer("encoder_num_heads", encoder_num_heads, encoder_num_layers)
 
     def attention(layer: int, holds_table: bool, **options: Any) -> SelfAttention:
-        return SelfAttention(config["encoder_embed_dim"], heads[layer], encoder_head_dim, **options)
+        return SelfAttention(encoder_embed_dim, heads[layer], encoder_head_dim, **options)
 
     return _build(
         attention,
         attention_config={"encoder_head_dim": encoder_head_dim},
         attention_shapes=[{"encoder_num_heads": n} for n in heads],
+        encoder_num_layers=encoder_num_layers,
+        encoder_embed_dim=encoder_embed_dim,
         **config,
     )
 
 
 def wavlm_model(
     *,
+    encoder_num_layers: int,
+    encoder_embed_dim: int,
     encoder_total_num_heads: int | Sequence[int],
     encoder_remaining_heads: Sequence[Sequence[int]],
     encoder_num_buckets: int,
@@ -233,18 +240,21 @@ def wavlm_model(
     """Build WavLM from its config.
 
     Args:
+        encoder_num_layers, encoder_embed_dim: as in :func:`_build`.
         encoder_total_num_heads: heads of each layer before pruning; D / heads is the head dimension.
         encoder_remaining_heads: the indices of each layer's remaining heads.
         encoder_num_buckets, encoder_max_distance: of the relative position table.
         config: the other keys, see :func:`_build`.
     """
-    num_layers, embed_dim = config["encoder_num_layers"], config["encoder_embed_dim"]
-    total = _per_layer("encoder_total_num_heads", encoder_total_num_heads, num_layers)
-    remaining = _per_layer("encoder_remaining_heads", [list(heads) for heads in encoder_remaining_heads], num_layers)
+    total = _per_layer("encoder_total_num_heads", encoder_total_num_heads, encoder_num_layers)
+    remaining = [list(heads) for heads in encoder_remaining_heads]
+    remaining = _per_layer("encoder_remaining_heads", remaining, encoder_num_layers)
     if len(set(total)) > 1:
         raise ValueError(f"encoder_total_num_heads: the layers share one position table, found {total}")
-    if embed_dim % total[0]:
-        raise ValueError(f"encoder_embed_dim {embed_dim} is not a multiple of encoder_total_num_heads {total[0]}")
+    if encoder_embed_dim % total[0]:
+        raise ValueError(
+            f"encoder_embed_dim {encoder_embed_dim} is not a multiple of encoder_total_num_heads {total[0]}"
+        )
     for layer, heads in enumerate(remaining):
         if heads != sorted(set(heads)) or not all(0 <= head < total[layer] for head in heads):
             raise ValueError(
@@ -254,7 +264,7 @@ def wavlm_model(
 
     def attention(layer: int, **options: Any) -> WavLMSelfAttention:
         return WavLMSelfAttention(
-            embed_dim,
+            encoder_embed_dim,
             total[layer],
             remaining[layer],
             num_buckets=encoder_num_buckets,
@@ -269,6 +279,8 @@ def wavlm_model(
             {"encoder_total_num_heads": n, "encoder_remaining_heads": heads}
             for n, heads in zip(total, remaining, strict=True)
         ],
+        encoder_num_layers=encoder_num_layers,
+        encoder_embed_dim=encoder_embed_dim,
         **config,
     )
 
@@ -342,6 +354,11 @@ def _build(
         raise ValueError(f"encoder_num_layers: expected at least 1, found {encoder_num_layers}")
     if extractor_conv_layer_config is None:
         extractor_conv_layer_config = CONV_LAYERS
+    if not extractor_conv_layer_config or any(min(layer) < 1 for layer in extractor_conv_layer_config):
+        raise ValueError(
+            "extractor_conv_layer_config: expected [channels, kernel, stride] of each layer, all at least 1, found "
+            f"{extractor_conv_layer_config}"
+        )
     use_attention = _per_layer("encoder_use_attention", encoder_use_attention, encoder_num_layers)
     use_feed_forward = _per_layer("encoder_use_feed_forward", encoder_use_feed_forward, encoder_num_layers)
     ff_interm_features = _per_layer("encoder_ff_interm_features", encoder_ff_interm_features, encoder_num_layers)

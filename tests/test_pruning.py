@@ -1,0 +1,565 @@
+"""Pruning: masked equals pruned and counts are exact, for random architectures, units and masks, and at the edges."""
+
+import copy
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    assert_same_frames,
+    masks_of,
+    num_elements,
+    random_model,
+    random_waveforms,
+    randomize,
+    small_config,
+)
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hardconcrete import HardConcrete
+from wav2vec2 import checkpoint
+from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, masked_units, wav2vec2_model, with_masks
+from wav2vec2.sparsity import fit_masks, pruned_num_params, smallest_num_params
+
+CERTAIN = 40.0  # sigmoid(40) is 1 in float32
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+UNIT_SETS = st.sets(st.sampled_from(sorted(PRUNING_UNITS)), min_size=1)
+
+
+# --- random architectures and masks
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    """Small architectures of all families and shapes, some of them already irregular; no masks yet."""
+    use_block = st.sampled_from([True, True, True, False])
+    num_layers = draw(st.integers(1, 4))
+    num_heads = draw(st.integers(1, 4))
+    head_dim = draw(st.sampled_from([2, 3]))
+    pos_conv_groups = draw(st.sampled_from([1, 2]))
+
+    def per_layer(values: st.SearchStrategy) -> list[Any]:
+        return draw(st.lists(values, min_size=num_layers, max_size=num_layers))
+
+    changes = {
+        "extractor_conv_layer_config": [
+            [draw(st.integers(1, 7)), kernel, stride] for kernel, stride in [(10, 5), (3, 2), (2, 2)]
+        ],
+        "extractor_conv_bias": draw(st.booleans()),
+        "encoder_embed_dim": 2 * num_heads * head_dim,
+        "encoder_pos_conv_kernel": draw(st.sampled_from([3, 4])),
+        "encoder_pos_conv_groups": pos_conv_groups,
+        "encoder_num_layers": num_layers,
+        "encoder_use_attention": per_layer(use_block),
+        "encoder_use_feed_forward": per_layer(use_block),
+        "encoder_ff_interm_features": per_layer(st.integers(1, 9)),
+    }
+    family = draw(st.sampled_from(["hubert", "wavlm"]))
+    if family == "wavlm":
+        heads = st.sets(st.integers(0, num_heads - 1), min_size=1).map(sorted)
+        changes["encoder_total_num_heads"] = [num_heads] * num_layers
+        changes["encoder_remaining_heads"] = per_layer(heads)
+        changes["encoder_num_buckets"] = 8
+    else:
+        changes["encoder_num_heads"] = per_layer(st.integers(1, num_heads))
+        changes["encoder_head_dim"] = head_dim
+    return small_config(family, draw(st.sampled_from(["base", "large"])), **changes)
+
+
+def scattered(size: int, generator: torch.Generator) -> Tensor:
+    return 3 * torch.randn(size, generator=generator)
+
+
+def one_left(size: int, generator: torch.Generator) -> Tensor:
+    survivor = torch.randint(size, (), generator=generator)
+    return torch.where(torch.arange(size) == survivor, CERTAIN, -CERTAIN)
+
+
+# What a mask can look like; the names say what happens to its units.
+LOG_ALPHAS = {
+    "scattered": scattered,
+    "undecided": lambda size, generator: 0.3 * torch.randn(size, generator=generator),
+    "one left": one_left,
+    "some certainly gone": lambda size, generator: CERTAIN * scattered(size, generator).sign(),
+    "all kept": lambda size, generator: torch.full((size,), CERTAIN),
+    "all gone": lambda size, generator: torch.randn(size, generator=generator) - 15,
+}
+
+
+@st.composite
+def masked_models(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(LOG_ALPHAS)) -> Wav2Vec2Model:
+    """Models in eval mode with random weights, masks on any non-empty set of units, each of any of the kinds."""
+    config = with_masks(draw(configs()), draw(UNIT_SETS))
+    seed = draw(st.integers(0, 999))
+    model, generator = random_model(config, seed), torch.Generator().manual_seed(seed)
+    assume(masks_of(model))  # none where every layer lacks the block that the units belong to
+    with torch.no_grad():
+        for mask in masks_of(model).values():
+            mask.log_alpha.copy_(LOG_ALPHAS[draw(st.sampled_from(kinds))](mask.n_in, generator))
+    return model
+
+
+# --- masked against pruned
+
+
+class KeptChannelsLayerNorm(nn.Module):
+    """A LayerNorm over conv channels that sees only the kept ones, and gives zero for the others.
+
+    It is what makes a masked model comparable with its pruned self: LayerNorms over conv channels
+    are the one place where a dropped channel counts although it is zero.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, mask: HardConcrete, channel_dim: int) -> None:
+        super().__init__()
+        self.norm, self.mask, self.channel_dim = norm, mask, channel_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.mask().nonzero().flatten()
+        x = x.movedim(self.channel_dim, -1)
+        normalized = torch.zeros_like(x)
+        normalized[..., kept] = nn.functional.layer_norm(
+            x[..., kept], (len(kept),), self.norm.weight[kept], self.norm.bias[kept], self.norm.eps
+        )
+        return normalized.movedim(-1, self.channel_dim)
+
+
+def with_norms_over_kept_channels(model: Wav2Vec2Model) -> Wav2Vec2Model:
+    """A copy of a masked model whose LayerNorms over masked conv channels see the kept ones only."""
+    model = copy.deepcopy(model)
+    for layer in model.feature_extractor.conv_layers:
+        if layer.hard_concrete is not None and isinstance(layer.layer_norm, nn.LayerNorm):
+            layer.layer_norm = KeptChannelsLayerNorm(layer.layer_norm, layer.hard_concrete, channel_dim=1)
+    if layer.hard_concrete is not None:
+        projection = model.encoder.feature_projection
+        projection.layer_norm = KeptChannelsLayerNorm(projection.layer_norm, layer.hard_concrete, channel_dim=-1)
+    return model
+
+
+@torch.no_grad()
+def outputs(model: Wav2Vec2Model, lengths: Tensor | None, waveforms: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """Everything ``extract_features`` and ``forward`` return, and the valid frames."""
+    hidden_states, frame_lengths = model.extract_features(waveforms, lengths)
+    return [*hidden_states, model(waveforms, lengths)[0]], frame_lengths
+
+
+def check_pruning(masked: Wav2Vec2Model) -> Wav2Vec2Model:
+    """Prune a copy of the model and check all that must hold; returns the pruned copy.
+
+    In double precision: a LayerNorm over two or three channels can enlarge rounding errors a hundred times.
+    """
+    masked = copy.deepcopy(masked).double()
+    reference, pruned = with_norms_over_kept_channels(masked), copy.deepcopy(masked)
+    config = pruned.prune()
+
+    assert not masks_of(pruned)
+    assert masked_units(pruned.state_dict()) == []
+    assert pruned.get_num_params() == num_elements(pruned)
+    assert config == pruned.config
+
+    rebuilt = wav2vec2_model(**config).double().eval()
+    rebuilt.load_state_dict(pruned.state_dict(), strict=True)
+    assert rebuilt.config == config
+    assert rebuilt.get_num_params() == num_elements(rebuilt) == num_elements(pruned)
+    trained = {name for name, parameter in pruned.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in rebuilt.named_parameters() if parameter.requires_grad}
+
+    waveforms, lengths = random_waveforms(400, 260, 330)
+    waveforms = waveforms.double()
+    for given_lengths in (None, lengths):
+        expected, frame_lengths = outputs(reference, given_lengths, waveforms)
+        for model in (pruned, rebuilt):
+            found, found_lengths = outputs(model, given_lengths, waveforms)
+            assert_same_frames(found, expected, frame_lengths, tolerance=1e-6)
+            if frame_lengths is not None:
+                assert found_lengths.tolist() == frame_lengths.tolist()
+    return pruned
+
+
+@PROPERTY
+@given(masked_models())
+def test_pruned_equals_masked(masked: Wav2Vec2Model) -> None:
+    """Outputs, exact counts, and the config that rebuilds the pruned model."""
+    check_pruning(masked)
+
+
+@PROPERTY
+@given(masked_models())
+def test_extractor_keeps_what_its_masks_keep(masked: Wav2Vec2Model) -> None:
+    """The pruned extractor gives the masked one's kept channels, scaled alike; the others are zero there."""
+    reference, pruned = with_norms_over_kept_channels(masked.double()), copy.deepcopy(masked)
+    pruned.prune()
+    waveforms, _ = random_waveforms(400, 400)
+    with torch.no_grad():
+        expected = reference.feature_extractor(waveforms.double(), None)[0]
+        found = pruned.feature_extractor(waveforms.double(), None)[0]
+    last = masked.feature_extractor.conv_layers[-1].hard_concrete
+    kept = torch.ones(expected.size(-1), dtype=torch.bool) if last is None else last() != 0
+    assert not expected[..., ~kept].any()
+    torch.testing.assert_close(found, expected[..., kept], rtol=1e-6, atol=1e-6)
+
+
+@PROPERTY
+@given(masked_models())
+def test_pruning_a_pruned_model_again(masked: Wav2Vec2Model) -> None:
+    """A pruned architecture takes fresh masks on every unit it has left, and is pruned further."""
+    masked.prune()
+    again = wav2vec2_model(**with_masks(masked.config, PRUNING_UNITS))
+    missing, unexpected = again.load_state_dict(masked.state_dict(), strict=False)
+    assert not unexpected
+    assert all(key.endswith("log_alpha") for key in missing)
+    for number, mask in enumerate(masks_of(again).values()):
+        mask.log_alpha.data.copy_(scattered(mask.n_in, torch.Generator().manual_seed(number)))
+    check_pruning(again.eval())
+
+
+@PROPERTY
+@given(configs())
+def test_config_round_trip(config: dict[str, Any]) -> None:
+    """A config of lists comes back equal, survives JSON and a file, and names plain values only."""
+    model = wav2vec2_model(**config)
+    assert model.config == config
+    assert wav2vec2_model(**json.loads(json.dumps(config))).config == config
+    file = BytesIO()
+    torch.save(model.config, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == config
+
+
+@PROPERTY
+@given(configs())
+def test_unmasked_count_is_exact(config: dict[str, Any]) -> None:
+    """Without masks there is nothing to expect: a plain int, and pruning changes nothing."""
+    model = random_model(config)
+    assert model.get_num_params() == num_elements(model)
+    state_dict = copy.deepcopy(model.state_dict())
+    assert model.prune() == config
+    assert list(model.state_dict()) == list(state_dict)
+    assert all(torch.equal(tensor, state_dict[key]) for key, tensor in model.state_dict().items())
+
+
+# --- the expected count
+
+
+def blocks_of(model: Wav2Vec2Model) -> list[tuple[bool, bool]]:
+    return [(layer.attention is not None, layer.feed_forward is not None) for layer in model.encoder.transformer.layers]
+
+
+@PROPERTY
+@given(masked_models(kinds=("all kept", "one left", "some certainly gone")))
+def test_expected_count_of_certain_masks(masked: Wav2Vec2Model) -> None:
+    """Equals the size after pruning; biases and gates of a block whose units all go are the one difference."""
+    expected, blocks = masked.get_num_params().item(), blocks_of(masked)
+    decided = pruned_num_params(masked)
+    masked.prune()
+    channels = [channels for channels, _, _ in masked.config["extractor_conv_layer_config"]]
+    if blocks_of(masked) == blocks and 1 not in channels:  # one channel left may be the one that must stay
+        assert expected == pytest.approx(num_elements(masked), rel=1e-6)
+    if blocks_of(masked) == blocks:
+        assert decided == pytest.approx(num_elements(masked), rel=1e-6)
+    assert decided >= num_elements(masked) * (1 - 1e-6)
+
+
+@PROPERTY
+@given(masked_models(kinds=("undecided",)))
+def test_every_unit_lowers_the_expected_count(masked: Wav2Vec2Model) -> None:
+    """The count is differentiable, and grows with every single ``log_alpha``."""
+    masked.train().get_num_params().backward()
+    for name, mask in masks_of(masked).items():
+        assert (mask.log_alpha.grad > 0).all(), name
+    assert masked.get_num_params().item() < num_elements(masked)
+
+
+def test_expected_count_by_hand() -> None:
+    """HuBERT with all units at one undecided value each: the formula written out."""
+    model = random_model(with_masks(small_config("hubert", "large"), PRUNING_UNITS))
+    for mask in masks_of(model).values():
+        nn.init.zeros_(mask.log_alpha)
+    share = torch.tensor(1.1 / 0.1).pow(2 / 3).log().sigmoid().item()  # P(mask > 0) at log_alpha 0
+    channels = [share * n for n, _, _ in model.config["extractor_conv_layer_config"]]
+    kernels = [kernel for _, kernel, _ in model.config["extractor_conv_layer_config"]]
+    extractor = sum(
+        inputs * n * kernel + 3 * n for inputs, n, kernel in zip([1, *channels], channels, kernels, strict=False)
+    )
+    projection = 2 * channels[-1] + (channels[-1] + 1) * 16
+    attention = 3 * (16 + 1) * 16 * share + (16 * share + 1) * 16
+    feed_forward = (16 + 1) * 20 * share + (20 * share + 1) * 16
+    layers = 3 * (share * attention + share * feed_forward + 4 * 16)
+    pos_conv_and_norm = 8 + 16 * 4 * 8 + 16 + 2 * 16
+    expected = extractor + channels[-1] + projection + pos_conv_and_norm + layers
+    assert model.get_num_params().item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_masks_are_trained(family: str, size: str) -> None:
+    """The outputs in training give every mask a gradient, as they give every other trained parameter."""
+    model = wav2vec2_model(**with_masks(small_config(family, size), PRUNING_UNITS)).train()
+    randomize(model)
+    for mask in masks_of(model).values():
+        nn.init.zeros_(mask.log_alpha)
+    waveforms, lengths = random_waveforms(600, 400)
+    torch.manual_seed(0)
+    for _ in range(10):  # a single sample is often exactly 0 or 1, where it has no gradient
+        hidden_states, _ = model.extract_features(waveforms, lengths)
+        (torch.stack(hidden_states).square().mean() + model(waveforms, lengths)[0].square().mean()).backward()
+    for name, parameter in model.named_parameters():
+        if name == "feature_extractor.dummy_weight":
+            assert not parameter.requires_grad
+        else:
+            assert parameter.grad.any(), name
+            assert parameter.grad.isfinite().all(), name
+
+
+# --- the edges
+
+
+def edge_model(family: str, size: str, units: list[str]) -> Wav2Vec2Model:
+    """Three small layers whose masks are all undecided at first."""
+    model = random_model(with_masks(small_config(family, size), units))
+    for number, mask in enumerate(masks_of(model).values()):
+        mask.log_alpha.data.copy_(scattered(mask.n_in, torch.Generator().manual_seed(number)).abs() + 3)
+    return model
+
+
+def decide(model: Wav2Vec2Model, name: str, *kept: int, size: float = 15.0) -> None:
+    """Keep only these units of the mask whose module name ends in ``name``."""
+    (mask,) = [mask for module, mask in masks_of(model).items() if module.endswith(name)]
+    mask.log_alpha.data.fill_(-size)
+    mask.log_alpha.data[list(kept)] = size
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("unit", ["head", "attlayer"])
+@pytest.mark.parametrize("first_remaining", [1, 2])
+def test_wavlm_table_moves_to_the_first_remaining_attention(size: str, unit: str, first_remaining: int) -> None:
+    """With the first attentions gone, by heads or whole, the later ones still share the table."""
+    model = edge_model("wavlm", size, [unit])
+    table = model.encoder.transformer.layers[0].attention.rel_attn_embed.weight.detach().clone()
+    mask = {"head": "hard_concrete_for_heads", "attlayer": "hard_concrete_for_layer"}[unit]
+    for layer in range(first_remaining):
+        decide(model, f"layers.{layer}.attention.{mask}")
+    pruned = check_pruning(model)
+    assert pruned.config["encoder_use_attention"] == [layer >= first_remaining for layer in range(3)]
+    tables = {key: tensor for key, tensor in pruned.state_dict().items() if "rel_attn_embed" in key}
+    assert list(tables) == [f"encoder.transformer.layers.{first_remaining}.attention.rel_attn_embed.weight"]
+    assert torch.equal(*tables.values(), table.double())
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("unit", ["head", "attlayer", "interm", "ffnlayer"])
+def test_every_block_of_a_kind_gone(family: str, size: str, unit: str) -> None:
+    """Nothing of the blocks is left but the LayerNorms, and WavLM's table goes with its last attention."""
+    model = edge_model(family, size, [unit])
+    block = "attention" if unit in ("head", "attlayer") else "feed_forward"
+    for name in masks_of(model):
+        decide(model, name)
+    pruned = check_pruning(model)
+    assert not any(f".{block}." in key for key in pruned.state_dict())
+    assert pruned.config[f"encoder_use_{block}"] == [False] * 3
+    other = {"attention": "feed_forward", "feed_forward": "attention"}[block]
+    assert pruned.config[f"encoder_use_{other}"] == [True] * 3
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_only_the_layer_norms_of_a_layer_left(family: str, size: str) -> None:
+    model = edge_model(family, size, ["attlayer", "ffnlayer"])
+    decide(model, "layers.1.attention.hard_concrete_for_layer")
+    decide(model, "layers.1.feed_forward.hard_concrete_for_layer")
+    keys = [key for key in check_pruning(model).state_dict() if key.startswith("encoder.transformer.layers.1.")]
+    assert sorted(key.removeprefix("encoder.transformer.layers.1.") for key in keys) == [
+        "final_layer_norm.bias",
+        "final_layer_norm.weight",
+        "layer_norm.bias",
+        "layer_norm.weight",
+    ]
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_single_units_left(family: str, size: str) -> None:
+    """One head (not the first), one intermediate dimension and one conv channel each: the right ones stay."""
+    model = edge_model(family, size, ["conv", "head", "interm"])
+    for name in masks_of(model):
+        decide(model, name, 2)
+    rows = {
+        "attention.q_proj.weight": slice(2 * 4, 3 * 4),
+        "attention.k_proj.bias": slice(2 * 4, 3 * 4),
+        "attention.v_proj.weight": slice(2 * 4, 3 * 4),
+        "feed_forward.intermediate_dense.weight": slice(2, 3),
+    }
+    before = {name: model.encoder.transformer.layers[1].get_parameter(name)[kept] for name, kept in rows.items()}
+    pruned = check_pruning(model)
+    for name, parameter in before.items():
+        assert torch.equal(pruned.encoder.transformer.layers[1].get_parameter(name).float(), parameter), name
+    assert [channels for channels, _, _ in pruned.config["extractor_conv_layer_config"]] == [1] * 4
+    assert pruned.config["encoder_ff_interm_features"] == [1] * 3
+    if family == "wavlm":
+        assert pruned.config["encoder_remaining_heads"] == [[2]] * 3
+    else:
+        assert pruned.config["encoder_num_heads"] == [1] * 3
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_conv_layer_keeps_its_strongest_channel(size: str, layer: int) -> None:
+    """A conv layer whose channels would all go."""
+    model = edge_model("hubert", size, ["conv"])
+    conv = model.feature_extractor.conv_layers[layer]
+    conv.hard_concrete.log_alpha.data.fill_(-12.0)
+    conv.hard_concrete.log_alpha.data[5] = -11.0
+    weight = conv.conv.weight[5:6]
+    if layer > 0:
+        weight = weight * model.feature_extractor.conv_layers[layer - 1].hard_concrete()[:, None]
+    pruned = check_pruning(model)
+    assert pruned.config["extractor_conv_layer_config"][layer][0] == 1
+    torch.testing.assert_close(pruned.feature_extractor.conv_layers[layer].conv.weight.float(), weight)
+
+
+def test_all_gone_at_once() -> None:
+    """Every unit of every kind: what is left still runs and counts right."""
+    for family in ("hubert", "wavlm"):
+        model = edge_model(family, "base", list(PRUNING_UNITS))
+        for name in masks_of(model):
+            decide(model, name)
+        pruned = check_pruning(model)
+        assert pruned.config["encoder_use_attention"] == pruned.config["encoder_use_feed_forward"] == [False] * 3
+
+
+def test_soft_masks_move_into_the_consuming_weights() -> None:
+    """Layer masks scale weight and bias; the last conv's mask lands in ``dummy_weight`` and nowhere else."""
+    model = edge_model("hubert", "base", ["conv", "attlayer"])
+    attention = model.encoder.transformer.layers[0].attention
+    layer_mask, last_mask = attention.hard_concrete_for_layer(), model.feature_extractor.conv_layers[3].hard_concrete()
+    out_weight, out_bias = attention.out_proj.weight.clone(), attention.out_proj.bias.clone()
+    dummy_weight, projection = model.feature_extractor.dummy_weight.clone(), model.encoder.feature_projection
+    projection_weight = projection.projection.weight.clone()
+    model.prune()
+    assert 0 < layer_mask < 1
+    torch.testing.assert_close(attention.out_proj.weight, out_weight * layer_mask)
+    torch.testing.assert_close(attention.out_proj.bias, out_bias * layer_mask)
+    torch.testing.assert_close(model.feature_extractor.dummy_weight, (dummy_weight * last_mask)[last_mask != 0])
+    assert torch.equal(projection.projection.weight, projection_weight[:, last_mask != 0])
+    assert not model.training
+
+
+def test_pruned_model_in_a_file(tmp_path: Path) -> None:
+    """Saved as users get it, opened with ``weights_only=True``, rebuilt, loaded strictly and run."""
+    model = edge_model("wavlm", "base", ["conv", "head", "interm"])
+    decide(model, "layers.0.attention.hard_concrete_for_heads")
+    config = model.prune()
+    checkpoint.save(tmp_path / "pruned.pth", {"state_dict": model.state_dict(), "config": config})
+    contents = torch.load(tmp_path / "pruned.pth", weights_only=True)
+    rebuilt = wav2vec2_model(**contents["config"]).eval()
+    rebuilt.load_state_dict(contents["state_dict"], strict=True)
+    waveforms, lengths = random_waveforms(400, 300)
+    assert_same_frames(outputs(rebuilt, lengths, waveforms)[0], outputs(model, lengths, waveforms)[0], tolerance=0)
+
+
+# --- meeting a target size
+
+
+def trained_masks(family: str, units: list[str], seed: int = 0) -> Wav2Vec2Model:
+    """A model as it comes out of training: some units certain, others undecided."""
+    model = random_model(with_masks(small_config(family), units), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for mask in masks_of(model).values():
+        mask.log_alpha.data.copy_(scattered(mask.n_in, generator))
+    return model
+
+
+def log_alphas(model: Wav2Vec2Model) -> list[Tensor]:
+    return [mask.log_alpha.detach().clone() for mask in masks_of(model).values()]
+
+
+def largest_unit(model: Wav2Vec2Model) -> float:
+    """Parameters of the largest single unit, when all others are there."""
+    model = copy.deepcopy(model)
+    masks = masks_of(model).values()
+    for mask in masks:
+        mask.log_alpha.data.fill_(CERTAIN)
+    dense, sizes = model.get_num_params().item(), []
+    for mask in masks:
+        mask.log_alpha.data[0] = -CERTAIN
+        sizes.append(dense - model.get_num_params().item())
+        mask.log_alpha.data[0] = CERTAIN
+    return max(sizes)
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+@pytest.mark.parametrize("units", [["conv", "head", "interm"], ["interm"], ["head", "ffnlayer"]])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_fit_masks_meets_the_target(family: str, units: list[str], share: float) -> None:
+    """Within half the largest unit, by one constant for all masks; what is pruned then has that size."""
+    model = trained_masks(family, units)
+    originals, smallest = log_alphas(model), smallest_num_params(model)
+    target = smallest + share * (num_elements(model) - smallest)
+    shift = fit_masks(model, target, tolerance=0)
+    for value, original in zip(log_alphas(model), originals, strict=True):
+        assert torch.equal(value, original + shift)
+    size = pruned_num_params(model)
+    assert abs(size - target) <= largest_unit(model) / 2 + 1
+    blocks = blocks_of(model)
+    model.prune()
+    if blocks_of(model) == blocks:
+        assert num_elements(model) == pytest.approx(size, rel=1e-6)
+
+
+def test_fit_masks_leaves_a_met_target_alone() -> None:
+    """Up to the tolerance, on either side; the model comes back in eval mode."""
+    model = trained_masks("hubert", ["conv", "head", "interm"]).train()
+    originals, size = log_alphas(model), pruned_num_params(copy.deepcopy(model).eval())
+    for target in (size - 50, size, size + 50):
+        assert fit_masks(model, target, tolerance=50) == 0.0
+        assert not model.training
+        assert all(map(torch.equal, log_alphas(model), originals))
+    assert fit_masks(model, size + 500, tolerance=50) > 0.0
+    model = trained_masks("hubert", ["conv", "head", "interm"])
+    assert fit_masks(model, size - 500, tolerance=50) < 0.0
+
+
+def test_fit_masks_is_monotone() -> None:
+    """A larger target never makes a smaller model, and every unit of the smaller one stays."""
+    sizes, kept = [], []
+    for target in range(2500, 9500, 500):
+        model = trained_masks("wavlm", ["conv", "head", "interm"])
+        fit_masks(model, target, tolerance=0)
+        sizes.append(pruned_num_params(model))
+        kept.append(torch.cat([mask() != 0 for mask in masks_of(model).values()]))
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) > 10
+    for fewer, more in zip(kept, kept[1:], strict=False):
+        assert (more | ~fewer).all()
+
+
+@pytest.mark.parametrize(("target", "bound"), [(0, "smallest"), (10**9, "dense")])
+def test_fit_masks_out_of_reach(target: int, bound: str) -> None:
+    """The nearest size there is."""
+    model = trained_masks("hubert", ["interm"])
+    nearest = {"smallest": smallest_num_params(model), "dense": num_elements(model)}[bound]
+    fit_masks(model, target, tolerance=0)
+    assert pruned_num_params(model) == pytest.approx(nearest, rel=1e-6)
+
+
+@PROPERTY
+@given(masked_models())
+def test_sizes_leave_the_masks_alone(masked: Wav2Vec2Model) -> None:
+    """Asking for a size changes nothing; no pruned size is below the smallest."""
+    before = log_alphas(masked)
+    smallest, decided = smallest_num_params(masked), pruned_num_params(masked)
+    assert all(map(torch.equal, log_alphas(masked), before))
+    assert smallest <= decided * (1 + 1e-6)
+    assert decided <= num_elements(masked) * (1 + 1e-6)
+
+
+def test_smallest_num_params() -> None:
+    """With only intermediate dimensions to lose, all else is left."""
+    model = trained_masks("hubert", ["interm"])
+    lost = sum((16 + 1) * features + features * 16 for features in model.config["encoder_ff_interm_features"])
+    assert smallest_num_params(model) == pytest.approx(num_elements(model) - lost, rel=1e-6)
