@@ -754,7 +754,7 @@ def _quiet_lightning() -> None:
         "does not have many workers",
         "number of training batches .* is smaller than the logging interval",
         "module.s. in eval mode at the start of training",  # the teacher, on purpose
-        "isinstance.treespec, LeafSpec. is deprecated",  # Lightning's own use of torch
+        "isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", f".*{message}.*")
 

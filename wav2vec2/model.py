@@ -480,222 +480,122 @@ def _wavlm_size(size: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _named(
+def _named_model(
+    name: str,
+    description: str,
     size: dict[str, Any],
+    *,
     projection_dropout: float,
     attention_dropout: float,
     ff_interm_dropout: float,
     dropout: float,
     layer_drop: float,
-    aux_num_out: int | None,
-    options: dict[str, bool],
-) -> Wav2Vec2Model:
-    config = size | {
-        "encoder_projection_dropout": projection_dropout,
-        "encoder_attention_dropout": attention_dropout,
-        "encoder_ff_interm_dropout": ff_interm_dropout,
-        "encoder_dropout": dropout,
-        "encoder_layer_drop": layer_drop,
-        "aux_num_out": aux_num_out,
-    }
-    return wav2vec2_model(**config | options)
+) -> Callable[..., Wav2Vec2Model]:
+    """A factory with torchaudio's signature and default dropouts for one published architecture."""
 
+    def factory(
+        encoder_projection_dropout: float = projection_dropout,
+        encoder_attention_dropout: float = attention_dropout,
+        encoder_ff_interm_dropout: float = ff_interm_dropout,
+        encoder_dropout: float = dropout,
+        encoder_layer_drop: float = layer_drop,
+        aux_num_out: int | None = None,
+        **options: bool,
+    ) -> Wav2Vec2Model:
+        config = size | {
+            "encoder_projection_dropout": encoder_projection_dropout,
+            "encoder_attention_dropout": encoder_attention_dropout,
+            "encoder_ff_interm_dropout": encoder_ff_interm_dropout,
+            "encoder_dropout": encoder_dropout,
+            "encoder_layer_drop": encoder_layer_drop,
+            "aux_num_out": aux_num_out,
+        }
+        return wav2vec2_model(**config | options)
 
-def wav2vec2_base(
-    encoder_projection_dropout: float = 0.1,
-    encoder_attention_dropout: float = 0.1,
-    encoder_ff_interm_dropout: float = 0.1,
-    encoder_dropout: float = 0.1,
-    encoder_layer_drop: float = 0.1,
-    aux_num_out: int | None = None,
-    **options: bool,
-) -> Wav2Vec2Model:
-    """wav2vec 2.0 Base (arXiv 2006.11477): 12 layers of 768.
-
-    ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
-    """
-    return _named(
-        _BASE | _POST_NORM,
-        encoder_projection_dropout,
-        encoder_attention_dropout,
-        encoder_ff_interm_dropout,
-        encoder_dropout,
-        encoder_layer_drop,
-        aux_num_out,
-        options,
+    factory.__name__ = factory.__qualname__ = name
+    factory.__doc__ = (
+        f"{description}\n\n``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`."
     )
+    return factory
 
 
-def wav2vec2_large(
-    encoder_projection_dropout: float = 0.1,
-    encoder_attention_dropout: float = 0.1,
-    encoder_ff_interm_dropout: float = 0.1,
-    encoder_dropout: float = 0.1,
-    encoder_layer_drop: float = 0.1,
-    aux_num_out: int | None = None,
-    **options: bool,
-) -> Wav2Vec2Model:
-    """wav2vec 2.0 Large trained on LibriSpeech: 24 layers of 1024, post-norm.
-
-    ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
-    """
-    return _named(
-        _LARGE | _POST_NORM,
-        encoder_projection_dropout,
-        encoder_attention_dropout,
-        encoder_ff_interm_dropout,
-        encoder_dropout,
-        encoder_layer_drop,
-        aux_num_out,
-        options,
-    )
-
-
-def wav2vec2_large_lv60k(
-    encoder_projection_dropout: float = 0.1,
-    encoder_attention_dropout: float = 0.0,
-    encoder_ff_interm_dropout: float = 0.1,
-    encoder_dropout: float = 0.0,
-    encoder_layer_drop: float = 0.1,
-    aux_num_out: int | None = None,
-    **options: bool,
-) -> Wav2Vec2Model:
-    """wav2vec 2.0 Large trained on Libri-Light: 24 layers of 1024, pre-norm.
-
-    ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
-    """
-    return _named(
-        _LARGE | _PRE_NORM | {"extractor_conv_bias": True},
-        encoder_projection_dropout,
-        encoder_attention_dropout,
-        encoder_ff_interm_dropout,
-        encoder_dropout,
-        encoder_layer_drop,
-        aux_num_out,
-        options,
-    )
-
-
-def hubert_base(
-    encoder_projection_dropout: float = 0.1,
-    encoder_attention_dropout: float = 0.1,
-    encoder_ff_interm_dropout: float = 0.0,
-    encoder_dropout: float = 0.1,
-    encoder_layer_drop: float = 0.05,
-    aux_num_out: int | None = None,
-    **options: bool,
-) -> Wav2Vec2Model:
-    """HuBERT Base (arXiv 2106.07447): 12 layers of 768.
-
-    ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
-    """
-    return _named(
-        _BASE | _POST_NORM,
-        encoder_projection_dropout,
-        encoder_attention_dropout,
-        encoder_ff_interm_dropout,
-        encoder_dropout,
-        encoder_layer_drop,
-        aux_num_out,
-        options,
-    )
-
-
-def hubert_large(
-    encoder_projection_dropout: float = 0.0,
-    encoder_attention_dropout: float = 0.0,
-    encoder_ff_interm_dropout: float = 0.0,
-    encoder_dropout: float = 0.0,
-    encoder_layer_drop: float = 0.0,
-    aux_num_out: int | None = None,
-    **options: bool,
-) -> Wav2Vec2Model:
-    """HuBERT Large: 24 layers of 1024, pre-norm.
-
-    ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
-    """
-    return _named(
-        _LARGE | _PRE_NORM,
-        encoder_projection_dropout,
-        encoder_attention_dropout,
-        encoder_ff_interm_dropout,
-        encoder_dropout,
-        encoder_layer_drop,
-        aux_num_out,
-        options,
-    )
-
-
-def hubert_xlarge(
-    encoder_projection_dropout: float = 0.0,
-    encoder_attention_dropout: float = 0.0,
-    encoder_ff_interm_dropout: float = 0.0,
-    encoder_dropout: float = 0.0,
-    encoder_layer_drop: float = 0.0,
-    aux_num_out: int | None = None,
-    **options: bool,
-) -> Wav2Vec2Model:
-    """HuBERT XLarge: 48 layers of 1280, pre-norm.
-
-    ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
-    """
-    return _named(
-        _XLARGE | _PRE_NORM,
-        encoder_projection_dropout,
-        encoder_attention_dropout,
-        encoder_ff_interm_dropout,
-        encoder_dropout,
-        encoder_layer_drop,
-        aux_num_out,
-        options,
-    )
-
-
-def wavlm_base(
-    encoder_projection_dropout: float = 0.1,
-    encoder_attention_dropout: float = 0.1,
-    encoder_ff_interm_dropout: float = 0.1,
-    encoder_dropout: float = 0.1,
-    encoder_layer_drop: float = 0.1,
-    aux_num_out: int | None = None,
-    **options: bool,
-) -> Wav2Vec2Model:
-    """WavLM Base and Base+ (arXiv 2110.13900): 12 layers of 768.
-
-    ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
-    """
-    return _named(
-        _wavlm_size(_BASE) | _POST_NORM,
-        encoder_projection_dropout,
-        encoder_attention_dropout,
-        encoder_ff_interm_dropout,
-        encoder_dropout,
-        encoder_layer_drop,
-        aux_num_out,
-        options,
-    )
-
-
-def wavlm_large(
-    encoder_projection_dropout: float = 0.1,
-    encoder_attention_dropout: float = 0.1,
-    encoder_ff_interm_dropout: float = 0.0,
-    encoder_dropout: float = 0.1,
-    encoder_layer_drop: float = 0.1,
-    aux_num_out: int | None = None,
-    **options: bool,
-) -> Wav2Vec2Model:
-    """WavLM Large: 24 layers of 1024, pre-norm.
-
-    ``options``: the pruning switches and ``normalize_waveform`` of :func:`_build`.
-    """
-    return _named(
-        _wavlm_size(_LARGE) | _PRE_NORM,
-        encoder_projection_dropout,
-        encoder_attention_dropout,
-        encoder_ff_interm_dropout,
-        encoder_dropout,
-        encoder_layer_drop,
-        aux_num_out,
-        options,
-    )
+wav2vec2_base = _named_model(
+    "wav2vec2_base",
+    "wav2vec 2.0 Base (arXiv 2006.11477): 12 layers of 768.",
+    _BASE | _POST_NORM,
+    projection_dropout=0.1,
+    attention_dropout=0.1,
+    ff_interm_dropout=0.1,
+    dropout=0.1,
+    layer_drop=0.1,
+)
+wav2vec2_large = _named_model(
+    "wav2vec2_large",
+    "wav2vec 2.0 Large trained on LibriSpeech: 24 layers of 1024, post-norm.",
+    _LARGE | _POST_NORM,
+    projection_dropout=0.1,
+    attention_dropout=0.1,
+    ff_interm_dropout=0.1,
+    dropout=0.1,
+    layer_drop=0.1,
+)
+wav2vec2_large_lv60k = _named_model(
+    "wav2vec2_large_lv60k",
+    "wav2vec 2.0 Large trained on Libri-Light: 24 layers of 1024, pre-norm.",
+    _LARGE | _PRE_NORM | {"extractor_conv_bias": True},
+    projection_dropout=0.1,
+    attention_dropout=0.0,
+    ff_interm_dropout=0.1,
+    dropout=0.0,
+    layer_drop=0.1,
+)
+hubert_base = _named_model(
+    "hubert_base",
+    "HuBERT Base (arXiv 2106.07447): 12 layers of 768.",
+    _BASE | _POST_NORM,
+    projection_dropout=0.1,
+    attention_dropout=0.1,
+    ff_interm_dropout=0.0,
+    dropout=0.1,
+    layer_drop=0.05,
+)
+hubert_large = _named_model(
+    "hubert_large",
+    "HuBERT Large: 24 layers of 1024, pre-norm.",
+    _LARGE | _PRE_NORM,
+    projection_dropout=0.0,
+    attention_dropout=0.0,
+    ff_interm_dropout=0.0,
+    dropout=0.0,
+    layer_drop=0.0,
+)
+hubert_xlarge = _named_model(
+    "hubert_xlarge",
+    "HuBERT XLarge: 48 layers of 1280, pre-norm.",
+    _XLARGE | _PRE_NORM,
+    projection_dropout=0.0,
+    attention_dropout=0.0,
+    ff_interm_dropout=0.0,
+    dropout=0.0,
+    layer_drop=0.0,
+)
+wavlm_base = _named_model(
+    "wavlm_base",
+    "WavLM Base and Base+ (arXiv 2110.13900): 12 layers of 768.",
+    _wavlm_size(_BASE) | _POST_NORM,
+    projection_dropout=0.1,
+    attention_dropout=0.1,
+    ff_interm_dropout=0.1,
+    dropout=0.1,
+    layer_drop=0.1,
+)
+wavlm_large = _named_model(
+    "wavlm_large",
+    "WavLM Large: 24 layers of 1024, pre-norm.",
+    _wavlm_size(_LARGE) | _PRE_NORM,
+    projection_dropout=0.1,
+    attention_dropout=0.1,
+    ff_interm_dropout=0.0,
+    dropout=0.1,
+    layer_drop=0.1,
+)
