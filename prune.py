@@ -18,7 +18,7 @@ from lightning import PRUNED_MODEL, read_training_checkpoint, split_state_dict
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
-from wav2vec2.sparsity import expected_num_params, fit_masks
+from wav2vec2.sparsity import expected_num_params, fit_masks, pruned_num_params
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,10 +44,16 @@ def fit_to_target(model: Wav2Vec2Model, training: dict[str, Any], args: argparse
     target = args.target_sparsity if args.target_sparsity is not None else training.get("target_sparsity")
     if target is None:
         return
-    expected = 1 - expected_num_params(model) / original
+    if not 0 < target < 1:
+        raise UserError(f"--target_sparsity: expected a number between 0 and 1, found {target}")
+    model.eval()
+    expected, rounded = (1 - size(model) / original for size in (expected_num_params, pruned_num_params))
     shift = fit_masks(model, (1 - target) * original, args.sparsity_tolerance * original)
     action = f"log_alpha moved by {shift:+.4f} to meet the target" if shift else "within tolerance, masks as trained"
-    print(f"sparsity: target {target:.4f}, expected after training {expected:.4f}; {action}", file=sys.stderr)
+    print(
+        f"sparsity: target {target:.4f}, expected after training {expected:.4f}, rounded {rounded:.4f}; {action}",
+        file=sys.stderr,
+    )
 
 
 def main(args: argparse.Namespace) -> None:
