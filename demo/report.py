@@ -108,14 +108,15 @@ def main(args: argparse.Namespace) -> None:
     losses = {path: feature_loss(teacher, path, args) for path in (pruned_path, final_path)}
 
     print(f"\nparameters   {num_before:,} -> {num_after:,}")
-    print(f"sparsity     {1 - num_after / num_before:.4f} reached, {target:.4f} wanted")
+    sparsity = 1 - num_after / num_before
+    verdict = "met within 0.5%" if abs(sparsity - target) <= 0.005 else "missed by more than 0.5%"
+    print(f"sparsity     {sparsity:.4f} reached, {target:.4f} wanted: {verdict}")
     print_architecture(teacher.config, final.config)
-    print(
-        "\nheld-out speech              feature loss   cosine of layer " + "   ".join(map(str, losses[final_path][1]))
-    )
+    layers = losses[final_path][1]
+    print(f"\n{'held-out speech':<24}{'feature loss':>14}" + "".join(f"{f'cosine {layer}':>11}" for layer in layers))
     for label, path in (("after pruning", pruned_path), ("after final distillation", final_path)):
         loss, cosines = losses[path]
-        print(f"{label:<27}  {loss:12.4f}   {' ' * 8}" + "  ".join(f"{cosine:.3f}" for cosine in cosines.values()))
+        print(f"{label:<24}{loss:>14.4f}" + "".join(f"{cosine:>11.3f}" for cosine in cosines.values()))
     print(
         "\nto load it:\n"
         f'  ckpt = torch.load("{final_path}", weights_only=True)\n'

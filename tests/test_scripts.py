@@ -153,6 +153,7 @@ def test_from_raw_audio_to_the_loaded_model(corpus, manifests, tmp_path):
     )
     assert report.returncode == 0, report.stderr
     assert f"{original:,} -> {model.get_num_params():,}" in report.stdout
+    assert "met within 0.5%" in report.stdout
 
 
 @pytest.mark.parametrize(("family", "size"), [("hubert", "large"), ("wavlm", "base"), ("wavlm", "large")])
