@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from helpers import random_model, small_config
 
 import cli
+from lightning import SpeechDataModule
 from wav2vec2 import checkpoint
 from wav2vec2.model import wav2vec2_model
 
@@ -239,6 +241,14 @@ def test_same_seed_same_weights(manifests, small_teacher, tmp_path, monkeypatch)
         states.append(torch.load(tmp_path / run / "ckpts" / "last.ckpt", weights_only=True)["state_dict"])
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
+
+
+def test_validation_counts_each_batch_once(manifests):
+    """One process needs no topping up, which would weigh one batch twice in the validation loss."""
+    data = SpeechDataModule(manifests, "train100", 4, 0, 2.0, 15.625, max_crop_seconds=None, seed=0)
+    data.trainer = SimpleNamespace(world_size=1, global_rank=0)
+    indices = [index for crop in data.val_dataloader().sampler for index in crop.indices]
+    assert sorted(indices) == list(range(4))
 
 
 def test_bf16(manifests, small_teacher, tmp_path, monkeypatch):
