@@ -36,6 +36,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a checkpoint is shared as any output is
+        # The name must not reach the disk before the contents do, or a crash of the machine leaves an empty file.
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -43,9 +46,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def save(path: str | os.PathLike, contents: dict[str, Any]) -> None:
-    """Write ``contents`` with ``torch.save``, whole or not at all."""
-    with atomic_path(path) as temporary:
-        torch.save(contents, temporary)
+    """Write ``contents`` with ``torch.save``, whole or not at all; the same contents make the same bytes."""
+    # To an open file: given a path, torch.save writes its (temporary, random) name into the archive.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(contents, file)
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
