@@ -1,10 +1,29 @@
 """What every script shares around its ``main``: one-line errors, quiet Ctrl-C, honest exit status."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable
 
 from wav2vec2.errors import UserError
+
+
+class Interrupted(Exception):
+    """A run stopped because a signal asked for it; all its processes raise this together.
+
+    Args:
+        signum: the signal.
+        message: one line for the user.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class AllProcessesError(UserError):
+    """An error that all processes of a run raise together, so that the first one can speak for all."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -22,18 +41,31 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run ``main(args)``; an expected error prints one line and exits 1, Ctrl-C exits 130.
+    """Run ``main(args)``; an expected error prints one line and exits 1.
 
     Expected errors are :class:`UserError` and ``OSError`` (a missing file, a full disk). Anything
-    else is a defect of the program and keeps its traceback.
+    else is a defect of the program and keeps its traceback. A signal exits 128 plus its number, as shells count.
     """
     try:
         main(args)
+    except Interrupted as stop:
+        _leave_unless_first()
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signum)
     except (UserError, OSError) as error:
+        if isinstance(error, AllProcessesError):
+            _leave_unless_first()
         if args.debug:
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _leave_unless_first() -> None:
+    """End every process but the first quietly: launchers kill the others of a run when one ends with an error."""
+    ranks = [os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")]
+    if int(next((rank for rank in ranks if rank), 0)):
+        sys.exit(0)

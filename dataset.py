@@ -1,22 +1,31 @@
 """From a manifest to a batch of waveforms (data section of the paper): buckets, batches, random crops.
 
 A manifest is what ``prepare_data.py`` writes: the root folder on the first line, then one
-``relative path<TAB>samples`` per utterance, counted at 16 kHz. The three steps from there are
+``relative path<TAB>samples`` per utterance, counted at 16 kHz. The steps from there are
 
     manifest = read_manifest("data/librispeech/train960.tsv")
+    check_files(manifest, max_bad=0)
     batches = make_batches(manifest.lengths, max_tokens=87.5 * SAMPLE_RATE, min_len=32_000, max_len=250_000)
     sampler = BatchSampler(manifest.lengths, batches, num_replicas=4, rank=0, shuffle=True, seed=0)
     loader = DataLoader(SpeechDataset(manifest), sampler=sampler, batch_size=None, num_workers=4)
 
 The sampler already yields whole batches, hence ``batch_size=None``. It also chooses the crops, so
 that what is trained on depends on the seed and the epoch alone, not on the number of workers.
+:class:`TrainingSampler` strings epochs together and can start in the middle of one. A file that
+has gone bad is replaced by one of about its length, and the batch says so.
 """
 
+import itertools
 import math
 import os
+import re
+from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -24,13 +33,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from wav2vec2.errors import UserError
+from wav2vec2.errors import UserError, shown
 
 SAMPLE_RATE = 16_000
 
 # The published limits for an utterance to be trained on: 32,000 to 250,000 samples.
 MIN_SECONDS = 2.0
 MAX_SECONDS = 15.625
+
+# Files tried in place of a bad one before giving up: as many in a row point to a lost disk, not to bad files.
+MAX_REPLACEMENTS = 20
 
 
 class AudioError(UserError):
@@ -54,44 +66,139 @@ class Manifest:
     paths: list[str]
     lengths: np.ndarray
 
+    def full_path(self, index: int) -> str:
+        return str(self.root / self.paths[index])
+
 
 def read_manifest(path: str | os.PathLike) -> Manifest:
-    """Read a ``.tsv`` manifest; blank lines and Windows line ends are tolerated.
+    """Read a ``.tsv`` manifest; blank lines, Windows line ends and a byte order mark are tolerated.
 
     Raises:
-        UserError: the file is missing, lists no utterance, or a line is not ``relative path<TAB>samples``.
+        UserError: the file is missing, lists no utterance or one twice, or a line is not
+            ``relative path<TAB>samples``.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected a manifest; give the .tsv file that prepare_data.py wrote")
     if not path.is_file():
         others = ", ".join(sorted(other.stem for other in path.parent.glob("*.tsv"))) or "none"
         raise UserError(
             f"{path}: no such manifest (subsets in that folder: {others}); "
             "write it with prepare_data.py or change --tsv_dir and --train_subset"
         )
-    # surrogateescape: a file name on Linux is bytes, and need not be valid UTF-8.
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    root, *rows = text.split("\n")
-    if not root.strip() or "\t" in root:
+    lines = _lines(path)
+    _, root = next(lines, (1, ""))
+    if not root.strip() or "\t" in root or "\0" in root:
         raise UserError(
-            f"{path}: line 1 is {root!r}, expected the folder that the paths below it start from; "
+            f"{path}: line 1 is {shown(root)}, expected the folder that the paths below it start from; "
             "write the manifest with prepare_data.py"
         )
-    paths, lengths = [], []
-    for line_number, row in enumerate(rows, start=2):
-        name, _, count = row.rpartition("\t")
-        if name and count.isdecimal() and (length := int(count)) > 0:
+    paths, lengths = [], array("q")
+    for line_number, line in lines:
+        name, _, count = line.rpartition("\t")
+        # 18 digits fit into 64 bits.
+        if name and count.isdecimal() and len(count) <= 18 and (length := int(count)) > 0:
             paths.append(name)
             lengths.append(length)
-        elif row.strip():
+        elif line.strip():
             raise UserError(
-                f"{path}: line {line_number} is {row!r}, expected a relative path, a tab and a positive number of "
-                "samples; mend the line or write the manifest again with prepare_data.py"
+                f"{path}: line {line_number} is {shown(line)}, expected a relative path, a tab and a positive number "
+                "of samples; mend the line or write the manifest again with prepare_data.py"
             )
     if not paths:
         raise UserError(
             f"{path}: no utterance is listed, expected one a line below the root folder; run prepare_data.py again"
         )
+    if len(set(paths)) < len(paths):
+        raise UserError(_listed_twice(path))
     return Manifest(path, Path(root), paths, np.array(lengths, dtype=np.int64))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their numbers from 1, one at a time: manifests can be long."""
+    # surrogateescape: a file name on Linux is bytes, and need not be valid UTF-8.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, start=1):
+            yield number, line.removesuffix("\n")
+
+
+def _listed_twice(path: Path) -> str:
+    """The message for a manifest that lists an utterance twice.
+
+    It reads the file again, so that a good manifest costs no memory for line numbers.
+    """
+    first: dict[str, int] = {}
+    for line_number, line in itertools.islice(_lines(path), 1, None):
+        name = line.rpartition("\t")[0]
+        if name in first:
+            break
+        if name:
+            first[name] = line_number
+    return (
+        f"{path}: line {line_number} lists {shown(name)}, which line {first[name]} does already, expected each path "
+        "once; take one of the lines out or write the manifest again with prepare_data.py"
+    )
+
+
+def check_files(manifest: Manifest, max_bad: int, sample: int = 256) -> dict[str, str]:
+    """Read the headers of some utterances before training starts, evenly from the whole manifest.
+
+    Args:
+        manifest: from :func:`read_manifest`.
+        max_bad: bad files that are tolerated.
+        sample: utterances to look at; all if the manifest has fewer.
+
+    Returns:
+        Path to reason, one line, of each that is missing, no audio, or not as long as the manifest says.
+
+    Raises:
+        UserError: the root folder does not exist, more than half of the files looked at are bad, or more than
+            ``max_bad`` are.
+    """
+    if not manifest.root.is_dir():
+        raise UserError(
+            f"{manifest.path}: its root folder {manifest.root} does not exist; run prepare_data.py on the "
+            "corpus where it is now, or put its folder on the first line"
+        )
+    num_files = len(manifest.paths)
+    chosen = np.linspace(0, num_files - 1, min(sample, num_files)).round().astype(int).tolist()
+    bad_files: dict[str, str] = {}
+    for index in chosen:
+        path = manifest.full_path(index)
+        try:
+            with _opened(path, int(manifest.lengths[index])):
+                pass
+        except AudioError as error:
+            bad_files[path] = str(error)
+    if len(bad_files) <= min(max_bad, len(chosen) // 2):
+        return bad_files
+    found = f"{len(bad_files)} of {len(chosen)} files looked at cannot be used ({_some(list(bad_files))})"
+    reason = next(iter(bad_files.values()))
+    if len(bad_files) > len(chosen) // 2:
+        raise UserError(f"{manifest.path}: the corpus has moved or changed: {found}; the first: {reason}")
+    raise UserError(f"{manifest.path}: {found}, expected at most {max_bad} (--max_bad_files); the first: {reason}")
+
+
+def _some(names: list[str]) -> str:
+    """The first three of some names, in words."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def parse_max_bad_files(text: str, num_files: int) -> int:
+    """``"5"`` to 5, ``"1%"`` to that share of ``num_files``, rounded down.
+
+    Raises:
+        UserError: neither a whole number nor a share of 0% to 100%.
+    """
+    match = re.fullmatch(r"([0-9]{1,18})|([0-9]{1,3}(?:\.[0-9]{1,9})?)%", text)
+    if match and match[1]:
+        return int(match[1])
+    # A fraction, not a float: 0.7% of 1000 files are 7.
+    if match and (share := Fraction(match[2]) / 100) <= 1:
+        return int(share * num_files)
+    raise UserError(
+        f"--max_bad_files {text}: expected a number of files such as 5, or a share of them from 0% to 100% such as 1%"
+    )
 
 
 def make_batches(
@@ -175,11 +282,22 @@ def _nothing_left(lengths: np.ndarray, min_len: int, max_len: int | None) -> str
 
 @dataclass(frozen=True)
 class Crop:
-    """One batch to read: for each utterance its index and first sample, and the samples that all share."""
+    """One batch to read.
+
+    Attributes:
+        indices: of its utterances in the manifest.
+        offsets: the first sample of each.
+        num_samples: the samples read of each, the same for all.
+        seed: 32 bits for the noise (masks, dropout) of this batch; like the offsets it depends on the sampler's
+            seed, the epoch and the batch's position alone.
+        tops_up: the batch is a repeat that only makes the ranks even.
+    """
 
     indices: tuple[int, ...]
     offsets: tuple[int, ...]
     num_samples: int
+    seed: int
+    tops_up: bool
 
 
 class BatchSampler(Sampler[Crop]):
@@ -189,6 +307,9 @@ class BatchSampler(Sampler[Crop]):
     evenly from all that are possible, or at its start when ``shuffle`` is off (validation). The draw
     depends on the seed, the epoch and the batch's position among all ranks' batches, and on nothing else.
 
+    Rank r of R gets the batches at positions r, r + R, r + 2R, ... So the updates of one process that
+    accumulates A batches are made of the very batches, crops and seeds that A processes share among them.
+
     Args:
         lengths: (N,) samples of each utterance at 16 kHz.
         batches: indices into ``lengths``, from :func:`make_batches`.
@@ -196,11 +317,12 @@ class BatchSampler(Sampler[Crop]):
         rank: which of them this is.
         shuffle: permute the batches and crop at random.
         seed: not negative; the same on every rank.
-        drop_last: drop the batches that do not divide among the ranks, instead of topping up.
+        drop_last: drop the batches that do not make up a whole update, instead of topping up.
         max_crop: longest crop in samples; None for no limit.
+        accum_grad: batches of one rank per update; an epoch is a whole number of updates.
 
     Raises:
-        UserError: a negative seed, or ``drop_last`` leaves no batch for a rank.
+        UserError: a negative seed, or ``drop_last`` leaves no update.
     """
 
     def __init__(
@@ -213,15 +335,16 @@ class BatchSampler(Sampler[Crop]):
         seed: int,
         drop_last: bool = False,
         max_crop: int | None = None,
+        accum_grad: int = 1,
     ) -> None:
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank {rank} is not one of {num_replicas} ranks")
         if seed < 0:
             raise UserError(f"--seed {seed}: expected 0 or a positive number")
-        if len(batches) < (num_replicas if drop_last else 1):
+        if len(batches) < (num_replicas * accum_grad if drop_last else 1):
             raise UserError(
-                f"{len(batches)} batches do not give each of {num_replicas} processes one; "
-                "lower --seconds_per_batch or use fewer GPUs"
+                f"{len(batches)} batches do not give each of {num_replicas} processes {accum_grad}; "
+                "lower --seconds_per_batch or --accum_grad, or use fewer GPUs"
             )
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batches = batches
@@ -231,7 +354,10 @@ class BatchSampler(Sampler[Crop]):
         self.seed = seed
         self.drop_last = drop_last
         self.max_crop = max_crop
+        self.accum_grad = accum_grad
         self.epoch = 0
+        self._ordered_epoch = None
+        self._order = list(range(len(batches)))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the crops of the next pass; Lightning calls this before each epoch."""
@@ -240,31 +366,63 @@ class BatchSampler(Sampler[Crop]):
     def __len__(self) -> int:
         """Batches a rank gets in an epoch.
 
-        Topping up adds one to every rank even where the batches already divide evenly, one rank
+        Topping up adds one update to every rank even where the batches already divide evenly, one rank
         included: so does the published program, and its step counts per epoch follow from it.
         """
-        return len(self.batches) // self.num_replicas + (0 if self.drop_last else 1)
+        num_updates = len(self.batches) // (self.num_replicas * self.accum_grad) + (0 if self.drop_last else 1)
+        return self.accum_grad * num_updates
 
     def __iter__(self) -> Iterator[Crop]:
-        order = list(range(len(self.batches)))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(len(self.batches), generator=generator).tolist()
-        for position in range(self.rank, len(self) * self.num_replicas, self.num_replicas):
-            # Past the end the order starts again: these are the batches that top up.
-            yield self._crop(self.batches[order[position % len(order)]], position)
+        epoch = self.epoch
+        for index in range(len(self)):
+            yield self.crop(epoch, index)
 
-    def _crop(self, batch: list[int], position: int) -> Crop:
-        """Crop ``batch`` to its shortest utterance; ``position`` counts the batches of all ranks."""
+    def crop(self, epoch: int, index: int) -> Crop:
+        """This rank's batch number ``index`` of an epoch, both from 0, cropped to its shortest utterance."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} is not one of the epoch's {len(self)}")
+        if self.shuffle and epoch != self._ordered_epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._order = torch.randperm(len(self.batches), generator=generator).tolist()
+            self._ordered_epoch = epoch
+        position = index * self.num_replicas + self.rank
+        # Past the end the order starts again: these are the batches that top up.
+        batch = self.batches[self._order[position % len(self.batches)]]
         lengths = self.lengths[batch]
         num_samples = int(lengths.min())
         if self.max_crop is not None:
             num_samples = min(num_samples, self.max_crop)
         offsets = np.zeros_like(lengths)
         if self.shuffle:
-            draws = np.random.default_rng([self.seed, self.epoch, position])
+            draws = np.random.default_rng([self.seed, epoch, position])
             offsets = draws.integers(0, lengths - num_samples, endpoint=True)
-        return Crop(tuple(batch), tuple(offsets.tolist()), num_samples)
+        # The 1 makes another stream than that of the offsets. (A 0 would not: numpy pads with zeros.)
+        (seed,) = np.random.SeedSequence([self.seed, epoch, position, 1]).generate_state(1).tolist()
+        return Crop(tuple(batch), tuple(offsets.tolist()), num_samples, seed, position >= len(self.batches))
+
+
+class TrainingSampler(Sampler[Crop]):
+    """Strings one rank's epochs together, so that a resumed run goes on in the middle of one.
+
+    Args:
+        batches: the rank's sampler.
+        end: batches of the whole run, over all epochs.
+        start: batches of them that an earlier run has used.
+    """
+
+    def __init__(self, batches: BatchSampler, end: int, start: int = 0) -> None:
+        self.batches = batches
+        self.end = end
+        self.start = start
+
+    def __len__(self) -> int:
+        """``end``, also where less is left to yield: Lightning counts the batches before ``start`` as fetched."""
+        return self.end
+
+    def __iter__(self) -> Iterator[Crop]:
+        for number in range(self.start, self.end):
+            epoch, index = divmod(number, len(self.batches))
+            yield self.batches.crop(epoch, index)
 
 
 def num_samples_at_16k(num_frames: int, sample_rate: int) -> int:
@@ -272,32 +430,60 @@ def num_samples_at_16k(num_frames: int, sample_rate: int) -> int:
     return -(-num_frames * SAMPLE_RATE // sample_rate)
 
 
-def load_audio(path: str | os.PathLike, offset: int = 0, num_samples: int | None = None) -> Tensor:
+def load_audio(
+    path: str | os.PathLike, offset: int = 0, num_samples: int | None = None, length: int | None = None
+) -> Tensor:
     """Read an audio file as 16 kHz mono, or ``num_samples`` of it from sample ``offset`` on.
 
-    Other sample rates are resampled, several channels averaged. Offset and count are samples at 16 kHz.
+    Other sample rates are resampled, several channels averaged. Offset and counts are samples at 16 kHz.
+    ``length`` is what the manifest says of the whole file; None leaves that unchecked.
 
     Returns:
         (T,) float32; all that follows ``offset`` if ``num_samples`` is None.
 
     Raises:
-        AudioError: the file is missing, unreadable, or ends before ``offset + num_samples``.
+        AudioError: the file is missing, unreadable, not ``length`` long, or ends before ``offset + num_samples``.
     """
-    if not os.path.isfile(path):
-        raise AudioError(f"{path}: no such file, though the manifest lists it; run prepare_data.py again")
-    try:
-        with open_audio(path) as file:
-            waveform = _decode(file, offset, num_samples)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(
-            f"{path}: expected audio, but it cannot be decoded ({error.error_string}); run prepare_data.py again"
-        ) from error
+    with _opened(path, length) as file:
+        waveform = _decode(file, offset, num_samples)
     if num_samples is not None and waveform.numel() < num_samples:
         raise AudioError(
             f"{path}: ends at sample {offset + waveform.numel()} (at 16 kHz), expected {offset + num_samples} or more: "
             "it has changed since the manifest was written; run prepare_data.py again"
         )
     return waveform
+
+
+@contextmanager
+def _opened(path: str | os.PathLike, length: int | None) -> Iterator[soundfile.SoundFile]:
+    """Open a file to read audio from; what goes wrong, inside the ``with`` too, is an :class:`AudioError`.
+
+    ``length`` is the number of samples at 16 kHz that its header must state; None accepts any.
+    """
+    if not os.path.isfile(path):
+        raise AudioError(f"{path}: no such file, though the manifest lists it; run prepare_data.py again")
+    try:
+        if os.path.getsize(path) == 0:
+            raise AudioError(f"{path}: is empty (0 bytes), expected audio; run prepare_data.py again")
+        with open_audio(path) as file:
+            # An MP3's count is a claim only, see seeks_exactly.
+            found = num_samples_at_16k(file.frames, file.samplerate) if seeks_exactly(file) else length
+            if length is not None and found != length:
+                raise AudioError(
+                    f"{path}: is {found} samples long (at 16 kHz), expected the manifest's {length}: "
+                    "it has changed since the manifest was written; run prepare_data.py again"
+                )
+            yield file
+    except soundfile.LibsndfileError as error:
+        reason = error.error_string.rstrip(".")
+        raise AudioError(
+            f"{path}: expected audio, but it cannot be decoded ({reason}); run prepare_data.py again"
+        ) from error
+    except OSError as error:  # a disk that fails, a network folder that went away
+        raise AudioError(
+            f"{path}: expected audio, but reading it fails ({error.strerror}); check the disk, "
+            "then run prepare_data.py again"
+        ) from error
 
 
 def open_audio(path: str | os.PathLike) -> soundfile.SoundFile:
@@ -339,34 +525,94 @@ def resample_to_16k(waveform: Tensor, sample_rate: int) -> Tensor:
     return resample(padded, sample_rate, SAMPLE_RATE)[: num_samples_at_16k(waveform.numel(), sample_rate)]
 
 
+class Batch(NamedTuple):
+    """What :class:`SpeechDataset` makes of a crop.
+
+    Attributes:
+        waveforms: (B, T) float32.
+        lengths: (B,) int64, all equal to T.
+        paths: the B files that were read.
+        seed: the crop's.
+        weight: utterances that count, B, or 0 in a batch that only tops up.
+        bad_files: path to reason, one line, of the files that others had to replace.
+    """
+
+    waveforms: Tensor
+    lengths: Tensor
+    paths: list[str]
+    seed: int
+    weight: int
+    bad_files: dict[str, str]
+
+
 class SpeechDataset(Dataset):
-    """Reads the crops that :class:`BatchSampler` chooses.
+    """Reads the crops that :class:`BatchSampler` chooses, and replaces files that cannot give theirs.
+
+    A bad file gives its place to the next longer one of the manifest, after the longest to the shortest that is
+    long enough; if that is bad too, to the one after. So the batch keeps its shape and every run reads the same.
 
     Args:
         manifest: from :func:`read_manifest`.
-
-    Raises:
-        UserError: the manifest's root folder does not exist.
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        if not manifest.root.is_dir():
-            raise UserError(
-                f"{manifest.path}: its root folder {manifest.root} does not exist; run prepare_data.py on the "
-                "corpus where it is now, or put its folder on the first line"
-            )
         self.manifest = manifest
+        self._by_length = np.argsort(manifest.lengths, kind="stable")
 
     def __len__(self) -> int:
         return len(self.manifest.paths)
 
-    def __getitem__(self, crop: Crop) -> tuple[Tensor, Tensor]:
-        """Read one batch: waveforms (B, T) float32 and lengths (B,) int64, all equal to T.
+    def __getitem__(self, crop: Crop) -> Batch:
+        """Read one batch.
 
         Raises:
-            AudioError: a file is missing, unreadable or shorter than the manifest says.
+            AudioError: neither a file nor any of :data:`MAX_REPLACEMENTS` others can be used.
         """
         waveforms = torch.empty(len(crop.indices), crop.num_samples)
+        paths: list[str] = []
+        bad_files: dict[str, str] = {}
         for row, index, offset in zip(waveforms, crop.indices, crop.offsets, strict=True):
-            row.copy_(load_audio(self.manifest.root / self.manifest.paths[index], offset, crop.num_samples))
-        return waveforms, torch.full((len(crop.indices),), crop.num_samples, dtype=torch.int64)
+            path, waveform, bad = self._read_or_replace(index, offset, crop.num_samples)
+            row.copy_(waveform)
+            paths.append(path)
+            bad_files.update(bad)
+        lengths = torch.full((len(crop.indices),), crop.num_samples, dtype=torch.int64)
+        return Batch(waveforms, lengths, paths, crop.seed, 0 if crop.tops_up else len(crop.indices), bad_files)
+
+    def _read_or_replace(self, index: int, offset: int, num_samples: int) -> tuple[str, Tensor, dict[str, str]]:
+        """The path that was read in the end, (T,) of it, and path to reason of those that were bad."""
+        bad: dict[str, str] = {}
+        for candidate, start in itertools.chain([(index, offset)], self._replacements(index, offset, num_samples)):
+            path = self.manifest.full_path(candidate)
+            try:
+                return path, self._read(candidate, start, num_samples), bad
+            except AudioError as error:
+                bad[path] = str(error)
+        raise AudioError(f"{next(iter(bad.values()))} (the {len(bad) - 1} files tried in its place fail too)")
+
+    def _replacements(self, index: int, offset: int, num_samples: int) -> Iterator[tuple[int, int]]:
+        """Index and first sample of each utterance to try in place of a bad one."""
+        lengths = self.manifest.lengths
+        candidates = self._by_length[np.searchsorted(lengths, num_samples, sorter=self._by_length) :]
+        place = np.flatnonzero(candidates == index)[0]
+        for candidate in np.roll(candidates, -place)[1 : 1 + MAX_REPLACEMENTS].tolist():
+            yield candidate, min(offset, int(lengths[candidate]) - num_samples)
+
+    def _read(self, index: int, offset: int, num_samples: int) -> Tensor:
+        """(T,) of one utterance.
+
+        Raises:
+            AudioError: see :func:`load_audio`; or what was read cannot be trained on.
+        """
+        path = self.manifest.full_path(index)
+        waveform = load_audio(path, offset, num_samples, int(self.manifest.lengths[index]))
+        where = f"of samples {offset} to {offset + num_samples} (at 16 kHz)"
+        remedy = f"mend the file or take its line out of {self.manifest.path}"
+        low, high = (float(value) for value in waveform.aminmax())  # NaN if any sample is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            num_bad = int((~waveform.isfinite()).sum())
+            raise AudioError(f"{path}: {num_bad} {where} are NaN or infinite, expected numbers; {remedy}")
+        # A crop may fall into a pause of digital silence; only a file without any sound is bad.
+        if low == high == 0 and not load_audio(path).any():
+            raise AudioError(f"{path}: all of its samples are zero, expected sound; {remedy}")
+        return waveform

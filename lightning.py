@@ -5,6 +5,8 @@ Named as in the published program; it shadows the ``lightning`` package, so this
 """
 
 import argparse
+import contextlib
+import hashlib
 import logging
 import os
 import sys
@@ -15,24 +17,34 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.plugins.io import TorchCheckpointIO
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, BatchSampler, SpeechDataset, make_batches, read_manifest
+import resilience
+from dataset import (
+    MAX_SECONDS,
+    MIN_SECONDS,
+    SAMPLE_RATE,
+    Batch,
+    BatchSampler,
+    SpeechDataset,
+    TrainingSampler,
+    check_files,
+    make_batches,
+    parse_max_bad_files,
+    read_manifest,
+)
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
 
 VALID_SUBSET = "valid"
-LAST_CHECKPOINT = "last.ckpt"
-# The published name of what prune.py and save_final_ckpt.py write, whatever the model.
-PRUNED_MODEL = "pruned_hubert_base.pth"
 # The published number of GPUs of one node (run.sh).
 DEFAULT_GPUS = 4
 # Length buckets that batches are filled from (paper's program).
@@ -173,6 +185,10 @@ class DistillModule(pl.LightningModule):
         self.warmup_updates = warmup_updates
         self.max_updates = max_updates
         self.reg_learning_rate = reg_learning_rate
+        # Set by train_student: what a checkpoint says of its run, and who judges each update.
+        self.settings: dict[str, Any] | None = None
+        self.watch: resilience.Watch | None = None
+        self._batch_logs: list[dict[str, Tensor]] = []
         self.use_reg = use_reg
         if use_reg:
             self.lambda1 = nn.Parameter(torch.tensor(0.0))
@@ -192,8 +208,10 @@ class DistillModule(pl.LightningModule):
 
     # --- forward -----------------------------------------------------------------------------------
 
-    def _hidden_states(self, model: Wav2Vec2Model, batch: tuple[Tensor, Tensor | None], depth: int) -> list[Tensor]:
-        waveforms, lengths = batch
+    def _hidden_states(
+        self, model: Wav2Vec2Model, batch: Batch | tuple[Tensor, Tensor | None], depth: int
+    ) -> list[Tensor]:
+        waveforms, lengths = batch[:2]
         return model.extract_features(waveforms, lengths, num_layers=max(depth, 1))[0]  # it runs at least one layer
 
     def _predictions(self, hidden_states: list[Tensor]) -> Tensor:
@@ -204,42 +222,50 @@ class DistillModule(pl.LightningModule):
             sources = [hidden_states[-1]] * len(self.distill_layers)
         return torch.stack([proj(x) for proj, x in zip(self.distill_linear_projs, sources, strict=True)], dim=1)
 
-    def _step(self, batch: tuple[Tensor, Tensor | None], mode: str) -> Tensor:
+    def _step(self, batch: Batch | tuple[Tensor, Tensor | None], mode: str) -> Tensor:
         with torch.no_grad():
             teacher = self._hidden_states(self.teacher_model, batch, self._teacher_depth)
             teacher = torch.stack([teacher[layer] for layer in self.distill_layers], dim=1)
         student = self._predictions(self._hidden_states(self.student_model, batch, self._student_depth))
         loss, (mse, l1, cos) = self.distill_loss(student, teacher)
-        logged = {"loss_distill": loss, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
+        parts = {"loss_distill": loss, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
+        state = {}
         if self.use_reg:
             sparsity = self.budget.sparsity(self.student_model.get_num_params())
             target = self.budget.target(self.global_step)
             penalty = self.lambda1 * (sparsity - target) + self.lambda2 * (sparsity - target) ** 2
             loss = loss + penalty
-            logged["loss_reg"] = penalty
-            if mode == "train":
-                multipliers = {name: getattr(self, name).detach().clone() for name in ("lambda1", "lambda2")}
-                self.log_dict({"sparsity_expected": sparsity.detach(), "sparsity_target": target, **multipliers})
-        logged = {f"{mode}_{name}": value.detach() for name, value in {"loss": loss, **logged}.items()}
-        self.log_dict(
-            logged,
-            on_step=mode == "train",
-            on_epoch=mode != "train",
-            sync_dist=mode != "train",
-            batch_size=len(batch[0]),
-        )
+            parts["loss_reg"] = penalty
+            multipliers = {name: getattr(self, name).clone() for name in ("lambda1", "lambda2")}
+            state = {"sparsity_expected": sparsity, "sparsity_target": sparsity.new_tensor(target), **multipliers}
+        losses = {f"{mode}_{name}": value.detach() for name, value in {"loss": loss, **parts}.items()}
+        if mode == "train":
+            self._log_training({**losses, **{name: value.detach() for name, value in state.items()}})
+        else:
+            weight = batch.weight if isinstance(batch, Batch) else len(batch[0])
+            self.log_dict(losses, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
         return loss
 
-    def training_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
+    def _log_training(self, values: dict[str, Tensor]) -> None:
+        """Log a batch's values; under a watch, the mean over an update's batches on all processes, once it is known."""
+        if self.watch is None:
+            self.log_dict(values)
+        else:
+            self._batch_logs.append(values)
+
+    def training_step(self, batch: Batch | tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
+        """The loss of one batch; its noise (masks, dropout) is that of the batch, wherever and whenever it runs."""
+        if isinstance(batch, Batch):
+            torch.manual_seed(batch.seed)
         return self._step(batch, "train")
 
-    def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Batch | tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
         return self._step(batch, "valid")
 
     # --- optimisation ------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with the published parameter groups, all on one schedule stepped once per update."""
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """The published parameter groups: student weights and projections, masks, multipliers."""
         weights, log_alphas = [], []
         for name, parameter in self.student_model.named_parameters():
             if parameter.requires_grad:
@@ -255,11 +281,34 @@ class DistillModule(pl.LightningModule):
                 # The multipliers climb: they raise the price of being away from the target.
                 {"params": [self.lambda1, self.lambda2], "name": "lambda", "maximize": True, **regularised},
             ]
-        optimizer = torch.optim.AdamW(groups)
+        return groups
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with the published parameter groups, all on one schedule stepped once per update."""
+        optimizer = torch.optim.AdamW(self._parameter_groups())
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, linear_warmup_decay(self.warmup_updates, self.max_updates)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient's norm; Lightning calls this before each update, with the gradient unscaled.
+
+        Not Lightning's own clipping: the norm is wanted, to judge the update by.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        self.log("grad_norm", norm)
+        if gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if self.watch is not None:
+            logs, self._batch_logs = self._batch_logs, []
+            self.log_dict(self.watch.before_update(self, optimizer, norm, logs))
 
     # --- checkpoints -------------------------------------------------------------------------------
 
@@ -272,12 +321,29 @@ class DistillModule(pl.LightningModule):
             "student_config": self.student_model.config,
             "target_sparsity": self.budget.target_sparsity if self.use_reg else None,
             "original_num_params": self.budget.original_num_params if self.use_reg else None,
+            "settings": self.settings,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the teacher back, so that the load is strict: it never changes and comes from --teacher_ckpt."""
         teacher = {f"teacher_model.{key}": value for key, value in self.teacher_model.state_dict().items()}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **teacher}
+
+    def adapt_checkpoint(self, checkpoint: dict[str, Any], accum_grad: int) -> None:
+        """Count the batches of a checkpoint by this run's ``accum_grad``, and start from this run's learning rates.
+
+        With the flags that the checkpoint was made with, this changes nothing.
+        """
+        step = checkpoint["global_step"]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            shift = step * accum_grad - counts["ready"]
+            counts.update({name: count + shift for name, count in counts.items()})
+        schedule = linear_warmup_decay(self.warmup_updates, self.max_updates)
+        groups = self._parameter_groups()
+        checkpoint["lr_schedulers"][0]["base_lrs"] = [group["lr"] for group in groups]
+        for saved, group in zip(checkpoint["optimizer_states"][0]["param_groups"], groups, strict=True):
+            saved.update(lr=group["lr"] * schedule(step), initial_lr=group["lr"], weight_decay=group["weight_decay"])
 
 
 def freeze_unreached(student: Wav2Vec2Model, depth: int) -> None:
@@ -392,9 +458,10 @@ class SpeechDataModule(pl.LightningDataModule):
         min_seconds, max_seconds: utterances outside these lengths are left out.
         max_crop_seconds: crop every utterance to at most this length; None means to the batch's shortest only.
         seed: of the batches' order and the crops.
+        max_bad_files: audio files that may be bad, "1%" of the training manifest or a number.
 
     Raises:
-        UserError: see :func:`dataset.read_manifest` and :func:`dataset.make_batches`.
+        UserError: see :func:`dataset.read_manifest`, :func:`dataset.make_batches` and :func:`dataset.check_files`.
     """
 
     def __init__(
@@ -407,6 +474,7 @@ class SpeechDataModule(pl.LightningDataModule):
         max_seconds: float,
         max_crop_seconds: float | None,
         seed: int,
+        max_bad_files: str = "1%",
     ) -> None:
         super().__init__()
         self.num_workers = num_workers
@@ -429,37 +497,55 @@ class SpeechDataModule(pl.LightningDataModule):
             except UserError as error:
                 raise UserError(f"{manifest.path}: {error}") from None
         self.train_subset = train_subset
+        self.max_bad_files = parse_max_bad_files(max_bad_files, len(self.manifests[train_subset].paths))
+        bad_files: dict[str, str] = {}
+        for manifest in self.manifests.values():
+            bad_files |= check_files(manifest, self.max_bad_files)
+        if len(bad_files) > self.max_bad_files:
+            raise UserError(resilience.too_many_bad_files(bad_files, self.max_bad_files))
 
-    def _loader(self, subset: str, shuffle: bool) -> DataLoader:
-        manifest = self.manifests[subset]
-        sampler = BatchSampler(
-            manifest.lengths,
+    def sampler(self, subset: str, num_replicas: int, rank: int, accum_grad: int = 1) -> BatchSampler:
+        """The batches of one process; those of the training subset are shuffled and cropped at random."""
+        is_training = subset == self.train_subset
+        return BatchSampler(
+            self.manifests[subset].lengths,
             self.batches[subset],
-            num_replicas=self.trainer.world_size,
-            rank=self.trainer.global_rank,
-            shuffle=shuffle,
+            num_replicas=num_replicas,
+            rank=rank,
+            shuffle=is_training,
             seed=self.seed,
-            # Topping up would count a batch twice in the validation loss; one process can do without.
-            drop_last=not shuffle and self.trainer.world_size == 1,
+            # Validation on one process needs no batch twice to make the processes even.
+            drop_last=not is_training and num_replicas == 1,
             max_crop=self.max_crop,
+            accum_grad=accum_grad,
         )
+
+    def _loader(self, subset: str, sampler: BatchSampler | TrainingSampler) -> DataLoader:
         # batch_size=None: the sampler's entries are whole batches already.
         return DataLoader(
-            SpeechDataset(manifest),
+            SpeechDataset(self.manifests[subset]),
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # Its own, so that masks and dropout, which draw from the global one, do not depend on the loader.
+            worker_init_fn=resilience.ignore_stop_signals,
+            # Its own, so that the global one, which makes masks and dropout, does not depend on the loader.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_subset, shuffle=True)
+        """All batches of the run that are left, one epoch after the other."""
+        trainer = self.trainer
+        accum_grad = trainer.accumulate_grad_batches
+        batches = self.sampler(self.train_subset, trainer.world_size, trainer.global_rank, accum_grad)
+        return self._loader(
+            self.train_subset,
+            TrainingSampler(batches, end=trainer.max_steps * accum_grad, start=trainer.global_step * accum_grad),
+        )
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(VALID_SUBSET, shuffle=False)
+        return self._loader(VALID_SUBSET, self.sampler(VALID_SUBSET, self.trainer.world_size, self.trainer.global_rank))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -483,6 +569,11 @@ def add_arguments(
         type=float,
         help="crop utterances to at most this length (default: only to the shortest of their batch)",
     )
+    group.add_argument(
+        "--max_bad_files",
+        default="1%",
+        help="audio files that may be unreadable and replaced by others, a number or a share of the training manifest",
+    )
 
     group = parser.add_argument_group("models")
     group.add_argument("--teacher_ckpt", required=True, type=Path, help="teacher .pth from a converter")
@@ -496,7 +587,11 @@ def add_arguments(
 
     group = parser.add_argument_group("training")
     group.add_argument("--exp_dir", type=Path, default=Path("./exp"), help="where checkpoints and logs go")
-    group.add_argument("--resume_checkpoint", type=Path, help="a .ckpt of an interrupted run to continue from")
+    group.add_argument(
+        "--resume_checkpoint",
+        help="a .ckpt to continue from, or 'auto': the newest whole one of --exp_dir, a fresh start if there is none",
+    )
+    group.add_argument("--save_interval", type=int, default=500, help="save every this many updates, and each epoch")
     group.add_argument("--log_interval", type=int, default=50, help="log every this many updates")
     group.add_argument(
         "--valid_interval", type=int, help="validate every this many batches (default: at the end of each epoch)"
@@ -507,6 +602,9 @@ def add_arguments(
     group.add_argument("--max_updates", type=int, default=max_updates)
     group.add_argument("--clip_norm", type=float, default=10.0, help="clip the gradient's norm; 0 switches it off")
     group.add_argument("--accum_grad", type=int, default=1, help="batches per update")
+    group.add_argument(
+        "--skip_nonfinite", type=int, default=0, help="updates with a loss or gradient that is not finite to pass over"
+    )
     group.add_argument("--seed", type=int, default=2022)
 
     group = parser.add_argument_group("machine")
@@ -526,10 +624,13 @@ def _check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UserError: names the option, what was found and what is expected.
     """
-    for name in ("seconds_per_batch", "max_updates", "accum_grad", "log_interval", "num_nodes", "learning_rate"):
+    for name in (
+        *("seconds_per_batch", "max_updates", "accum_grad", "log_interval", "num_nodes", "learning_rate"),
+        "save_interval",
+    ):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name}: expected a number above 0, found {getattr(args, name)}")
-    for name in ("warmup_updates", "num_workers", "weight_decay", "clip_norm"):
+    for name in ("warmup_updates", "num_workers", "weight_decay", "clip_norm", "skip_nonfinite"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name}: expected 0 or more, found {getattr(args, name)}")
     for name in ("valid_interval", "max_crop_seconds"):
@@ -539,8 +640,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--warmup_updates {args.warmup_updates} is above --max_updates {args.max_updates}")
     if not (args.l2_weight or args.l1_weight or args.cos_weight):
         raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: nothing would be distilled")
-    if args.resume_checkpoint is not None and not args.resume_checkpoint.is_file():
-        raise UserError(f"--resume_checkpoint: {args.resume_checkpoint} does not exist; give a .ckpt of a run")
+    if args.resume_checkpoint not in (None, resilience.AUTO) and not Path(args.resume_checkpoint).is_file():
+        raise UserError(f"--resume_checkpoint: {args.resume_checkpoint} does not exist; give a .ckpt of a run, or auto")
     accelerator, _ = resolve_devices(args.accelerator, args.gpus)
     if args.precision == "16" and accelerator == "cpu":
         raise UserError("--precision 16 needs a GPU (its small gradients need a loss scaler); use 32 or bf16 on a CPU")
@@ -571,18 +672,6 @@ def resolve_devices(accelerator: str, gpus: int | None) -> tuple[str, int]:
         given = "asked for" if gpus is not None else "are the default"
         raise UserError(f"--gpus: {wanted} GPUs {given}, {available} found on this machine; {advice}")
     return "gpu", wanted
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints are written whole or not at all, and read without unpickling more than plain data."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        ckpt.save(path, checkpoint)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        return ckpt.read(path)
 
 
 class UpdateProgressBar(pl.Callback):
@@ -621,10 +710,25 @@ class UpdateProgressBar(pl.Callback):
         self.on_train_end(trainer, pl_module)
 
 
-def make_trainer(args: argparse.Namespace, description: str) -> pl.Trainer:
-    """The trainer of the shared flags; checkpoints go to ``EXP_DIR/ckpts/last.ckpt``."""
+def make_trainer(
+    args: argparse.Namespace, description: str, io: resilience.CheckpointIO, start: int, batches_per_epoch: int
+) -> pl.Trainer:
+    """The trainer of the shared flags.
+
+    Args:
+        args: the shared flags.
+        description: of the progress bar.
+        io: writes the checkpoints.
+        start: updates done before.
+        batches_per_epoch: of one process.
+    """
     accelerator, devices = resolve_devices(args.accelerator, args.gpus)
-    return pl.Trainer(
+    plugins: list[Any] = [io]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # resilience.py requeues, from the end of an update.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    trainer = pl.Trainer(
+        default_root_dir=args.exp_dir,
         accelerator=accelerator,
         devices=devices,
         num_nodes=args.num_nodes,
@@ -634,29 +738,24 @@ def make_trainer(args: argparse.Namespace, description: str) -> pl.Trainer:
         max_epochs=-1,
         accumulate_grad_batches=args.accum_grad,
         gradient_clip_val=args.clip_norm or None,
-        val_check_interval=args.valid_interval,
-        check_val_every_n_epoch=None if args.valid_interval else 1,
+        # To Lightning the whole run is one epoch, which can be left and entered at any update.
+        val_check_interval=args.valid_interval or batches_per_epoch,
+        check_val_every_n_epoch=None,
         use_distributed_sampler=False,  # the batch sampler deals to the ranks itself
         log_every_n_steps=args.log_interval,
         enable_progress_bar=False,
         enable_model_summary=False,
-        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,  # Watch does it
+        plugins=plugins,
         logger=[
-            TensorBoardLogger(args.exp_dir, name="tensorboard"),
-            CSVLogger(args.exp_dir, name="csv"),
+            TensorBoardLogger(args.exp_dir, name="tensorboard", version=0, purge_step=start),
+            resilience.ContinuedCSVLogger(args.exp_dir, start),
         ],
-        callbacks=[
-            ModelCheckpoint(
-                dirpath=args.exp_dir / "ckpts",
-                filename=Path(LAST_CHECKPOINT).stem,
-                enable_version_counter=False,
-                every_n_epochs=1,
-                save_on_train_epoch_end=True,
-            ),
-            LearningRateMonitor(logging_interval="step"),
-            UpdateProgressBar(description),
-        ],
+        callbacks=[LearningRateMonitor(logging_interval="step"), UpdateProgressBar(description)],
     )
+    # Its handlers would answer SIGTERM with a collective in the middle of an update; StopRequest notes signals.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 class Setup(NamedTuple):
@@ -695,15 +794,40 @@ def prepare(args: argparse.Namespace) -> Setup:
         args.max_seconds,
         args.max_crop_seconds,
         args.seed,
+        args.max_bad_files,
     )
     pl.seed_everything(args.seed, verbose=False)
     return Setup(data, ckpt.load_model(args.teacher_ckpt), layer_groups)
 
 
+# Flags that do not change what is trained, or only through what run_settings records in their place.
+_NOT_SETTINGS = {
+    *("debug", "exp_dir", "resume_checkpoint", "save_interval", "log_interval", "valid_interval", "num_workers"),
+    *("skip_nonfinite", "max_bad_files", "accelerator", "gpus", "num_nodes", "accum_grad"),
+    *("tsv_dir", "train_subset", "teacher_ckpt", "student_ckpt"),
+}
+
+
+def run_settings(args: argparse.Namespace, description: str, setup: "Setup", num_processes: int) -> dict[str, Any]:
+    """All that decides what comes out of a run: its checkpoints carry it, and are continued only with the same."""
+    manifest = setup.data.manifests[args.train_subset]
+    utterances = hashlib.sha256(manifest.lengths.tobytes())
+    utterances.update("\0".join(manifest.paths).encode(errors="surrogateescape"))
+    return {
+        "stage": description,
+        **{name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS},
+        # Four processes, or one with --accum_grad 4: the same updates.
+        "gpus x accum_grad": num_processes * args.accum_grad,
+        "train_subset": {"fingerprint": utterances.hexdigest()[:16]},
+        "teacher_ckpt": {"fingerprint": resilience.fingerprint(args.teacher_ckpt)},
+        "student_ckpt": {"fingerprint": resilience.fingerprint(args.student_ckpt)},
+    }
+
+
 def train_student(
     args: argparse.Namespace,
     description: str,
-    setup: Setup,
+    setup: "Setup",
     student: Wav2Vec2Model,
     projections: nn.ModuleList,
     **sparsity: Any,
@@ -717,6 +841,10 @@ def train_student(
         student: the model to train.
         projections: one per distilled layer.
         sparsity: ``use_reg`` and what comes with it, see :class:`DistillModule`.
+
+    Raises:
+        UserError: the checkpoint to continue from is not of this run, or the run cannot go on.
+        Interrupted: a signal stopped the run; its last update is saved.
     """
     module = DistillModule(
         teacher_model=setup.teacher,
@@ -731,20 +859,76 @@ def train_student(
         max_updates=args.max_updates,
         **sparsity,
     )
+    _, devices = resolve_devices(args.accelerator, args.gpus)
+    num_processes = devices * args.num_nodes
+    module.settings = run_settings(args, description, setup, num_processes)
+    resumed = resilience.choose_checkpoint(args.resume_checkpoint, args.exp_dir)
+    start = 0
+    if resumed is not None:
+        start = check_resumed(resumed, args, module)
+        if start >= args.max_updates:
+            print(f"{description}: complete already, {start} updates done: {resumed[0]}")
+            return
+
     _quiet_lightning()
-    trainer = make_trainer(args, description)
-    if trainer.is_global_zero:
-        num_params = [sum(p.numel() for p in model.parameters()) for model in (setup.teacher, student)]
-        batches = setup.data.batches[args.train_subset]
-        print(
-            f"{description}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; layers "
-            f"{args.distill_layers}; {sum(map(len, batches))} utterances in {len(batches)} batches; "
-            f"{trainer.world_size} x {trainer.strategy.root_device.type}, precision {args.precision}",
-            flush=True,
+    batches_per_epoch = len(setup.data.sampler(args.train_subset, num_processes, 0, args.accum_grad))
+    io = resilience.CheckpointIO(resumed)
+    with resilience.StopRequest() as stop, contextlib.ExitStack() as stack:
+        trainer = make_trainer(args, description, io, start, batches_per_epoch)
+        if trainer.is_global_zero:
+            stack.enter_context(resilience.exclusive(args.exp_dir))
+            num_params = [sum(p.numel() for p in model.parameters()) for model in (setup.teacher, student)]
+            batches = setup.data.batches[args.train_subset]
+            print(
+                f"{description}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; layers "
+                f"{args.distill_layers}; {sum(map(len, batches))} utterances in {len(batches)} batches; "
+                f"{num_processes} x {trainer.strategy.root_device.type}, precision {args.precision}",
+                flush=True,
+            )
+            if resumed is not None:
+                print(f"{description}: continuing {resumed[0]} after update {start} of {args.max_updates}", flush=True)
+        module.watch = resilience.Watch(
+            args.exp_dir,
+            io,
+            stop,
+            save_interval=args.save_interval,
+            updates_per_epoch=batches_per_epoch // args.accum_grad,
+            skip_nonfinite=args.skip_nonfinite,
+            max_bad_files=setup.data.max_bad_files,
         )
-    trainer.fit(module, datamodule=setup.data, ckpt_path=args.resume_checkpoint, weights_only=True)
+        trainer.callbacks.append(module.watch)
+        resumed_from = resumed[0] if resumed is not None else None
+        with resilience.plain_failures(module.watch, resumed_from):
+            if resumed is not None:
+                module.adapt_checkpoint(resumed[1], args.accum_grad)
+            trainer.fit(module, datamodule=setup.data, ckpt_path=resumed_from, weights_only=True)
     if trainer.is_global_zero:
-        print(f"{description}: {trainer.global_step} updates done: {args.exp_dir / 'ckpts' / LAST_CHECKPOINT}")
+        print(f"{description}: {trainer.global_step} updates done: {module.watch.path}")
+
+
+def check_resumed(resumed: tuple[Path, dict[str, Any]], args: argparse.Namespace, module: DistillModule) -> int:
+    """Check that a checkpoint can be continued with these flags; returns the updates done in it.
+
+    ``auto`` continues the same run only; a path given by the user may be continued with other settings, which are
+    printed.
+
+    Raises:
+        UserError: it is of another stage or model, or (with ``auto``) of a run with other settings.
+    """
+    path, contents = resumed
+    recorded = contents.get("distillation", {}).get("settings")
+    changes = resilience.compare_settings(recorded, module.settings)
+    if changes and args.resume_checkpoint == resilience.AUTO:
+        raise UserError(
+            f"{path}: made with other settings: {'; '.join(changes)}. Give the same settings; or another --exp_dir for "
+            f"a new run; or --resume_checkpoint {path} to continue it with these"
+        )
+    student, projections = resilience.split_state_dict(contents["state_dict"])
+    ckpt.load_state(module.student_model, student, f"{path} in the model of --student_ckpt")
+    ckpt.load_state(module.distill_linear_projs, projections, f"{path} (projections; see --distill_layers)")
+    if changes:
+        resilience.say(f"warning: {path} is continued with other settings: {'; '.join(changes)}")
+    return contents["global_step"]
 
 
 def _quiet_lightning() -> None:
@@ -755,35 +939,8 @@ def _quiet_lightning() -> None:
         "number of training batches .* is smaller than the logging interval",
         "module.s. in eval mode at the start of training",  # the teacher, on purpose
         "isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's own use of torch
+        "resuming from a checkpoint that ended before the epoch ended",  # TrainingSampler starts where it should
     ):
         warnings.filterwarnings("ignore", f".*{message}.*")
-
-
-# ---------------------------------------------------------------------------------------------------
-# Training checkpoints
-# ---------------------------------------------------------------------------------------------------
-
-
-def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a ``.ckpt`` of one of the distillations.
-
-    Raises:
-        UserError: it is something else; a model file is named as such.
-    """
-    contents = ckpt.read(path)
-    state_dict = contents.get("state_dict")
-    if not isinstance(state_dict, dict) or not any(str(key).startswith("student_model.") for key in state_dict):
-        kind = "a model file (.pth)" if "config" in contents else "neither a training checkpoint nor a model file"
-        raise UserError(
-            f"{path}: {kind} where a training checkpoint (.ckpt) of distill.py or final_distill.py is wanted"
-        )
-    return contents
-
-
-def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The student's and the projections' parts of a training checkpoint's state dict, without their prefixes."""
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-
-    return part("student_model."), part("distill_linear_projs.")
+    if "SLURM_JOB_ID" not in os.environ:
+        warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # outside a job it is of no use

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
-from lightning import PRUNED_MODEL, read_training_checkpoint, split_state_dict
+from resilience import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
@@ -63,14 +63,26 @@ def main(args: argparse.Namespace) -> None:
     if not units:
         raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")
     original = read_model_file(args.original_ckpt)
+    out = args.distilled_ckpt.parent / PRUNED_MODEL
+    made_by = {
+        "script": "prune.py",
+        "distilled_ckpt": fingerprint(args.distilled_ckpt),
+        "original_ckpt": fingerprint(args.original_ckpt),
+        "target_sparsity": args.target_sparsity,
+        "sparsity_tolerance": args.sparsity_tolerance,
+    }
+    if (before := made_before(out, made_by)) is not None:
+        print(json.dumps(before["config"], indent=2))
+        print(f"made already, from the same files with the same settings: {out}", file=sys.stderr)
+        return
+
     model = build_model(with_masks(original["config"], units), args.original_ckpt)
     load_state(model, student_state, f"{args.distilled_ckpt} in the model of {args.original_ckpt}")
     num_original = int(build_model(with_masks(original["config"], ()), args.original_ckpt).get_num_params())
-
     fit_to_target(model, distilled.get("distillation", {}), args, num_original)
     config = model.prune()
-    out = args.distilled_ckpt.parent / PRUNED_MODEL
-    save(out, {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections})
+    contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}
+    save(out, {**contents, "made_by": made_by})
     num_params = model.get_num_params()
     print(json.dumps(config, indent=2))
     print(

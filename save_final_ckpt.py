@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import cli
-from lightning import PRUNED_MODEL, read_training_checkpoint, split_state_dict
+from resilience import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
 
 
@@ -24,11 +24,21 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     config = read_model_file(args.config_path)["config"]
     trained = read_training_checkpoint(args.ckpt_after_final_distill)
+    out = args.ckpt_after_final_distill.parent / PRUNED_MODEL
+    made_by = {
+        "script": "save_final_ckpt.py",
+        "config_path": fingerprint(args.config_path),
+        "ckpt_after_final_distill": fingerprint(args.ckpt_after_final_distill),
+    }
+    if made_before(out, made_by) is not None:
+        print(f"made already, from the same files: {out}")
+        return
+
     student_state, projections = split_state_dict(trained["state_dict"])
     model = build_model(config, args.config_path)
     load_state(model, student_state, f"{args.ckpt_after_final_distill} in the model of {args.config_path}")
-    out = args.ckpt_after_final_distill.parent / PRUNED_MODEL
-    save(out, {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections})
+    contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}
+    save(out, {**contents, "made_by": made_by})
     print(f"{model.get_num_params():,} parameters: {out}")
 
 

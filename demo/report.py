@@ -16,15 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs 
 
 import cli
 from dataset import MAX_SECONDS, SAMPLE_RATE, BatchSampler, SpeechDataset, make_batches, read_manifest
-from lightning import (
-    LAST_CHECKPOINT,
-    PRUNED_MODEL,
-    DistillLoss,
-    check_pair,
-    make_projections,
-    parse_distill_layers,
-    read_training_checkpoint,
-)
+from lightning import DistillLoss, check_pair, make_projections, parse_distill_layers
+from resilience import LAST_CHECKPOINT, PRUNED_MODEL, read_training_checkpoint
 from wav2vec2.checkpoint import load_model, load_state, read_model_file
 from wav2vec2.model import Wav2Vec2Model
 
@@ -60,7 +53,7 @@ def feature_loss(teacher: Wav2Vec2Model, path: Path, args: argparse.Namespace) -
     batches = make_batches(manifest.lengths, batch_size=1, max_len=round(args.max_seconds * SAMPLE_RATE))
     sampler = BatchSampler(manifest.lengths, batches, 1, 0, shuffle=False, seed=0, drop_last=True)
     losses, cosines = [], []
-    for waveforms, _ in tqdm(DataLoader(SpeechDataset(manifest), sampler=sampler, batch_size=None), desc=str(path)):
+    for waveforms, *_ in tqdm(DataLoader(SpeechDataset(manifest), sampler=sampler, batch_size=None), desc=str(path)):
         expected, _ = teacher.extract_features(waveforms)
         hidden, _ = student.extract_features(waveforms)
         expected = torch.stack([expected[layer] for layer in layers], dim=1)  # (1, layers, T, D)

@@ -2,12 +2,19 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
+from helpers import run_command, save_small_model
 from reliability import Recorder
+
+import resilience
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
@@ -44,3 +51,52 @@ def reliability(request: pytest.FixtureRequest) -> Callable[..., None]:
         request.config.stash[RECORDER].record(test, section, *parts, measured=measured)
 
     return record
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A tiny corpus in LibriSpeech's layout: tones and noise of 2 to 4 s."""
+    root = tmp_path_factory.mktemp("corpus") / "LibriSpeech"
+    generator = np.random.default_rng(0)
+    for split, num_utterances in (("train-clean-100", 16), ("dev-clean", 4)):
+        folder = root / split / "1" / "2"
+        folder.mkdir(parents=True)
+        for number in range(num_utterances):
+            time = np.arange(int(generator.uniform(2.1, 4.0) * 16000)) / 16000
+            tone = np.sin(2 * np.pi * generator.uniform(100, 300) * time) * np.sin(2 * np.pi * 3 * time)
+            samples = 0.2 * tone + 0.02 * generator.standard_normal(len(time))
+            soundfile.write(folder / f"1-2-{number:04d}.flac", samples, 16000)
+    return root
+
+
+@pytest.fixture(scope="session")
+def manifests(corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("data")
+    result = run_command(sys.executable, "prepare_data.py", "--data", corpus, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture
+def small_teacher(tmp_path) -> Path:
+    return save_small_model(tmp_path / "teacher.pth", "hubert", "base")
+
+
+class Disturbance:
+    """What happens to a run in this process: a call at the start of chosen updates (the first is 1)."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, Callable[[], None]] = {}
+
+
+@pytest.fixture
+def disturb(monkeypatch) -> Disturbance:
+    disturbance = Disturbance()
+    original = resilience.Watch.on_train_batch_start
+
+    def on_train_batch_start(self: resilience.Watch, trainer: Any, *rest: Any) -> None:
+        original(self, trainer, *rest)
+        disturbance.at.pop(trainer.global_step + 1, lambda: None)()
+
+    monkeypatch.setattr(resilience.Watch, "on_train_batch_start", on_train_batch_start)
+    return disturbance

@@ -1,15 +1,23 @@
-"""What several test files share: small models with no parameter at a trivial value, and comparisons of frames."""
+"""What several test files share: small models with no parameter at a trivial value, short runs, comparisons."""
 
+import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import cli
 from hardconcrete import HardConcrete
+from wav2vec2 import checkpoint
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
 
-REFERENCE = Path(__file__).resolve().parent / "data" / "reference"
+REPOSITORY = Path(__file__).resolve().parent.parent
+REFERENCE = REPOSITORY / "tests" / "data" / "reference"
 
 # 40 samples a frame, so that short waveforms make enough of them.
 SMALL_CONV_LAYERS = [[10, 10, 5], [12, 3, 2], [8, 3, 2], [9, 2, 2]]
@@ -113,3 +121,56 @@ def assert_same_frames(
                 atol=tolerance,
                 msg=lambda text, stage=stage, row=row: f"stage {stage}, row {row}: {text}",
             )
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    """Run a stage script in this process, as ``python NAME.py ARGUMENTS`` does."""
+    script = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    cli.run(script.main, script.parse_args())
+
+
+def run_command(*command: object, **environment: object) -> subprocess.CompletedProcess:
+    """Run a command in the checkout, with this Python."""
+    settings = {"python": sys.executable, **environment}
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=REPOSITORY,
+        env=os.environ | {name: str(value) for name, value in settings.items()},
+        capture_output=True,
+        text=True,
+    )
+
+
+def save_small_model(path: Path, family: str, size: str, **changes: object) -> Path:
+    """A random teacher of three small layers, as a converter writes it."""
+    model = random_model(small_config(family, size, encoder_dropout=0.1, **changes))
+    checkpoint.save(path, {"state_dict": model.state_dict(), "config": model.config})
+    return path
+
+
+def small_run(manifests: Path, teacher: Path, **changes: object) -> list[object]:
+    """Shared flags of a run that takes a second; a value of None leaves a flag out."""
+    flags = {
+        "tsv_dir": manifests,
+        "seconds_per_batch": 4,
+        "max_crop_seconds": 0.2,
+        "num_workers": 0,
+        "teacher_ckpt": teacher,
+        "student_ckpt": teacher,
+        "distill_layers": "0.1,3",
+        "max_updates": 6,
+        "warmup_updates": 2,
+        "accelerator": "cpu",
+        "log_interval": 1,
+    }
+    chosen = {name: value for name, value in {**flags, **changes}.items() if value is not None}
+    return [word for name, value in chosen.items() for word in (f"--{name}", value)]
+
+
+def load_as_others_do(path: Path) -> torch.nn.Module:
+    """How other people's programs load a compressed model."""
+    contents = torch.load(path, weights_only=True)
+    model = wav2vec2_model(**contents["config"])
+    model.load_state_dict(contents["state_dict"])
+    return model.eval()

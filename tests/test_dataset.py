@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,14 +15,20 @@ from torch.utils.data import DataLoader
 from torchaudio.functional import resample
 
 from dataset import (
+    MAX_REPLACEMENTS,
     SAMPLE_RATE,
     AudioError,
+    Batch,
     BatchSampler,
     Crop,
+    Manifest,
     SpeechDataset,
+    TrainingSampler,
+    check_files,
     load_audio,
     make_batches,
     num_samples_at_16k,
+    parse_max_bad_files,
     read_manifest,
     resample_to_16k,
 )
@@ -100,12 +105,20 @@ def test_missing_manifest_names_those_that_are_there(tmp_path):
         read_manifest(tmp_path / "train960.tsv")
 
 
-def test_manifest_of_librispeech_size_is_read_in_time(tmp_path):
+@pytest.mark.parametrize("name", ["/elsewhere/a.flac", "../a.flac", "with space/ä ö.flac", " .flac"])
+def test_manifest_takes_paths_as_they_are(tmp_path, name):
     path = tmp_path / "train.tsv"
-    path.write_text("/root\n" + "".join(f"train-clean-360/{n}/{n}-{n}.flac\t{n + 1}\n" for n in range(300_000)))
-    start = time.perf_counter()
-    assert len(read_manifest(path).paths) == 300_000
-    assert time.perf_counter() - start < 2
+    path.write_text(f"/root\n{name}\t5\n")
+    manifest = read_manifest(path)
+    assert manifest.paths == [name]
+    assert manifest.full_path(0) == (name if name.startswith("/") else f"/root/{name}")
+
+
+def test_manifest_that_lists_a_path_twice(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text("/root\na.flac\t5\n\nb.flac\t5\na.flac\t6\nb.flac\t6\n")
+    with pytest.raises(UserError, match=r"train\.tsv: line 5 lists 'a\.flac', which line 2 does"):
+        read_manifest(path)
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -227,6 +240,91 @@ def test_crops_depend_on_seed_epoch_and_position_only():
     assert in_order(1) != in_order(1, seed=8)
 
 
+def test_noise_seeds_are_a_stream_of_their_own():
+    batches = [[index] for index in range(40)]
+    seeds = {}
+    for seed, epoch in itertools.product([0, 1, 2], [0, 1, 2]):
+        sampler = BatchSampler([5] * 40, batches, 1, 0, True, seed)
+        for index in range(len(sampler)):
+            crop = sampler.crop(epoch, index)
+            assert 0 <= crop.seed < 2**32
+            seeds[seed, epoch, index] = crop.seed
+            assert crop.seed != np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0]
+    assert len(set(seeds.values())) == len(seeds) == 9 * 41
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    num_batches=st.integers(1, 30),
+    num_replicas=st.integers(1, 3),
+    accum_grad=st.integers(1, 5),
+    drop_last=st.booleans(),
+    shuffle=st.booleans(),
+)
+def test_accumulating_is_as_good_as_more_processes(num_batches, num_replicas, accum_grad, drop_last, shuffle):
+    lengths = np.random.default_rng(0).integers(50, 100, 2 * num_batches)
+    batches = make_batches(lengths, batch_size=2)
+
+    def updates(num_replicas: int, accum_grad: int, epoch: int) -> list[set[Crop]]:
+        samplers = [
+            BatchSampler(lengths, batches, num_replicas, rank, shuffle, 3, drop_last, accum_grad=accum_grad)
+            for rank in range(num_replicas)
+        ]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        ranks = [list(sampler) for sampler in samplers]
+        assert {len(crops) for crops in ranks} == {len(samplers[0])}
+        assert len(samplers[0]) % accum_grad == 0
+        return [
+            {crop for crops in ranks for crop in crops[start : start + accum_grad]}
+            for start in range(0, len(samplers[0]), accum_grad)
+        ]
+
+    if drop_last and num_batches < num_replicas * accum_grad:
+        with pytest.raises(UserError, match=f"{num_batches} batches do not give each of {num_replicas} processes"):
+            updates(num_replicas, accum_grad, 0)
+        return
+    for epoch in range(3):
+        accumulated = updates(num_replicas, accum_grad, epoch)
+        assert (
+            accumulated == updates(num_replicas * accum_grad, 1, epoch) == updates(1, num_replicas * accum_grad, epoch)
+        )
+        crops = set().union(*accumulated)
+        once = [crop for crop in crops if not crop.tops_up]
+        assert len(crops) == len(accumulated) * num_replicas * accum_grad
+        assert len(once) == min(num_batches, len(crops))
+        assert len({crop.indices for crop in once}) == len(once)
+
+
+def test_epochs_string_together_and_can_be_entered_anywhere():
+    lengths = np.random.default_rng(0).integers(50, 100, 22)
+    batches = make_batches(lengths, batch_size=2)
+    sampler = BatchSampler(lengths, batches, 2, 1, True, seed=4, accum_grad=2)
+    expected = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        expected += list(sampler)
+    assert len(sampler) == 6
+    for start in range(18):
+        training = TrainingSampler(sampler, end=17, start=start)
+        assert list(training) == expected[start:17]
+        assert len(training) == 17
+
+
+def test_crops_in_any_order():
+    sampler = BatchSampler([50, 60, 70, 80], [[0], [1], [2], [3]], 1, 0, True, seed=4)
+    wanted = [(epoch, index) for epoch in range(4) for index in range(5)]
+    crops = {key: sampler.crop(*key) for key in wanted}
+    for epoch in range(4):
+        order = torch.randperm(4, generator=torch.Generator().manual_seed(4 + epoch)).tolist()
+        assert [crops[epoch, index].indices[0] for index in range(5)] == [*order, order[0]]
+    for epoch, index in np.random.default_rng(0).permutation(wanted).tolist():
+        assert sampler.crop(epoch, index) == crops[epoch, index]
+    for index in (-1, 5):
+        with pytest.raises(IndexError):
+            sampler.crop(0, index)
+
+
 @settings(deadline=None)
 @given(lengths=lengths_strategy, max_crop=st.none() | st.integers(1, 300_000), shuffle=st.booleans())
 def test_crops_stay_inside_and_share_the_shortest(lengths, max_crop, shuffle):
@@ -252,6 +350,8 @@ def test_a_batch_that_tops_up_is_cropped_anew():
     first, again = BatchSampler([10, 10_000], [[0, 1]], 1, 0, shuffle=True, seed=0)
     assert first.indices == again.indices
     assert first.offsets != again.offsets
+    assert first.seed != again.seed
+    assert (first.tops_up, again.tops_up) == (False, True)
 
 
 def test_sampler_errors():
@@ -303,13 +403,28 @@ def test_resampled_length_is_the_one_in_the_manifest(sample_rate):
 
 def test_dataset_reads_the_crops(tmp_path):
     manifest = read_manifest(write_corpus(tmp_path, [900, 1000]))
-    waveforms, lengths = SpeechDataset(manifest)[Crop((1, 0), (30, 0), 800)]
+    batch = SpeechDataset(manifest)[Crop((1, 0), (30, 0), 800, seed=7, tops_up=False)]
+    waveforms, lengths = batch[:2]
     assert waveforms.shape == (2, 800)
     assert waveforms.dtype == torch.float32
     assert lengths.tolist() == [800, 800]
     assert lengths.dtype == torch.int64
     assert torch.equal(waveforms[0], load_audio(tmp_path / "1.flac")[30:830])
     assert torch.equal(waveforms[1], load_audio(tmp_path / "0.flac")[:800])
+    assert batch[2:] == ([str(tmp_path / "1.flac"), str(tmp_path / "0.flac")], 7, 2, {})
+    assert SpeechDataset(manifest)[Crop((1, 0), (0, 0), 800, 7, tops_up=True)].weight == 0
+
+
+def test_only_the_crop_is_decoded(tmp_path, monkeypatch):
+    manifest = read_manifest(write_corpus(tmp_path, [50_000]))
+    read, counts = soundfile.SoundFile.read, []
+    monkeypatch.setattr(
+        soundfile.SoundFile,
+        "read",
+        lambda file, frames, **options: counts.append(frames) or read(file, frames, **options),
+    )
+    SpeechDataset(manifest)[Crop((0,), (40_000,), 300, 0, False)]
+    assert counts == [300]
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
@@ -320,7 +435,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
         sampler = BatchSampler(manifest.lengths, batches, 1, 0, shuffle=True, seed=5)
         sampler.set_epoch(1)
         loader = DataLoader(SpeechDataset(manifest), sampler=sampler, batch_size=None, num_workers=num_workers)
-        return [waveforms for waveforms, _ in loader]
+        return [batch.waveforms for batch in loader]
 
     alone, shared = load(0), load(2)
     assert len(alone) == len(shared) == len(batches) + 1
@@ -343,14 +458,14 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-800])
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "words", "num_workers"),
     [
-        (remove, "no such file"),
-        (write_text, "cannot be decoded"),
-        (shorten, "ends at sample 900 (at 16 kHz), expected 1000"),
-        (cut, "0.flac"),
+        (remove, "no such file", 0),
+        (remove, "no such file", 1),
+        (write_text, "cannot be decoded", 0),
+        (shorten, "is 900 samples long (at 16 kHz), expected the manifest's 1000", 0),
+        (cut, "0.flac", 0),
     ],
 )
 def test_bad_file_is_one_line_also_from_a_worker(tmp_path, damage, words, num_workers):
@@ -363,12 +478,153 @@ def test_bad_file_is_one_line_also_from_a_worker(tmp_path, damage, words, num_wo
     message = str(error.value)
     assert message.startswith(str(tmp_path / "0.flac"))
     assert words in message
-    assert message.endswith("run prepare_data.py again")
+    assert message.endswith("run prepare_data.py again (the 0 files tried in its place fail too)")
     assert "\n" not in message
+
+
+def test_file_shorter_than_asked(tmp_path):
+    write_corpus(tmp_path, [900])
+    with pytest.raises(AudioError, match=r"ends at sample 900 \(at 16 kHz\), expected 1000"):
+        load_audio(tmp_path / "0.flac", 200, 800)
+    with pytest.raises(AudioError, match="is 900 samples long"):
+        load_audio(tmp_path / "0.flac", 0, 100, length=901)
+
+
+# ---------------------------------------------------------------------------------------------- replacement
+
+
+@pytest.mark.parametrize(
+    ("index", "bad", "read"),
+    [
+        (2, [], 2),
+        (2, [2], 0),  # the next longer one
+        (4, [4], 5),  # of equals the later one
+        (2, [2, 0, 4], 5),
+        (3, [3], 2),  # from the longest to the shortest that suffices, not to utterance 1
+        (0, [0, 3, 4, 5], 2),
+    ],
+)
+def test_replacements_go_from_short_to_long(tmp_path, index, bad, read):
+    manifest = read_manifest(write_corpus(tmp_path, [1000, 700, 900, 2000, 1100, 1100]))
+    for number in bad:
+        (tmp_path / f"{number}.flac").unlink()
+    offset = int(manifest.lengths[index]) - 800
+    batch = SpeechDataset(manifest)[Crop((index,), (offset,), 800, 0, False)]
+    start = min(offset, int(manifest.lengths[read]) - 800)
+    assert torch.equal(batch.waveforms[0], load_audio(tmp_path / f"{read}.flac")[start : start + 800])
+    assert batch.paths == [str(tmp_path / f"{read}.flac")]
+    assert set(batch.bad_files) == {str(tmp_path / f"{number}.flac") for number in bad}
+    for path, reason in batch.bad_files.items():
+        assert reason.startswith(f"{path}: no such file")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_replacements_do_not_depend_on_the_workers(tmp_path, num_workers):
+    manifest = read_manifest(write_corpus(tmp_path, [1000, 900, 1100]))
+    (tmp_path / "1.flac").unlink()
+    sampler = BatchSampler(manifest.lengths, [[1, 2], [0]], 1, 0, shuffle=False, seed=0)
+    loader = DataLoader(SpeechDataset(manifest), sampler=sampler, batch_size=None, num_workers=num_workers)
+    first, second, again = loader
+    assert isinstance(first, Batch)
+    assert first.paths == [str(tmp_path / "0.flac"), str(tmp_path / "2.flac")]
+    assert list(first.bad_files) == [str(tmp_path / "1.flac")]
+    assert second.bad_files == {}
+    assert (first.weight, second.weight, again.weight) == (2, 1, 0)
+    assert isinstance(first.seed, int)
+    assert torch.equal(first.waveforms, again.waveforms)
+    assert torch.equal(first.waveforms[0], load_audio(tmp_path / "0.flac")[:900])
+
+
+def test_mp3_may_promise_more_than_it_holds(tmp_path):
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, noise(80_000), SAMPLE_RATE)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    length = len(load_audio(path))
+    assert length != soundfile.info(path).frames
+    manifest = Manifest(tmp_path / "a.tsv", tmp_path, [path.name], np.array([length]))
+    assert check_files(manifest, max_bad=0) == {}
+    assert SpeechDataset(manifest)[Crop((0,), (5000,), length - 5000, 0, False)].bad_files == {}
+
+
+def test_replacing_ends(tmp_path):
+    manifest = read_manifest(write_corpus(tmp_path, list(range(900, 930))))
+    for path in tmp_path.glob("*.flac"):
+        path.unlink()
+    with pytest.raises(AudioError, match=rf"7\.flac: no such file.*the {MAX_REPLACEMENTS} files tried") as error:
+        SpeechDataset(manifest)[Crop((7,), (0,), 800, 0, False)]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3", "wav"])
+def test_whatever_happens_to_a_file_it_is_read_or_replaced(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    good, bad = tmp_path / f"good.{suffix}", tmp_path / f"bad.{suffix}"
+    soundfile.write(good, noise(20_000), SAMPLE_RATE)
+    contents = good.read_bytes()
+    manifest = Manifest(tmp_path / "a.tsv", tmp_path, [bad.name, good.name], np.array([20_000, 20_000]))
+    num_replaced = 0
+    for trial in range(40):
+        damaged = bytearray(contents[: rng.integers(len(contents))] if trial % 2 else contents)
+        for place in rng.integers(0, max(len(damaged), 1), 0 if trial % 2 else 3):
+            damaged[place] = rng.integers(256)
+        bad.write_bytes(damaged)
+        batch = SpeechDataset(manifest)[Crop((0,), (int(rng.integers(12_000)),), 8000, 0, False)]
+        assert batch.waveforms.isfinite().all()
+        num_replaced += bool(batch.bad_files)
+    assert num_replaced > 5
+
+
+# ---------------------------------------------------------------------------------------------- check of files
+
+
+def test_checked_files_are_spread_evenly(tmp_path):
+    manifest = read_manifest(write_corpus(tmp_path, [10] * 50))
+    for number in (0, 20, 21, 49):
+        (tmp_path / f"{number}.flac").unlink()
+
+    def found(sample: int) -> list[str]:
+        return [Path(path).stem for path in check_files(manifest, max_bad=4, sample=sample)]
+
+    assert found(256) == ["0", "20", "21", "49"]
+    assert found(50) == ["0", "20", "21", "49"]
+    assert found(8) == ["0", "21", "49"]  # 0, 7, 14, 21, 28, 35, 42, 49
+
+
+def test_too_many_bad_files(tmp_path):
+    manifest = read_manifest(write_corpus(tmp_path, [10] * 6))
+    (tmp_path / "0.flac").unlink()
+    (tmp_path / "4.flac").write_bytes(b"")
+    soundfile.write(tmp_path / "5.flac", noise(11), SAMPLE_RATE)
+    assert len(check_files(manifest, max_bad=3)) == 3
+    with pytest.raises(UserError, match=r"train\.tsv: 3 of 6 files.*0\.flac.*5\.flac.*--max_bad_files") as error:
+        check_files(manifest, max_bad=2)
+    assert "\n" not in str(error.value)
+    (tmp_path / "1.flac").unlink()
+    with pytest.raises(UserError, match=r"train\.tsv: the corpus has moved or changed: 4 of 6.*4\.flac, \.\.\."):
+        check_files(manifest, max_bad=6)
 
 
 def test_root_that_has_moved(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text("/no/such/root\na.flac\t5\n")
     with pytest.raises(UserError, match=r"train\.tsv.*/no/such/root does not exist.*prepare_data\.py"):
-        SpeechDataset(read_manifest(path))
+        check_files(read_manifest(path), max_bad=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0", 0), ("5", 5), ("2000", 2000), ("0%", 0), ("1%", 9), ("0.7%", 6), ("33.34%", 333), ("100%", 999)],
+)
+def test_max_bad_files(text, expected):
+    assert parse_max_bad_files(text, 999) == expected
+
+
+def test_shares_are_exact():
+    assert parse_max_bad_files("0.7%", 1000) == 7
+    assert parse_max_bad_files("0.57%", 10_000) == 57
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "many", "101%", "-1%", "%", "5 %", "nan%", "1e3", "1/2%", "٣"])
+def test_max_bad_files_errors(text):
+    with pytest.raises(UserError, match=r"^--max_bad_files .*expected a number of files such as 5"):
+        parse_max_bad_files(text, 100)

@@ -1,111 +1,20 @@
 """The scripts as a user calls them, from raw audio to the loaded checkpoint, and what they say to bad input."""
 
 import csv
-import importlib
 import json
-import os
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from helpers import random_model, small_config
+from helpers import REPOSITORY, load_as_others_do, run_command, run_script, save_small_model, small_run
 
-import cli
 from lightning import SpeechDataModule
 from wav2vec2 import checkpoint
-from wav2vec2.model import wav2vec2_model
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 MINI_HUBERT = REPOSITORY / "demo" / "mini-hubert"
 TARGET = 0.75
-
-
-def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
-    """Run a stage script in this process, as ``python NAME.py ARGUMENTS`` does."""
-    script = importlib.import_module(name)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    cli.run(script.main, script.parse_args())
-
-
-def run_command(*command: object, **environment: object) -> subprocess.CompletedProcess:
-    """Run a command in the checkout, with this Python."""
-    settings = {"python": sys.executable, **environment}
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=REPOSITORY,
-        env=os.environ | {name: str(value) for name, value in settings.items()},
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    """A tiny corpus in LibriSpeech's layout: tones and noise of 2 to 4 s."""
-    root = tmp_path_factory.mktemp("corpus") / "LibriSpeech"
-    generator = np.random.default_rng(0)
-    for split, num_utterances in (("train-clean-100", 16), ("dev-clean", 4)):
-        folder = root / split / "1" / "2"
-        folder.mkdir(parents=True)
-        for number in range(num_utterances):
-            time = np.arange(int(generator.uniform(2.1, 4.0) * 16000)) / 16000
-            tone = np.sin(2 * np.pi * generator.uniform(100, 300) * time) * np.sin(2 * np.pi * 3 * time)
-            samples = 0.2 * tone + 0.02 * generator.standard_normal(len(time))
-            soundfile.write(folder / f"1-2-{number:04d}.flac", samples, 16000)
-    return root
-
-
-@pytest.fixture(scope="session")
-def manifests(corpus, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("data")
-    result = run_command(sys.executable, "prepare_data.py", "--data", corpus, "--out", out)
-    assert result.returncode == 0, result.stderr
-    return out
-
-
-def save_small_model(path: Path, family: str, size: str, **changes: object) -> Path:
-    """A random teacher of three small layers, as a converter writes it."""
-    model = random_model(small_config(family, size, encoder_dropout=0.1, **changes))
-    checkpoint.save(path, {"state_dict": model.state_dict(), "config": model.config})
-    return path
-
-
-@pytest.fixture
-def small_teacher(tmp_path) -> Path:
-    return save_small_model(tmp_path / "teacher.pth", "hubert", "base")
-
-
-def small_run(manifests: Path, teacher: Path, **changes: object) -> list[object]:
-    """Shared flags of a run that takes a second; a value of None leaves a flag out."""
-    flags = {
-        "tsv_dir": manifests,
-        "seconds_per_batch": 4,
-        "max_crop_seconds": 0.2,
-        "num_workers": 0,
-        "teacher_ckpt": teacher,
-        "student_ckpt": teacher,
-        "distill_layers": "0.1,3",
-        "max_updates": 6,
-        "warmup_updates": 2,
-        "accelerator": "cpu",
-        "log_interval": 1,
-    }
-    chosen = {name: value for name, value in {**flags, **changes}.items() if value is not None}
-    return [word for name, value in chosen.items() for word in (f"--{name}", value)]
-
-
-def load_as_others_do(path: Path) -> torch.nn.Module:
-    """How other people's programs load a compressed model."""
-    contents = torch.load(path, weights_only=True)
-    model = wav2vec2_model(**contents["config"])
-    model.load_state_dict(contents["state_dict"])
-    return model.eval()
 
 
 # --- the whole job ---------------------------------------------------------------------------------
@@ -266,67 +175,6 @@ def test_two_processes_train_a_pre_norm_model(manifests, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "2 x cpu" in result.stdout
     assert torch.load(tmp_path / "exp" / "ckpts" / "last.ckpt", weights_only=True)["global_step"] == 6
-
-
-# --- run.sh ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("config", sorted(path.name for path in (REPOSITORY / "conf").glob("*.conf")))
-def test_every_shipped_config_gives_commands_that_parse(config, monkeypatch):
-    result = run_command("bash", "run.sh", "--print", f"conf/{config}")
-    assert result.returncode == 0, result.stderr
-    commands = [shlex.split(line)[1:] for line in result.stdout.splitlines()]
-    scripts = [next(word for word in command if word.endswith(".py")) for command in commands]
-    assert scripts == ["distill.py", "prune.py", "final_distill.py", "save_final_ckpt.py"]
-    for script, command in zip(scripts, commands, strict=True):
-        monkeypatch.setattr(sys, "argv", command[command.index(script) :])
-        importlib.import_module(script.removesuffix(".py")).parse_args()
-
-
-def test_defaults_are_the_published_experiment(monkeypatch):
-    result = run_command("bash", "run.sh", "--print")
-    distill, _, final, _ = (shlex.split(line) for line in result.stdout.splitlines())
-    for command, expected in (
-        (distill, {"learning_rate": "2e-4", "warmup_updates": "15000", "max_updates": "50000", "gpus": "4"}),
-        (distill, {"target_sparsity": "0.75", "reg_learning_rate": "0.02", "sparsity_warmup_updates": "5000"}),
-        (distill, {"seconds_per_batch": "160", "num_workers": "12", "precision": "16", "train_subset": "train960"}),
-        (distill, {"pruning_units": "conv,head,interm", "distill_layers": "0.4,8,12"}),
-        (final, {"learning_rate": "1e-4", "warmup_updates": "5000", "max_updates": "25000"}),
-    ):
-        for name, value in expected.items():
-            assert command[command.index(f"--{name}") + 1] == value, name
-
-
-def test_run_sh_stops_at_the_first_failure(tmp_path):
-    result = run_command(
-        "bash",
-        "run.sh",
-        exp_dir=tmp_path / "exp",
-        tsv_dir=tmp_path / "nowhere",
-        gpus=1,
-        precision=32,
-        accelerator="cpu",
-    )
-    assert result.returncode == 1
-    assert "error: " in result.stdout and str(tmp_path / "nowhere") in result.stdout
-    assert "prune.py" not in result.stdout
-    assert not (tmp_path / "exp" / "prune.log").exists()
-
-
-@pytest.mark.parametrize(
-    ("contents", "message"),
-    [
-        ("max_updats=5\n", "unknown setting max_updats"),
-        ("max_updates 5\n", "expected NAME=VALUE"),
-        (None, "no such config"),
-    ],
-)
-def test_run_sh_refuses_bad_configs(tmp_path, contents, message):
-    config = tmp_path / "bad.conf"
-    if contents is not None:
-        config.write_text(contents)
-    result = run_command("bash", "run.sh", "--print", config)
-    assert result.returncode == 1 and message in result.stderr and str(config) in result.stderr
 
 
 # --- bad input -------------------------------------------------------------------------------------

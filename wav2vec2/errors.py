@@ -1,4 +1,7 @@
-"""The one exception class for what a user can mend."""
+"""The one exception class for what a user can mend, and how its messages show what a file holds."""
+
+import reprlib
+from typing import Any
 
 
 class UserError(ValueError):
@@ -7,3 +10,28 @@ class UserError(ValueError):
     The message is one line that names the file or option, what was found, what was expected and
     what to do. Scripts print it without a traceback and exit with status 1 (see ``cli.run``).
     """
+
+
+class _ShortRepr(reprlib.Repr):
+    """Looks at a few entries of a few levels: what a file holds may be endless, and may be no plain value."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        plain = x is None or isinstance(x, (bool, float, bytes))
+        return repr(x)[:40] if plain else f"<{type(x).__name__}>"
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 512 else "<a number of over 150 digits>"
+
+
+_SHORT_REPR = _ShortRepr()
+_SHORT_REPR.maxlevel, _SHORT_REPR.maxstring, _SHORT_REPR.maxother = 3, 60, 60
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` on one short line, whatever ``value`` is; the contents of tensors and objects are left out."""
+    return printable(_SHORT_REPR.repr(value), 160)
+
+
+def printable(text: str, most: int = 200) -> str:
+    """The first ``most`` characters of ``text`` on one line; what would steer a terminal becomes a question mark."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text[: 2 * most].split()))[:most]
