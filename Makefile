@@ -1,16 +1,25 @@
 # make demo   the whole job on two CPU cores, offline after installation
 # make test   linter, tests, end-to-end tests
+# make reliability   writes docs/reliability.md anew from the tests that it names
+# make test-slurm   jobs that a SLURM cluster of its own preempts and requeues; root, slurm-wlm and munge
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RELIABILITY_TESTS := $(addprefix tests/test_,resume.py processes.py trouble.py bad_audio.py hostile_files.py fuzz.py)
 
-.PHONY: demo test reliability lint clean
+.PHONY: demo test test-slurm reliability lint clean
 
 demo: $(VENV)/installed $(VENV)/installed-demo
 	PYTHON=$(BIN)/python bash demo/run.sh
 
 test: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest -q
+
+test-slurm: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -rs --write-reliability tests/slurm
+
+reliability: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q --write-reliability $(RELIABILITY_TESTS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from soundfile import LibsndfileError, SoundFile
 from tqdm import tqdm
 
@@ -37,6 +38,7 @@ LIBRISPEECH_SPLITS = {"train100": ["train-clean-100"], "train960": ["train-*"], 
 DEFAULT_VALID_FRACTION = 0.05
 REJECTED = "rejected"
 LINE_BREAK = re.compile(r"[\r\n]")  # either would end a manifest's row
+UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile makes of a FLAC file whose encoder wrote to a pipe
 
 FolderPatterns = dict[str, list[str]]  # split name to its folders
 Splits = dict[str, list[str]]  # split name to its files
@@ -173,32 +175,43 @@ def _in_words(splits: FolderPatterns) -> str:
 def count_samples(path: str) -> tuple[int, str]:
     """Samples that a file gives at 16 kHz and ``""``, or 0 and the reason why it cannot be used.
 
-    The last sample is read too: a file that was cut short still has the whole count in its header.
+    The last frame is read too: a file that was cut short still has the whole count in its header.
     """
     if LINE_BREAK.search(path):
         return 0, "a line break in its path"
     if not os.path.isfile(path):
         return 0, "not a file, or a link to nothing"
+    size = os.path.getsize(path)
+    if size == 0:
+        return 0, "empty (0 bytes)"
     try:
         with open_audio(path) as file:
-            if not seeks_exactly(file):
-                num_frames = len(file.read(dtype="float32"))
-            elif _has_last_frame(file):
+            if seeks_exactly(file):
                 num_frames = file.frames
+                if num_frames == UNKNOWN_LENGTH:
+                    return 0, "its header does not state its length; encode it again, to a file instead of a pipe"
+                frames = _last_frame(file)
+                if len(frames) < min(num_frames, 1):
+                    return 0, f"cut short: its header promises {num_frames} samples, the last cannot be read"
             else:
-                return 0, f"cut short: its header promises {file.frames} samples, the last cannot be read"
-            return num_samples_at_16k(num_frames, file.samplerate), "" if num_frames else "no samples"
+                frames = file.read(dtype="float32")
+                num_frames = len(frames)
+            if num_frames == 0:
+                return 0, "no samples"
+            if not np.isfinite(frames).all():
+                return 0, "NaN or infinite samples"
+            return num_samples_at_16k(num_frames, file.samplerate), ""
     except LibsndfileError as error:
-        return 0, f"cannot be decoded ({error.error_string.rstrip('.')}; {os.path.getsize(path)} bytes)"
+        return 0, f"cannot be decoded ({error.error_string.rstrip('.')}; {size} bytes)"
 
 
-def _has_last_frame(file: SoundFile) -> bool:
-    """Whether the last frame that the header promises is there; a file without frames has all of them."""
+def _last_frame(file: SoundFile) -> np.ndarray:
+    """The last frame that the header promises, float32; nothing if it is not there."""
     try:
         file.seek(max(file.frames - 1, 0))
-        return len(file.read(1)) == min(file.frames, 1)
+        return file.read(1, dtype="float32")
     except LibsndfileError:
-        return False
+        return np.empty(0)
 
 
 def count_all(root: str, paths: list[str], num_workers: int) -> list[tuple[int, str]]:
