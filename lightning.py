@@ -753,8 +753,10 @@ def make_trainer(
         ],
         callbacks=[LearningRateMonitor(logging_interval="step"), UpdateProgressBar(description)],
     )
-    # Its handlers would answer SIGTERM with a collective in the middle of an update; StopRequest notes signals.
+    # Its handlers would answer SIGTERM with a collective in the middle of an update, and it would exchange after every
+    # batch what Watch exchanges once an update.
     trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer
 
 
@@ -901,6 +903,7 @@ def train_student(
         with resilience.plain_failures(module.watch, resumed_from):
             if resumed is not None:
                 module.adapt_checkpoint(resumed[1], args.accum_grad)
+            resumed = None  # Lightning frees it once it is restored
             trainer.fit(module, datamodule=setup.data, ckpt_path=resumed_from, weights_only=True)
     if trainer.is_global_zero:
         print(f"{description}: {trainer.global_step} updates done: {module.watch.path}")
@@ -916,8 +919,7 @@ def check_resumed(resumed: tuple[Path, dict[str, Any]], args: argparse.Namespace
         UserError: it is of another stage or model, or (with ``auto``) of a run with other settings.
     """
     path, contents = resumed
-    recorded = contents.get("distillation", {}).get("settings")
-    changes = resilience.compare_settings(recorded, module.settings)
+    changes = resilience.compare_settings(contents.get("distillation"), module.settings)
     if changes and args.resume_checkpoint == resilience.AUTO:
         raise UserError(
             f"{path}: made with other settings: {'; '.join(changes)}. Give the same settings; or another --exp_dir for "

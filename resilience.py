@@ -36,7 +36,7 @@ from tqdm import tqdm
 from cli import AllProcessesError, Interrupted
 from dataset import Batch
 from wav2vec2 import checkpoint as ckpt
-from wav2vec2.errors import UserError
+from wav2vec2.errors import UserError, shown
 
 CHECKPOINTS = "ckpts"
 LAST_CHECKPOINT = "last.ckpt"
@@ -178,8 +178,22 @@ def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{path}: {kind} where a training checkpoint (.ckpt) of distill.py or final_distill.py is wanted"
         )
-    if not isinstance(contents.get("global_step"), int):
-        raise UserError(f"{path}: a training checkpoint without its number of updates (global_step); it is damaged")
+    for key, value in state_dict.items():
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.isfinite().all()):
+            raise UserError(
+                f"{path}: state_dict: {shown(key)} is {shown(value)}, expected finite floats; it is damaged"
+            )
+    about = contents.get("distillation", {})
+    for place, name, is_valid, expected in (
+        (contents, "global_step", lambda value: type(value) is int and value >= 0, "a number of updates"),
+        (contents, "distillation", lambda value: isinstance(value, dict), "a dict"),
+        (about, "target_sparsity", lambda value: type(value) is float and 0 < value < 1, "a number between 0 and 1"),
+        (about, "original_num_params", lambda value: type(value) is int and value > 0, "a number of parameters"),
+    ):
+        value = place.get(name) if isinstance(place, dict) else None
+        # Another program's checkpoint says nothing of its distillation, that of final_distill.py nothing of sparsity.
+        if not is_valid(value) and (value is not None or name == "global_step"):
+            raise UserError(f"{path}: {name} is {shown(value)}, expected {expected}; it is damaged")
     return contents
 
 
@@ -221,8 +235,9 @@ def choose_checkpoint(choice: str | None, exp_dir: Path) -> tuple[Path, dict[str
     return None
 
 
-def compare_settings(recorded: dict[str, Any] | None, current: dict[str, Any]) -> list[str]:
-    """The settings that differ from a checkpoint's, each as ``--name: there, now``."""
+def compare_settings(distillation: Any, current: dict[str, Any]) -> list[str]:
+    """The settings that differ from those in a checkpoint's ``distillation``, each as ``--name: there, now``."""
+    recorded = distillation.get("settings") if isinstance(distillation, dict) else None
     if not isinstance(recorded, dict):
         return ["its settings: not recorded there"]
 
@@ -456,7 +471,8 @@ class Watch(pl.Callback):
         """
         files, self._update_files = self._update_files, []
         losses = torch.stack([values["train_loss"] for values in logs])
-        means = torch.stack([torch.stack(column).mean() for column in zip(*(v.values() for v in logs), strict=True)])
+        columns = zip(*(values.values() for values in logs), strict=True)
+        means = torch.stack([torch.stack(column).float().mean() for column in columns])
         noted = [self._stop.signum == signum for signum in StopRequest.SIGNALS]
         notes = torch.tensor([len(self._new_bad_files), *noted], dtype=means.dtype, device=means.device)
         infinite = torch.stack([~losses.isfinite().all(), ~norm.isfinite()])

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import masks_of, random_model, small_config
-from torch import Tensor
 
 from wav2vec2 import checkpoint
 from wav2vec2.errors import UserError
@@ -154,9 +153,14 @@ def test_missing_file(tmp_path: Path) -> None:
         ({"state_dict": {}, "config": {}, "optimizer_states": []}, ["training checkpoint", "save_final_ckpt.py"]),
     ],
 )
-def test_file_of_another_kind(contents: Any, parts: list[str], tmp_path: Path) -> None:
+def test_file_of_another_kind(
+    contents: Any, parts: list[str], tmp_path: Path, reliability: Callable[..., None]
+) -> None:
     path = tmp_path / "model.pth"
     torch.save(contents, path)
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(path)
+    reliability("inputs", f"a model file that holds {contents}", str(error.value))
     check_refused(lambda: checkpoint.load_model(path), path, *parts)
     check_refused(lambda: checkpoint.load_masked_model(path, ["head"]), path, *parts)
 
@@ -174,61 +178,126 @@ def test_config_without_a_key(family: str, tmp_path: Path) -> None:
         check_refused(lambda shorter=shorter: checkpoint.build_model(shorter, source), source, key)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"encoder_speed": 2},
-        {"encoder_num_buckets": 320},  # WavLM's, in a HuBERT
-        {"extractor_mode": "batch_norm"},
-        {"encoder_num_layers": 4},
-        {"encoder_num_layers": "three"},
-        {"encoder_num_layers": None},
-        {"encoder_num_heads": [4, 4]},
-        {"encoder_num_heads": None},
-        {"encoder_num_heads": [4, -1, 4]},
-        {"encoder_embed_dim": None},
-        {"encoder_ff_interm_features": [20, 20, -20]},
-        {"encoder_pos_conv_groups": 5},
-        {"encoder_pos_conv_groups": 0},
-        {"encoder_dropout": 1.5},
-        {"extractor_conv_layer_config": [[10, 10]]},
-        {"extractor_conv_layer_config": [[10, 0, 5]]},
-        {"extractor_conv_layer_config": [[-10, 10, 5]]},
-        {"extractor_conv_layer_config": [[10, 10, 0]]},
-        {"extractor_conv_layer_config": []},
-        {"extractor_conv_layer_config": "[(512,10,5)]"},
-    ],
-    ids=str,
-)
-def test_impossible_config(changes: dict[str, Any], tmp_path: Path) -> None:
-    """No value that cannot be leads further than here."""
-    source = tmp_path / "model.pth"
-    config = small_config("hubert", **changes)
-    check_refused(lambda: checkpoint.build_model(config, source), source, "config")
+# What a config has under a key -> part of the message. Keys of WavLM alone make it a WavLM.
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"encoder_speed": 2}, "unknown key encoder_speed"),
+    ({"encoder_num_buckets": 320}, "unknown key encoder_num_buckets"),  # WavLM's, in a HuBERT
+    ({"extractor_mode": "batch_norm"}, "extractor_mode: expected 'group_norm' or 'layer_norm', found 'batch_norm'"),
+    ({"extractor_mode": ["group_norm"]}, "extractor_mode: expected"),
+    ({"extractor_conv_bias": 1}, "extractor_conv_bias: expected True or False, found 1"),
+    ({"encoder_num_layers": 4}, "expected 4 entries, one per layer (encoder_num_layers), found 3"),
+    ({"encoder_num_layers": 0}, "encoder_num_layers: expected a whole number from 1 to"),
+    ({"encoder_num_layers": "three"}, "found 'three'"),
+    ({"encoder_num_layers": None}, "found None"),
+    ({"encoder_num_layers": 10**12}, "found 1000000000000"),
+    ({"encoder_num_layers": True}, "found True"),
+    ({"encoder_num_heads": [4, 4]}, "encoder_num_heads: expected 3 entries"),
+    ({"encoder_num_heads": None}, "encoder_num_heads: expected a whole number from 0 to"),
+    ({"encoder_num_heads": [4, -1, 4]}, "encoder_num_heads of layer 1: expected a whole number from 0 to"),
+    ({"encoder_head_dim": 0}, "encoder_head_dim: expected a whole number from 1 to"),
+    ({"encoder_embed_dim": None}, "encoder_embed_dim: expected a whole number from 1 to"),
+    ({"encoder_embed_dim": 16.0}, "encoder_embed_dim: expected a whole number from 1 to"),
+    ({"encoder_embed_dim": -16}, "encoder_embed_dim: expected a whole number from 1 to"),
+    ({"encoder_embed_dim": 10**12}, "encoder_embed_dim: expected a whole number from 1 to"),
+    ({"encoder_ff_interm_features": [20, 20, -20]}, "encoder_ff_interm_features of layer 2: expected"),
+    ({"encoder_ff_interm_features": [[20], [20], [20]]}, "encoder_ff_interm_features of layer 0: expected"),
+    ({"encoder_use_attention": [True, 1, True]}, "encoder_use_attention of layer 1: expected True or False, found 1"),
+    ({"encoder_pos_conv_kernel": 0}, "encoder_pos_conv_kernel: expected"),
+    ({"encoder_pos_conv_groups": 5}, "encoder_pos_conv_groups: expected a divisor of encoder_embed_dim 16, found 5"),
+    ({"encoder_pos_conv_groups": 0}, "encoder_pos_conv_groups: expected"),
+    ({"encoder_dropout": 1.5}, "encoder_dropout: expected a number from 0 to 1, found 1.5"),
+    ({"encoder_dropout": float("nan")}, "encoder_dropout: expected a number from 0 to 1, found nan"),
+    ({"encoder_layer_drop": "0.1"}, "encoder_layer_drop: expected a number from 0 to 1, found '0.1'"),
+    ({"extractor_conv_layer_config": [[10, 10]]}, "extractor_conv_layer_config: expected"),
+    ({"extractor_conv_layer_config": [[10, 0, 5]]}, "extractor_conv_layer_config: expected"),
+    ({"extractor_conv_layer_config": [[-10, 10, 5]]}, "extractor_conv_layer_config: expected"),
+    ({"extractor_conv_layer_config": [[10, 10, 0]]}, "extractor_conv_layer_config: expected"),
+    ({"extractor_conv_layer_config": []}, "extractor_conv_layer_config: expected"),
+    ({"extractor_conv_layer_config": "[(512,10,5)]"}, "extractor_conv_layer_config: expected"),
+    ({"aux_num_out": 0}, "aux_num_out: expected a whole number from 1 to"),
+    ({"normalize_waveform": "yes"}, "normalize_waveform: expected True or False, found 'yes'"),
+    ({"encoder_remaining_heads": [[0], [1], [4]]}, "encoder_remaining_heads of layer 2: expected ascending indices"),
+    ({"encoder_remaining_heads": [[0], [1, 1], [2]]}, "encoder_remaining_heads of layer 1: expected ascending indices"),
+    ({"encoder_total_num_heads": [4, 4, 2]}, "encoder_total_num_heads: expected the same number in all layers"),
+    ({"encoder_total_num_heads": [5, 5, 5]}, "encoder_total_num_heads: expected a divisor of encoder_embed_dim 16"),
+    ({"encoder_num_buckets": 2}, "unknown key encoder_num_buckets"),
+    ({"encoder_max_distance": 3, "encoder_remaining_heads": [[0, 1]] * 3}, "encoder_max_distance: expected more than"),
+    ({"encoder_num_buckets": 15, "encoder_remaining_heads": [[0, 1]] * 3}, "encoder_num_buckets: expected an even"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), IMPOSSIBLE, ids=str)
+def test_impossible_config(
+    changes: dict[str, Any], message: str, tmp_path: Path, reliability: Callable[..., None]
+) -> None:
+    """No value that cannot be leads further than here, and the one line names its key."""
+    family = "wavlm" if changes.keys() & {"encoder_remaining_heads", "encoder_total_num_heads"} else "hubert"
+    path, contents = tmp_path / "model.pth", model_contents(family)
+    contents["config"] |= changes
+    check_refused(lambda: checkpoint.build_model(contents["config"], path), path, message)
+    checkpoint.save(path, contents)
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    changed = ", ".join(f"{key} {value!r}" for key, value in changes.items())
+    reliability("inputs", f"a {family} config with {changed}", str(error.value))
 
 
 # --- weights
 
 
-@pytest.mark.parametrize(
-    ("edit", "parts"),
-    [
-        (lambda state: state.pop("encoder.transformer.layers.1.attention.q_proj.bias"), ["q_proj.bias", "Missing"]),
-        (lambda state: state.update({"mask_emb": torch.zeros(3)}), ["mask_emb", "Unexpected"]),
-        (
-            lambda state: state.update({"encoder.transformer.layer_norm.weight": torch.zeros(7)}),
-            ["encoder.transformer.layer_norm.weight", "7", "16"],
-        ),
-        (lambda state: state.clear(), ["feature_extractor.dummy_weight"]),
-    ],
-    ids=["missing", "left over", "other shape", "empty"],
-)
-def test_weights_that_do_not_fit(edit: Callable[[dict[str, Tensor]], Any], parts: list[str], tmp_path: Path) -> None:
+NORM = "encoder.transformer.layer_norm.weight"
+WRONG_WEIGHTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "one missing": (
+        lambda state: state.pop("encoder.transformer.layers.1.attention.q_proj.bias"),
+        "1 missing (encoder.transformer.layers.1.attention.q_proj.bias)",
+    ),
+    "one left over": (lambda state: state.update({"mask_emb": torch.zeros(3)}), "1 left over (mask_emb)"),
+    "another shape": (lambda state: state.update({NORM: torch.zeros(7)}), f"{NORM} has shape [7], expected [16]"),
+    "none": (lambda state: state.clear(), "missing (feature_extractor.dummy_weight"),
+    "whole numbers": (lambda state: state.update({NORM: state[NORM].long()}), f"{NORM} is torch.int64, expected"),
+    "complex numbers": (
+        lambda state: state.update({NORM: state[NORM].to(torch.complex64)}),
+        f"{NORM} is torch.complex64",
+    ),
+    "a sparse tensor": (lambda state: state.update({NORM: state[NORM].to_sparse()}), f"{NORM} is torch.sparse_coo"),
+    "a tensor without data": (lambda state: state.update({NORM: state[NORM].to("meta")}), f"{NORM} is meta"),
+    "a string": (lambda state: state.update({NORM: "ones"}), f"{NORM} is 'ones', expected a tensor of floats"),
+    "a list": (lambda state: state.update({NORM: [1.0] * 16}), f"{NORM} is [1.0, 1.0"),
+    "NaN": (lambda state: state[NORM].fill_(torch.nan), f"{NORM} holds NaN or infinite values"),
+    "infinity": (lambda state: state[NORM][3].fill_(torch.inf), f"{NORM} holds NaN or infinite values"),
+    "a number as a name": (lambda state: state.update({5: torch.zeros(1)}), "expected names as keys, found 5"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_WEIGHTS)
+def test_weights_that_do_not_fit(case: str, tmp_path: Path, reliability: Callable[..., None]) -> None:
     path, contents = tmp_path / "model.pth", model_contents()
+    edit, message = WRONG_WEIGHTS[case]
     edit(contents["state_dict"])
     checkpoint.save(path, contents)
-    check_refused(lambda: checkpoint.load_model(path), path, *parts)
-    check_refused(lambda: checkpoint.load_masked_model(path, ["conv", "head"]), path, *parts)
+    check_refused(lambda: checkpoint.load_model(path), path, message)
+    check_refused(lambda: checkpoint.load_masked_model(path, ["conv", "head"]), path, message)
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(path)
+    reliability("inputs", f"a state_dict with {case}", str(error.value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types_load(dtype: torch.dtype, tmp_path: Path) -> None:
+    path, contents = tmp_path / "model.pth", model_contents()
+    contents["state_dict"] = {key: value.to(dtype) for key, value in contents["state_dict"].items()}
+    checkpoint.save(path, contents)
+    assert all(value.dtype == torch.float32 for value in checkpoint.load_model(path).state_dict().values())
+
+
+def test_reading_draws_no_random_numbers(tmp_path: Path) -> None:
+    """The shapes that a file is checked against are those of a model that is never made."""
+    path = tmp_path / "model.pth"
+    checkpoint.save(path, model_contents())
+    before = torch.get_rng_state()
+    checkpoint.read_model_file(path)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -185,7 +185,7 @@ def test_defaults_of_the_published_base(tmp_path: Path) -> None:
     """Shapes that a Namespace lacks are fairseq's defaults, those of the Base model; nothing is guessed from files."""
     contents = read(HUBERT)
     old = {"args": argparse.Namespace(arch="wav2vec2", encoder_layers=3), "model": contents["model"]}
-    with pytest.raises(UserError, match=r"\[768, 512\]|\(768, 512\)|size mismatch"):
+    with pytest.raises(UserError, match=r"has shape \[32\], expected \[512\]"):
         import_fairseq_model(save(tmp_path / "checkpoint.pt", old))
 
 
@@ -382,7 +382,7 @@ def test_refused_contents(tmp_path: Path) -> None:
 
     contents = read(HUBERT)
     refuse([1, 2], "found list")
-    refuse({"state_dict": {}, "config": {}}, r"found keys \['config', 'state_dict'\]")
+    refuse({"state_dict": {}, "config": {}}, r"found keys \['state_dict', 'config'\]")
     refuse({"model": contents["model"]}, "under 'cfg' or 'args'")
     refuse({"model": contents["model"], "cfg": {"model": contents["cfg"]["model"]}}, "--normalize_waveform")
     refuse({"model": contents["model"], "cfg": {"model": None}}, "expected a dict of settings")

@@ -309,6 +309,32 @@ def test_a_training_state_that_does_not_fit(half_run, monkeypatch, capsys, relia
     reliability("inputs", "a checkpoint whose optimiser state was tampered with", message)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("distillation",), [1], "distillation is [1], expected a dict"),
+        (("distillation", "target_sparsity"), "a", "target_sparsity is 'a', expected a number between 0 and 1"),
+        (("distillation", "original_num_params"), -5, "original_num_params is -5, expected a number of parameters"),
+        (("global_step",), None, "global_step is None, expected a number of updates"),
+        (("state_dict", "distill_linear_projs.0.bias"), "x", "'distill_linear_projs.0.bias' is 'x', expected finite"),
+    ],
+)
+def test_entries_that_prune_would_use(half_run, small_teacher, monkeypatch, capsys, reliability, place, value, message):
+    _, exp_dir = half_run
+    contents = last_checkpoint(exp_dir)
+    inner = contents
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path = exp_dir / "ckpts" / "odd.ckpt"
+    torch.save(contents, path)
+    capsys.readouterr()
+    assert run_to_exit(monkeypatch, "prune", "--distilled_ckpt", path, "--original_ckpt", small_teacher) == 1
+    error = error_line(capsys)
+    assert message in error and error.startswith(f"{path}: ")
+    reliability("inputs", f"a training checkpoint whose {'.'.join(place)} is {value!r}", error)
+
+
 def test_two_runs_in_one_exp_dir(half_run, monkeypatch, capsys, reliability):
     """The lock is the process's own, so the other run must be another process."""
     flags, exp_dir = half_run

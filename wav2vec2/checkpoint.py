@@ -4,20 +4,23 @@ Files hold plain tensors, lists, tuples and numbers, so that they load with
 ``torch.load(path, weights_only=True)``; nothing in this project unpickles more than that.
 """
 
+import math
 import os
-import pickle
 import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .components import published_name
+from .errors import UserError, printable, shown
 from .model import Wav2Vec2Model, wav2vec2_model, with_masks
+from .utils.archive import UnreadableFileError, read_archive
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @contextmanager
@@ -59,23 +62,26 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         UserError: the file is missing, damaged, or holds more than plain data.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a checkpoint")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        contents = read_archive(path)
+    except UnreadableFileError as error:
         raise UserError(
-            f"{path}: not a checkpoint that can be read safely ({reason}); "
+            f"{path}: not a checkpoint that can be read safely ({error}); "
             "convert foreign files with convert_hubert_from_hf.py or convert_wavlm_from_fairseq.py"
         ) from error
     if not isinstance(contents, dict):
         raise UserError(f"{path}: expected a dict of tensors and settings, found {type(contents).__name__}")
+    for place in (contents, contents.get("state_dict"), contents.get("config")):
+        for key in place if isinstance(place, dict) else ():
+            if not isinstance(key, str):
+                raise UserError(f"{path}: expected names as keys, found {shown(key)}; the file is damaged")
     return contents
 
 
 def read_model_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a model ``.pth`` and check that it is one (``state_dict`` and ``config`` present).
+    """Read a model ``.pth`` and check that it is one, and that its ``state_dict`` is that of its ``config``.
+
+    No memory is taken for what the config claims before the weights are known to be of those shapes.
 
     Raises:
         UserError: not a model file; a training checkpoint is named as such.
@@ -89,10 +95,21 @@ def read_model_file(path: str | os.PathLike) -> dict[str, Any]:
     missing = [key for key in ("state_dict", "config") if not isinstance(contents.get(key), dict)]
     if missing:
         raise UserError(
-            f"{path}: not a model file: no dict under {missing}, found keys {sorted(map(str, contents))[:8]}; "
+            f"{path}: not a model file: no dict under {missing}, found keys {shown(sorted(contents))}; "
             "convert foreign checkpoints with convert_hubert_from_hf.py or convert_wavlm_from_fairseq.py"
         )
+    check_weights(expected_state(contents["config"], path), _published(contents["state_dict"]), path)
     return contents
+
+
+def expected_state(config: dict[str, Any], source: str | os.PathLike = "config") -> dict[str, Tensor]:
+    """The state dict of the model of a config, without memory for it (on torch's meta device).
+
+    Raises:
+        UserError: as :func:`build_model`.
+    """
+    with torch.device("meta"):
+        return build_model(config, source).state_dict()
 
 
 def build_model(config: dict[str, Any], source: str | os.PathLike = "config") -> Wav2Vec2Model:
@@ -103,7 +120,7 @@ def build_model(config: dict[str, Any], source: str | os.PathLike = "config") ->
     """
     try:
         return wav2vec2_model(**config)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{source}: no model can be built from its config: {error}") from error
 
 
@@ -111,13 +128,63 @@ def load_state(model: torch.nn.Module, state_dict: dict[str, Tensor], source: st
     """Load ``state_dict`` strictly; ``source`` is named in errors.
 
     Raises:
-        UserError: a key is missing, left over, or has another shape.
+        UserError: an entry is missing, left over, of another shape, not a plain float tensor or not finite.
     """
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise UserError(f"{source}: weights do not fit the model: {' '.join(reasons)[:600]}") from error
+    state_dict = _published(state_dict)
+    check_weights(model.state_dict(), state_dict, source)
+    model.load_state_dict(state_dict)
+
+
+def _published(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict under the published names, as a plain dict: torch would follow attributes that a file gave it."""
+    return {published_name(key): value for key, value in state_dict.items()}
+
+
+def check_weights(expected: dict[str, Tensor], state_dict: dict[str, Any], source: str | os.PathLike) -> None:
+    """Check that ``state_dict`` has the keys and shapes of ``expected``, in finite floats that are really there.
+
+    Raises:
+        UserError: names the first key that is wrong.
+    """
+
+    def refuse(reason: str) -> NoReturn:
+        raise UserError(f"{source}: weights do not fit the model: {reason}")
+
+    missing = [key for key in expected if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in expected]
+    if missing or unexpected:
+        counts = [
+            f"{len(keys)} {problem} ({printable(', '.join(keys[:3]))}{', ...' if len(keys) > 3 else ''})"
+            for problem, keys in (("missing", missing), ("left over", unexpected))
+            if keys
+        ]
+        refuse(", ".join(counts))
+    left_in_storage: dict[int, int] = {}  # address of a tensor's memory -> bytes that no other tensor has claimed
+    placed: set[int] = set()  # addresses of the model's tensors
+    for key, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            refuse(f"{key} is {shown(tensor)}, expected a tensor of floats")
+        for found, wanted in (
+            (tensor.dtype, FLOAT_DTYPES),
+            (tensor.layout, (torch.strided,)),
+            (tensor.device, (torch.device("cpu"),)),
+        ):
+            if found not in wanted:
+                refuse(f"{key} is {found}, expected {' or '.join(map(str, wanted))}")
+        if tensor.shape != expected[key].shape:
+            refuse(f"{key} has shape {list(tensor.shape)}, expected {list(expected[key].shape)}")
+        # A file can claim any shape for a few numbers: strides of 0, or one record under many names. That is fine where
+        # the model itself has one tensor under many names, as a projection that layers share.
+        address = expected[key].data_ptr()  # 0 on the meta device, where nothing is shared
+        if not address or address not in placed:
+            placed.add(address)
+            storage = tensor.untyped_storage()
+            left = left_in_storage.get(storage.data_ptr(), storage.nbytes()) - tensor.numel() * tensor.element_size()
+            left_in_storage[storage.data_ptr()] = left
+            if left < 0:
+                refuse(f"{key} has shape {list(tensor.shape)}, more than the numbers stored for it")
+        if tensor.numel() and not all(map(math.isfinite, map(float, tensor.detach().aminmax()))):  # NaN would be both
+            refuse(f"{key} holds NaN or infinite values; the file is damaged or its training failed")
 
 
 def load_model(path: str | os.PathLike) -> Wav2Vec2Model:
@@ -128,7 +195,7 @@ def load_model(path: str | os.PathLike) -> Wav2Vec2Model:
     """
     contents = read_model_file(path)
     model = build_model(contents["config"], path)
-    load_state(model, contents["state_dict"], path)
+    model.load_state_dict(_published(contents["state_dict"]))
     return model
 
 

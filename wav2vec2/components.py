@@ -33,6 +33,15 @@ _WEIGHT_NORM_NAMES = {
     "parametrizations.weight.original1": "weight_v",
 }
 
+
+def published_name(key: str) -> str:
+    """The published name of a state dict key, where torch's newer weight norm has given it another."""
+    for name, published in _WEIGHT_NORM_NAMES.items():
+        if key.endswith("." + name):
+            return key.removesuffix(name) + published
+    return key
+
+
 # Added to the attention scores of padded frames; a finite number survives half precision.
 _PADDING_SCORE = -10000.0
 

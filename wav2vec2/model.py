@@ -25,6 +25,7 @@ from .components import (
     Transformer,
     WavLMSelfAttention,
 )
+from .config import check_config, is_wavlm
 
 # (channels, kernel, stride) of every published model's extractor: 320 samples (20 ms) per frame.
 CONV_LAYERS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
@@ -189,7 +190,8 @@ def wav2vec2_model(**config: Any) -> Wav2Vec2Model:
         TypeError: a key is missing or unknown.
         ValueError: a value cannot be (the message names the key).
     """
-    return wavlm_model(**config) if "encoder_remaining_heads" in config else hubert_model(**config)
+    check_config(config)
+    return wavlm_model(**config) if is_wavlm(config) else hubert_model(**config)
 
 
 def hubert_model(
@@ -200,7 +202,7 @@ def hubert_model(
     encoder_head_dim: int | None = None,
     **config: Any,
 ) -> Wav2Vec2Model:
-    """Build HuBERT or wav2vec 2.0 from its config.
+    """Build HuBERT or wav2vec 2.0 from its config, which :func:`wav2vec2_model` has checked.
 
     Args:
         encoder_num_layers, encoder_embed_dim: as in :func:`_build`.
@@ -209,10 +211,8 @@ def hubert_model(
         config: the other keys, see :func:`_build`.
     """
     if encoder_head_dim is None:
-        if not isinstance(encoder_num_heads, int):
-            raise ValueError("encoder_head_dim is needed where encoder_num_heads is a list")
         encoder_head_dim = encoder_embed_dim // encoder_num_heads
-    heads = _per_layer("encoder_num_heads", encoder_num_heads, encoder_num_layers)
+    heads = _per_layer(encoder_num_heads, encoder_num_layers)
 
     def attention(layer: int, holds_table: bool, **options: Any) -> SelfAttention:
         return SelfAttention(encoder_embed_dim, heads[layer], encoder_head_dim, **options)
@@ -237,7 +237,7 @@ def wavlm_model(
     encoder_max_distance: int,
     **config: Any,
 ) -> Wav2Vec2Model:
-    """Build WavLM from its config.
+    """Build WavLM from its config, which :func:`wav2vec2_model` has checked.
 
     Args:
         encoder_num_layers, encoder_embed_dim: as in :func:`_build`.
@@ -246,21 +246,8 @@ def wavlm_model(
         encoder_num_buckets, encoder_max_distance: of the relative position table.
         config: the other keys, see :func:`_build`.
     """
-    total = _per_layer("encoder_total_num_heads", encoder_total_num_heads, encoder_num_layers)
+    total = _per_layer(encoder_total_num_heads, encoder_num_layers)
     remaining = [list(heads) for heads in encoder_remaining_heads]
-    remaining = _per_layer("encoder_remaining_heads", remaining, encoder_num_layers)
-    if len(set(total)) > 1:
-        raise ValueError(f"encoder_total_num_heads: the layers share one position table, found {total}")
-    if encoder_embed_dim % total[0]:
-        raise ValueError(
-            f"encoder_embed_dim {encoder_embed_dim} is not a multiple of encoder_total_num_heads {total[0]}"
-        )
-    for layer, heads in enumerate(remaining):
-        if heads != sorted(set(heads)) or not all(0 <= head < total[layer] for head in heads):
-            raise ValueError(
-                f"encoder_remaining_heads of layer {layer}: expected ascending indices below {total[layer]}, "
-                f"found {heads}"
-            )
 
     def attention(layer: int, **options: Any) -> WavLMSelfAttention:
         return WavLMSelfAttention(
@@ -285,13 +272,9 @@ def wavlm_model(
     )
 
 
-def _per_layer(key: str, value: Any, num_layers: int) -> list[Any]:
+def _per_layer(value: Any, num_layers: int) -> list[Any]:
     """One entry per layer; a single number or bool stands for all layers."""
-    if isinstance(value, int):
-        return [value] * num_layers
-    if len(value) != num_layers:
-        raise ValueError(f"{key}: expected {num_layers} entries (encoder_num_layers), found {len(value)}")
-    return list(value)
+    return [value] * num_layers if isinstance(value, int) else list(value)
 
 
 def _build(
@@ -348,20 +331,11 @@ def _build(
         normalize_waveform: zero mean and unit variance of each input.
         extractor_prune_conv_channels ... encoder_prune_feed_forward_layer: put masks on these units.
     """
-    if extractor_mode not in ("group_norm", "layer_norm"):
-        raise ValueError(f"extractor_mode: expected 'group_norm' or 'layer_norm', found {extractor_mode!r}")
-    if encoder_num_layers < 1:
-        raise ValueError(f"encoder_num_layers: expected at least 1, found {encoder_num_layers}")
     if extractor_conv_layer_config is None:
         extractor_conv_layer_config = CONV_LAYERS
-    if not extractor_conv_layer_config or any(min(layer) < 1 for layer in extractor_conv_layer_config):
-        raise ValueError(
-            "extractor_conv_layer_config: expected [channels, kernel, stride] of each layer, all at least 1, found "
-            f"{extractor_conv_layer_config}"
-        )
-    use_attention = _per_layer("encoder_use_attention", encoder_use_attention, encoder_num_layers)
-    use_feed_forward = _per_layer("encoder_use_feed_forward", encoder_use_feed_forward, encoder_num_layers)
-    ff_interm_features = _per_layer("encoder_ff_interm_features", encoder_ff_interm_features, encoder_num_layers)
+    use_attention = _per_layer(encoder_use_attention, encoder_num_layers)
+    use_feed_forward = _per_layer(encoder_use_feed_forward, encoder_num_layers)
+    ff_interm_features = _per_layer(encoder_ff_interm_features, encoder_num_layers)
     config = {
         **attention_config,
         "extractor_mode": extractor_mode,

@@ -6,11 +6,12 @@ that a file lacks have the defaults of the program that wrote it.
 """
 
 import ast
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, printable, shown
 from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
 from .restricted_unpickler import read_foreign_file, to_plain
 
@@ -90,6 +91,7 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
 }
 
 _MAX_CONV_LAYERS = 64
+_LONGEST_EXPRESSION = 4000  # characters
 
 
 def import_fairseq_model(
@@ -109,7 +111,7 @@ def import_fairseq_model(
     contents = read_foreign_file(path)
     weights = contents.get("model") if isinstance(contents, dict) else None
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
-        found = f"keys {sorted(map(str, contents))[:8]}" if isinstance(contents, dict) else type(contents).__name__
+        found = f"keys {shown([*contents])}" if isinstance(contents, dict) else type(contents).__name__
         raise UserError(f"{source}: expected a fairseq checkpoint with its weights under 'model', found {found}")
 
     settings, task = _find_settings(contents, source)
@@ -129,7 +131,7 @@ def _find_settings(contents: dict[str, Any], source: str) -> tuple[dict[str, Any
         if isinstance(settings, dict):
             return _split_settings(settings, f"{source}: {entry}")
     raise UserError(
-        f"{source}: expected the model's settings under 'cfg' or 'args', found keys {sorted(map(str, contents))[:8]}; "
+        f"{source}: expected the model's settings under 'cfg' or 'args', found keys {shown([*contents])}; "
         "give a checkpoint that fairseq or WavLM's program wrote"
     )
 
@@ -165,15 +167,18 @@ def _read_architecture(
     def setting(name: str, kind: type, place: dict[str, Any] = settings) -> Any:
         value = place.get(name, _DEFAULTS[name])
         if type(value) is not kind:
-            raise UserError(f"{source}: setting {name} is {value!r}, expected {kind.__name__}; the file is damaged")
+            raise UserError(
+                f"{source}: setting {name} is {shown(value)}, expected {kind.__name__}; the file is damaged"
+            )
         return value
 
     is_wavlm = "relative_position_embedding" in settings or any(".self_attn.grep_" in name for name in weights)
     family = "WavLM" if is_wavlm else _family(settings, weights, source)
     for name, accepted in _ACCEPTED.items():
-        if name in settings and settings[name] not in accepted:
+        value = settings.get(name, accepted[0])
+        if not any(type(value) is type(option) and value == option for option in accepted):
             raise UserError(
-                f"{source}: {family} with {name} {settings[name]!r}, expected {accepted[0]!r}; "
+                f"{source}: {family} with {name} {shown(value)}, expected {accepted[0]!r}; "
                 "such a model has no counterpart here and cannot be converted"
             )
     if is_wavlm and not (setting("relative_position_embedding", bool) and setting("gru_rel_pos", bool)):
@@ -183,7 +188,7 @@ def _read_architecture(
         )
     if setting("extractor_mode", str) not in _EXTRACTOR_MODES:
         raise UserError(
-            f"{source}: extractor_mode {settings['extractor_mode']!r}, expected one of {list(_EXTRACTOR_MODES)}"
+            f"{source}: extractor_mode {shown(settings['extractor_mode'])}, expected one of {list(_EXTRACTOR_MODES)}"
         )
     if normalize_waveform is None:
         if task is None:
@@ -213,12 +218,12 @@ def _read_architecture(
 
 
 def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -> str:
-    name = settings.get("_name") or settings.get("arch")
+    name = next((settings[key] for key in ("_name", "arch") if settings.get(key) is not None), None)
     if name is None:  # the two differ in their pre-training targets only
         name = next((family for key, family in _FAMILY_BY_KEY.items() if key in weights), None)
-    if name not in _FAMILIES:
+    if not isinstance(name, str) or name not in _FAMILIES:
         raise UserError(
-            f"{source}: a fairseq model of kind {name!r}, expected one of {list(_FAMILIES)} or a WavLM; "
+            f"{source}: a fairseq model of kind {shown(name)}, expected one of {list(_FAMILIES)} or a WavLM; "
             "other architectures cannot be converted"
         )
     return _FAMILIES[name]
@@ -234,15 +239,19 @@ def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> l
         UserError: anything but lists and tuples of whole numbers, joined by + and repeated by *, or too many layers.
     """
     try:
-        layers = _evaluate(ast.parse(expression.strip(), mode="eval").body)
+        if len(expression) > _LONGEST_EXPRESSION:
+            raise ValueError(f"longer than {_LONGEST_EXPRESSION} characters")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the parser, about what is refused anyway
+            layers = _evaluate(ast.parse(expression.strip(), mode="eval").body)
         if not isinstance(layers, list) or not 0 < len(layers) <= _MAX_CONV_LAYERS:
             raise ValueError(f"not a list of 1 to {_MAX_CONV_LAYERS} layers")
         for layer in layers:
             if not isinstance(layer, list) or len(layer) != 3 or not all(type(n) is int and n > 0 for n in layer):
-                raise ValueError(f"{layer} is not (channels, kernel, stride)")
+                raise ValueError(f"{shown(layer)} is not (channels, kernel, stride)")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(
-            f"{source}: conv_feature_layers {expression[:100]!r} cannot be read ({error}), "
+            f"{source}: conv_feature_layers {shown(expression)} cannot be read ({printable(str(error))}), "
             "expected lists of (channels, kernel, stride)"
         ) from error
     return layers

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, printable, shown
 from ..model import normalize_waveforms
 from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
 from .restricted_unpickler import read_foreign_file
@@ -172,8 +172,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; expected a directory that transformers' save_pretrained wrote")
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({_one_line(error)}); download it again") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(contents).__name__}; download it again")
     return contents
@@ -184,7 +184,7 @@ def _read_architecture(settings: dict[str, Any], directory: Path, normalize_wave
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise UserError(
-            f"{source}: model_type {model_type!r}, expected one of {list(_FAMILIES)}; "
+            f"{source}: model_type {shown(model_type)}, expected one of {list(_FAMILIES)}; "
             "other architectures cannot be converted"
         )
     import transformers
@@ -200,21 +200,22 @@ def _read_architecture(settings: dict[str, Any], directory: Path, normalize_wave
         found = getattr(config, name, accepted)
         if found != accepted:
             raise UserError(
-                f"{source}: {name} is {found!r}, expected {accepted!r}: {meaning} has no counterpart here, "
+                f"{source}: {name} is {shown(found)}, expected {accepted!r}: {meaning} has no counterpart here, "
                 "so this model cannot be converted"
             )
-    if config.feat_extract_norm not in _EXTRACTOR_MODES:
+    if not isinstance(config.feat_extract_norm, str) or config.feat_extract_norm not in _EXTRACTOR_MODES:
         raise UserError(
-            f"{source}: feat_extract_norm {config.feat_extract_norm!r}, expected one of {list(_EXTRACTOR_MODES)}"
+            f"{source}: feat_extract_norm {shown(config.feat_extract_norm)}, expected one of {list(_EXTRACTOR_MODES)}"
         )
-    if not len(config.conv_dim) == len(config.conv_kernel) == len(config.conv_stride):
-        raise UserError(f"{source}: conv_dim, conv_kernel and conv_stride are of different lengths; download it again")
+    convs = [config.conv_dim, config.conv_kernel, config.conv_stride]
+    if not all(isinstance(entries, (list, tuple)) and len(entries) == len(convs[0]) for entries in convs):
+        raise UserError(
+            f"{source}: conv_dim, conv_kernel and conv_stride are not lists, or of different lengths; download it again"
+        )
     return Architecture(
         family=family.name,
         extractor_mode=_EXTRACTOR_MODES[config.feat_extract_norm],
-        conv_layers=[
-            list(layer) for layer in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
-        ],
+        conv_layers=[list(layer) for layer in zip(*convs, strict=True)],
         conv_bias=config.conv_bias,
         embed_dim=config.hidden_size,
         pos_conv_kernel=config.num_conv_pos_embeddings,
@@ -239,9 +240,11 @@ def _reads_normalized(directory: Path) -> bool:
     elif (directory / "processor_config.json").is_file():
         path = directory / "processor_config.json"
         settings = _read_json(path).get("feature_extractor", {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected a JSON object under feature_extractor, found {shown(settings)}")
     rate = settings.get("sampling_rate", _SAMPLE_RATE)
     if rate != _SAMPLE_RATE:
-        raise UserError(f"{path}: sampling_rate is {rate}, expected {_SAMPLE_RATE}; convert a 16 kHz model")
+        raise UserError(f"{path}: sampling_rate is {shown(rate)}, expected {_SAMPLE_RATE}; convert a 16 kHz model")
     if not isinstance(settings.get("do_normalize"), bool):
         raise UserError(
             f"{path}: {'no do_normalize in it' if path.is_file() else 'no such file'}, expected do_normalize true or "
@@ -271,18 +274,17 @@ def _shard_paths(index: Path) -> Iterator[Path]:
     for name in sorted({str(name) for name in weight_map.values()}):
         path = index.parent / name
         if path.parent != index.parent or not path.is_file():
-            raise UserError(f"{index}: names the shard {name}, which is not beside it; download the whole model")
+            raise UserError(f"{index}: names the shard {shown(name)}, which is not beside it; download the whole model")
         yield path
 
 
 def _read_weight_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             return load_file(path)
-        except (SafetensorError, OSError) as error:
+        except Exception as error:  # the file decides which
             raise UserError(f"{path}: not readable as safetensors ({_one_line(error)}); download it again") from error
     weights = read_foreign_file(path)
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
@@ -321,4 +323,4 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return printable(str(error)) or type(error).__name__

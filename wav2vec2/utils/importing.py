@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..errors import UserError
+from ..config import MAX_LAYERS
+from ..errors import UserError, printable, shown
 from ..model import Wav2Vec2Model
 
 # Created here: no source has the extractor's output scale (it keeps the last conv's soft mask after pruning).
@@ -22,8 +23,6 @@ _WEIGHT_NORM_ALIASES = {
     ".weight_g": ".parametrizations.weight.original0",
     ".weight_v": ".parametrizations.weight.original1",
 }
-
-_READABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,13 @@ class Architecture:
         Raises:
             UserError: the embedding cannot be split into the heads.
         """
-        if self.num_heads < 1 or self.embed_dim % self.num_heads:
+        # The others are checked with the config; these come first, because they make lists.
+        for name, value in (("encoder layers", self.num_layers), ("attention heads", self.num_heads)):
+            if type(value) is not int or not 0 < value <= MAX_LAYERS:
+                raise UserError(f"{source}: expected 1 to {MAX_LAYERS} {name}, found {shown(value)}")
+        if type(self.embed_dim) is not int or self.embed_dim % self.num_heads:
             raise UserError(
-                f"{source}: {self.embed_dim} dimensions cannot be split into {self.num_heads} attention heads; "
+                f"{source}: {shown(self.embed_dim)} dimensions cannot be split into {self.num_heads} attention heads; "
                 "the config does not describe a model of this kind"
             )
         if self.relative_positions is None:
@@ -175,19 +178,19 @@ def import_weights(
         UserError: a tensor is missing, left over, of another shape, not a plain float tensor or not finite.
     """
     config = architecture.to_config(dropouts, source)
-    model = checkpoint.build_model(config, source)
+    expected = checkpoint.expected_state(config, source)
     remaining = dict(weights)
-    state_dict, missing = {}, []
-    for name, parameter in model.state_dict().items():
+    sources, missing = {}, []  # our name -> the source's
+    for name in expected:
         if name == _DUMMY_WEIGHT:
-            state_dict[name] = torch.ones_like(parameter)
             continue
         source_name = backbone.prefix + _source_name(name, names)
         found = next((key for key in _spellings(source_name) if key in remaining), None)
         if found is None:
             missing.append(source_name)
         else:
-            state_dict[name] = _as_float32(remaining.pop(found), found, source)
+            sources[name] = found
+            del remaining[found]
 
     dropped, left_over = {}, []
     for name in remaining:
@@ -202,6 +205,15 @@ def import_weights(
             f"{_listed('missing', missing)}; {_listed('left over', left_over)}; "
             "nothing was converted, because the result would not be the same model"
         )
+    # Before there is memory for the model: its size is what the source claims.
+    checkpoint.check_weights(
+        {found: expected[name] for name, found in sources.items()},
+        {found: weights[found] for found in sources.values()},
+        source,
+    )
+    model = checkpoint.build_model(config, source)
+    state_dict = {name: weights[found].detach().float() for name, found in sources.items()}
+    state_dict[_DUMMY_WEIGHT] = torch.ones(expected[_DUMMY_WEIGHT].shape)
     checkpoint.load_state(model, state_dict, source)
     return ImportedModel(architecture.family, config, model.eval(), dropped)
 
@@ -220,22 +232,10 @@ def _spellings(name: str) -> list[str]:
     return [name] + [name.removesuffix(old) + new for old, new in _WEIGHT_NORM_ALIASES.items() if name.endswith(old)]
 
 
-def _as_float32(tensor: Any, name: str, source: str) -> Tensor:
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in _READABLE_DTYPES:
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise UserError(
-            f"{source}: {name} is {found}, expected float32, float16 or bfloat16; "
-            "convert the original checkpoint, not a quantised or otherwise packed one"
-        )
-    tensor = tensor.detach().to(torch.float32)
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{source}: {name} holds NaN or infinite values; the file is damaged or its training failed")
-    return tensor
-
-
 def _listed(label: str, names: list[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-    return f"{len(names)} {label}" + (f" ({shown})" if names else "")
+    listed = ", ".join(printable(name, 80) for name in names[:most])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} {label}" + (f" ({listed}{more})" if names else "")
 
 
 def add_converter_flags(parser: argparse.ArgumentParser) -> None:

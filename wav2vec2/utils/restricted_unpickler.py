@@ -1,19 +1,20 @@
 """Reads torch files that foreign programs pickled, without those programs and without running code from the file.
 
-The reading is torch's own ``weights_only`` unpickler: it interprets a small set of pickle operations itself, calls
-nothing but an allow-list of names, and refuses TorchScript archives. The names that fairseq's checkpoints need beyond
-tensors are added to that list here, and each of them stands for something of this module that only holds data.
+The names that fairseq's checkpoints need beyond tensors are added to the allow-list of :mod:`.archive`, and each of
+them stands for something of this module that only holds data.
 """
 
-import re
-import warnings
+import itertools
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import UserError
+from .archive import UnreadableFileError, read_archive
+
+# Published settings have some hundred entries; shared lists could make a small file endless.
+_MAX_ENTRIES = 20_000
 
 
 class _Inert:
@@ -76,23 +77,16 @@ def read_foreign_file(path: str | PathLike) -> Any:
         UserError: the file is missing, damaged or not torch's, or names a global outside the allow-list.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a checkpoint")
     try:
-        with torch.serialization.safe_globals(_FOREIGN_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the file decides which operation fails, and so which of many exceptions is raised
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        if name:
+        return read_archive(path, _FOREIGN_GLOBALS)
+    except UnreadableFileError as error:
+        if error.forbidden_name:
             raise UserError(
-                f"{path}: the file asks for {name[1]}, which is not among the names that a checkpoint of this kind "
-                "needs; it was not read, and nothing in it was run; get the file from its publisher"
+                f"{path}: the file asks for {error.forbidden_name}, which is not among the names that a checkpoint of "
+                "this kind needs; it was not read, and nothing in it was run; get the file from its publisher"
             ) from error
-        described = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search(r"(.+)", str(error))
-        reason = described[1] if described else type(error).__name__
         raise UserError(
-            f"{path}: damaged, or not a checkpoint written by torch.save ({reason[:200]}); download it again"
+            f"{path}: damaged, or not a checkpoint written by torch.save ({error}); download it again"
         ) from error
 
 
@@ -103,14 +97,16 @@ def to_plain(value: Any, source: str | PathLike) -> Any:
         UserError: the settings are nested without end or lack their content.
     """
     try:
-        return _to_plain(value)
-    except (RecursionError, KeyError, TypeError, AttributeError) as error:
+        return _to_plain(value, itertools.count(1))
+    except (RecursionError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{source}: the settings in the file are damaged ({type(error).__name__}); download it again"
         ) from error
 
 
-def _to_plain(value: Any) -> Any:
+def _to_plain(value: Any, entries: Iterator[int]) -> Any:
+    if next(entries) > _MAX_ENTRIES:
+        raise ValueError
     if isinstance(value, _Namespace):
         value = value.state
     elif isinstance(value, _ConfigContainer):
@@ -118,7 +114,7 @@ def _to_plain(value: Any) -> Any:
     elif isinstance(value, _ConfigValue):
         return value.state["_val"]
     if isinstance(value, dict):
-        return {key: _to_plain(item) for key, item in value.items()}
+        return {key: _to_plain(item, entries) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_plain(item) for item in value]
+        return [_to_plain(item, entries) for item in value]
     return value
