@@ -18,6 +18,8 @@ import resilience
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
+for name in [name for name in os.environ if name.startswith("SLURM_")]:
+    del os.environ[name]  # scripts behave differently inside a SLURM job, which a run of the tests may be
 
 RECORDER = pytest.StashKey[Recorder]()
 
