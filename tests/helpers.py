@@ -1,5 +1,6 @@
 """What several test files share: small models with no parameter at a trivial value, short runs, comparisons."""
 
+import csv
 import importlib
 import os
 import subprocess
@@ -18,6 +19,9 @@ from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REFERENCE = REPOSITORY / "tests" / "data" / "reference"
+
+# Flags of a joint distillation that prunes something in a few updates.
+PRUNING = ("--pruning_units", "conv,head,interm", "--target_sparsity", 0.4, "--sparsity_warmup_updates", 10)
 
 # 40 samples a frame, so that short waveforms make enough of them.
 SMALL_CONV_LAYERS = [[10, 10, 5], [12, 3, 2], [8, 3, 2], [9, 2, 2]]
@@ -174,3 +178,23 @@ def load_as_others_do(path: Path) -> torch.nn.Module:
     model = wav2vec2_model(**contents["config"])
     model.load_state_dict(contents["state_dict"])
     return model.eval()
+
+
+def run_to_exit(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
+    """Run a script that ends with an exit status other than 0."""
+    with pytest.raises(SystemExit) as stop:
+        run_script(monkeypatch, name, *arguments)
+    return stop.value.code
+
+
+def error_line(capsys: pytest.CaptureFixture) -> str:
+    """The one error line on stderr."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0].removeprefix("error: ")
+
+
+def logged(exp_dir: Path) -> list[dict[str, str]]:
+    """The rows of a run's log."""
+    with (exp_dir / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

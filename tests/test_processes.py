@@ -1,6 +1,5 @@
 """Several processes train as one with the same total batch does, however they are started."""
 
-import csv
 import os
 import signal
 import socket
@@ -11,14 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPOSITORY, run_script, save_small_model, small_run
-
-PRUNING = ("--pruning_units", "conv,head,interm", "--target_sparsity", 0.4, "--sparsity_warmup_updates", 10)
-
-
-def logged(exp_dir: Path) -> list[dict[str, str]]:
-    with (exp_dir / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+from helpers import PRUNING, REPOSITORY, logged, run_script, save_small_model, small_run
 
 
 def values_by_step(exp_dir: Path) -> dict[tuple[int, str], float]:

@@ -1,6 +1,5 @@
 """A run that was stopped, killed or hindered ends as one that was not."""
 
-import csv
 import os
 import random
 import resource
@@ -15,13 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import REPOSITORY, run_script, save_small_model, small_run
+from helpers import PRUNING, REPOSITORY, error_line, logged, run_script, run_to_exit, save_small_model, small_run
 from torch import Tensor
 
 import lightning
 from wav2vec2 import checkpoint
-
-PRUNING = ("--pruning_units", "conv,head,interm", "--target_sparsity", 0.4, "--sparsity_warmup_updates", 10)
 
 
 def last_checkpoint(exp_dir: Path) -> dict[str, Any]:
@@ -43,11 +40,6 @@ def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     return max(float((tensor.double() - others[name].double()).abs().max()) for name, tensor in ones.items())
 
 
-def logged(exp_dir: Path) -> list[dict[str, str]]:
-    with (exp_dir / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     """Same weights, optimiser, multipliers and counters, bit for bit, and the same log."""
     ones, others = last_checkpoint(one), last_checkpoint(other)
@@ -59,13 +51,6 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def send(signum: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), signum)
-
-
-def run_to_exit(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
-    """Run a script that ends with an exit status other than 0."""
-    with pytest.raises(SystemExit) as stop:
-        run_script(monkeypatch, name, *arguments)
-    return stop.value.code
 
 
 # --- stopped and continued -------------------------------------------------------------------------
@@ -210,13 +195,6 @@ def changed(flags: list[object], **changes: object) -> list[object]:
         else:
             flags += [f"--{name}", value]
     return flags
-
-
-def error_line(capsys: pytest.CaptureFixture) -> str:
-    """The one error line on stderr."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0].removeprefix("error: ")
 
 
 def test_a_fresh_run_does_not_overwrite(half_run, monkeypatch, capsys, reliability):

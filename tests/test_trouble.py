@@ -1,6 +1,5 @@
 """Training meets numbers that are not finite and audio that cannot be read."""
 
-import csv
 import shutil
 import sys
 from pathlib import Path
@@ -12,10 +11,13 @@ import pytorch_lightning as pl
 import soundfile
 import torch
 from helpers import (
+    error_line,
+    logged,
     random_model,
     random_waveforms,
     run_command,
     run_script,
+    run_to_exit,
     save_small_model,
     small_config,
     small_run,
@@ -55,28 +57,14 @@ def loud_file(own_corpus) -> Path:
     return path
 
 
-def logged(exp_dir: Path, name: str) -> list[float]:
-    with (exp_dir / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
-
-
-def run_to_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str, *arguments: object) -> str:
-    """Run a script that ends with one error line and status 1; returns the line."""
-    with pytest.raises(SystemExit) as stop:
-        run_script(monkeypatch, name, *arguments)
-    assert stop.value.code == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0].removeprefix("error: ")
-
-
 # --- not finite ------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(loud_file, tmp_path, monkeypatch, capsys, reliability):
     teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
     flags = small_run(tmp_path / "data", teacher, seconds_per_batch=0.4, max_updates=30, save_interval=1)
-    message = run_to_error(monkeypatch, capsys, "distill", *flags, "--exp_dir", tmp_path / "exp")
+    assert run_to_exit(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp") == 1
+    message = error_line(capsys)
     last = tmp_path / "exp" / "ckpts" / "last.ckpt"
     trained = torch.load(last, weights_only=True)
     assert f"update {trained['global_step']}: the loss is [nan]" in message and str(loud_file) in message
@@ -108,14 +96,15 @@ def test_skipped_updates_change_nothing_and_are_counted(loud_file, tmp_path, mon
     monkeypatch.setattr(torch.optim, "AdamW", Comparing)
     run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp")
     printed = capsys.readouterr().err
-    skipped = logged(tmp_path / "exp", "skipped_updates")
+    skipped = [float(row["skipped_updates"]) for row in logged(tmp_path / "exp") if row["skipped_updates"]]
     assert skipped[-1] == len(unmoved) >= 3 and f"skipped {skipped[-1]:.0f} of at most 9 updates: update " in printed
     trained = torch.load(tmp_path / "exp" / "ckpts" / "last.ckpt", weights_only=True)
     assert all(value.isfinite().all() for value in trained["state_dict"].values())
     assert trained["callbacks"]["Watch"]["skipped"] == skipped[-1]
     budget = int(skipped[-1]) - 1
     flags = small_run(tmp_path / "data", teacher, seconds_per_batch=0.4, max_updates=30, skip_nonfinite=budget)
-    message = run_to_error(monkeypatch, capsys, "distill", *flags, "--exp_dir", tmp_path / "few")
+    assert run_to_exit(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "few") == 1
+    message = error_line(capsys)
     assert f"({budget} skipped before)" in message and "--skip_nonfinite" in message
     reliability(
         "faults", "--skip_nonfinite N: batches whose loss is not finite", "skipped, counted, logged; N + 1 end the run"
@@ -223,7 +212,8 @@ def test_too_much_bad_audio_ends_the_run(own_corpus, small_teacher, tmp_path, mo
     """Before training where the header shows it, during it otherwise."""
     path = damage(own_corpus, kind)
     flags = small_run(tmp_path / "data", small_teacher, seconds_per_batch=0.6, max_updates=20, num_workers=1)
-    message = run_to_error(monkeypatch, capsys, "distill", *flags, "--exp_dir", tmp_path / "exp")
+    assert run_to_exit(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp") == 1
+    message = error_line(capsys)
     expected = (
         "1 of 16 files looked at" if kind == "missing" else "--max_bad_files: at most 0 bad audio files are allowed"
     )
