@@ -26,6 +26,11 @@ class HardConcrete(nn.Module):
             which puts mass on exactly 0 and exactly 1.
         eps: uniform samples stay this far away from 0 and 1.
         min_kept: the deterministic mask keeps at least this many units (the strongest).
+
+    Attributes:
+        multiple: the deterministic mask keeps a multiple of this many units, or none, or all: it is
+            rounded up by the strongest of the units that would go. Samples and ``l0_norm`` know
+            nothing of it.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class HardConcrete(nn.Module):
         self.limit_high = 1.0 + stretch
         self.eps = eps
         self.min_kept = min_kept
+        self.multiple = 1
         # P(mask > 0) = sigmoid(log_alpha + bias)
         self.bias = -temperature * math.log(-self.limit_low / self.limit_high)
         self.log_alpha = nn.Parameter(torch.empty(n_in))
@@ -77,11 +83,13 @@ class HardConcrete(nn.Module):
         # Pure tensor arithmetic instead of a cached Python result: nothing waits for the device,
         # torch.compile can trace it, and a mask can never be older than its log_alpha.
         num_zeros = (self.n_in - self.l0_norm().double()).round().clamp(max=self.n_in - self.min_kept)
+        # Above n_in where that is no multiple: all are kept then.
+        num_kept = ((self.n_in - num_zeros) / self.multiple).ceil() * self.multiple
         rank = self.log_alpha.argsort(stable=True).argsort()  # 0 is the weakest unit
         soft_mask = torch.sigmoid(self.log_alpha / self.temperature * _EVAL_SHARPNESS)
         # A kept unit must not count as dropped because its soft value underflows.
         soft_mask = soft_mask.clamp(min=torch.finfo(soft_mask.dtype).tiny)
-        return soft_mask * (rank >= num_zeros)
+        return soft_mask * (rank >= self.n_in - num_kept)
 
     def extra_repr(self) -> str:
         return f"n_in={self.n_in}, init_mean={self.init_mean}, min_kept={self.min_kept}"

@@ -16,9 +16,18 @@ from typing import Any
 import cli
 from resilience import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
-from wav2vec2.errors import UserError
+from wav2vec2.errors import UserError, shown
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
-from wav2vec2.sparsity import expected_num_params, fit_masks, pruned_num_params
+from wav2vec2.sparsity import (
+    expected_num_params,
+    fit_masks,
+    num_params_without_rounding,
+    pruned_num_params,
+    round_widths,
+)
+
+# Far above any width; a number without bounds could not be read back from the file that it is recorded in.
+_MAX_ROUND_TO = 1_000_000
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,10 +44,31 @@ def parse_args() -> argparse.Namespace:
         help="move the masks' threshold only if the pruned size is further than this from the target; "
         "1 never moves it, as the published program",
     )
+    parser.add_argument(
+        "--round_to",
+        type=int,
+        metavar="N",
+        help="keep conv channels and feed-forward widths in multiples of N, rounded up by the best of the units about "
+        "to go (default: what the checkpoint names, or 1, the published rounding; 8 suits tensor cores)",
+    )
     return parser.parse_args()
 
 
-def fit_to_target(model: Wav2Vec2Model, training: dict[str, Any], args: argparse.Namespace, original: int) -> None:
+def chosen_round_to(training: dict[str, Any], args: argparse.Namespace) -> int:
+    """--round_to, or what the checkpoint names, or 1."""
+    source, value = "--round_to", args.round_to
+    if value is None:
+        source, value = f"{args.distilled_ckpt}: distillation: round_to", training.get("round_to")
+    if value is None:
+        return 1
+    if type(value) is not int or not 1 <= value <= _MAX_ROUND_TO:
+        raise UserError(f"{source}: expected a whole number from 1 to {_MAX_ROUND_TO}, found {shown(value)}")
+    return value
+
+
+def fit_to_target(
+    model: Wav2Vec2Model, training: dict[str, Any], args: argparse.Namespace, original: int, round_to: int
+) -> None:
     """Meet the target sparsity where the checkpoint or the user names one, and say what that took."""
     original = training.get("original_num_params") or original
     target = args.target_sparsity if args.target_sparsity is not None else training.get("target_sparsity")
@@ -48,12 +78,21 @@ def fit_to_target(model: Wav2Vec2Model, training: dict[str, Any], args: argparse
         raise UserError(f"--target_sparsity: expected a number between 0 and 1, found {target}")
     model.eval()
     expected, rounded = (1 - size(model) / original for size in (expected_num_params, pruned_num_params))
-    shift = fit_masks(model, (1 - target) * original, args.sparsity_tolerance * original)
+    wanted, tolerance = (1 - target) * original, args.sparsity_tolerance * original
+    shift = fit_masks(model, wanted, tolerance)
     action = f"log_alpha moved by {shift:+.4f} to meet the target" if shift else "within tolerance, masks as trained"
     print(
         f"sparsity: target {target:.4f}, expected after training {expected:.4f}, rounded {rounded:.4f}; {action}",
         file=sys.stderr,
     )
+    fitted = pruned_num_params(model)
+    if round_to > 1 and abs(fitted - wanted) > tolerance:
+        taken = "the nearest that is not larger" if fitted <= wanted else "the smallest model there is"
+        print(
+            f"round_to {round_to}: no threshold gives a sparsity within {args.sparsity_tolerance:g} of {target:.4f}; "
+            f"{taken} has {1 - fitted / original:.4f}",
+            file=sys.stderr,
+        )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -62,6 +101,8 @@ def main(args: argparse.Namespace) -> None:
     units = masked_units(student_state)
     if not units:
         raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")
+    training = distilled.get("distillation", {})
+    round_to = chosen_round_to(training, args)
     original = read_model_file(args.original_ckpt)
     out = args.distilled_ckpt.parent / PRUNED_MODEL
     made_by = {
@@ -70,6 +111,7 @@ def main(args: argparse.Namespace) -> None:
         "original_ckpt": fingerprint(args.original_ckpt),
         "target_sparsity": args.target_sparsity,
         "sparsity_tolerance": args.sparsity_tolerance,
+        "round_to": round_to,
     }
     if (before := made_before(out, made_by)) is not None:
         print(json.dumps(before["config"], indent=2))
@@ -79,12 +121,20 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(with_masks(original["config"], units), args.original_ckpt)
     load_state(model, student_state, f"{args.distilled_ckpt} in the model of {args.original_ckpt}")
     num_original = int(build_model(with_masks(original["config"], ()), args.original_ckpt).get_num_params())
-    fit_to_target(model, distilled.get("distillation", {}), args, num_original)
+    round_widths(model, round_to)
+    fit_to_target(model, training, args, num_original, round_to)
+    num_unrounded = num_params_without_rounding(model) if round_to > 1 else None  # it takes a copy of the model
     config = model.prune()
     contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}
     save(out, {**contents, "made_by": made_by})
     num_params = model.get_num_params()
     print(json.dumps(config, indent=2))
+    if round_to > 1:
+        print(
+            f"round_to {round_to}: {num_params - num_unrounded:,} parameters ({num_params / num_unrounded - 1:.2%}) "
+            f"more than without ({num_unrounded:,}), sparsity {1 - num_params / num_original:.4f}",
+            file=sys.stderr,
+        )
     print(
         f"pruned {', '.join(units)}: {num_original:,} -> {num_params:,} parameters, "
         f"sparsity {1 - num_params / num_original:.4f}: {out}",

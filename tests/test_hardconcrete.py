@@ -178,6 +178,40 @@ def test_min_kept() -> None:
     assert torch.equal(make_mask(log_alpha, min_kept=1).eval()(), make_mask(log_alpha).eval()())
 
 
+def test_multiple() -> None:
+    """Rounded up by the strongest units about to go; nothing stays nothing, and all is the most."""
+    log_alpha = np.random.default_rng(0).normal(0, 2, 30)
+    for mean, min_kept in [(-12.0, 0), (-12.0, 1), (-4.0, 0), (-2.0, 0), (0.0, 0), (4.0, 0), (12.0, 0)]:
+        mask = make_mask(log_alpha + mean, min_kept=min_kept).eval()
+        num_plain = int((mask() != 0).sum())
+        for multiple in (1, 2, 7, 8, 30, 64):
+            mask.multiple = multiple
+            found = mask().detach().numpy()
+            num_kept = min(math.ceil(num_plain / multiple) * multiple, 30)
+            assert sorted(found.nonzero()[0]) == sorted(np.argsort(log_alpha)[30 - num_kept :])
+            soft_mask = sigmoid(0.8 * (log_alpha + mean) * 1.5)
+            np.testing.assert_allclose(found[found != 0], soft_mask[found != 0], rtol=1e-4)
+
+
+def test_multiple_concerns_the_eval_mask_only() -> None:
+    """Training samples and counts as without it."""
+    plain, rounded = make_mask([0.5] * 20), make_mask([0.5] * 20)
+    rounded.multiple = 8
+    assert torch.equal(plain.l0_norm(), rounded.l0_norm())
+    torch.manual_seed(0)
+    sample = plain()
+    torch.manual_seed(0)
+    assert torch.equal(rounded(), sample)
+    assert list(rounded.state_dict()) == ["log_alpha"]
+
+
+def test_eval_mask_waits_for_no_value() -> None:
+    """On a device without values nothing can be read back: the mask is tensor arithmetic throughout."""
+    mask = make_mask([0.5] * 20, min_kept=1)
+    mask.multiple = 8
+    assert mask.to("meta").eval()().shape == (20,)
+
+
 def test_eval_mask_follows_log_alpha() -> None:
     """It is never older than ``log_alpha``: after training, and after loading weights in eval mode."""
     mask = make_mask([5.0, -9.0, 5.0]).eval()

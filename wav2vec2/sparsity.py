@@ -5,8 +5,12 @@ rounds its own number of units, and a short schedule can end before the Lagrangi
 pruned size differs from the target. :func:`fit_masks` closes that gap with one number: a constant
 added to every ``log_alpha``, which moves the threshold between kept and dropped units and leaves
 their order alone.
+
+:func:`round_widths` makes the widths that masks decide multiples of a number, for hardware that
+multiplies such matrices faster; the functions below then count and fit with it.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +27,34 @@ _CERTAIN = 40.0
 
 def _masks(model: Wav2Vec2Model) -> list[HardConcrete]:
     return [module for module in model.modules() if isinstance(module, HardConcrete)]
+
+
+def _width_masks(model: Wav2Vec2Model) -> list[HardConcrete]:
+    """The masks over conv channels and intermediate dimensions, whose units are rows of a matrix each."""
+    masks = [layer.hard_concrete for layer in model.feature_extractor.conv_layers]
+    blocks = [layer.feed_forward for layer in model.encoder.transformer.layers]
+    masks += [block.hard_concrete_for_intermediate for block in blocks if block is not None]
+    return [mask for mask in masks if mask is not None]
+
+
+def round_widths(model: Wav2Vec2Model, multiple: int) -> None:
+    """Let the deterministic masks keep conv channels and intermediate dimensions in multiples of ``multiple``.
+
+    A width is rounded up, by the strongest of the units that would go, but never above the layer's own;
+    a block whose units all go stays gone. Training, heads and layer masks are not touched. 1 is the
+    published rounding.
+    """
+    for mask in _width_masks(model):
+        mask.multiple = min(multiple, mask.n_in)  # more than all units means all units
+
+
+@torch.no_grad()
+def num_params_without_rounding(model: Wav2Vec2Model) -> int:
+    """Parameters that ``model.prune()`` would leave, with the same ``log_alpha``, without :func:`round_widths`."""
+    unrounded = copy.deepcopy(model)
+    round_widths(unrounded, 1)
+    unrounded.prune()
+    return int(unrounded.get_num_params())
 
 
 @contextmanager
@@ -68,7 +100,9 @@ def pruned_num_params(model: Wav2Vec2Model) -> float:
 def fit_masks(model: Wav2Vec2Model, target_num_params: float, tolerance: float) -> float:
     """Shift all ``log_alpha`` of ``model`` by the constant that brings its pruned size to the target.
 
-    Nothing is changed where the published rounding already lands within ``tolerance``.
+    Nothing is changed where the masks already land within ``tolerance``. Otherwise the nearest size that
+    a shift can give is taken; with :func:`round_widths`, whose steps are coarse, the nearest that is not
+    above the target where none is within ``tolerance``.
 
     Args:
         model: a masked model; put in eval mode.
@@ -96,6 +130,8 @@ def fit_masks(model: Wav2Vec2Model, target_num_params: float, tolerance: float) 
         else:
             high = middle
     shift = min(low, high, key=lambda value: abs(size(value) - target_num_params))
+    if any(mask.multiple > 1 for mask in masks) and abs(size(shift) - target_num_params) > tolerance:
+        shift = low
     for mask, value in zip(masks, originals, strict=True):
         mask.log_alpha.copy_(value + shift)
     return shift
