@@ -21,7 +21,7 @@ from lightning import add_arguments, prepare, train_student
 from wav2vec2.checkpoint import load_masked_model
 from wav2vec2.errors import UserError
 from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model
-from wav2vec2.sparsity import smallest_num_params
+from wav2vec2.sparsity import check_round_to, smallest_num_params
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,6 +32,9 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--reg_learning_rate", type=float, default=0.02, help="of masks and multipliers")
     group.add_argument("--target_sparsity", type=float, default=0.75, help="share of the parameters to remove")
     group.add_argument("--sparsity_warmup_updates", type=int, default=5000, help="the target rises over these updates")
+    group.add_argument(
+        "--round_to", type=int, help="recorded for prune.py: keep conv and feed-forward widths in multiples of this"
+    )
     return parser.parse_args()
 
 
@@ -62,6 +65,8 @@ def main(args: argparse.Namespace) -> None:
     for name in ("sparsity_warmup_updates", "reg_learning_rate"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name}: expected 0 or more, found {getattr(args, name)}")
+    if args.round_to is not None:
+        check_round_to(args.round_to, "--round_to")
     setup = prepare(args)
     student = load_masked_model(args.student_ckpt, units)
     projections = setup.make_projections(student, args.distill_mode)

@@ -40,9 +40,11 @@ from dataset import (
     parse_max_bad_files,
     read_manifest,
 )
+from throughput import FetchTimer, Throughput, forward_flops
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.paths import fast_paths, plain_paths
 
 VALID_SUBSET = "valid"
 # The published number of GPUs of one node (run.sh).
@@ -79,10 +81,12 @@ class DistillLoss(nn.Module):
         self.cos_type = cos_type
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Weighted sum and its parts (mse, l1, cos) for two tensors (B, layers, frames, D).
+        """Weighted sum and its parts (mse, l1, cos) for two tensors (..., D), as (B, layers, frames, D).
 
         A part with weight zero is not computed and is zero.
         """
+        if student.dtype in (torch.float16, torch.bfloat16):  # as CUDA's autocast does
+            student, teacher = student.float(), teacher.float()
         zero = student.new_zeros(())
         mse = F.mse_loss(student, teacher) if self.l2_weight else zero
         l1 = F.l1_loss(student, teacher) if self.l1_weight else zero
@@ -185,9 +189,10 @@ class DistillModule(pl.LightningModule):
         self.warmup_updates = warmup_updates
         self.max_updates = max_updates
         self.reg_learning_rate = reg_learning_rate
-        # Set by train_student: what a checkpoint says of its run, and who judges each update.
+        # Set by train_student: what a checkpoint says of its run, who judges each update, and what prune.py should do.
         self.settings: dict[str, Any] | None = None
         self.watch: resilience.Watch | None = None
+        self.round_to: int | None = None
         self._batch_logs: list[dict[str, Tensor]] = []
         self.use_reg = use_reg
         if use_reg:
@@ -212,22 +217,35 @@ class DistillModule(pl.LightningModule):
         self, model: Wav2Vec2Model, batch: Batch | tuple[Tensor, Tensor | None], depth: int
     ) -> list[Tensor]:
         waveforms, lengths = batch[:2]
+        if fast_paths() and isinstance(batch, Batch):
+            lengths = None  # crops have no padding, and the model cannot see that without waiting for the device
         return model.extract_features(waveforms, lengths, num_layers=max(depth, 1))[0]  # it runs at least one layer
 
-    def _predictions(self, hidden_states: list[Tensor]) -> Tensor:
-        """The student's version of the distilled teacher layers: (B, layers, frames, D)."""
+    def _predictions(self, hidden_states: list[Tensor]) -> list[Tensor]:
+        """The student's version of each distilled teacher layer: (B, frames, D) each."""
         if self.distill_mode == "layer2layer":
             sources = [hidden_states[layer] for layer in self.distill_layers]
         else:
             sources = [hidden_states[-1]] * len(self.distill_layers)
-        return torch.stack([proj(x) for proj, x in zip(self.distill_linear_projs, sources, strict=True)], dim=1)
+        return [projection(x) for projection, x in zip(self.distill_linear_projs, sources, strict=True)]
+
+    def _layerwise_loss(
+        self, student: list[Tensor], teacher: list[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The loss of stacked layers without stacking them: they have one size, so means of means are means."""
+        losses, parts = zip(*map(self.distill_loss, student, teacher), strict=True)
+        mse, l1, cos = (torch.stack(part).mean() for part in zip(*parts, strict=True))
+        return torch.stack(losses).mean(), (mse, l1, cos)
 
     def _step(self, batch: Batch | tuple[Tensor, Tensor | None], mode: str) -> Tensor:
         with torch.no_grad():
             teacher = self._hidden_states(self.teacher_model, batch, self._teacher_depth)
-            teacher = torch.stack([teacher[layer] for layer in self.distill_layers], dim=1)
+            teacher = [teacher[layer] for layer in self.distill_layers]
         student = self._predictions(self._hidden_states(self.student_model, batch, self._student_depth))
-        loss, (mse, l1, cos) = self.distill_loss(student, teacher)
+        if fast_paths():
+            loss, (mse, l1, cos) = self._layerwise_loss(student, teacher)
+        else:
+            loss, (mse, l1, cos) = self.distill_loss(torch.stack(student, dim=1), torch.stack(teacher, dim=1))
         parts = {"loss_distill": loss, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
         state = {}
         if self.use_reg:
@@ -262,6 +280,12 @@ class DistillModule(pl.LightningModule):
     def validation_step(self, batch: Batch | tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
         return self._step(batch, "valid")
 
+    def update_flops(self) -> Callable[[int], float]:
+        """Operations that one waveform costs in an update, by its samples; a backward pass counts as two forward."""
+        teacher = forward_flops(self.teacher_model, self._teacher_depth)
+        student = forward_flops(self.student_model, self._student_depth)
+        return lambda num_samples: teacher(num_samples) + 3 * student(num_samples)
+
     # --- optimisation ------------------------------------------------------------------------------
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
@@ -285,7 +309,10 @@ class DistillModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with the published parameter groups, all on one schedule stepped once per update."""
-        optimizer = torch.optim.AdamW(self._parameter_groups())
+        # One pass over the weights instead of a dozen.
+        optimizer = torch.optim.AdamW(self._parameter_groups(), fused=fast_paths())
+        # A fused step could also take the loss scaler's factor back, but the gradient is clipped before that.
+        optimizer._step_supports_amp_scaling = False
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, linear_warmup_decay(self.warmup_updates, self.max_updates)
         )
@@ -322,6 +349,7 @@ class DistillModule(pl.LightningModule):
             "target_sparsity": self.budget.target_sparsity if self.use_reg else None,
             "original_num_params": self.budget.original_num_params if self.use_reg else None,
             "settings": self.settings,
+            "round_to": self.round_to,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -344,6 +372,7 @@ class DistillModule(pl.LightningModule):
         checkpoint["lr_schedulers"][0]["base_lrs"] = [group["lr"] for group in groups]
         for saved, group in zip(checkpoint["optimizer_states"][0]["param_groups"], groups, strict=True):
             saved.update(lr=group["lr"] * schedule(step), initial_lr=group["lr"], weight_decay=group["weight_decay"])
+            saved["fused"] = fast_paths()
 
 
 def freeze_unreached(student: Wav2Vec2Model, depth: int) -> None:
@@ -616,6 +645,7 @@ def add_arguments(
         help=f"GPUs per node (default: {DEFAULT_GPUS}); with --accelerator cpu, processes per node (default: 1)",
     )
     group.add_argument("--precision", choices=tuple(PRECISIONS), default="32")
+    group.add_argument("--plain", action="store_true", help="take the plain paths: slower, the same numbers")
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -711,13 +741,19 @@ class UpdateProgressBar(pl.Callback):
 
 
 def make_trainer(
-    args: argparse.Namespace, description: str, io: resilience.CheckpointIO, start: int, batches_per_epoch: int
+    args: argparse.Namespace,
+    description: str,
+    module: DistillModule,
+    io: resilience.CheckpointIO,
+    start: int,
+    batches_per_epoch: int,
 ) -> pl.Trainer:
     """The trainer of the shared flags.
 
     Args:
         args: the shared flags.
         description: of the progress bar.
+        module: what is trained.
         io: writes the checkpoints.
         start: updates done before.
         batches_per_epoch: of one process.
@@ -727,6 +763,7 @@ def make_trainer(
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # resilience.py requeues, from the end of an update.
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    timer = FetchTimer()
     trainer = pl.Trainer(
         default_root_dir=args.exp_dir,
         accelerator=accelerator,
@@ -751,7 +788,12 @@ def make_trainer(
             TensorBoardLogger(args.exp_dir, name="tensorboard", version=0, purge_step=start),
             resilience.ContinuedCSVLogger(args.exp_dir, start),
         ],
-        callbacks=[LearningRateMonitor(logging_interval="step"), UpdateProgressBar(description)],
+        profiler=timer,
+        callbacks=[
+            LearningRateMonitor(logging_interval="step"),
+            Throughput(timer, module.update_flops(), args.precision),
+            UpdateProgressBar(description),
+        ],
     )
     # Its handlers would answer SIGTERM with a collective in the middle of an update, and it would exchange after every
     # batch what Watch exchanges once an update.
@@ -805,7 +847,7 @@ def prepare(args: argparse.Namespace) -> Setup:
 # Flags that do not change what is trained, or only through what run_settings records in their place.
 _NOT_SETTINGS = {
     *("debug", "exp_dir", "resume_checkpoint", "save_interval", "log_interval", "valid_interval", "num_workers"),
-    *("skip_nonfinite", "max_bad_files", "accelerator", "gpus", "num_nodes", "accum_grad"),
+    *("skip_nonfinite", "max_bad_files", "accelerator", "gpus", "num_nodes", "accum_grad", "plain", "round_to"),
     *("tsv_dir", "train_subset", "teacher_ckpt", "student_ckpt"),
 }
 
@@ -864,6 +906,7 @@ def train_student(
     _, devices = resolve_devices(args.accelerator, args.gpus)
     num_processes = devices * args.num_nodes
     module.settings = run_settings(args, description, setup, num_processes)
+    module.round_to = getattr(args, "round_to", None)
     resumed = resilience.choose_checkpoint(args.resume_checkpoint, args.exp_dir)
     start = 0
     if resumed is not None:
@@ -875,8 +918,8 @@ def train_student(
     _quiet_lightning()
     batches_per_epoch = len(setup.data.sampler(args.train_subset, num_processes, 0, args.accum_grad))
     io = resilience.CheckpointIO(resumed)
-    with resilience.StopRequest() as stop, contextlib.ExitStack() as stack:
-        trainer = make_trainer(args, description, io, start, batches_per_epoch)
+    with resilience.StopRequest() as stop, plain_paths(args.plain), contextlib.ExitStack() as stack:
+        trainer = make_trainer(args, description, module, io, start, batches_per_epoch)
         if trainer.is_global_zero:
             stack.enter_context(resilience.exclusive(args.exp_dir))
             num_params = [sum(p.numel() for p in model.parameters()) for model in (setup.teacher, student)]

@@ -16,18 +16,16 @@ from typing import Any
 import cli
 from resilience import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
-from wav2vec2.errors import UserError, shown
+from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
 from wav2vec2.sparsity import (
+    check_round_to,
     expected_num_params,
     fit_masks,
     num_params_without_rounding,
     pruned_num_params,
     round_widths,
 )
-
-# Far above any width; a number without bounds could not be read back from the file that it is recorded in.
-_MAX_ROUND_TO = 1_000_000
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,8 +59,7 @@ def chosen_round_to(training: dict[str, Any], args: argparse.Namespace) -> int:
         source, value = f"{args.distilled_ckpt}: distillation: round_to", training.get("round_to")
     if value is None:
         return 1
-    if type(value) is not int or not 1 <= value <= _MAX_ROUND_TO:
-        raise UserError(f"{source}: expected a whole number from 1 to {_MAX_ROUND_TO}, found {shown(value)}")
+    check_round_to(value, source)
     return value
 
 

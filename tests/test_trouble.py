@@ -167,6 +167,7 @@ def test_overflow_that_the_scaler_handles_is_no_trouble(tmp_path, reliability):
     trainer, module, scaler = train_with_scaler(1.0, 40, tmp_path)
     assert scaler.get_scale() < 2.0**40 and trainer.global_step == 40 and module.watch.skipped == 0
     assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert float(trainer.callback_metrics["grad_norm"]) < 100  # of the gradient itself, not of the scaled one
     reliability("faults", "float16 overflow that the loss scaler handles", "training goes on, nothing is counted")
 
 

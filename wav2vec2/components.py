@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from hardconcrete import HardConcrete
 
+from .paths import fast_paths
 from .pruning_utils import prune_conv1d, prune_linear, prune_norm
 
 # Initial drop rates of the units (released settings): everything starts nearly dense, except the
@@ -49,6 +50,19 @@ _PADDING_SCORE = -10000.0
 def _expected_size(mask: HardConcrete | None, size: int) -> Tensor | int:
     """Number of units a mask is expected to keep, or all of them where there is no mask."""
     return size if mask is None else mask.l0_norm()
+
+
+def _is_bfloat16_on_cpu(x: Tensor) -> bool:
+    """Whether the matrix products of ``x`` run in bfloat16 on a CPU."""
+    if x.device.type != "cpu":
+        return False
+    is_autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return is_autocast or x.dtype == torch.bfloat16
+
+
+def _mask_for(x: Tensor, mask: Tensor) -> Tensor:
+    """``mask`` in the precision of what it multiplies: a float32 mask would turn all that follows into float32."""
+    return mask.to(x.dtype) if fast_paths() else mask
 
 
 def _layer_mask(enabled: bool) -> HardConcrete | None:
@@ -98,6 +112,25 @@ class ConvLayerBlock(nn.Module):
         x = F.gelu(x)
         if self.hard_concrete is not None:
             x = x * self.hard_concrete()[:, None]
+        return x
+
+    def forward_channels_last(self, x: Tensor) -> Tensor:
+        """(B, C_in, 1, T) -> (B, C_out, 1, num_frames(T)), both with channels last in memory.
+
+        A convolution whose channels lie side by side is a plain matrix product, and a LayerNorm over them needs no
+        transposition.
+        """
+        weight = self.conv.weight[:, :, None].contiguous(memory_format=torch.channels_last)
+        x = F.conv2d(x, weight, self.conv.bias, stride=(1, self.conv.stride[0]))
+        if isinstance(self.layer_norm, nn.LayerNorm):
+            norm = self.layer_norm
+            x = F.layer_norm(x.permute(0, 2, 3, 1), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            x = x.permute(0, 3, 1, 2)
+        elif self.layer_norm is not None:
+            x = self.layer_norm(x)
+        x = F.gelu(x)
+        if self.hard_concrete is not None:
+            x = x * self.hard_concrete()[:, None, None].to(x.dtype)
         return x
 
     def num_frames(self, length: Any) -> Any:
@@ -151,9 +184,15 @@ class FeatureExtractor(nn.Module):
             lengths = self.num_frames(lengths)
         if self.num_frames(waveforms.size(1)) == 0:  # shorter than the receptive field: no frame, as lengths say
             return waveforms.new_zeros(waveforms.size(0), 0, len(self.dummy_weight)), lengths
-        x = waveforms[:, None]  # (B, 1, T)
-        for layer in self.conv_layers:
-            x = layer(x)
+        if fast_paths() and _is_bfloat16_on_cpu(waveforms):
+            x = waveforms[:, None, None].contiguous(memory_format=torch.channels_last)  # (B, 1, 1, T)
+            for layer in self.conv_layers:
+                x = layer.forward_channels_last(x)
+            x = x.squeeze(2)
+        else:
+            x = waveforms[:, None]  # (B, 1, T)
+            for layer in self.conv_layers:
+                x = layer(x)
         return x.transpose(1, 2) * self.dummy_weight, lengths
 
     def num_frames(self, length: Any) -> Any:
@@ -291,18 +330,23 @@ class SelfAttention(nn.Module):
         def split_heads(projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
             return projected.view(batch, frames, self.num_heads, self.head_dim).transpose(1, 2)
 
-        query = split_heads(self.q_proj(x)) * self.head_dim**-0.5
-        scores = query @ split_heads(self.k_proj(x)).transpose(-2, -1)  # (B, H, T, T)
-        if position_bias is not None:
-            scores = scores + self._gate(x, position_bias)
-        if padding_scores is not None:
-            scores = scores + padding_scores
-        weights = F.dropout(scores.softmax(dim=-1), p=self.dropout, training=self.training)
-        heads = weights @ split_heads(self.v_proj(x))  # (B, H, T, K)
+        query, key, value = (split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        bias = padding_scores if position_bias is None else self._gate(x, position_bias)
+        if position_bias is not None and padding_scores is not None:
+            bias = bias + padding_scores
+        dropout = self.dropout if self.training else 0.0
+        scale = self.head_dim**-0.5
+        if fast_paths():
+            heads = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
+        else:
+            scores = (query * scale) @ key.transpose(-2, -1)  # (B, H, T, T)
+            if bias is not None:
+                scores = scores + bias
+            heads = F.dropout(scores.softmax(dim=-1), p=dropout) @ value  # (B, H, T, K)
 
         mask = None if self.hard_concrete_for_heads is None else self.hard_concrete_for_heads()
         if mask is not None:
-            heads = heads * mask[:, None, None]
+            heads = heads * _mask_for(heads, mask[:, None, None])
         output = self.out_proj(heads.transpose(1, 2).reshape(batch, frames, self.num_heads * self.head_dim))
         if mask is not None and not self.training:
             output = output * (mask != 0).any()  # no head left: the block is dropped, its output bias with it
@@ -461,7 +505,7 @@ class FeedForward(nn.Module):
         x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))  # (B, T, F)
         mask = None if self.hard_concrete_for_intermediate is None else self.hard_concrete_for_intermediate()
         if mask is not None:
-            x = x * mask
+            x = x * _mask_for(x, mask)
         x = self.output_dropout(self.output_dense(x))
         if mask is not None and not self.training:
             x = x * (mask != 0).any()  # nothing left: the block is dropped, its output bias with it

@@ -26,6 +26,7 @@ from .components import (
     WavLMSelfAttention,
 )
 from .config import check_config, is_wavlm
+from .paths import fast_paths
 
 # (channels, kernel, stride) of every published model's extractor: 320 samples (20 ms) per frame.
 CONV_LAYERS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
@@ -123,8 +124,8 @@ class Wav2Vec2Model(nn.Module):
         Raises:
             ValueError: waveforms are not two-dimensional, or there are not ``num_layers`` layers.
         """
-        features, lengths = self._extract(waveforms, lengths)
-        return self.encoder.extract_features(features, lengths, num_layers), lengths
+        features, lengths, padded_lengths = self._extract(waveforms, lengths)
+        return self.encoder.extract_features(features, padded_lengths, num_layers), lengths
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The last hidden state (B, frames, D), or (B, frames, aux_num_out) with ``aux``; and (B,) valid frames.
@@ -132,14 +133,24 @@ class Wav2Vec2Model(nn.Module):
         Arguments and errors as in :meth:`extract_features`. Layer drop acts in training, and pre-norm
         models apply their final LayerNorm.
         """
-        features, lengths = self._extract(waveforms, lengths)
-        x = self.encoder(features, lengths)
+        features, lengths, padded_lengths = self._extract(waveforms, lengths)
+        x = self.encoder(features, padded_lengths)
         return (x if self.aux is None else self.aux(x)), lengths
 
-    def _extract(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _extract(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The extractor's frames, how many are valid, and the same again, or None where no frame is known to be padded.
+
+        Lengths on an accelerator are not looked at: that would wait for it. Who knows that a batch has no padding
+        gives no lengths.
+        """
+        can_look = fast_paths() and not torch.compiler.is_compiling()
+        is_padded = lengths is not None and not (
+            can_look and lengths.device.type == "cpu" and bool((lengths == waveforms.size(-1)).all())
+        )
         if self.normalize_waveform:
             waveforms = normalize_waveforms(waveforms, lengths)
-        return self.feature_extractor(waveforms, lengths)
+        features, frames = self.feature_extractor(waveforms, lengths)
+        return features, frames, frames if is_padded else None
 
     def get_num_params(self) -> Tensor | int:
         """Expected number of parameters (paper, section 2.3): a differentiable scalar while there are masks.

@@ -13,12 +13,14 @@ multiplies such matrices faster; the functions below then count and fit with it.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hardconcrete import HardConcrete
 
+from .errors import UserError, shown
 from .model import Wav2Vec2Model
 
 # sigmoid(+-40) is exactly 1 and practically 0 in float32: a mask without any doubt left in it.
@@ -35,6 +37,20 @@ def _width_masks(model: Wav2Vec2Model) -> list[HardConcrete]:
     blocks = [layer.feed_forward for layer in model.encoder.transformer.layers]
     masks += [block.hard_concrete_for_intermediate for block in blocks if block is not None]
     return [mask for mask in masks if mask is not None]
+
+
+# Far above any width; a number without bounds could not be read back from the file that it is recorded in.
+MAX_ROUND_TO = 1_000_000
+
+
+def check_round_to(value: Any, source: str) -> None:
+    """Check the multiple of widths that ``source``, an option or an entry of a file, asks for.
+
+    Raises:
+        UserError: not a whole number from 1 to :data:`MAX_ROUND_TO`.
+    """
+    if type(value) is not int or not 1 <= value <= MAX_ROUND_TO:
+        raise UserError(f"{source}: expected a whole number from 1 to {MAX_ROUND_TO}, found {shown(value)}")
 
 
 def round_widths(model: Wav2Vec2Model, multiple: int) -> None:

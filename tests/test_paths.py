@@ -1,0 +1,118 @@
+"""The fast paths give what the plain paths give: features, losses, gradients, whole updates."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import PRUNING, random_model, random_waveforms, run_script, save_small_model, small_config, small_run
+from test_training import make_module
+from torch import Tensor
+
+from lightning import DistillLoss
+from wav2vec2.model import PRUNING_UNITS, with_masks
+from wav2vec2.paths import fast_paths, plain_paths
+
+FAMILIES = [("hubert", "base"), ("hubert", "large"), ("wavlm", "base"), ("wavlm", "large")]
+LENGTHS = {"no lengths": None, "padded": (1200, 1000, 700), "lengths without padding": (1200, 1200, 1200)}
+
+
+def masked_model(family: str, size: str) -> torch.nn.Module:
+    model = random_model(with_masks(small_config(family, size), list(PRUNING_UNITS)), seed=3)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("log_alpha"):
+            parameter.data = 2 + torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def features_and_gradients(model: torch.nn.Module, waveforms: Tensor, lengths: Tensor | None, plain: bool) -> Any:
+    torch.manual_seed(0)  # the masks' samples
+    model.zero_grad()
+    with plain_paths(plain):
+        hidden, frames = model.extract_features(waveforms, lengths)
+        if frames is not None:  # what padded frames hold is nobody's business
+            valid = torch.arange(hidden[0].size(1)) < frames[:, None]
+            hidden = [x * valid[..., None] for x in hidden]
+        sum(x.square().mean() for x in hidden).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return [x.detach() for x in hidden], frames, gradients
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+def test_features_and_gradients(family, size, training, lengths):
+    model = masked_model(family, size).train(training)
+    waveforms = random_waveforms(*(lengths or (1200, 1200)))[0]
+    given = None if lengths is None else torch.tensor(lengths)
+    fast, plain = (features_and_gradients(model, waveforms, given, plain) for plain in (False, True))
+    for ours, theirs in zip(fast[0], plain[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert fast[1] is plain[1] is None or torch.equal(fast[1], plain[1])
+    assert fast[2].keys() == plain[2].keys() and len(fast[2]) > 50
+    for name, gradient in fast[2].items():
+        torch.testing.assert_close(
+            gradient, plain[2][name], rtol=1e-4, atol=1e-5, msg=lambda t, name=name: f"{name}: {t}"
+        )
+
+
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+def test_bfloat16_is_as_near_to_float32(family, size):
+    """Channels last and masks in bfloat16 lose no more than the plain path in bfloat16 does."""
+    model = masked_model(family, size)
+    waveforms = random_waveforms(4000, 4000)[0]
+    with torch.no_grad(), plain_paths():
+        exact = model.extract_features(waveforms)[0]
+    errors = {}
+    for plain in (False, True):
+        with torch.no_grad(), plain_paths(plain), torch.autocast("cpu", torch.bfloat16):
+            rounded = model.extract_features(waveforms)[0]
+        errors[plain] = [float((x.float() - y).norm() / y.norm()) for x, y in zip(rounded, exact, strict=True)]
+    for fast, plain in zip(errors[False], errors[True], strict=True):
+        assert fast < 0.05 and fast < 1.5 * plain + 1e-3
+
+
+def test_weights_in_bfloat16():
+    """A model that was cast as a whole, as for inference."""
+    model = random_model(small_config("hubert")).bfloat16()
+    with torch.no_grad():
+        hidden, _ = model.extract_features(random_waveforms(1200, 1200)[0].bfloat16())
+    assert all(x.dtype == torch.bfloat16 and x.isfinite().all() for x in hidden)
+
+
+@pytest.mark.parametrize("weights", [(0, 1, 1, "raw"), (1, 0, 0, "raw"), (0.5, 1, 2, "log_sig")], ids=str)
+def test_loss_without_stacking(weights):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = ([torch.randn(2, 7, 16, generator=generator) for _ in range(3)] for _ in range(2))
+    module = make_module(distill_loss=DistillLoss(*weights))
+    stacked, parts = module.distill_loss(torch.stack(student, 1), torch.stack(teacher, 1))
+    total, layer_parts = module._layerwise_loss(student, teacher)
+    torch.testing.assert_close(total, stacked, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer_parts, parts, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+def test_whole_updates(manifests, tmp_path, monkeypatch, family, size):
+    """Through the script, with --plain and without: fused optimiser, no padding mask, losses layer by layer."""
+    teacher = save_small_model(tmp_path / "teacher.pth", family, size)
+    flags = (*small_run(manifests, teacher, max_updates=8, seconds_per_batch=0.6), *PRUNING)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "fast")
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "plain", "--plain")
+    states = [torch.load(tmp_path / name / "ckpts" / "last.ckpt", weights_only=True) for name in ("fast", "plain")]
+    assert [state["optimizer_states"][0]["param_groups"][0]["fused"] for state in states] == [True, False]
+    for key, value in states[0]["state_dict"].items():
+        torch.testing.assert_close(
+            value, states[1]["state_dict"][key], rtol=1e-3, atol=2e-4, msg=lambda t, k=key: f"{k}: {t}"
+        )
+    assert fast_paths()
+
+
+def test_a_run_can_change_paths(manifests, small_teacher, tmp_path, monkeypatch):
+    """The optimiser follows the switch, not the checkpoint."""
+    flags = (*small_run(manifests, small_teacher, max_updates=4, warmup_updates=1), "--exp_dir", tmp_path)
+    run_script(monkeypatch, "distill", *flags)
+    path = tmp_path / "ckpts" / "last.ckpt"
+    more = (*small_run(manifests, small_teacher, max_updates=8, warmup_updates=1), "--exp_dir", tmp_path / "more")
+    run_script(monkeypatch, "distill", *more, "--resume_checkpoint", path, "--plain")
+    trained = torch.load(tmp_path / "more" / "ckpts" / "last.ckpt", weights_only=True)
+    assert trained["optimizer_states"][0]["param_groups"][0]["fused"] is False and trained["global_step"] == 8
