@@ -13,6 +13,9 @@ The sampler already yields whole batches, hence ``batch_size=None``. It also cho
 that what is trained on depends on the seed and the epoch alone, not on the number of workers.
 :class:`TrainingSampler` strings epochs together and can start in the middle of one. A file that
 has gone bad is replaced by one of about its length, and the batch says so.
+
+``packed.attach(manifest)`` after the first line makes everything below it read from the packed copy of
+the corpus, if ``prepare_data.py --pack`` wrote one beside the manifest.
 """
 
 import itertools
@@ -20,12 +23,13 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import soundfile
@@ -34,6 +38,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from wav2vec2.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from packed import Pack
 
 SAMPLE_RATE = 16_000
 
@@ -57,14 +64,64 @@ class AudioError(UserError):
         super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
 
 
+class Names(Sequence[str]):
+    """A list of file names that loader processes share.
+
+    Each str of a list counts its users inside itself, so that a forked process copies every one that it looks at.
+    Here all names are one text, which is only read. It is a tensor because torch passes tensors to processes
+    that are not forked through shared memory, and numpy's arrays as copies.
+
+    Args:
+        names: file names; bytes that are not UTF-8 as ``surrogateescape`` decodes them.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        text, bounds = bytearray(), array("q", [0])
+        for name in names:
+            text += name.encode(errors="surrogateescape")
+            bounds.append(len(text))
+        # A byte more, for there is no tensor from an empty buffer.
+        self._text = torch.frombuffer(text + b"\0", dtype=torch.uint8)
+        self._bounds = torch.frombuffer(bounds, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"name {index} is not one of {len(self)}")
+        first = index % len(self)
+        start, end = self._bounds.numpy()[first : first + 2]
+        return self._text.numpy()[start:end].tobytes().decode(errors="surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        text = memoryview(self._text.numpy())
+        for start, end in itertools.pairwise(memoryview(self._bounds.numpy())):
+            yield str(text[start:end], "utf-8", "surrogateescape")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """The utterances of one split: ``paths`` relative to ``root``, ``lengths`` (N,) in samples at 16 kHz."""
+    """The utterances of one split.
+
+    Attributes:
+        path: the manifest's own.
+        root: the folder that ``paths`` start from.
+        paths: (N,) of the audio files.
+        lengths: (N,) int64 in samples at 16 kHz.
+        pack: where to read the samples instead, see :func:`packed.attach`.
+    """
 
     path: Path
     root: Path
-    paths: list[str]
+    paths: Sequence[str]
     lengths: np.ndarray
+    pack: "Pack | None" = None
 
     def full_path(self, index: int) -> str:
         return str(self.root / self.paths[index])
@@ -93,25 +150,32 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
             f"{path}: line 1 is {shown(root)}, expected the folder that the paths below it start from; "
             "write the manifest with prepare_data.py"
         )
-    paths, lengths = [], array("q")
+    lengths, hashes = array("q"), array("q")
+    paths = Names(_rows(path, lines, lengths, hashes))
+    if not paths:
+        raise UserError(
+            f"{path}: no utterance is listed, expected one a line below the root folder; run prepare_data.py again"
+        )
+    # Two names may share a hash, though hardly ever do: only then are the names themselves compared.
+    if len(np.unique(np.asarray(hashes))) < len(paths):
+        _refuse_repeats(path)
+    return Manifest(path, Path(root), paths, np.array(lengths, dtype=np.int64))
+
+
+def _rows(path: Path, lines: Iterator[tuple[int, str]], lengths: array, hashes: array) -> Iterator[str]:
+    """The names in a manifest's lines below the first; the length and the hash of each are appended."""
     for line_number, line in lines:
         name, _, count = line.rpartition("\t")
         # 18 digits fit into 64 bits.
         if name and count.isdecimal() and len(count) <= 18 and (length := int(count)) > 0:
-            paths.append(name)
             lengths.append(length)
+            hashes.append(hash(name))
+            yield name
         elif line.strip():
             raise UserError(
                 f"{path}: line {line_number} is {shown(line)}, expected a relative path, a tab and a positive number "
                 "of samples; mend the line or write the manifest again with prepare_data.py"
             )
-    if not paths:
-        raise UserError(
-            f"{path}: no utterance is listed, expected one a line below the root folder; run prepare_data.py again"
-        )
-    if len(set(paths)) < len(paths):
-        raise UserError(_listed_twice(path))
-    return Manifest(path, Path(root), paths, np.array(lengths, dtype=np.int64))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -122,26 +186,30 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.removesuffix("\n")
 
 
-def _listed_twice(path: Path) -> str:
-    """The message for a manifest that lists an utterance twice.
+def _refuse_repeats(path: Path) -> None:
+    """Look for an utterance that a manifest lists twice.
 
     It reads the file again, so that a good manifest costs no memory for line numbers.
+
+    Raises:
+        UserError: there is one.
     """
     first: dict[str, int] = {}
     for line_number, line in itertools.islice(_lines(path), 1, None):
         name = line.rpartition("\t")[0]
         if name in first:
-            break
+            raise UserError(
+                f"{path}: line {line_number} lists {shown(name)}, which line {first[name]} does already, expected "
+                "each path once; take one of the lines out or write the manifest again with prepare_data.py"
+            )
         if name:
             first[name] = line_number
-    return (
-        f"{path}: line {line_number} lists {shown(name)}, which line {first[name]} does already, expected each path "
-        "once; take one of the lines out or write the manifest again with prepare_data.py"
-    )
 
 
 def check_files(manifest: Manifest, max_bad: int, sample: int = 256) -> dict[str, str]:
     """Read the headers of some utterances before training starts, evenly from the whole manifest.
+
+    With a pack there is nothing to do: opening it has compared it with the manifest, and the files are not needed.
 
     Args:
         manifest: from :func:`read_manifest`.
@@ -155,6 +223,8 @@ def check_files(manifest: Manifest, max_bad: int, sample: int = 256) -> dict[str
         UserError: the root folder does not exist, more than half of the files looked at are bad, or more than
             ``max_bad`` are.
     """
+    if manifest.pack is not None:
+        return {}
     if not manifest.root.is_dir():
         raise UserError(
             f"{manifest.path}: its root folder {manifest.root} does not exist; run prepare_data.py on the "
@@ -511,7 +581,9 @@ def seeks_exactly(file: soundfile.SoundFile) -> bool:
 
 def _read_mono(file: soundfile.SoundFile, num_frames: int) -> Tensor:
     """The next ``num_frames`` of a file (-1: all), channels averaged: (T,) float32."""
-    return torch.from_numpy(file.read(num_frames, dtype="float32", always_2d=True).mean(axis=1))
+    frames = file.read(num_frames, dtype="float32")
+    # The mean over one channel would change nothing, in a tenth of the time that decoding takes.
+    return torch.from_numpy(frames if frames.ndim == 1 else frames.mean(axis=1))
 
 
 def resample_to_16k(waveform: Tensor, sample_rate: int) -> Tensor:
@@ -552,12 +624,16 @@ class SpeechDataset(Dataset):
     long enough; if that is bad too, to the one after. So the batch keeps its shape and every run reads the same.
 
     Args:
-        manifest: from :func:`read_manifest`.
+        manifest: from :func:`read_manifest`, and with a pack if :func:`packed.attach` has added one.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._by_length = np.argsort(manifest.lengths, kind="stable")
+
+    @cached_property
+    def _by_length(self) -> np.ndarray:
+        """The utterances from short to long; not before a file is bad, so that no process holds it in vain."""
+        return np.argsort(self.manifest.lengths, kind="stable")
 
     def __len__(self) -> int:
         return len(self.manifest.paths)
@@ -602,8 +678,10 @@ class SpeechDataset(Dataset):
         """(T,) of one utterance.
 
         Raises:
-            AudioError: see :func:`load_audio`; or what was read cannot be trained on.
+            AudioError: see :func:`load_audio` and :meth:`packed.Pack.read`; or what was read cannot be trained on.
         """
+        if self.manifest.pack is not None:  # what cannot be trained on is not packed
+            return self.manifest.pack.read(index, offset, num_samples)
         path = self.manifest.full_path(index)
         waveform = load_audio(path, offset, num_samples, int(self.manifest.lengths[index]))
         where = f"of samples {offset} to {offset + num_samples} (at 16 kHz)"

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import packed
 import resilience
 from dataset import (
     MAX_SECONDS,
@@ -44,7 +45,7 @@ from throughput import FetchTimer, Throughput, forward_flops
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.paths import fast_paths, plain_paths
+from wav2vec2.paths import fast_paths, keep_freed_memory, plain_paths
 
 VALID_SUBSET = "valid"
 # The published number of GPUs of one node (run.sh).
@@ -205,6 +206,12 @@ class DistillModule(pl.LightningModule):
         freeze_unreached(student_model, self._student_depth)
         self.train()
 
+    def setup(self, stage: str) -> None:
+        """Give the frozen teacher the precision that autocast would give its weights at every step anyway."""
+        dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(self.trainer.precision)
+        if dtype is not None and fast_paths():
+            cast_products(self.teacher_model, dtype)
+
     def train(self, mode: bool = True) -> "DistillModule":
         """Set the student's mode; the teacher stays in eval mode."""
         super().train(mode)
@@ -237,15 +244,20 @@ class DistillModule(pl.LightningModule):
         mse, l1, cos = (torch.stack(part).mean() for part in zip(*parts, strict=True))
         return torch.stack(losses).mean(), (mse, l1, cos)
 
-    def _step(self, batch: Batch | tuple[Tensor, Tensor | None], mode: str) -> Tensor:
+    def targets(self, batch: Batch | tuple[Tensor, Tensor | None]) -> list[Tensor]:
+        """The distilled teacher layers of a batch: (B, frames, D) each, without gradient."""
+        # Not inference_mode: its tensors could not be kept for the backward pass of the loss.
         with torch.no_grad():
-            teacher = self._hidden_states(self.teacher_model, batch, self._teacher_depth)
-            teacher = [teacher[layer] for layer in self.distill_layers]
+            hidden_states = self._hidden_states(self.teacher_model, batch, self._teacher_depth)
+            return [hidden_states[layer] for layer in self.distill_layers]
+
+    def loss(self, batch: Batch | tuple[Tensor, Tensor | None], targets: list[Tensor], mode: str) -> Tensor:
+        """The loss of a batch, logged with its parts under names that start with ``mode``, "train" or "valid"."""
         student = self._predictions(self._hidden_states(self.student_model, batch, self._student_depth))
         if fast_paths():
-            loss, (mse, l1, cos) = self._layerwise_loss(student, teacher)
+            loss, (mse, l1, cos) = self._layerwise_loss(student, targets)
         else:
-            loss, (mse, l1, cos) = self.distill_loss(torch.stack(student, dim=1), torch.stack(teacher, dim=1))
+            loss, (mse, l1, cos) = self.distill_loss(torch.stack(student, dim=1), torch.stack(targets, dim=1))
         parts = {"loss_distill": loss, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
         state = {}
         if self.use_reg:
@@ -275,10 +287,10 @@ class DistillModule(pl.LightningModule):
         """The loss of one batch; its noise (masks, dropout) is that of the batch, wherever and whenever it runs."""
         if isinstance(batch, Batch):
             torch.manual_seed(batch.seed)
-        return self._step(batch, "train")
+        return self.loss(batch, self.targets(batch), "train")
 
     def validation_step(self, batch: Batch | tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
-        return self._step(batch, "valid")
+        return self.loss(batch, self.targets(batch), "valid")
 
     def update_flops(self) -> Callable[[int], float]:
         """Operations that one waveform costs in an update, by its samples; a backward pass counts as two forward."""
@@ -373,6 +385,13 @@ class DistillModule(pl.LightningModule):
         for saved, group in zip(checkpoint["optimizer_states"][0]["param_groups"], groups, strict=True):
             saved.update(lr=group["lr"] * schedule(step), initial_lr=group["lr"], weight_decay=group["weight_decay"])
             saved["fused"] = fast_paths()
+
+
+def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights of the layers that autocast runs in ``dtype``; norms stay as they are."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
+            module.to(dtype)
 
 
 def freeze_unreached(student: Wav2Vec2Model, depth: int) -> None:
@@ -488,6 +507,7 @@ class SpeechDataModule(pl.LightningDataModule):
         max_crop_seconds: crop every utterance to at most this length; None means to the batch's shortest only.
         seed: of the batches' order and the crops.
         max_bad_files: audio files that may be bad, "1%" of the training manifest or a number.
+        use_pack: read samples from the pack beside the manifests if there is one (``prepare_data.py --pack``).
 
     Raises:
         UserError: see :func:`dataset.read_manifest`, :func:`dataset.make_batches` and :func:`dataset.check_files`.
@@ -504,6 +524,7 @@ class SpeechDataModule(pl.LightningDataModule):
         max_crop_seconds: float | None,
         seed: int,
         max_bad_files: str = "1%",
+        use_pack: bool = True,
     ) -> None:
         super().__init__()
         self.num_workers = num_workers
@@ -512,6 +533,8 @@ class SpeechDataModule(pl.LightningDataModule):
         self.manifests, self.batches = {}, {}
         for subset in (train_subset, VALID_SUBSET):
             manifest = read_manifest(Path(tsv_dir) / f"{subset}.tsv")
+            if use_pack:
+                manifest = packed.attach(manifest)
             self.manifests[subset] = manifest
             try:
                 self.batches[subset] = make_batches(
@@ -598,6 +621,7 @@ def add_arguments(
         type=float,
         help="crop utterances to at most this length (default: only to the shortest of their batch)",
     )
+    group.add_argument("--no_pack", action="store_true", help="read the audio files even if TSV_DIR has a packed copy")
     group.add_argument(
         "--max_bad_files",
         default="1%",
@@ -839,6 +863,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         args.max_crop_seconds,
         args.seed,
         args.max_bad_files,
+        not args.no_pack,
     )
     pl.seed_everything(args.seed, verbose=False)
     return Setup(data, ckpt.load_model(args.teacher_ckpt), layer_groups)
@@ -847,7 +872,17 @@ def prepare(args: argparse.Namespace) -> Setup:
 # Flags that do not change what is trained, or only through what run_settings records in their place.
 _NOT_SETTINGS = {
     *("debug", "exp_dir", "resume_checkpoint", "save_interval", "log_interval", "valid_interval", "num_workers"),
-    *("skip_nonfinite", "max_bad_files", "accelerator", "gpus", "num_nodes", "accum_grad", "plain", "round_to"),
+    *(
+        "no_pack",
+        "skip_nonfinite",
+        "max_bad_files",
+        "accelerator",
+        "gpus",
+        "num_nodes",
+        "accum_grad",
+        "plain",
+        "round_to",
+    ),
     *("tsv_dir", "train_subset", "teacher_ckpt", "student_ckpt"),
 }
 
@@ -903,7 +938,7 @@ def train_student(
         max_updates=args.max_updates,
         **sparsity,
     )
-    _, devices = resolve_devices(args.accelerator, args.gpus)
+    accelerator, devices = resolve_devices(args.accelerator, args.gpus)
     num_processes = devices * args.num_nodes
     module.settings = run_settings(args, description, setup, num_processes)
     module.round_to = getattr(args, "round_to", None)
@@ -916,6 +951,8 @@ def train_student(
             return
 
     _quiet_lightning()
+    if accelerator == "cpu" and not args.plain:
+        keep_freed_memory()
     batches_per_epoch = len(setup.data.sampler(args.train_subset, num_processes, 0, args.accum_grad))
     io = resilience.CheckpointIO(resumed)
     with resilience.StopRequest() as stop, plain_paths(args.plain), contextlib.ExitStack() as stack:
@@ -926,7 +963,8 @@ def train_student(
             batches = setup.data.batches[args.train_subset]
             print(
                 f"{description}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; layers "
-                f"{args.distill_layers}; {sum(map(len, batches))} utterances in {len(batches)} batches; "
+                f"{args.distill_layers}; {sum(map(len, batches))} utterances in {len(batches)} batches"
+                f"{', packed' if setup.data.manifests[args.train_subset].pack is not None else ''}; "
                 f"{num_processes} x {trainer.strategy.root_device.type}, precision {args.precision}",
                 flush=True,
             )

@@ -11,6 +11,9 @@ Any other corpus of FLAC, WAV, OGG or MP3 files is split by folder name, or by h
 
 Only folders below --data decide about splits. Links to folders are followed. Files that cannot be
 read are left out and listed with the reason in rejected.tsv.
+
+With --pack, the samples themselves are written to OUT/packed, where training with --tsv_dir OUT finds
+them and need not decode anything: 115 MB per hour, exact for 16-bit mono files at 16 kHz (see packed.py).
 """
 
 import argparse
@@ -20,15 +23,17 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from soundfile import LibsndfileError, SoundFile
 from tqdm import tqdm
 
 import cli
+import packed
 from dataset import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, num_samples_at_16k, open_audio, seeks_exactly
 from wav2vec2.checkpoint import atomic_path
 from wav2vec2.errors import UserError
@@ -38,6 +43,7 @@ LIBRISPEECH_SPLITS = {"train100": ["train-clean-100"], "train960": ["train-*"], 
 DEFAULT_VALID_FRACTION = 0.05
 REJECTED = "rejected"
 LINE_BREAK = re.compile(r"[\r\n]")  # either would end a manifest's row
+NOT_FINITE = "NaN or infinite samples"
 UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile makes of a FLAC file whose encoder wrote to a pipe
 
 FolderPatterns = dict[str, list[str]]  # split name to its folders
@@ -62,17 +68,21 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         f"{DEFAULT_VALID_FRACTION} if --splits is not given and the corpus is not LibriSpeech",
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses the files that --valid_fraction holds out")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read headers")
+    parser.add_argument("--pack", action="store_true", help="write the samples too, so that training decodes nothing")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read files")
     return parser.parse_args(arguments)
 
 
 def find_audio(root: str) -> list[str]:
     """Every audio file below ``root`` by its suffix in either case, as sorted relative paths with ``/``."""
-    return sorted(Path(path).relative_to(root).as_posix() for path in _walk(root, frozenset()))
+    return sorted(_walk(root, "", frozenset()))
 
 
-def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Audio files below ``folder``; ``above`` identifies the folders around it, so that no link leads in a circle."""
+def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Audio files below ``folder``, each with ``prefix`` before its path from there.
+
+    ``above`` identifies the folders around it, so that no link leads in a circle.
+    """
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in above:
@@ -80,9 +90,9 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
-                yield from _walk(entry.path, above | {identity})
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {identity})
             elif entry.name.lower().endswith(AUDIO_SUFFIXES):
-                yield entry.path
+                yield prefix + entry.name
 
 
 def parse_splits(options: list[str]) -> FolderPatterns:
@@ -111,18 +121,19 @@ def split_by_folder(paths: list[str], splits: FolderPatterns) -> Splits:
     """
 
     @cache
-    def names_of(folder: PurePosixPath) -> list[str]:
-        if folder.name == "":
+    def names_of(folder: str) -> list[str]:
+        if folder == "":
             return []
-        return names_of(folder.parent) or [
+        parent, _, last = folder.rpartition("/")
+        return names_of(parent) or [
             name
             for name, patterns in splits.items()
-            if any(fnmatchcase(folder.name, pattern) or fnmatchcase(str(folder), pattern) for pattern in patterns)
+            if any(fnmatchcase(last, pattern) or fnmatchcase(folder, pattern) for pattern in patterns)
         ]
 
     found: Splits = {name: [] for name in splits}
     for path in paths:
-        for name in names_of(PurePosixPath(path).parent):
+        for name in names_of(path.rpartition("/")[0]):
             found[name].append(path)
     return found
 
@@ -175,43 +186,46 @@ def _in_words(splits: FolderPatterns) -> str:
 def count_samples(path: str) -> tuple[int, str]:
     """Samples that a file gives at 16 kHz and ``""``, or 0 and the reason why it cannot be used.
 
-    The last frame is read too: a file that was cut short still has the whole count in its header.
+    The last frame is looked at too: a file that was cut short still has the whole count in its header.
     """
     if LINE_BREAK.search(path):
         return 0, "a line break in its path"
-    if not os.path.isfile(path):
-        return 0, "not a file, or a link to nothing"
-    size = os.path.getsize(path)
-    if size == 0:
-        return 0, "empty (0 bytes)"
     try:
         with open_audio(path) as file:
             if seeks_exactly(file):
                 num_frames = file.frames
                 if num_frames == UNKNOWN_LENGTH:
                     return 0, "its header does not state its length; encode it again, to a file instead of a pipe"
-                frames = _last_frame(file)
-                if len(frames) < min(num_frames, 1):
-                    return 0, f"cut short: its header promises {num_frames} samples, the last cannot be read"
+                reason = _look_at_last_frame(file)
             else:
                 frames = file.read(dtype="float32")
                 num_frames = len(frames)
+                reason = "" if np.isfinite(frames).all() else NOT_FINITE
             if num_frames == 0:
                 return 0, "no samples"
-            if not np.isfinite(frames).all():
-                return 0, "NaN or infinite samples"
+            if reason:
+                return 0, reason
             return num_samples_at_16k(num_frames, file.samplerate), ""
     except LibsndfileError as error:
+        if not os.path.isfile(path):
+            return 0, "not a file, or a link to nothing"
+        size = os.path.getsize(path)
+        if size == 0:
+            return 0, "empty (0 bytes)"
         return 0, f"cannot be decoded ({error.error_string.rstrip('.')}; {size} bytes)"
 
 
-def _last_frame(file: SoundFile) -> np.ndarray:
-    """The last frame that the header promises, float32; nothing if it is not there."""
+def _look_at_last_frame(file: SoundFile) -> str:
+    """Why the last frame that the header promises cannot be used, or "" if it can."""
     try:
         file.seek(max(file.frames - 1, 0))
-        return file.read(1, dtype="float32")
+        # To go to a frame of a FLAC file is to decode it, and its numbers are finite.
+        frames = None if file.format == "FLAC" else file.read(1, dtype="float32")
     except LibsndfileError:
-        return np.empty(0)
+        frames = []
+    if frames is not None and len(frames) < min(file.frames, 1):
+        return f"cut short: its header promises {file.frames} samples, the last cannot be read"
+    return "" if frames is None or np.isfinite(frames).all() else NOT_FINITE
 
 
 def count_all(root: str, paths: list[str], num_workers: int) -> list[tuple[int, str]]:
@@ -222,7 +236,8 @@ def count_all(root: str, paths: list[str], num_workers: int) -> list[tuple[int, 
     full_paths = [os.path.join(root, path) for path in paths]
     # Ctrl-C is left to the main process, which ends the workers.
     with multiprocessing.Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        counts = pool.imap(count_samples, full_paths, chunksize=64)
+        # Many files at a time, as the main process would otherwise slow down the others; enough parts to share out.
+        counts = pool.imap(count_samples, full_paths, chunksize=max(1, min(256, len(paths) // (8 * num_workers))))
         return list(tqdm(counts, "reading headers", len(paths), unit=" files", disable=None))
 
 
@@ -252,10 +267,10 @@ def describe(name: str, lengths: list[int]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Find, split, count, write.
+    """Find, split, count, pack, write.
 
     Raises:
-        UserError: no such folder, no audio in it, or a split without a file that can be read.
+        UserError: no such folder, no audio in it, a split without a file that can be read, or no room for the pack.
     """
     root = os.path.abspath(args.data)
     out = Path(args.out)
@@ -277,21 +292,30 @@ def main(args: argparse.Namespace) -> None:
         print(f"{len(found) - len(chosen)} of {len(found)} files are in no split")
 
     counts = dict(zip(chosen, count_all(root, chosen, args.num_workers), strict=True))
-    write_rejected(out / f"{REJECTED}.tsv", {path: reason for path, (_, reason) in counts.items() if reason})
-    splits = split([path for path, (_, reason) in counts.items() if not reason])
-    for name, paths in splits.items():
-        if not paths:
-            num_files = len(candidates[name])
-            found_instead = f"none of its {num_files} files can be used" if num_files else "no file falls into it"
-            raise UserError(
-                f"{name}.tsv would be empty: {found_instead}; {_folders_below(root)}; "
-                "change --splits or --valid_fraction"
-            )
+    with packed.writing(out / packed.FOLDER) if args.pack else nullcontext() as pack:
+        lengths = {path: length for path, (length, reason) in counts.items() if not reason}
+        if pack and lengths:
+            rejected = pack.add(root, lengths, args.num_workers)
+            counts |= {path: (0, reason) for path, reason in rejected.items()}
+        write_rejected(out / f"{REJECTED}.tsv", {path: reason for path, (_, reason) in counts.items() if reason})
+        splits = split([path for path, (_, reason) in counts.items() if not reason])
+        for name, paths in splits.items():
+            if not paths:
+                num_files = len(candidates[name])
+                found_instead = f"none of its {num_files} files can be used" if num_files else "no file falls into it"
+                raise UserError(
+                    f"{name}.tsv would be empty: {found_instead}; {_folders_below(root)}; "
+                    "change --splits or --valid_fraction"
+                )
+        if pack:
+            pack.commit()
     for name, paths in splits.items():
         lengths = [counts[path][0] for path in paths]
         write_lines(out / f"{name}.tsv", [root, *map("{}\t{}".format, paths, lengths)])
         print(describe(name, lengths))
-    print(f"written to {out}: " + ", ".join(f"{name}.tsv" for name in splits))
+    print(f"written to {out}: " + ", ".join([f"{name}.tsv" for name in splits] + [packed.FOLDER] * args.pack))
+    if not args.pack and packed.is_there(out / packed.FOLDER):
+        print(f"{out / packed.FOLDER} is of an earlier run, and training reads it: remove it, or give --pack")
 
 
 def _folders_below(root: str) -> str:

@@ -1,5 +1,6 @@
 """The corpus lister as a user calls it: splits, rejected files, other corpora, errors."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import soundfile
 import cli
 import prepare_data
 from dataset import SAMPLE_RATE, load_audio, read_manifest
-from prepare_data import LIBRISPEECH_SPLITS, find_audio, hold_out, parse_splits, split_by_folder
+from prepare_data import LIBRISPEECH_SPLITS, count_samples, find_audio, hold_out, parse_splits, split_by_folder
 from wav2vec2.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -200,6 +201,33 @@ def test_names_that_are_not_utf8(tmp_path, prepare):
     assert result.returncode == 0, result.stderr
     for name in rows(tmp_path / "out" / "train.tsv") | rows(tmp_path / "out" / "valid.tsv"):
         assert len(load_audio(root / name)) == 1600
+
+
+def test_flac_file_cut_anywhere_is_left_out(tmp_path):
+    path = write_audio(tmp_path / "a.flac", 20_000)
+    contents = path.read_bytes()
+    assert count_samples(str(path)) == (20_000, "")
+    for size in [*range(len(contents) - 30, len(contents)), *range(100, len(contents), 997)]:
+        path.write_bytes(contents[:size])
+        num_samples, reason = count_samples(str(path))
+        assert num_samples == 0 and ("cut short" in reason or "cannot be decoded" in reason)
+
+
+def test_benchmark_runs(tmp_path):
+    out = tmp_path / "results" / "bench_data.csv"
+    command = [sys.executable, REPOSITORY / "benchmarks" / "bench_data.py", "--quick", "--repetitions", "1"]
+    command += ["--out", out, "--num_processes", "1", "--workers", "0", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    with out.open(newline="") as file:
+        measured = list(csv.DictReader(file))
+    assert {row["section"] for row in measured} == {"prepare", "loader", "manifest"}
+    assert all(float(row["value"]) > 0 and row["versions"].startswith("torch=") for row in measured)
+    assert {row["variant"] for row in measured if row["ratio_to_baseline"] == "1.000"} >= {
+        "soundfile.info (baseline)",
+        "soundfile.read (baseline), 0 workers",
+        "soundfile.read (baseline), 1 workers",
+    }
 
 
 def test_held_out_files():

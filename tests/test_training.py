@@ -69,6 +69,10 @@ def make_module(cls: type = DistillModule, **changes: Any) -> DistillModule:
     return cls(**(settings | changes))
 
 
+def train_on(module: DistillModule, batch: Any) -> torch.Tensor:
+    return module.loss(batch, module.targets(batch), "train")
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """The reference's number of threads: sums are split among them, which decides their last bits."""
@@ -222,14 +226,14 @@ def test_every_trained_parameter_gets_a_gradient(family, size, changes, mode, la
     frozen = [parameter for parameter in student.parameters() if not parameter.requires_grad]
     module.log_dict = lambda *_, **__: None
     module.trainer = make_trainer(1)
-    module._step(random_waveforms(800, 700), "train").backward()
+    train_on(module, random_waveforms(800, 700)).backward()
     without = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
     # What was frozen is unreached indeed: asking for its gradient gives none.
     for parameter in frozen:
         if parameter is not student.feature_extractor.dummy_weight:  # frozen by the method, not for DDP
             parameter.requires_grad_(True)
-    module._step(random_waveforms(800, 700), "train").backward()
+    train_on(module, random_waveforms(800, 700)).backward()
     assert all(parameter.grad is None for parameter in frozen)
 
 

@@ -120,8 +120,12 @@ class ConvLayerBlock(nn.Module):
         A convolution whose channels lie side by side is a plain matrix product, and a LayerNorm over them needs no
         transposition.
         """
-        weight = self.conv.weight[:, :, None].contiguous(memory_format=torch.channels_last)
-        x = F.conv2d(x, weight, self.conv.bias, stride=(1, self.conv.stride[0]))
+        if self.conv.in_channels == 1:
+            windows = x[:, 0, 0].unfold(-1, self.conv.kernel_size[0], self.conv.stride[0])  # (B, T', kernel)
+            x = F.linear(windows, self.conv.weight[:, 0], self.conv.bias).transpose(1, 2)[:, :, None]
+        else:
+            weight = self.conv.weight[:, :, None].contiguous(memory_format=torch.channels_last)
+            x = F.conv2d(x, weight, self.conv.bias, stride=(1, self.conv.stride[0]))
         if isinstance(self.layer_norm, nn.LayerNorm):
             norm = self.layer_norm
             x = F.layer_norm(x.permute(0, 2, 3, 1), norm.normalized_shape, norm.weight, norm.bias, norm.eps)

@@ -1,0 +1,306 @@
+"""How fast the model runs and trains: the fast paths beside the plain ones, and beside transformers.
+
+    python benchmarks/bench_model.py --out results/bench_model.csv
+    python benchmarks/bench_model.py --out results/bench_model.csv --sections update --threads 2
+
+Sections:
+
+    update      one update of joint distillation and pruning on 2 x 8 s, HuBERT Base and WavLM Base, with masks and
+                dropout, in parts: teacher, student, backward, optimiser; baseline: the plain paths in float32
+    inference   hidden states of waveforms of 1, 5 and 15 s, one and eight at a time; baseline: transformers' model of
+                the teacher's shape in float32; peak memory above what the process held before
+
+Weights are random; what is compared takes turns; values are medians.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+import cli  # noqa: E402
+from benchmarks.results import Result, take_turns, write_results  # noqa: E402
+from lightning import DistillLoss, DistillModule, cast_products, make_projections  # noqa: E402
+from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model, wavlm_base, with_masks  # noqa: E402
+from wav2vec2.paths import keep_freed_memory, plain_paths  # noqa: E402
+
+PUBLISHED_80 = REPOSITORY / "tests" / "data" / "reference" / "published_wavlm_base_s80.json"
+UNITS = ["conv", "head", "interm"]
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags of this script, from ``arguments`` or the command line."""
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--out", required=True, type=Path, help="CSV file to write")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--seconds", nargs="+", type=float, default=[1, 5, 15], help="lengths for inference")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="waveforms at a time for inference")
+    parser.add_argument("--update_seconds", type=float, default=8, help="length of each of an update's two waveforms")
+    return parser.parse_args(arguments)
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 by itself; elsewhere it is emulated, and slow."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+# ---------------------------------------------------------------------------------------------- update
+
+
+def bench_update(args: argparse.Namespace) -> list[Result]:
+    """Seconds of one update and of its parts."""
+    results = []
+    precisions = ["32", "bf16"] if has_bfloat16() else ["32"]
+    waveforms = torch.randn(2, round(args.update_seconds * 16000), generator=torch.Generator().manual_seed(0))
+    for name, make_model in (("HuBERT Base", hubert_base), ("WavLM Base", wavlm_base)):
+        variants = [(path, precision) for precision in precisions for path in ("plain", "fast")]
+        with contextlib.ExitStack() as stack:
+            updates = {
+                " ".join(variant): stack.enter_context(InProcess(make_model, waveforms, *variant, args.threads))
+                for variant in variants
+            }
+            for update in updates.values():
+                update()  # memory, kernels
+                update.parts.clear()
+            taken = take_turns(updates, args.repetitions)
+        for variant, (total, ratio) in taken.items():
+            label = f"{name}, {variant}"
+            results.append(Result("update", label, total, "s", ratio, args.repetitions))
+            for part, *values in zip(TimedUpdate.PARTS, *updates[variant].parts, strict=True):
+                middle = statistics.median(values)
+                results.append(Result("update", f"{label}: {part}", middle, "s", None, args.repetitions))
+    return results
+
+
+class TimedUpdate:
+    """Makes an update and says how long its parts took.
+
+    Args:
+        teacher: the student starts as its copy.
+        waveforms: (B, T).
+        plain: take the plain paths.
+        precision: "32" or "bf16".
+    """
+
+    PARTS = ("teacher", "student", "backward", "optimiser")
+
+    def __init__(self, teacher: Wav2Vec2Model, waveforms: torch.Tensor, plain: bool, precision: str) -> None:
+        student = wav2vec2_model(**with_masks(teacher.config, UNITS))
+        masks = {key: value for key, value in student.state_dict().items() if key.endswith("log_alpha")}
+        student.load_state_dict({**masks, **teacher.state_dict()})
+        self.module = DistillModule(
+            teacher_model=teacher,
+            student_model=student,
+            distill_mode="layer2layer",
+            distill_layers=[0, 4, 8, 12],
+            distill_linear_projs=make_projections("layer2layer", [[0], [4, 8, 12]], 768, 768),
+            distill_loss=DistillLoss(0, 1, 1, "raw"),
+            learning_rate=2e-4,
+            weight_decay=0.0,
+            warmup_updates=10,
+            max_updates=100,
+            use_reg=True,
+            reg_learning_rate=0.02,
+            target_sparsity=0.75,
+            sparsity_warmup_updates=10,
+        )
+        self.module._log_training = lambda values: None
+        self.plain, self.precision = plain, precision
+        if precision == "bf16" and not plain:
+            cast_products(teacher, torch.bfloat16)
+        with plain_paths(plain):
+            self.optimizer = self.module.configure_optimizers()["optimizer"]
+        # The loader knows that crops have no padding; the published program gives lengths all the same.
+        lengths = torch.full((len(waveforms),), waveforms.size(1)) if plain else None
+        self.batch = (waveforms, lengths)
+
+    def __call__(self) -> tuple[float, ...]:
+        moments = [time.perf_counter()]
+        with plain_paths(self.plain):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+                targets = self.module.targets(self.batch)
+                moments.append(time.perf_counter())
+                loss = self.module.loss(self.batch, targets, "train")
+                moments.append(time.perf_counter())
+            loss.backward()
+            moments.append(time.perf_counter())
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(parameters, 10.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            moments.append(time.perf_counter())
+        return tuple(end - start for start, end in zip(moments, moments[1:], strict=False))
+
+
+class InProcess:
+    """A :class:`TimedUpdate` in a process of its own: how memory is kept is a setting of the whole process."""
+
+    def __init__(self, *setting: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve_updates, args=(theirs, *setting), daemon=True)
+        self.parts: list[tuple[float, ...]] = []
+
+    def __enter__(self) -> "InProcess":
+        self._process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def __call__(self) -> float:
+        self._connection.send("update")
+        self.parts.append(self._connection.recv())
+        return sum(self.parts[-1])
+
+
+def _serve_updates(
+    connection: Any,
+    make_model: Callable[[], Wav2Vec2Model],
+    waveforms: torch.Tensor,
+    path: str,
+    precision: str,
+    threads: int,
+) -> None:
+    """Make an update whenever asked and send the seconds of its parts."""
+    torch.set_num_threads(threads)
+    if path == "fast":
+        keep_freed_memory()
+    update = TimedUpdate(make_model(), waveforms, path == "plain", precision)
+    while connection.recv():
+        connection.send(update())
+
+
+# ---------------------------------------------------------------------------------------------- inference
+
+
+def compressed_config() -> dict[str, Any]:
+    """HuBERT Base at a quarter of its parameters, every kind of unit pruned alike: 23.6 M."""
+    config = hubert_base().config
+    shapes = {
+        "extractor_conv_layer_config": [
+            (320, kernel, stride) for _, kernel, stride in config["extractor_conv_layer_config"]
+        ],
+        "encoder_num_heads": [4] * 12,
+        "encoder_ff_interm_features": [410] * 12,
+    }
+    return {**config, **shapes}
+
+
+def transformers_model(family: str) -> torch.nn.Module:
+    """transformers' HuBERT Base or WavLM Base, with its fused attention where it has one."""
+    import transformers
+
+    if family == "HuBERT Base":
+        return transformers.HubertModel(transformers.HubertConfig(attn_implementation="sdpa")).eval()
+    return transformers.WavLMModel(transformers.WavLMConfig()).eval()
+
+
+def bench_inference(args: argparse.Namespace) -> list[Result]:
+    """Real-time factor (seconds of work per second of audio) and peak memory."""
+    results = []
+    published = json.loads(PUBLISHED_80.read_text())["config"]
+    groups = {
+        "HuBERT Base": {"HuBERT Base": hubert_base(), "HuBERT, 75% less": wav2vec2_model(**compressed_config())},
+        "WavLM Base": {"WavLM Base": wavlm_base(), "WavLM, 80% less": wav2vec2_model(**published)},
+    }
+    for family, models in groups.items():
+        theirs = transformers_model(family)
+        for seconds in args.seconds:
+            for batch in args.batch:
+                waveforms = torch.randn(batch, round(seconds * 16000), generator=torch.Generator().manual_seed(0))
+                variants = {"transformers 32": lambda x=waveforms, model=theirs: model(x, output_hidden_states=True)}
+                for name, model in models.items():
+                    variants |= our_variants(name, model.eval(), waveforms)
+                where = f"{seconds:g} s x {batch}"
+                results += compare_inference(family, where, variants, batch * seconds, args.repetitions)
+    return results
+
+
+def our_variants(name: str, model: Wav2Vec2Model, waveforms: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Functions that run a model on its plain and fast paths, and as a whole in bfloat16."""
+
+    def run(chosen: Wav2Vec2Model, x: torch.Tensor, plain: bool) -> Any:
+        with plain_paths(plain):
+            return chosen.extract_features(x)
+
+    variants = {
+        f"{name}, {path} 32": lambda path=path: run(model, waveforms, path == "plain") for path in ("plain", "fast")
+    }
+    if has_bfloat16():
+        half = wav2vec2_model(**model.config).eval()
+        half.load_state_dict(model.state_dict())
+        half.bfloat16()
+        variants[f"{name}, fast bf16"] = lambda: run(half, waveforms.bfloat16(), False)
+    return variants
+
+
+def compare_inference(
+    family: str, where: str, variants: dict[str, Callable[[], Any]], audio_seconds: float, repetitions: int
+) -> list[Result]:
+    """Real-time factors in turns, then the peak memory of one run each; the first variant is the baseline."""
+
+    def timed(work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            work()
+        return time.perf_counter() - start
+
+    peaks = {name: peak_memory(work) for name, work in variants.items()}
+    taken = take_turns({name: lambda work=work: timed(work) for name, work in variants.items()}, repetitions)
+    first = next(iter(variants))
+    results = []
+    for name, (duration, ratio) in taken.items():
+        label = f"{family}: {name}, {where}"
+        results.append(Result("inference", label, duration / audio_seconds, "RTF", ratio, repetitions))
+        results.append(Result("inference", label, peaks[name], "MB", peaks[name] / peaks[first], 1))
+    return results
+
+
+def peak_memory(work: Callable[[], Any]) -> float:
+    """MB that ``work`` needs at its highest above what the process holds now (Linux)."""
+    with torch.inference_mode():
+        work()  # what is made once and kept does not count
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _status("VmRSS")
+        work()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    """A number of kB from /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+
+
+SECTIONS = {"update": bench_update, "inference": bench_inference}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, write and show."""
+    torch.set_num_threads(args.threads)
+    results: list[Result] = []
+    for name in args.sections:
+        results += SECTIONS[name](args)
+    write_results(args.out, results)
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())
