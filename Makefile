@@ -1,5 +1,6 @@
 # make demo   the whole job on two CPU cores, offline after installation
 # make test   linter, tests, end-to-end tests
+# make bench   speed beside the plain paths, transformers and bare library calls (docs/performance.md)
 # make reliability   writes docs/reliability.md anew from the tests that it names
 # make test-slurm   jobs that a SLURM cluster of its own preempts and requeues; root, slurm-wlm and munge
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RELIABILITY_TESTS := $(addprefix tests/test_,resume.py processes.py trouble.py bad_audio.py hostile_files.py fuzz.py)
 
-.PHONY: demo test test-slurm reliability lint clean
+.PHONY: demo test test-slurm reliability bench lint clean
 
 demo: $(VENV)/installed $(VENV)/installed-demo
 	PYTHON=$(BIN)/python bash demo/run.sh
@@ -20,6 +21,11 @@ test-slurm: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
 
 reliability: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q --write-reliability $(RELIABILITY_TESTS)
+
+bench: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
+	$(BIN)/python benchmarks/bench_model.py --out results/bench_update.csv --sections update
+	$(BIN)/python benchmarks/bench_model.py --out results/bench_inference.csv --sections inference
+	$(BIN)/python benchmarks/bench_data.py --out results/bench_data.csv
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -39,6 +39,7 @@ from wav2vec2.paths import keep_freed_memory, plain_paths  # noqa: E402
 
 PUBLISHED_80 = REPOSITORY / "tests" / "data" / "reference" / "published_wavlm_base_s80.json"
 UNITS = ["conv", "head", "interm"]
+DISTILLED = [[0], [4, 8, 12]]
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -103,12 +104,13 @@ class TimedUpdate:
         student = wav2vec2_model(**with_masks(teacher.config, UNITS))
         masks = {key: value for key, value in student.state_dict().items() if key.endswith("log_alpha")}
         student.load_state_dict({**masks, **teacher.state_dict()})
+        width = teacher.config["encoder_embed_dim"]
         self.module = DistillModule(
             teacher_model=teacher,
             student_model=student,
             distill_mode="layer2layer",
-            distill_layers=[0, 4, 8, 12],
-            distill_linear_projs=make_projections("layer2layer", [[0], [4, 8, 12]], 768, 768),
+            distill_layers=[layer for group in DISTILLED for layer in group],
+            distill_linear_projs=make_projections("layer2layer", DISTILLED, width, width),
             distill_loss=DistillLoss(0, 1, 1, "raw"),
             learning_rate=2e-4,
             weight_decay=0.0,

@@ -78,7 +78,7 @@ def test_every_command_is_covered():
 
 
 def test_paths_exist():
-    for path in re.findall(r"`((?:conf|demo|tests|wav2vec2)/[\w./-]*|[\w-]+\.(?:py|sh))`", README):
+    for path in re.findall(r"`((?:conf|demo|tests|benchmarks|wav2vec2)/[\w./-]*|[\w-]+\.(?:py|sh))`", README):
         assert (REPOSITORY / path).exists() or (REPOSITORY / "wav2vec2" / path).exists(), path
 
 

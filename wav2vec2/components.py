@@ -43,6 +43,9 @@ def published_name(key: str) -> str:
     return key
 
 
+# Samples that the extractor takes at once on a CPU, without gradient: 10 s.
+_SAMPLES_AT_ONCE = 160_000
+
 # Added to the attention scores of padded frames; a finite number survives half precision.
 _PADDING_SCORE = -10000.0
 
@@ -188,16 +191,26 @@ class FeatureExtractor(nn.Module):
             lengths = self.num_frames(lengths)
         if self.num_frames(waveforms.size(1)) == 0:  # shorter than the receptive field: no frame, as lengths say
             return waveforms.new_zeros(waveforms.size(0), 0, len(self.dummy_weight)), lengths
+        can_split = waveforms.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if fast_paths() and can_split:
+            # A few waveforms at a time: the first layers' outputs are by far the largest that a forward pass makes.
+            at_once = max(1, _SAMPLES_AT_ONCE // waveforms.size(1))
+            x = torch.cat([self._convolve(rows) for rows in waveforms.split(at_once)])
+        else:
+            x = self._convolve(waveforms)
+        return x.transpose(1, 2) * self.dummy_weight, lengths
+
+    def _convolve(self, waveforms: Tensor) -> Tensor:
+        """(B, T) -> (B, C, frames)"""
         if fast_paths() and _is_bfloat16_on_cpu(waveforms):
             x = waveforms[:, None, None].contiguous(memory_format=torch.channels_last)  # (B, 1, 1, T)
             for layer in self.conv_layers:
                 x = layer.forward_channels_last(x)
-            x = x.squeeze(2)
-        else:
-            x = waveforms[:, None]  # (B, 1, T)
-            for layer in self.conv_layers:
-                x = layer(x)
-        return x.transpose(1, 2) * self.dummy_weight, lengths
+            return x.squeeze(2)
+        x = waveforms[:, None]  # (B, 1, T)
+        for layer in self.conv_layers:
+            x = layer(x)
+        return x
 
     def num_frames(self, length: Any) -> Any:
         """Frames made of ``length`` samples (an int or an integer tensor)."""
