@@ -871,19 +871,9 @@ def prepare(args: argparse.Namespace) -> Setup:
 
 # Flags that do not change what is trained, or only through what run_settings records in their place.
 _NOT_SETTINGS = {
+    *("tsv_dir", "train_subset", "teacher_ckpt", "student_ckpt", "gpus", "num_nodes", "accum_grad"),
     *("debug", "exp_dir", "resume_checkpoint", "save_interval", "log_interval", "valid_interval", "num_workers"),
-    *(
-        "no_pack",
-        "skip_nonfinite",
-        "max_bad_files",
-        "accelerator",
-        "gpus",
-        "num_nodes",
-        "accum_grad",
-        "plain",
-        "round_to",
-    ),
-    *("tsv_dir", "train_subset", "teacher_ckpt", "student_ckpt"),
+    *("no_pack", "skip_nonfinite", "max_bad_files", "accelerator", "plain", "round_to"),
 }
 
 
