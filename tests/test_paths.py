@@ -56,6 +56,20 @@ def test_features_and_gradients(family, size, training, lengths):
         )
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+def test_attention_of_nothing(family, plain):
+    """No head, no frame, no waveform: torch's fused kernel would end the process."""
+    none_left = {"encoder_num_heads": [0] * 3} if family == "hubert" else {"encoder_remaining_heads": [[]] * 3}
+    waveforms = random_waveforms(1200, 1200)[0]
+    with plain_paths(plain), torch.no_grad():
+        hidden, _ = random_model(small_config(family, **none_left)).extract_features(waveforms)
+        assert all(x.shape == (2, hidden[0].size(1), 16) and x.isfinite().all() for x in hidden)
+        model = random_model(small_config(family))
+        assert model.extract_features(waveforms[:, :5])[0][-1].shape == (2, 0, 16)
+        assert model.extract_features(waveforms[:0])[0][-1].shape[0] == 0
+
+
 @pytest.mark.parametrize(("family", "size"), FAMILIES)
 def test_bfloat16_is_as_near_to_float32(family, size):
     """Channels last and masks in bfloat16 lose no more than the plain path in bfloat16 does."""

@@ -28,7 +28,7 @@ def weights(exp_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(one: Path, other: Path) -> tuple[float, float]:
-    """Largest differences of logged values (relative, where above 1) and of weights."""
+    """Largest differences of logged values, relative where above 1, and of weights."""
     ones, others = values_by_step(one), values_by_step(other)
     assert ones.keys() == others.keys()
     names = {name for _, name in ones}
@@ -69,7 +69,7 @@ def test_two_processes_train_as_one(
     run_processes(sys.executable, "distill.py", *flags("two", gpus=2, accum_grad=accum_grad))
     in_log, in_weights = differences(tmp_path / "one", tmp_path / "two")
     # Adam makes full steps of gradients that are nothing but rounding, so single weights drift further than losses.
-    assert in_log < 2e-5 and in_weights < 2e-4
+    assert in_log < 1e-4 and in_weights < 2e-4
     split = f"2 processes x --accum_grad {accum_grad} against 1 x {2 * accum_grad}"
     result = f"logged values {in_log:.0e}, weights {in_weights:.0e} after 9 updates"
     reliability("differences", f"{family} {size}, {seconds_per_batch} s a batch: {split}", result, measured=True)
@@ -102,7 +102,7 @@ def test_torchrun_on_one_and_two_nodes(manifests, tmp_path, monkeypatch, reliabi
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
     for name, started in (("local", "torchrun, 1 node x 2 processes"), ("nodes", "torchrun, 2 nodes x 1 process")):
         in_log, in_weights = differences(tmp_path / "one", tmp_path / name)
-        assert in_log < 2e-5 and in_weights < 2e-4
+        assert in_log < 1e-4 and in_weights < 2e-4
         result = f"logged values {in_log:.0e}, weights {in_weights:.0e} after 6 updates"
         reliability("differences", f"{started} against one process", result, measured=True)
 
