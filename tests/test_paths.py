@@ -1,10 +1,20 @@
 """The fast paths give what the plain paths give: features, losses, gradients, whole updates."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from helpers import PRUNING, random_model, random_waveforms, run_script, save_small_model, small_config, small_run
+from helpers import (
+    PRUNING,
+    num_elements,
+    random_model,
+    random_waveforms,
+    run_script,
+    save_small_model,
+    small_config,
+    small_run,
+)
 from test_training import make_module
 from torch import Tensor
 
@@ -130,3 +140,41 @@ def test_a_run_can_change_paths(manifests, small_teacher, tmp_path, monkeypatch)
     run_script(monkeypatch, "distill", *more, "--resume_checkpoint", path, "--plain")
     trained = torch.load(tmp_path / "more" / "ckpts" / "last.ckpt", weights_only=True)
     assert trained["optimizer_states"][0]["param_groups"][0]["fused"] is False and trained["global_step"] == 8
+
+
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+def test_folded_weight_norm(family, size):
+    """The same numbers and the same state dict, until the weights change."""
+    model = random_model(small_config(family, size))
+    waveforms, lengths = random_waveforms(1200, 900)
+    state_dict = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = model.extract_features(waveforms, lengths)[0]
+    model.fold_weight_norm()
+    conv = model.encoder.transformer.pos_conv_embed.conv
+    assert model.state_dict().keys() == state_dict.keys() and model.get_num_params() == num_elements(model)
+
+    def assert_equal() -> None:
+        for ours, theirs in zip(model.extract_features(waveforms, lengths)[0], expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+    assert_equal()
+    with torch.no_grad():
+        conv.weight_v.mul_(-1)
+    assert_equal()  # the folded weight is what acts
+    conv.requires_grad_()
+    assert not torch.equal(model.extract_features(waveforms, lengths)[0][-1], expected[-1])
+    conv.requires_grad_(False)
+    model.load_state_dict(state_dict)
+    assert_equal()
+    assert conv.folded_weight is None
+
+
+def test_a_folded_model_can_be_copied_and_cast():
+    model = random_model(small_config("hubert"))
+    model.fold_weight_norm()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert half.encoder.transformer.pos_conv_embed.conv.folded_weight.dtype == torch.bfloat16
+    waveforms = random_waveforms(1200)[0]
+    expected = model(waveforms)[0]
+    actual = half(waveforms.to(torch.bfloat16))[0].float()
+    assert (actual - expected).norm() < 0.05 * expected.norm()

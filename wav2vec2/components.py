@@ -280,14 +280,30 @@ class WeightNormConv1d(nn.Module):
         self.bias = conv.bias
         self.weight_g = nn.Parameter(torch.linalg.vector_norm(conv.weight.detach(), dim=(0, 1), keepdim=True))
         self.weight_v = conv.weight
+        self.register_buffer("folded_weight", None, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """(D, D / groups, kernel)"""
+        # The operator behind torch.nn.utils.parametrizations.weight_norm: the same to the last bit, gradients too.
+        return torch._weight_norm(self.weight_v, self.weight_g, 2)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Freeze the weight and compute it once; the state dict stays as it is."""
+        self.weight_g.requires_grad_(False)
+        self.weight_v.requires_grad_(False)
+        self.folded_weight = self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, T) -> (B, D, T), one more frame if the kernel is even"""
-        # The operator behind torch.nn.utils.parametrizations.weight_norm: the same to the last bit, gradients too.
-        weight = torch._weight_norm(self.weight_v, self.weight_g, 2)
+        # Who asks for gradients again (requires_grad_) means to change the weight.
+        is_folded = self.folded_weight is not None and not self.weight_v.requires_grad
+        weight = self.folded_weight if is_folded and fast_paths() else self.weight
         return F.conv1d(x, weight, self.bias, padding=self.padding, groups=self.groups)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        self.folded_weight = None
         for name, published in _WEIGHT_NORM_NAMES.items():
             if prefix + name in state_dict:
                 state_dict[prefix + published] = state_dict.pop(prefix + name)

@@ -162,6 +162,14 @@ class Wav2Vec2Model(nn.Module):
         num_params = num_params + self.encoder.feature_projection.get_num_params(channels)
         return num_params + self.encoder.transformer.get_num_params()
 
+    def fold_weight_norm(self) -> None:
+        """Freeze the positional convolution's weight and compute it once instead of in every forward pass.
+
+        The same numbers to the last bit, and the same ``state_dict()``. Loading other weights undoes it, and so does
+        ``requires_grad_()``, for a model that is to be trained again.
+        """
+        self.encoder.transformer.pos_conv_embed.conv.fold()
+
     @torch.no_grad()
     def prune(self) -> dict[str, Any]:
         """Make the model physically smaller, in place, and put it in eval mode.
