@@ -5,8 +5,10 @@
 
 Sections:
 
-    update      one update of joint distillation and pruning on 2 x 8 s, HuBERT Base and WavLM Base, with masks and
-                dropout, in parts: teacher, student, backward, optimiser; baseline: the plain paths in float32
+    update      one update on 2 x 8 s, HuBERT Base and WavLM Base, with dropout, in parts: teacher, student, backward,
+                optimiser; of joint distillation and pruning (a student of the teacher's shape, with masks) and of the
+                final distillation (a compressed student); baseline: the plain paths in float32. The wait for data is
+                logged by every training run (data_wait)
     inference   hidden states of waveforms of 1, 5 and 15 s, one and eight at a time; baseline: transformers' model of
                 the teacher's shape in float32; peak memory above what the process held before
 
@@ -16,6 +18,7 @@ Weights are random; what is compared takes turns; values are medians.
 import argparse
 import contextlib
 import ctypes
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,8 +40,10 @@ from lightning import DistillLoss, DistillModule, cast_products, make_projection
 from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model, wavlm_base, with_masks  # noqa: E402
 from wav2vec2.paths import keep_freed_memory, plain_paths  # noqa: E402
 
+TEACHERS = {"HuBERT Base": hubert_base, "WavLM Base": wavlm_base}
 PUBLISHED_80 = REPOSITORY / "tests" / "data" / "reference" / "published_wavlm_base_s80.json"
 UNITS = ["conv", "head", "interm"]
+STAGES = ("joint", "final")
 DISTILLED = [[0], [4, 8, 12]]
 
 
@@ -51,6 +56,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", nargs="+", type=float, default=[1, 5, 15], help="lengths for inference")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="waveforms at a time for inference")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="for updates")
     parser.add_argument("--update_seconds", type=float, default=8, help="length of each of an update's two waveforms")
     return parser.parse_args(arguments)
 
@@ -68,11 +74,11 @@ def bench_update(args: argparse.Namespace) -> list[Result]:
     results = []
     precisions = ["32", "bf16"] if has_bfloat16() else ["32"]
     waveforms = torch.randn(2, round(args.update_seconds * 16000), generator=torch.Generator().manual_seed(0))
-    for name, make_model in (("HuBERT Base", hubert_base), ("WavLM Base", wavlm_base)):
-        variants = [(path, precision) for precision in precisions for path in ("plain", "fast")]
+    variants = [(path, precision) for precision in precisions for path in ("plain", "fast")]
+    for name, stage in itertools.product(TEACHERS, args.stages):
         with contextlib.ExitStack() as stack:
             updates = {
-                " ".join(variant): stack.enter_context(InProcess(make_model, waveforms, *variant, args.threads))
+                " ".join(variant): stack.enter_context(InProcess(name, stage, waveforms, *variant, args.threads))
                 for variant in variants
             }
             for update in updates.values():
@@ -80,7 +86,7 @@ def bench_update(args: argparse.Namespace) -> list[Result]:
                 update.parts.clear()
             taken = take_turns(updates, args.repetitions)
         for variant, (total, ratio) in taken.items():
-            label = f"{name}, {variant}"
+            label = f"{name}, {stage}, {variant}"
             results.append(Result("update", label, total, "s", ratio, args.repetitions))
             for part, *values in zip(TimedUpdate.PARTS, *updates[variant].parts, strict=True):
                 middle = statistics.median(values)
@@ -92,7 +98,8 @@ class TimedUpdate:
     """Makes an update and says how long its parts took.
 
     Args:
-        teacher: the student starts as its copy.
+        name: a teacher's, of :data:`TEACHERS`.
+        stage: "joint", where the student starts as the teacher's copy with masks, or "final", where it is small.
         waveforms: (B, T).
         plain: take the plain paths.
         precision: "32" or "bf16".
@@ -100,10 +107,14 @@ class TimedUpdate:
 
     PARTS = ("teacher", "student", "backward", "optimiser")
 
-    def __init__(self, teacher: Wav2Vec2Model, waveforms: torch.Tensor, plain: bool, precision: str) -> None:
-        student = wav2vec2_model(**with_masks(teacher.config, UNITS))
-        masks = {key: value for key, value in student.state_dict().items() if key.endswith("log_alpha")}
-        student.load_state_dict({**masks, **teacher.state_dict()})
+    def __init__(self, name: str, stage: str, waveforms: torch.Tensor, plain: bool, precision: str) -> None:
+        teacher = TEACHERS[name]()
+        if stage == "joint":
+            student = wav2vec2_model(**with_masks(teacher.config, UNITS))
+            masks = {key: value for key, value in student.state_dict().items() if key.endswith("log_alpha")}
+            student.load_state_dict({**masks, **teacher.state_dict()})
+        else:
+            student = wav2vec2_model(**compressed_config(name))
         width = teacher.config["encoder_embed_dim"]
         self.module = DistillModule(
             teacher_model=teacher,
@@ -116,15 +127,17 @@ class TimedUpdate:
             weight_decay=0.0,
             warmup_updates=10,
             max_updates=100,
-            use_reg=True,
+            use_reg=stage == "joint",
             reg_learning_rate=0.02,
             target_sparsity=0.75,
             sparsity_warmup_updates=10,
         )
         self.module._log_training = lambda values: None
         self.plain, self.precision = plain, precision
-        if precision == "bf16" and not plain:
-            cast_products(teacher, torch.bfloat16)
+        if not plain:
+            teacher.fold_weight_norm()
+            if precision == "bf16":
+                cast_products(teacher, torch.bfloat16)
         with plain_paths(plain):
             self.optimizer = self.module.configure_optimizers()["optimizer"]
         # The loader knows that crops have no padding; the published program gives lengths all the same.
@@ -174,7 +187,8 @@ class InProcess:
 
 def _serve_updates(
     connection: Any,
-    make_model: Callable[[], Wav2Vec2Model],
+    name: str,
+    stage: str,
     waveforms: torch.Tensor,
     path: str,
     precision: str,
@@ -184,7 +198,7 @@ def _serve_updates(
     torch.set_num_threads(threads)
     if path == "fast":
         keep_freed_memory()
-    update = TimedUpdate(make_model(), waveforms, path == "plain", precision)
+    update = TimedUpdate(name, stage, waveforms, path == "plain", precision)
     while connection.recv():
         connection.send(update())
 
@@ -192,8 +206,10 @@ def _serve_updates(
 # ---------------------------------------------------------------------------------------------- inference
 
 
-def compressed_config() -> dict[str, Any]:
-    """HuBERT Base at a quarter of its parameters, every kind of unit pruned alike: 23.6 M."""
+def compressed_config(name: str) -> dict[str, Any]:
+    """HuBERT Base at a quarter of its parameters, every kind of unit pruned alike: 23.6 M; WavLM's published 80%."""
+    if name == "WavLM Base":
+        return json.loads(PUBLISHED_80.read_text())["config"]
     config = hubert_base().config
     shapes = {
         "extractor_conv_layer_config": [
@@ -217,12 +233,8 @@ def transformers_model(family: str) -> torch.nn.Module:
 def bench_inference(args: argparse.Namespace) -> list[Result]:
     """Real-time factor (seconds of work per second of audio) and peak memory."""
     results = []
-    published = json.loads(PUBLISHED_80.read_text())["config"]
-    groups = {
-        "HuBERT Base": {"HuBERT Base": hubert_base(), "HuBERT, 75% less": wav2vec2_model(**compressed_config())},
-        "WavLM Base": {"WavLM Base": wavlm_base(), "WavLM, 80% less": wav2vec2_model(**published)},
-    }
-    for family, models in groups.items():
+    for family, small in (("HuBERT Base", "HuBERT, 75% less"), ("WavLM Base", "WavLM, 80% less")):
+        models = {family: TEACHERS[family](), small: wav2vec2_model(**compressed_config(family))}
         theirs = transformers_model(family)
         for seconds in args.seconds:
             for batch in args.batch:
@@ -237,6 +249,7 @@ def bench_inference(args: argparse.Namespace) -> list[Result]:
 
 def our_variants(name: str, model: Wav2Vec2Model, waveforms: torch.Tensor) -> dict[str, Callable[[], Any]]:
     """Functions that run a model on its plain and fast paths, and as a whole in bfloat16."""
+    model.fold_weight_norm()  # only the fast paths use it
 
     def run(chosen: Wav2Vec2Model, x: torch.Tensor, plain: bool) -> Any:
         with plain_paths(plain):
@@ -248,6 +261,7 @@ def our_variants(name: str, model: Wav2Vec2Model, waveforms: torch.Tensor) -> di
     if has_bfloat16():
         half = wav2vec2_model(**model.config).eval()
         half.load_state_dict(model.state_dict())
+        half.fold_weight_norm()
         half.bfloat16()
         variants[f"{name}, fast bf16"] = lambda: run(half, waveforms.bfloat16(), False)
     return variants
