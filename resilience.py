@@ -206,17 +206,21 @@ def choose_checkpoint(choice: str | None, exp_dir: Path) -> tuple[Path, dict[str
 
     Raises:
         UserError: no such file, or not a training checkpoint; with "auto", all that there are are damaged;
-            with None, ``exp_dir`` has a checkpoint, which a fresh run would overwrite.
+            with None or a path from elsewhere, ``exp_dir`` has a checkpoint, which would be overwritten.
     """
     found = [
         path for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT) if (path := exp_dir / CHECKPOINTS / name).is_file()
     ]
+    # A checkpoint from elsewhere would start another run here, as none does.
+    is_own = choice is not None and (
+        choice == AUTO or Path(choice).resolve().parent == (exp_dir / CHECKPOINTS).resolve()
+    )
+    if found and not is_own:
+        raise UserError(
+            f"--exp_dir {exp_dir}: holds a run already ({found[0]}), which would be overwritten; add "
+            "--resume_checkpoint auto to continue it, or give another --exp_dir"
+        )
     if choice is None:
-        if found:
-            raise UserError(
-                f"--exp_dir {exp_dir}: holds a run already ({found[0]}), which would be overwritten; add "
-                "--resume_checkpoint auto to continue it, or give another --exp_dir"
-            )
         return None
     if choice != AUTO:
         return Path(choice), read_training_checkpoint(choice)
@@ -283,15 +287,18 @@ class CheckpointIO(TorchCheckpointIO):
     def __init__(self, loaded: tuple[Path, dict[str, Any]] | None = None) -> None:
         super().__init__()
         self._loaded = loaded
+        # A run that goes on from previous.ckpt does so because last.ckpt is damaged: that must not replace it.
+        self._keep_previous = loaded is not None and loaded[0].name == PREVIOUS_CHECKPOINT
         self.error: str | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         self.error = None
         try:
-            if path.exists():
+            if path.exists() and not self._keep_previous:
                 _keep_as(path, path.with_name(PREVIOUS_CHECKPOINT))
             ckpt.save(path, checkpoint)
+            self._keep_previous = False
         except OSError as error:
             self.error = str(error)
         except RuntimeError as error:  # torch's archive writer, when it cannot finish what a full disk cut short

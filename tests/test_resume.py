@@ -18,6 +18,7 @@ from helpers import PRUNING, REPOSITORY, error_line, logged, run_script, run_to_
 from torch import Tensor
 
 import lightning
+import resilience
 from wav2vec2 import checkpoint
 
 
@@ -248,6 +249,38 @@ def test_auto_passes_over_a_damaged_checkpoint(half_run, monkeypatch, capsys, re
     assert f"passed over: {last}: " in printed.err and f"continuing {previous} after update 2" in printed.out
     assert_same_run(tmp_path / "whole", exp_dir)
     reliability("faults", "last.ckpt cut in half", "passed over with its name; previous.ckpt gives the same result")
+
+
+def test_a_damaged_checkpoint_does_not_replace_the_one_before(half_run, monkeypatch, disturb, reliability):
+    """Killed again before the first new checkpoint is written: the only whole one must still be there."""
+    flags, exp_dir = half_run
+    last, previous = (exp_dir / "ckpts" / name for name in ("last.ckpt", "previous.ckpt"))
+    last.write_bytes(b"no")
+    whole = previous.read_bytes()
+
+    def fail(path: Path, contents: dict[str, Any]) -> None:
+        assert previous.read_bytes() == whole
+        raise KeyboardInterrupt  # where a kill would strike
+
+    with monkeypatch.context() as context:
+        context.setattr(resilience.ckpt, "save", fail)
+        assert run_to_exit(context, "distill", *flags, "--resume_checkpoint", "auto") != 0
+    assert previous.read_bytes() == whole
+    run_script(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto")
+    assert last_checkpoint(exp_dir)["global_step"] == 6
+    case = "last.ckpt damaged, and the run that continued previous.ckpt killed while it saved"
+    reliability("faults", case, "previous.ckpt is still whole; continued once more to the end")
+
+
+def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_run(half_run, tmp_path, monkeypatch, capsys, reliability):
+    flags, exp_dir = half_run
+    elsewhere = shutil.copytree(exp_dir / "ckpts", tmp_path / "elsewhere") / "last.ckpt"
+    before = (exp_dir / "ckpts" / "last.ckpt").read_bytes()
+    assert run_to_exit(monkeypatch, "distill", *flags, "--resume_checkpoint", elsewhere) == 1
+    message = error_line(capsys)
+    assert "which would be overwritten" in message
+    assert (exp_dir / "ckpts" / "last.ckpt").read_bytes() == before
+    reliability("inputs", "--resume_checkpoint of another folder, --exp_dir with a run of its own", message)
 
 
 def test_auto_does_not_start_over_where_all_are_damaged(half_run, monkeypatch, capsys, reliability):

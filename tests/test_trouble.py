@@ -23,12 +23,13 @@ from helpers import (
     small_run,
 )
 from pytorch_lightning.plugins.precision import MixedPrecision
+from test_training import make_module
 from torch import nn
 from torch.utils.data import DataLoader
 
 import resilience
 from cli import AllProcessesError
-from lightning import DistillLoss, DistillModule, make_projections
+from lightning import DistillLoss, make_projections
 from wav2vec2.model import with_masks
 
 LOUD = "train-clean-100/1/2/1-2-0003.flac"
@@ -125,21 +126,13 @@ class Overflowing(nn.Module):
 
 def train_with_scaler(gain: float, updates: int, tmp_path: Path, scale: float = 2.0**40) -> tuple[Any, Any, Any]:
     config = small_config("hubert")
-    module = DistillModule(
-        teacher_model=random_model(config, seed=1),
+    module = make_module(
         student_model=random_model(with_masks(config, ["interm"]), seed=2),
-        distill_mode="layer2layer",
         distill_layers=[0, 3],
         distill_linear_projs=make_projections("layer2layer", [[0, 3]], 16, 16),
         distill_loss=Overflowing(DistillLoss(0, 1, 1, "raw"), gain),
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        warmup_updates=2,
         max_updates=updates,
         use_reg=False,
-        reg_learning_rate=None,
-        target_sparsity=None,
-        sparsity_warmup_updates=None,
     )
     stop = resilience.StopRequest()
     io = resilience.CheckpointIO()
