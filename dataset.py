@@ -18,6 +18,7 @@ has gone bad is replaced by one of about its length, and the batch says so.
 the corpus, if ``prepare_data.py --pack`` wrote one beside the manifest.
 """
 
+import bisect
 import itertools
 import math
 import os
@@ -38,15 +39,21 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from wav2vec2.errors import UserError, shown
+from wav2vec2.utils.audio import SAMPLE_RATE, decode, num_samples_at_16k, open_audio, seeks_exactly
 
 if TYPE_CHECKING:
     from packed import Pack
 
-SAMPLE_RATE = 16_000
-
 # The published limits for an utterance to be trained on: 32,000 to 250,000 samples.
 MIN_SECONDS = 2.0
 MAX_SECONDS = 15.625
+
+# Crop lengths are sought in steps of 8 of the published extractors' frames (320 samples each, and 80 more for the first
+# one's window): tensor cores and fused attention like that.
+CROP_STEP, CROP_START = 8 * 320, 80
+# Audio that a few crop lengths may lose, and how many there may be for that.
+MAX_LOST = 0.02
+MAX_CROP_LENGTHS = 32
 
 # Files tried in place of a bad one before giving up: as many in a row point to a lost disk, not to bad files.
 MAX_REPLACEMENTS = 20
@@ -280,10 +287,13 @@ def make_batches(
     max_len: int | None = None,
     generator: torch.Generator | None = None,
     max_crop: int | None = None,
+    crop_lengths: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Sort utterances into even buckets by length and fill batches bucket after bucket.
 
-    A batch takes utterances until the next one would push it past its budget, and may span buckets.
+    A batch takes utterances until the next one would push it past its budget, and may span buckets. With
+    ``crop_lengths`` there is a bucket for each, and all batches of a bucket have the same number of utterances, so
+    that batches have ``len(crop_lengths)`` shapes, and one more for the last, which takes what is left.
 
     Args:
         lengths: (N,) samples of each utterance.
@@ -294,6 +304,7 @@ def make_batches(
         max_len: longer utterances are left out; None keeps all.
         generator: shuffles the utterances inside each bucket; None leaves them from short to long.
         max_crop: an utterance counts at most this many samples of the budget, as :class:`BatchSampler` crops it.
+        crop_lengths: from :func:`choose_crop_lengths`; needs ``max_tokens``.
 
     Returns:
         Indices into ``lengths``, one list per batch.
@@ -316,6 +327,8 @@ def make_batches(
             f"{needed_seconds:.3f} s; give at least {needed_seconds:.3f}, or leave it out with --max_seconds"
         )
 
+    if crop_lengths is not None:
+        return _even_batches(kept, counted[kept], crop_lengths, max_tokens, generator)
     kept = kept[np.argsort(lengths[kept], kind="stable")]
     boundaries = torch.linspace(min_len - 1, upper + 1, num_buckets + 1)
     bucket_ids = torch.bucketize(torch.from_numpy(lengths[kept]), boundaries)
@@ -335,6 +348,76 @@ def make_batches(
         batches[-1].append(index)
         total += cost
     return batches
+
+
+def _even_batches(
+    utterances: np.ndarray,
+    lengths: np.ndarray,
+    crop_lengths: Sequence[int],
+    max_tokens: float,
+    generator: torch.Generator | None,
+) -> list[list[int]]:
+    """Batches of as many utterances as fit at their crop length, see :func:`make_batches`.
+
+    From long to short: what does not fill a batch of one crop length begins the first of the next shorter.
+
+    Args:
+        utterances: (N,) indices.
+        lengths: (N,) samples of each, none shorter than ``crop_lengths[0]``.
+        crop_lengths: ascending.
+        max_tokens: budget of a batch in samples, not less than the longest crop.
+        generator: shuffles the utterances of each crop length.
+    """
+    chosen = np.searchsorted(crop_lengths, lengths, side="right") - 1
+    batches: list[list[int]] = []
+    left: list[int] = []
+    for number in reversed(range(len(crop_lengths))):
+        members = utterances[chosen == number]
+        if generator is not None:
+            members = members[torch.randperm(len(members), generator=generator).numpy()]
+        left += members.tolist()
+        size = int(max_tokens // crop_lengths[number])
+        num_full = len(left) // size
+        batches += [left[start * size : (start + 1) * size] for start in range(num_full)]
+        left = left[num_full * size :]
+    return batches + ([left] if left else [])
+
+
+def choose_crop_lengths(lengths: np.ndarray, number: int | None = None) -> list[int]:
+    """The crop lengths that lose the least audio when each utterance is cropped to the longest that it has.
+
+    Args:
+        lengths: (N,) samples of the utterances, N > 0.
+        number: how many crop lengths at most; None for the fewest that lose no more than :data:`MAX_LOST` of the
+            samples, at most :data:`MAX_CROP_LENGTHS`.
+
+    Returns:
+        Samples, ascending; the first is the shortest utterance's length.
+    """
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    candidates = np.unique([shortest, longest, *range(CROP_START, longest, CROP_STEP)])
+    candidates = candidates[candidates >= shortest]
+    num_as_long = len(lengths) - np.searchsorted(np.sort(lengths), candidates)
+    # What going on from candidate h to the longer candidate i adds to the samples that are kept.
+    steps = candidates - candidates[:, None]
+    gains = np.where(steps > 0, steps * num_as_long, -np.inf)
+    # The most samples kept by 1, 2, ... crop lengths that end with candidate i, and the candidate before it.
+    kept = np.where(candidates == shortest, float(shortest * len(lengths)), -np.inf)
+    best, paths = kept.max(), [np.zeros(len(candidates), dtype=int)]
+    limit = number if number is not None else MAX_CROP_LENGTHS
+    while len(paths) < min(limit, len(candidates)) and not (
+        number is None and best >= (1 - MAX_LOST) * lengths.sum(dtype=np.int64)
+    ):
+        totals = kept[:, None] + gains
+        paths.append(totals.argmax(axis=0))
+        kept = totals.max(axis=0)
+        best = kept.max()
+    last = int(kept.argmax())
+    chosen = []
+    for before in reversed(paths):
+        chosen.append(int(candidates[last]))
+        last = int(before[last])
+    return chosen[::-1]
 
 
 def _nothing_left(lengths: np.ndarray, min_len: int, max_len: int | None) -> str:
@@ -390,6 +473,8 @@ class BatchSampler(Sampler[Crop]):
         drop_last: drop the batches that do not make up a whole update, instead of topping up.
         max_crop: longest crop in samples; None for no limit.
         accum_grad: batches of one rank per update; an epoch is a whole number of updates.
+        crop_lengths: the only lengths to crop to, ascending, the first not above the shortest utterance's; None
+            for the batch's shortest utterance's.
 
     Raises:
         UserError: a negative seed, or ``drop_last`` leaves no update.
@@ -406,6 +491,7 @@ class BatchSampler(Sampler[Crop]):
         drop_last: bool = False,
         max_crop: int | None = None,
         accum_grad: int = 1,
+        crop_lengths: Sequence[int] | None = None,
     ) -> None:
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank {rank} is not one of {num_replicas} ranks")
@@ -425,6 +511,7 @@ class BatchSampler(Sampler[Crop]):
         self.drop_last = drop_last
         self.max_crop = max_crop
         self.accum_grad = accum_grad
+        self.crop_lengths = crop_lengths
         self.epoch = 0
         self._ordered_epoch = None
         self._order = list(range(len(batches)))
@@ -441,6 +528,15 @@ class BatchSampler(Sampler[Crop]):
         """
         num_updates = len(self.batches) // (self.num_replicas * self.accum_grad) + (0 if self.drop_last else 1)
         return self.accum_grad * num_updates
+
+    def num_samples(self, batch: Sequence[int]) -> int:
+        """The samples that each utterance of a batch is cropped to."""
+        num_samples = int(self.lengths[batch].min())
+        if self.max_crop is not None:
+            num_samples = min(num_samples, self.max_crop)
+        if self.crop_lengths is not None:
+            num_samples = self.crop_lengths[bisect.bisect_right(self.crop_lengths, num_samples) - 1]
+        return num_samples
 
     def __iter__(self) -> Iterator[Crop]:
         epoch = self.epoch
@@ -459,9 +555,7 @@ class BatchSampler(Sampler[Crop]):
         # Past the end the order starts again: these are the batches that top up.
         batch = self.batches[self._order[position % len(self.batches)]]
         lengths = self.lengths[batch]
-        num_samples = int(lengths.min())
-        if self.max_crop is not None:
-            num_samples = min(num_samples, self.max_crop)
+        num_samples = self.num_samples(batch)
         offsets = np.zeros_like(lengths)
         if self.shuffle:
             draws = np.random.default_rng([self.seed, epoch, position])
@@ -495,11 +589,6 @@ class TrainingSampler(Sampler[Crop]):
             yield self.batches.crop(epoch, index)
 
 
-def num_samples_at_16k(num_frames: int, sample_rate: int) -> int:
-    """Samples that ``num_frames`` at ``sample_rate`` become at 16 kHz, rounded up as resampling does."""
-    return -(-num_frames * SAMPLE_RATE // sample_rate)
-
-
 def load_audio(
     path: str | os.PathLike, offset: int = 0, num_samples: int | None = None, length: int | None = None
 ) -> Tensor:
@@ -515,7 +604,7 @@ def load_audio(
         AudioError: the file is missing, unreadable, not ``length`` long, or ends before ``offset + num_samples``.
     """
     with _opened(path, length) as file:
-        waveform = _decode(file, offset, num_samples)
+        waveform = decode(file, offset, num_samples)
     if num_samples is not None and waveform.numel() < num_samples:
         raise AudioError(
             f"{path}: ends at sample {offset + waveform.numel()} (at 16 kHz), expected {offset + num_samples} or more: "
@@ -554,47 +643,6 @@ def _opened(path: str | os.PathLike, length: int | None) -> Iterator[soundfile.S
             f"{path}: expected audio, but reading it fails ({error.strerror}); check the disk, "
             "then run prepare_data.py again"
         ) from error
-
-
-def open_audio(path: str | os.PathLike) -> soundfile.SoundFile:
-    """Open a file to read audio from; errors are soundfile's."""
-    # As bytes: soundfile insists on UTF-8 in a str, which a file name on Linux need not be.
-    return soundfile.SoundFile(os.fsencode(path))
-
-
-def _decode(file: soundfile.SoundFile, offset: int, num_samples: int | None) -> Tensor:
-    """What an open file holds of the wanted range, (T,) at 16 kHz; shorter than asked if the file is."""
-    if file.samplerate == SAMPLE_RATE and seeks_exactly(file):
-        file.seek(min(offset, file.frames))
-        return _read_mono(file, -1 if num_samples is None else num_samples)
-    waveform = resample_to_16k(_read_mono(file, -1), file.samplerate)
-    return waveform[offset : None if num_samples is None else offset + num_samples]
-
-
-def seeks_exactly(file: soundfile.SoundFile) -> bool:
-    """Whether reading from the middle gives the samples that reading from the start gives.
-
-    An MP3 frame leans on the frames before it, and the count in an MP3's header is a claim only.
-    """
-    return file.format != "MP3"
-
-
-def _read_mono(file: soundfile.SoundFile, num_frames: int) -> Tensor:
-    """The next ``num_frames`` of a file (-1: all), channels averaged: (T,) float32."""
-    frames = file.read(num_frames, dtype="float32")
-    # The mean over one channel would change nothing, in a tenth of the time that decoding takes.
-    return torch.from_numpy(frames if frames.ndim == 1 else frames.mean(axis=1))
-
-
-def resample_to_16k(waveform: Tensor, sample_rate: int) -> Tensor:
-    """(T,) at ``sample_rate`` to (``num_samples_at_16k(T, sample_rate)``,) at 16 kHz."""
-    if sample_rate == SAMPLE_RATE:
-        return waveform
-    from torchaudio.functional import resample  # imported late: a corpus at 16 kHz does without torchaudio
-
-    # torchaudio rounds the length in float32, which can lose the last sample; a few zeros more prevent it.
-    padded = torch.nn.functional.pad(waveform, (0, sample_rate // 100))
-    return resample(padded, sample_rate, SAMPLE_RATE)[: num_samples_at_16k(waveform.numel(), sample_rate)]
 
 
 class Batch(NamedTuple):

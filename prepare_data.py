@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 import cli
 import packed
-from dataset import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, num_samples_at_16k, open_audio, seeks_exactly
+from dataset import MAX_SECONDS, MIN_SECONDS
 from wav2vec2.checkpoint import atomic_path
 from wav2vec2.errors import UserError
+from wav2vec2.utils.audio import SAMPLE_RATE, UNKNOWN_LENGTH, num_samples_at_16k, open_audio, seeks_exactly
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
 LIBRISPEECH_SPLITS = {"train100": ["train-clean-100"], "train960": ["train-*"], "valid": ["dev-*"]}
@@ -44,7 +45,6 @@ DEFAULT_VALID_FRACTION = 0.05
 REJECTED = "rejected"
 LINE_BREAK = re.compile(r"[\r\n]")  # either would end a manifest's row
 NOT_FINITE = "NaN or infinite samples"
-UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile makes of a FLAC file whose encoder wrote to a pipe
 
 FolderPatterns = dict[str, list[str]]  # split name to its folders
 Splits = dict[str, list[str]]  # split name to its files

@@ -1,4 +1,4 @@
-"""Mutated inputs for the readers: ``python tests/fuzz.py --seed 0 --folder /tmp/x`` prints what came of them as JSON.
+"""Mutated inputs for the readers: ``python tests/fuzz.py --seed 0 --folder FOLDER`` prints what came of them as JSON.
 
 A process of its own, because it limits its memory and watches, with an audit hook, that nothing is run and nothing
 written. Every input must end in a UserError or in a valid object, in time; ``test_fuzz.py`` holds it to that.
@@ -30,7 +30,7 @@ from wav2vec2.config import check_config
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.utils.import_fairseq import _ENCODER_NAMES, _EXTRACTOR_NAMES, import_fairseq_model
-from wav2vec2.utils.importing import ImportedModel, _source_name
+from wav2vec2.utils.importing import ImportedModel, source_name
 
 SLOWEST = 2.0  # seconds that one input may take
 HANG = 20  # seconds after which one is given up
@@ -105,7 +105,7 @@ def tiny_fairseq(family: str, layout: str) -> dict[str, Any]:
     """Contents of a fairseq checkpoint with the settings as ``layout``: "components", "flat" or "namespace"."""
     names = _EXTRACTOR_NAMES["group_norm"] + _ENCODER_NAMES
     state_dict = wav2vec2_model(**tiny_config(family)).state_dict()
-    weights = {_source_name(key, names): value for key, value in state_dict.items() if not key.endswith("dummy_weight")}
+    weights = {source_name(key, names): value for key, value in state_dict.items() if not key.endswith("dummy_weight")}
     settings = {
         "conv_feature_layers": "[(4, 10, 5)] + [(4, 3, 2)]",
         "encoder_embed_dim": 8,

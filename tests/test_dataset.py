@@ -36,9 +36,9 @@ from dataset import (
     num_samples_at_16k,
     parse_max_bad_files,
     read_manifest,
-    resample_to_16k,
 )
 from wav2vec2.errors import UserError
+from wav2vec2.utils.audio import resample_to_16k
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "reference" / "batches.json").read_text())
 CASES = [

@@ -87,6 +87,16 @@ def read_model_file(path: str | os.PathLike) -> dict[str, Any]:
         UserError: not a model file; a training checkpoint is named as such.
     """
     contents = read(path)
+    check_model_contents(contents, path)
+    return contents
+
+
+def check_model_contents(contents: dict[str, Any], path: str | os.PathLike) -> None:
+    """Check that what :func:`read` found in a file is a model, see :func:`read_model_file`.
+
+    Raises:
+        UserError: it is not.
+    """
     if "pytorch-lightning_version" in contents or "optimizer_states" in contents:
         raise UserError(
             f"{path}: a training checkpoint (.ckpt) where a model file (.pth) is wanted; "
@@ -99,7 +109,6 @@ def read_model_file(path: str | os.PathLike) -> dict[str, Any]:
             "convert foreign checkpoints with convert_hubert_from_hf.py or convert_wavlm_from_fairseq.py"
         )
     check_weights(expected_state(contents["config"], path), _published(contents["state_dict"]), path)
-    return contents
 
 
 def expected_state(config: dict[str, Any], source: str | os.PathLike = "config") -> dict[str, Tensor]:
@@ -176,14 +185,15 @@ def check_weights(expected: dict[str, Tensor], state_dict: dict[str, Any], sourc
         # A file can claim any shape for a few numbers: strides of 0, or one record under many names. That is fine where
         # the model itself has one tensor under many names, as a projection that layers share.
         address = expected[key].data_ptr()  # 0 on the meta device, where nothing is shared
-        if not address or address not in placed:
+        if tensor.numel() and (not address or address not in placed):  # nothing may lie anywhere
             placed.add(address)
             storage = tensor.untyped_storage()
             left = left_in_storage.get(storage.data_ptr(), storage.nbytes()) - tensor.numel() * tensor.element_size()
             left_in_storage[storage.data_ptr()] = left
             if left < 0:
                 refuse(f"{key} has shape {list(tensor.shape)}, more than the numbers stored for it")
-        if tensor.numel() and not all(map(math.isfinite, map(float, tensor.detach().aminmax()))):  # NaN would be both
+        values = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))  # as torch 2.0 needs it
+        if values.numel() and not all(map(math.isfinite, map(float, values.aminmax()))):  # NaN would be both
             refuse(f"{key} holds NaN or infinite values; the file is damaged or its training failed")
 
 
@@ -193,8 +203,12 @@ def load_model(path: str | os.PathLike) -> Wav2Vec2Model:
     Raises:
         UserError: the file is missing, damaged, of another kind, or its weights do not fit its config.
     """
-    contents = read_model_file(path)
-    model = build_model(contents["config"], path)
+    return model_of(read_model_file(path), path)
+
+
+def model_of(contents: dict[str, Any], source: str | os.PathLike) -> Wav2Vec2Model:
+    """Build the model of contents that are checked, as from :func:`read_model_file`; ``source`` is named in errors."""
+    model = build_model(contents["config"], source)
     model.load_state_dict(_published(contents["state_dict"]))
     return model
 

@@ -12,14 +12,17 @@ dimension, H heads, K the head dimension, F the intermediate dimension of the fe
 """
 
 import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hardconcrete import HardConcrete
 
+from .compat import cpu_autocast_dtype, is_compiling
 from .paths import fast_paths
 from .pruning_utils import prune_conv1d, prune_linear, prune_norm
 
@@ -59,13 +62,22 @@ def _is_bfloat16_on_cpu(x: Tensor) -> bool:
     """Whether the matrix products of ``x`` run in bfloat16 on a CPU."""
     if x.device.type != "cpu":
         return False
-    is_autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return is_autocast or x.dtype == torch.bfloat16
+    return torch.bfloat16 in (x.dtype, cpu_autocast_dtype())
 
 
 def _mask_for(x: Tensor, mask: Tensor) -> Tensor:
     """``mask`` in the precision of what it multiplies: a float32 mask would turn all that follows into float32."""
     return mask.to(x.dtype) if fast_paths() else mask
+
+
+def _run(function: Callable[..., Tensor], recompute: bool, *inputs: Any) -> Tensor:
+    """``function(*inputs)``; with ``recompute`` the backward pass runs it again, so that only its inputs are kept.
+
+    The second run sees the noise (dropout, masks) of the first.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=True)
+    return function(*inputs)
 
 
 def _layer_mask(enabled: bool) -> HardConcrete | None:
@@ -174,11 +186,18 @@ class ConvLayerBlock(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """The convolutional front end: waveform to frames."""
+    """The convolutional front end: waveform to frames.
+
+    Attributes:
+        recompute: keep each layer's input only and run the layer again in the backward pass.
+        channels_last: how the fast path lays memory out; None means where it is known to pay (bfloat16 on CPUs).
+    """
 
     def __init__(self, conv_layers: nn.ModuleList) -> None:
         super().__init__()
         self.conv_layers = conv_layers
+        self.recompute = False
+        self.channels_last: bool | None = None
         # A non-trained scale that keeps the last conv's soft mask after pruning: the projection's
         # LayerNorm behind it could not absorb the mask into its weights.
         self.dummy_weight = nn.Parameter(torch.ones(conv_layers[-1].conv.out_channels), requires_grad=False)
@@ -191,7 +210,7 @@ class FeatureExtractor(nn.Module):
             lengths = self.num_frames(lengths)
         if self.num_frames(waveforms.size(1)) == 0:  # shorter than the receptive field: no frame, as lengths say
             return waveforms.new_zeros(waveforms.size(0), 0, len(self.dummy_weight)), lengths
-        can_split = waveforms.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        can_split = waveforms.device.type == "cpu" and not torch.is_grad_enabled() and not is_compiling()
         if fast_paths() and can_split:
             # A few waveforms at a time: the first layers' outputs are by far the largest that a forward pass makes.
             at_once = max(1, _SAMPLES_AT_ONCE // waveforms.size(1))
@@ -202,14 +221,15 @@ class FeatureExtractor(nn.Module):
 
     def _convolve(self, waveforms: Tensor) -> Tensor:
         """(B, T) -> (B, C, frames)"""
-        if fast_paths() and _is_bfloat16_on_cpu(waveforms):
+        channels_last = _is_bfloat16_on_cpu(waveforms) if self.channels_last is None else self.channels_last
+        if fast_paths() and channels_last:
             x = waveforms[:, None, None].contiguous(memory_format=torch.channels_last)  # (B, 1, 1, T)
             for layer in self.conv_layers:
-                x = layer.forward_channels_last(x)
+                x = _run(layer.forward_channels_last, self.recompute, x)
             return x.squeeze(2)
         x = waveforms[:, None]  # (B, 1, T)
         for layer in self.conv_layers:
-            x = layer(x)
+            x = _run(layer, self.recompute, x)
         return x
 
     def num_frames(self, length: Any) -> Any:
@@ -368,11 +388,10 @@ class SelfAttention(nn.Module):
         if position_bias is not None and padding_scores is not None:
             bias = bias + padding_scores
         dropout = self.dropout if self.training else 0.0
-        scale = self.head_dim**-0.5
         if fast_paths() and query.numel():  # torch's fused kernel for CPUs divides by the number of heads
-            heads = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
+            heads = F.scaled_dot_product_attention(query, key, value, bias, dropout)  # scales by K ** -0.5
         else:
-            scores = (query * scale) @ key.transpose(-2, -1)  # (B, H, T, T)
+            scores = (query * self.head_dim**-0.5) @ key.transpose(-2, -1)  # (B, H, T, T)
             if bias is not None:
                 scores = scores + bias
             heads = F.dropout(scores.softmax(dim=-1), p=dropout) @ value  # (B, H, T, K)
@@ -658,6 +677,9 @@ class Transformer(nn.Module):
 
     The ``layer_norm`` acts before the layers in post-norm models. In pre-norm models it acts behind
     the last layer, in :meth:`forward` only (as in fairseq and torchaudio).
+
+    Attributes:
+        recompute: keep each layer's input only and run the layer again in the backward pass.
     """
 
     def __init__(
@@ -676,6 +698,7 @@ class Transformer(nn.Module):
         self.layer_drop = layer_drop
         self.dropout = nn.Dropout(dropout)
         self.layers = layers
+        self.recompute = False
 
     def _preprocess(self, x: Tensor) -> Tensor:
         x = x + self.pos_conv_embed(x)
@@ -703,13 +726,19 @@ class Transformer(nn.Module):
         position_bias = self._position_bias(x.size(1))
         for layer in self.layers:
             if not (self.training and torch.rand(1).item() <= self.layer_drop):
-                x = layer(x, padding_scores, position_bias)
+                x = _run(layer, self.recompute, x, padding_scores, position_bias)
         return self.layer_norm(x) if self.layer_norm_first else x
 
     def get_intermediate_outputs(
-        self, x: Tensor, padding_scores: Tensor | None = None, num_layers: int | None = None
+        self,
+        x: Tensor,
+        padding_scores: Tensor | None = None,
+        num_layers: int | None = None,
+        kept: Collection[int] | None = None,
     ) -> list[Tensor]:
         """(B, T, D) -> the outputs (B, T, D) of the first ``num_layers`` layers (default: all), without layer drop.
+
+        Layers are counted from 1 in ``kept``; the output of one that is not among them is replaced by an empty tensor.
 
         Raises:
             ValueError: ``num_layers`` is not between 1 and the number of layers.
@@ -719,9 +748,9 @@ class Transformer(nn.Module):
         x = self._preprocess(x)
         position_bias = self._position_bias(x.size(1))
         outputs = []
-        for layer in self.layers[:num_layers]:
-            x = layer(x, padding_scores, position_bias)
-            outputs.append(x)
+        for number, layer in enumerate(self.layers[:num_layers], start=1):
+            x = _run(layer, self.recompute, x, padding_scores, position_bias)
+            outputs.append(x if kept is None or number in kept else x.new_empty(0))
         return outputs
 
     def get_num_params(self) -> Tensor | int:
@@ -777,8 +806,12 @@ class Encoder(nn.Module):
         return self.transformer(x, padding_scores)
 
     def extract_features(
-        self, features: Tensor, lengths: Tensor | None = None, num_layers: int | None = None
+        self,
+        features: Tensor,
+        lengths: Tensor | None = None,
+        num_layers: int | None = None,
+        kept: Collection[int] | None = None,
     ) -> list[Tensor]:
         """The projected features and the output of each layer: num_layers + 1 tensors (B, frames, D)."""
         x, padding_scores = self._preprocess(features, lengths)
-        return [x, *self.transformer.get_intermediate_outputs(x, padding_scores, num_layers)]
+        return [x, *self.transformer.get_intermediate_outputs(x, padding_scores, num_layers, kept)]

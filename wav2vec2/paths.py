@@ -4,9 +4,9 @@ Fast paths are on. ``with plain_paths():`` (``--plain`` of the training scripts)
 the two together, ``make bench`` shows the ratio.
 """
 
+import contextlib
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 _fast = True
 
@@ -19,7 +19,7 @@ def fast_paths() -> bool:
     return _fast
 
 
-@contextmanager
+@contextlib.contextmanager
 def plain_paths(plain: bool = True) -> Iterator[None]:
     """Take the plain paths inside the block (or with ``plain=False`` the fast ones)."""
     global _fast
@@ -44,3 +44,9 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def give_back_freed_memory() -> None:
+    """Give what this process keeps of freed memory back to the system, where the C library can do it (glibc)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

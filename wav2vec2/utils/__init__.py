@@ -1,1 +1,1 @@
-"""Importers: one module per source of checkpoints."""
+"""Importers and exporters: one module per format, and what they share."""

@@ -1,12 +1,14 @@
 """Reads files that ``torch.save`` wrote, without running code from them.
 
-The reading is torch's own ``weights_only`` unpickler. It interprets a small set of pickle operations itself, calls
-nothing but an allow-list of names, and refuses TorchScript archives. Checked here before it starts is what it does not
-look at: the checksums of the records, whether they are what the file has room for, and nesting that would never end.
+The reading is torch's own ``weights_only`` unpickler. It interprets a small set of pickle operations itself and calls
+nothing but an allow-list of names. Checked here before it starts is what it does not look at: the checksums of the
+records, whether they are what the file has room for, and nesting that would never end; and that the file is no
+TorchScript or tar archive, which PyTorch before 2.6 reads by other means.
 """
 
 import pickletools
 import re
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..compat import unpickling_also
 from ..errors import UserError, printable
 
 _CHUNK = 2**20  # bytes
@@ -60,6 +63,7 @@ def read_archive(path: str | PathLike, more_names: Sequence[tuple[Any, str]] = (
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a checkpoint")
+    with_more_names = unpickling_also(more_names)
     try:
         with path.open("rb") as file:
             if file.read(len(_ZIP)) == _ZIP:  # how torch tells its two formats apart
@@ -67,7 +71,9 @@ def read_archive(path: str | PathLike, more_names: Sequence[tuple[Any, str]] = (
             else:
                 file.seek(0)
                 _check_older_format(file)
-        with torch.serialization.safe_globals(list(more_names)), warnings.catch_warnings():
+                if tarfile.is_tarfile(path):  # begins with pickles all the same
+                    raise ValueError("a tar archive, which torch.save has not written since 2017")
+        with with_more_names, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the file decides which operation fails, and so which of many exceptions is raised
@@ -87,6 +93,8 @@ def _check_records(file: BinaryIO, size: int) -> None:
     """
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
+        if any(record.filename.split("/", 1)[-1] == "constants.pkl" for record in records):
+            raise ValueError("a TorchScript archive")
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise ValueError("its records are compressed, which torch.save never does")
         if sum(record.file_size for record in records) > size:

@@ -1,6 +1,5 @@
 """Imports HuBERT, wav2vec 2.0 and WavLM from Hugging Face transformers' format, with or without heads."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, printable, shown
+from ..errors import UserError, shown
 from ..model import normalize_waveforms
+from .files import one_line, read_json, read_safetensors
 from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
 from .restricted_unpickler import read_foreign_file
 
 # (our prefix, transformers' prefix); below these, transformers' names are torchaudio's.
-_NAMES = [
+NAMES = [
     ("feature_extractor", "feature_extractor"),
     ("encoder.feature_projection", "feature_projection"),
     ("encoder.transformer", "encoder"),
@@ -38,23 +38,23 @@ _DROPPED_HEAD_NAMES = {
 
 
 @dataclass(frozen=True)
-class _Family:
+class Family:
     name: str
     config_class: str
     model_class: str
 
 
 # By model_type, which is also the prefix of the backbone's names in a model with a head.
-_FAMILIES = {
-    "hubert": _Family("HuBERT", "HubertConfig", "HubertModel"),
-    "wav2vec2": _Family("wav2vec 2.0", "Wav2Vec2Config", "Wav2Vec2Model"),
-    "wavlm": _Family("WavLM", "WavLMConfig", "WavLMModel"),
+FAMILIES = {
+    "hubert": Family("HuBERT", "HubertConfig", "HubertModel"),
+    "wav2vec2": Family("wav2vec 2.0", "Wav2Vec2Config", "Wav2Vec2Model"),
+    "wavlm": Family("WavLM", "WavLMConfig", "WavLMModel"),
 }
 
-_EXTRACTOR_MODES = {"group": "group_norm", "layer": "layer_norm"}
+EXTRACTOR_MODES = {"group": "group_norm", "layer": "layer_norm"}
 
 # Settings that would make it another model: name -> (the value that does not, what another value means).
-_ACCEPTED: dict[str, tuple[Any, str]] = {
+ACCEPTED: dict[str, tuple[Any, str]] = {
     "hidden_act": ("gelu", "another activation"),
     "feat_extract_activation": ("gelu", "another activation"),
     "layer_norm_eps": (1e-5, "another LayerNorm epsilon"),
@@ -65,9 +65,10 @@ _ACCEPTED: dict[str, tuple[Any, str]] = {
     "quantization_config": (None, "quantised weights"),
 }
 
-_SAMPLE_RATE = 16_000
+SAMPLE_RATE = 16_000
 _LARGEST_DIFFERENCE = 1e-4
 
+_WRITTEN_BY = "a directory that transformers' save_pretrained wrote"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 
 
@@ -113,7 +114,7 @@ def import_huggingface_model(
         UserError: a file is missing or damaged, or the model is of another architecture.
     """
     directory = Path(directory)
-    settings = _read_json(directory / "config.json")
+    settings = read_json(directory / "config.json", _WRITTEN_BY)
     architecture = _read_architecture(settings, directory, normalize_waveform)
     weights = _read_weights(directory)
     adapters = [name for name in weights if "adapter" in name]
@@ -126,7 +127,7 @@ def import_huggingface_model(
     backbone = Backbone(_DROPPED_NAMES)
     if any(name.startswith(prefix) for name in weights):
         backbone = Backbone(_DROPPED_NAMES, prefix, _DROPPED_HEAD_NAMES)
-    return import_weights(architecture, dropouts or Dropouts(), weights, _NAMES, backbone, str(directory))
+    return import_weights(architecture, dropouts or Dropouts(), weights, NAMES, backbone, str(directory))
 
 
 def compare_with_source(imported: ImportedModel, directory: str | Path) -> float:
@@ -144,7 +145,7 @@ def compare_with_source(imported: ImportedModel, directory: str | Path) -> float
         UserError: transformers cannot load the model, or the difference is beyond 1e-4.
     """
     generator = torch.Generator().manual_seed(0)
-    waveform = 0.1 * torch.randn(1, _SAMPLE_RATE, generator=generator) + 0.02  # an offset shows a lost normalisation
+    waveform = 0.1 * torch.randn(1, SAMPLE_RATE, generator=generator) + 0.02  # an offset shows a lost normalisation
     source_input = normalize_waveforms(waveform) if imported.config["normalize_waveform"] else waveform
     with torch.inference_mode():
         source_outputs = _load_source_model(Path(directory))(source_input, output_hidden_states=True)
@@ -167,45 +168,33 @@ def compare_with_source(imported: ImportedModel, directory: str | Path) -> float
     return largest
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a directory that transformers' save_pretrained wrote")
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({_one_line(error)}); download it again") from error
-    if not isinstance(contents, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(contents).__name__}; download it again")
-    return contents
-
-
 def _read_architecture(settings: dict[str, Any], directory: Path, normalize_waveform: bool | None) -> Architecture:
     source = directory / "config.json"
     model_type = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
-            f"{source}: model_type {shown(model_type)}, expected one of {list(_FAMILIES)}; "
+            f"{source}: model_type {shown(model_type)}, expected one of {list(FAMILIES)}; "
             "other architectures cannot be converted"
         )
     import transformers
 
-    family = _FAMILIES[model_type]
+    family = FAMILIES[model_type]
     try:
         with _quiet_transformers():  # it warns of settings that it no longer uses
             # transformers' class fills in the settings that older files lack.
             config = getattr(transformers, family.config_class).from_dict(settings)
     except Exception as error:  # its validation raises classes of its own that share no base
-        raise UserError(f"{source}: not a {family.name} config ({_one_line(error)}); download it again") from error
-    for name, (accepted, meaning) in _ACCEPTED.items():
+        raise UserError(f"{source}: not a {family.name} config ({one_line(error)}); download it again") from error
+    for name, (accepted, meaning) in ACCEPTED.items():
         found = getattr(config, name, accepted)
         if found != accepted:
             raise UserError(
                 f"{source}: {name} is {shown(found)}, expected {accepted!r}: {meaning} has no counterpart here, "
                 "so this model cannot be converted"
             )
-    if not isinstance(config.feat_extract_norm, str) or config.feat_extract_norm not in _EXTRACTOR_MODES:
+    if not isinstance(config.feat_extract_norm, str) or config.feat_extract_norm not in EXTRACTOR_MODES:
         raise UserError(
-            f"{source}: feat_extract_norm {shown(config.feat_extract_norm)}, expected one of {list(_EXTRACTOR_MODES)}"
+            f"{source}: feat_extract_norm {shown(config.feat_extract_norm)}, expected one of {list(EXTRACTOR_MODES)}"
         )
     convs = [config.conv_dim, config.conv_kernel, config.conv_stride]
     if not all(isinstance(entries, (list, tuple)) and len(entries) == len(convs[0]) for entries in convs):
@@ -214,7 +203,7 @@ def _read_architecture(settings: dict[str, Any], directory: Path, normalize_wave
         )
     return Architecture(
         family=family.name,
-        extractor_mode=_EXTRACTOR_MODES[config.feat_extract_norm],
+        extractor_mode=EXTRACTOR_MODES[config.feat_extract_norm],
         conv_layers=[list(layer) for layer in zip(*convs, strict=True)],
         conv_bias=config.conv_bias,
         embed_dim=config.hidden_size,
@@ -236,15 +225,15 @@ def _reads_normalized(directory: Path) -> bool:
     path = directory / "preprocessor_config.json"
     settings = {}
     if path.is_file():
-        settings = _read_json(path)
+        settings = read_json(path, _WRITTEN_BY)
     elif (directory / "processor_config.json").is_file():
         path = directory / "processor_config.json"
-        settings = _read_json(path).get("feature_extractor", {})
+        settings = read_json(path, _WRITTEN_BY).get("feature_extractor", {})
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected a JSON object under feature_extractor, found {shown(settings)}")
-    rate = settings.get("sampling_rate", _SAMPLE_RATE)
-    if rate != _SAMPLE_RATE:
-        raise UserError(f"{path}: sampling_rate is {shown(rate)}, expected {_SAMPLE_RATE}; convert a 16 kHz model")
+    rate = settings.get("sampling_rate", SAMPLE_RATE)
+    if rate != SAMPLE_RATE:
+        raise UserError(f"{path}: sampling_rate is {shown(rate)}, expected {SAMPLE_RATE}; convert a 16 kHz model")
     if not isinstance(settings.get("do_normalize"), bool):
         raise UserError(
             f"{path}: {'no do_normalize in it' if path.is_file() else 'no such file'}, expected do_normalize true or "
@@ -268,7 +257,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def _shard_paths(index: Path) -> Iterator[Path]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index, _WRITTEN_BY).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index}: no weight_map that names the shards; download it again")
     for name in sorted({str(name) for name in weight_map.values()}):
@@ -280,12 +269,7 @@ def _shard_paths(index: Path) -> Iterator[Path]:
 
 def _read_weight_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except Exception as error:  # the file decides which
-            raise UserError(f"{path}: not readable as safetensors ({_one_line(error)}); download it again") from error
+        return read_safetensors(path)
     weights = read_foreign_file(path)
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise UserError(f"{path}: expected a dict of tensors by name, found {type(weights).__name__}")
@@ -295,14 +279,14 @@ def _read_weight_file(path: Path) -> dict[str, Tensor]:
 def _load_source_model(directory: Path) -> torch.nn.Module:
     import transformers
 
-    family = _FAMILIES[_read_json(directory / "config.json")["model_type"]]
+    family = FAMILIES[read_json(directory / "config.json", _WRITTEN_BY)["model_type"]]
     try:
         with _quiet_transformers():
             model = getattr(transformers, family.model_class).from_pretrained(
                 directory, local_files_only=True, attn_implementation="eager", dtype=torch.float32
             )
     except Exception as error:  # whatever transformers meets, the conversion cannot be checked
-        raise UserError(f"{directory}: transformers cannot load the source model ({_one_line(error)})") from error
+        raise UserError(f"{directory}: transformers cannot load the source model ({one_line(error)})") from error
     return model.eval()
 
 
@@ -320,7 +304,3 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if progress_bar:
             logging.enable_progress_bar()
-
-
-def _one_line(error: Exception) -> str:
-    return printable(str(error)) or type(error).__name__

@@ -19,7 +19,7 @@ from ..model import Wav2Vec2Model
 _DUMMY_WEIGHT = "feature_extractor.dummy_weight"
 
 # torch names weight normalisation's two parts in two ways; published files use either.
-_WEIGHT_NORM_ALIASES = {
+WEIGHT_NORM_ALIASES = {
     ".weight_g": ".parametrizations.weight.original0",
     ".weight_v": ".parametrizations.weight.original1",
 }
@@ -184,10 +184,10 @@ def import_weights(
     for name in expected:
         if name == _DUMMY_WEIGHT:
             continue
-        source_name = backbone.prefix + _source_name(name, names)
-        found = next((key for key in _spellings(source_name) if key in remaining), None)
+        wanted = backbone.prefix + source_name(name, names)
+        found = next((key for key in _spellings(wanted) if key in remaining), None)
         if found is None:
-            missing.append(source_name)
+            missing.append(wanted)
         else:
             sources[name] = found
             del remaining[found]
@@ -218,7 +218,7 @@ def import_weights(
     return ImportedModel(architecture.family, config, model.eval(), dropped)
 
 
-def _source_name(name: str, names: Iterable[tuple[str, str]]) -> str:
+def source_name(name: str, names: Iterable[tuple[str, str]]) -> str:
     """The source's name of our parameter ``name``, by the first prefix in ``names`` that fits."""
     for ours, theirs in names:
         match = re.match(re.escape(ours).replace(r"\{\}", r"(\d+)") + r"(?=\.|$)", name)
@@ -229,7 +229,7 @@ def _source_name(name: str, names: Iterable[tuple[str, str]]) -> str:
 
 def _spellings(name: str) -> list[str]:
     """``name`` and, for a weight-normalised weight, its other published name."""
-    return [name] + [name.removesuffix(old) + new for old, new in _WEIGHT_NORM_ALIASES.items() if name.endswith(old)]
+    return [name] + [name.removesuffix(old) + new for old, new in WEIGHT_NORM_ALIASES.items() if name.endswith(old)]
 
 
 def _listed(label: str, names: list[str], most: int = 8) -> str:

@@ -1,0 +1,163 @@
+"""Write the features of many audio files to disk, one .npy file for each.
+
+  python examples/extract_features.py --model exp/hubert-base_sp0.75/final/ckpts/pruned_hubert_base.pth \\
+      --audio data/librispeech/valid.tsv --out features/valid --layers 4,8,12 --device cuda
+  python examples/extract_features.py --model pruned_hubert_base.pth --audio /corpora/mine --out features/mine
+
+--audio is a manifest of prepare_data.py, a folder that is searched for FLAC, WAV, OGG and MP3, or a list of files. An
+array is (layers, frames, D), or (frames, D) for one layer, and lies where its audio lies below the corpus. Each is
+written whole or not at all, and what is there already is passed over: call the command again after an interruption.
+A file that cannot be used is named, the others go on, and the exit status is 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from the checkout, not installed
+
+import cli
+import wav2vec2
+from dataset import read_manifest
+from prepare_data import find_audio
+from wav2vec2.checkpoint import atomic_path
+from wav2vec2.errors import UserError, shown
+from wav2vec2.inference import BATCH_SECONDS, MAX_SECONDS
+from wav2vec2.utils.files import read_json
+
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+SETTINGS, FAILED = "settings.json", "failed.tsv"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--model", required=True, help="what wav2vec2.load takes: a .pth file, a folder, a hub id")
+    parser.add_argument("--audio", required=True, nargs="+", type=Path, help="a manifest, a folder, or files")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write to")
+    parser.add_argument(
+        "--layers", default="all", help="all, output, or numbers such as 6 or 4,8,12 (--layers=-1: last)"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--precision", choices=tuple(DTYPES), default="32", help="arrays are float16 for 16, or float32"
+    )
+    parser.add_argument("--batch_seconds", type=float, default=BATCH_SECONDS, help="audio computed at once")
+    parser.add_argument("--max_seconds", type=float, default=MAX_SECONDS, help="longer audio is computed in chunks")
+    return parser.parse_args()
+
+
+def parse_layers(text: str) -> int | list[int] | str | None:
+    """``--layers`` as :func:`wav2vec2.extract` takes it."""
+    if text in ("all", "output"):
+        return None if text == "all" else text
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--layers: found {shown(text)}, expected all, output, or numbers such as 6 or 4,8,12"
+        ) from error
+    return numbers if "," in text else numbers[0]
+
+
+class Job(NamedTuple):
+    audio: Path
+    out: Path
+
+
+def find_jobs(audio: list[Path], out: Path) -> list[Job]:
+    """All audio files and where their features go.
+
+    Raises:
+        UserError: there is no audio, or two files would be written to one place.
+    """
+    if len(audio) == 1 and audio[0].is_dir():
+        root, names = audio[0], find_audio(str(audio[0]))
+    elif len(audio) == 1 and audio[0].suffix == ".tsv":
+        manifest = read_manifest(audio[0])
+        root, names = manifest.root, manifest.paths
+    else:
+        root, names = Path(), [str(path) for path in audio]
+    jobs: dict[Path, Job] = {}
+    for name in names:
+        # A file given by its whole path keeps its name only.
+        relative = Path(name).name if not root.parts else name
+        if Path(relative).is_absolute() or ".." in Path(relative).parts:
+            raise UserError(f"--audio: {shown(name)} lies outside of the corpus, expected a path below {root}")
+        target = (out / relative).with_suffix(".npy")
+        if target in jobs:
+            raise UserError(f"--audio: {jobs[target].audio} and {root / name} would both become {target}; rename one")
+        jobs[target] = Job(root / name, target)
+    if not jobs:
+        raise UserError(f"--audio {audio[0]}: holds no FLAC, WAV, OGG or MP3 file; give another folder")
+    return list(jobs.values())
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Write down what the features are made with, so that no folder holds features of two kinds.
+
+    Raises:
+        UserError: --out holds features that were made with other settings.
+    """
+    path = args.out / SETTINGS
+    settings = {name: getattr(args, name) for name in ("model", "layers", "precision", "max_seconds")}
+    if path.exists():
+        before = read_json(path, "settings", "remove the folder")
+        if before != settings:
+            raise UserError(f"--out {args.out}: holds features made with {before}, not {settings}; give another folder")
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def save_array(path: Path, features: torch.Tensor) -> None:
+    """Write one array, whole or not at all."""
+    # numpy has no bfloat16.
+    array = (features.float() if features.dtype == torch.bfloat16 else features).numpy()
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def extract_all(args: argparse.Namespace, jobs: list[Job]) -> Iterator[tuple[Path, str]]:
+    """Write the features of all jobs; yields each file that cannot be used, with the reason."""
+    model = wav2vec2.load(args.model, device=args.device, dtype=DTYPES[args.precision])
+    reasons: dict[int, str] = {}
+    results = wav2vec2.extract_iter(
+        model,
+        [job.audio for job in jobs],
+        layers=parse_layers(args.layers),
+        batch_seconds=args.batch_seconds,
+        max_seconds=args.max_seconds,
+        on_error=lambda number, error: reasons.update({number: str(error)}),
+    )
+    for number, (job, features) in enumerate(zip(jobs, tqdm(results, "extracting", len(jobs)), strict=True)):
+        if features is None:
+            tqdm.write(reasons[number], file=sys.stderr)
+            yield job.audio, reasons[number]
+        else:
+            save_array(job.out, features)
+
+
+def main(args: argparse.Namespace) -> None:
+    parse_layers(args.layers)
+    jobs = find_jobs(args.audio, args.out)
+    check_settings(args)
+    missing = [job for job in jobs if not job.out.exists()]
+    failed = list(extract_all(args, missing)) if missing else []
+    print(f"{len(missing) - len(failed)} files written, {len(jobs) - len(missing)} were there: {args.out}")
+    report = args.out / FAILED
+    report.unlink(missing_ok=True)
+    if failed:
+        with atomic_path(report) as temporary:
+            temporary.write_bytes(b"".join(f"{path}\t{why}\n".encode(errors="surrogateescape") for path, why in failed))
+        raise UserError(f"{len(failed)} of {len(jobs)} files could not be used; they are listed in {report}")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -1,0 +1,221 @@
+"""Write a model in formats that other programs load: one folder each, with a model card (README.md).
+
+  hub           model.safetensors and config.json, as the Hugging Face hub has them; read by wav2vec2.hub
+  onnx          model.onnx (--int8: model.int8.onnx too) for ONNX Runtime; pip install -r requirements-export.txt
+  torch_export  model.pt2 for torch.export.load, without this project
+  huggingface   transformers' own format, for models whose layers are all alike (teachers)
+
+Every file is loaded again and compared with the model before it is kept; the card says what was measured.
+
+  python export.py --model exp/hubert-base/final/ckpts/pruned_hubert_base.pth --out exp/hubert-base/export \\
+      --formats hub,onnx,torch_export --teacher facebook/hubert-base-ls960 --licence mit
+"""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cli
+from wav2vec2.checkpoint import model_of, read_model_file
+from wav2vec2.errors import UserError
+from wav2vec2.hub import CARD, WEIGHTS, read_folder, write_folder, write_text
+from wav2vec2.model import Wav2Vec2Model, masked_units, wav2vec2_model
+from wav2vec2.utils.export_huggingface import check_exportable, export_huggingface
+from wav2vec2.utils.export_onnx import DEFAULT_OPSET, MODEL, check_opset, export_onnx
+from wav2vec2.utils.export_torch import (
+    CHECKED_BATCHES,
+    LARGEST_DIFFERENCE,
+    OUTPUTS,
+    Difference,
+    export_torch,
+    min_samples,
+)
+from wav2vec2.utils.import_huggingface import FAMILIES, compare_with_source, import_huggingface_model
+from wav2vec2.utils.model_card import FORMATS, Card, state_words
+
+# A length of which the card gives the operations, and the rate of all models.
+_MACS_SECONDS = 10
+_SAMPLE_RATE = 16_000
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--model", required=True, type=Path, help="model file (.pth)")
+    parser.add_argument("--out", required=True, type=Path, help="folder; each format gets one in it, of its name")
+    parser.add_argument("--formats", default="hub", help=f"comma-separated, of {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--outputs", choices=OUTPUTS, default="last", help="of onnx and torch_export: the last hidden state, or all"
+    )
+    parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="of onnx")
+    parser.add_argument("--int8", action="store_true", help="of onnx: a second file, with 8-bit weights")
+    parser.add_argument(
+        "--model_type",
+        choices=("hubert", "wav2vec2"),
+        help="of huggingface: which of the two, which are one network (default: hubert; a WavLM is one)",
+    )
+    card = parser.add_argument_group("what the card cannot know")
+    card.add_argument("--name", help="title (default: the name of --out)")
+    card.add_argument("--teacher", help="the teacher's name; ORG/NAME links to it on the hub")
+    card.add_argument("--teacher_ckpt", type=Path, help="the teacher's model file: gives the sparsity")
+    card.add_argument("--data", help="what the model was trained on")
+    card.add_argument("--licence", help="one of the hub's identifiers: mit, apache-2.0, cc-by-4.0, ...")
+    return parser.parse_args()
+
+
+def chosen_formats(args: argparse.Namespace) -> list[str]:
+    """The formats of --formats, once each, after a look at the options that belong to one of them."""
+    formats = list(dict.fromkeys(name.strip() for name in args.formats.split(",")))
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise UserError(f"--formats: expected some of {', '.join(FORMATS)}, separated by commas, found {unknown[0]!r}")
+    if "onnx" in formats:
+        check_opset(args.opset)
+    elif args.int8:
+        raise UserError("--int8: it is a second file of the onnx format; add onnx to --formats, or leave it out")
+    return formats
+
+
+def describe(contents: dict[str, Any], args: argparse.Namespace) -> Card:
+    """What the card says, whatever the format."""
+    teacher = args.teacher or (args.teacher_ckpt.name if args.teacher_ckpt else None)
+    with args.model.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    made_by = contents.get("made_by")
+    return Card(
+        config=contents["config"],
+        name=args.name or args.out.resolve().name,
+        macs_per_second=macs_per_second(contents["config"]),
+        macs_seconds=_MACS_SECONDS,
+        teacher=teacher,
+        teacher_num_params=num_params(args.teacher_ckpt) if args.teacher_ckpt else None,
+        data=args.data,
+        licence=args.licence,
+        made_by=made_by if isinstance(made_by, dict) else {},
+        source=f"{args.model.name}, SHA-256 {digest}",
+    )
+
+
+def macs_per_second(config: dict[str, Any]) -> float:
+    """Multiply-accumulate operations for each second of a waveform of 10 s."""
+    from flops import count_flops
+
+    return sum(count_flops(config, _MACS_SECONDS * _SAMPLE_RATE)) / 2 / _MACS_SECONDS
+
+
+def num_params(path: Path) -> int:
+    with torch.device("meta"):
+        return int(wav2vec2_model(**read_model_file(path)["config"]).get_num_params())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every writer needs: a model file's contents, its model in eval mode, what the card says, the options."""
+
+    contents: dict[str, Any]
+    model: Wav2Vec2Model
+    card: Card
+    args: argparse.Namespace
+
+
+def write_hub(job: Job, folder: Path) -> None:
+    measured = ["the weights are those of the model file, bit for bit, in its precision"]
+    write_folder(job.contents["state_dict"], job.contents["config"], folder, job.card.text("hub", measured))
+    check_weights_written(job.model, model_of(read_folder(folder), folder), folder)
+    report(folder / WEIGHTS, measured)
+
+
+def check_weights_written(model: Wav2Vec2Model, found: Wav2Vec2Model, folder: Path) -> None:
+    """Check that ``found``, read from ``folder``, has the model's weights.
+
+    Raises:
+        UserError: names a weight that differs.
+    """
+    weights = found.state_dict()
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(tensor, weights[name]):
+            raise UserError(f"{folder}: {name} is not what was written; try again, or check the disk")
+
+
+def write_onnx(job: Job, folder: Path) -> None:
+    files = export_onnx(job.model, folder, job.args.outputs, job.args.opset, job.args.int8)
+    measured = [
+        f"{file.path.name}: {file.num_bytes:,} bytes, opset {job.args.opset}; "
+        + measured_difference(file.difference, has_limit=file.path.name == MODEL)
+        for file in files
+    ]
+    words = {**state_words(job.args.outputs), "min_samples": min_samples(job.model, 1)}
+    write_text(job.card.text("onnx", measured, words), folder / CARD)
+    report(folder, measured)
+
+
+def write_torch_export(job: Job, folder: Path) -> None:
+    path = folder / "model.pt2"
+    difference = export_torch(job.model, path, job.args.outputs)
+    measured = [f"{path.name}: {path.stat().st_size:,} bytes; {measured_difference(difference)}"]
+    words = {**state_words(job.args.outputs), "min_samples": min_samples(job.model, 2)}
+    write_text(job.card.text("torch_export", measured, words), folder / CARD)
+    report(folder, measured)
+
+
+def write_huggingface(job: Job, folder: Path) -> None:
+    model_type = export_huggingface(job.contents["state_dict"], job.contents["config"], folder, job.args.model_type)
+    imported = import_huggingface_model(folder)
+    check_weights_written(job.model, imported.model, folder)
+    difference = compare_with_source(imported, folder)
+    measured = [
+        "the weights are those of the model file, bit for bit, in its precision",
+        f"largest difference of transformers' hidden states from ours on a second of noise: {difference:.1e}",
+    ]
+    words = {"model_class": FAMILIES[model_type].model_class}
+    write_text(job.card.text("huggingface", measured, words), folder / CARD)
+    report(folder / WEIGHTS, measured)
+
+
+WRITERS: dict[str, Callable[[Job, Path], None]] = {
+    "hub": write_hub,
+    "onnx": write_onnx,
+    "torch_export": write_torch_export,
+    "huggingface": write_huggingface,
+}
+
+
+def measured_difference(difference: Difference, has_limit: bool = True) -> str:
+    """How a traced model differs from PyTorch's, in words."""
+    frames = [frames for batch in CHECKED_BATCHES for frames in batch]
+    limit = f" (at most {LARGEST_DIFFERENCE:.0e} is accepted)" if has_limit else ""
+    return (
+        f"hidden states differ from PyTorch's by at most {difference.largest:.1e}{limit}, relative to the largest "
+        f"value where that is above 1; cosine of a frame {difference.mean_cosine:.6f} on average, "
+        f"{difference.lowest_cosine:.6f} at least; noise in {len(CHECKED_BATCHES)} batches that were not traced, with "
+        f"and without padding, {min(frames)} to {max(frames)} frames"
+    )
+
+
+def report(path: Path, measured: Sequence[str]) -> None:
+    """Print what was written, and what is known of it."""
+    size = f", {path.stat().st_size:,} bytes" if path.is_file() else ""
+    print(f"{path}{size}")
+    for line in measured:
+        print(f"  {line}")
+
+
+def main(args: argparse.Namespace) -> None:
+    formats = chosen_formats(args)
+    contents = read_model_file(args.model)
+    units = masked_units(contents["state_dict"])
+    if units:
+        raise UserError(f"{args.model}: has masks on {', '.join(units)}; prune.py makes the model file to export")
+    if "huggingface" in formats:  # before the others, which take longer
+        check_exportable(contents["state_dict"], contents["config"], args.model_type)
+    job = Job(contents, model_of(contents, args.model).eval(), describe(contents, args), args)
+    for name in formats:
+        WRITERS[name](job, args.out / name)
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -1,0 +1,124 @@
+"""Model folders as the Hugging Face hub has them: model.safetensors, config.json and README.md.
+
+config.json holds the arguments of ``wav2vec2_model``, model.safetensors its state dict under the published names.
+Folders are read without huggingface_hub; the class with ``from_pretrained`` and ``push_to_hub`` is in hub_model.py.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint import atomic_path, check_weights, expected_state
+from .errors import UserError
+from .model import Wav2Vec2Model
+from .utils.files import one_line, read_json, read_safetensors
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+def save_folder(model: Wav2Vec2Model, folder: str | os.PathLike, card: str | None = None) -> None:
+    """Write a model as a folder that :func:`read_folder` reads and that can be uploaded as it is.
+
+    Args:
+        model: its tensors are written in the precision that they have.
+        folder: made if it is not there; other files in it are left alone.
+        card: the contents of README.md; by default what the model itself tells.
+    """
+    if card is None:
+        from .utils.model_card import Card
+
+        card = Card(model.config).text("hub")
+    write_folder(model.state_dict(), model.config, folder, card)
+
+
+def write_folder(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], folder: str | os.PathLike, card: str
+) -> None:
+    """As :func:`save_folder`, for a state dict and its config, both as in a model file.
+
+    Raises:
+        UserError: the safetensors package is missing.
+    """
+    folder = Path(folder)
+    write_safetensors(state_dict, folder / WEIGHTS)
+    write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", folder / CONFIG)
+    write_text(card, folder / CARD)
+
+
+def write_safetensors(state_dict: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as they are (precision included), whole or not at all.
+
+    Raises:
+        UserError: the safetensors package is missing.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise UserError(f"{path}: writing it needs the safetensors package: pip install safetensors") from error
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read a folder that :func:`save_folder` wrote, with the checks of ``checkpoint.read_model_file``.
+
+    Returns:
+        ``{"state_dict": ..., "config": ...}``, as a model file has them.
+
+    Raises:
+        UserError: not such a folder, a file is damaged, or the weights are not those of the config.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG, f"a folder with {CONFIG} and {WEIGHTS}", "export or download it again")
+    if "model_type" in config:
+        raise UserError(
+            f"{folder}: a model in transformers' format (its {CONFIG} has model_type); convert it with "
+            "convert_hubert_from_hf.py, which writes a model file"
+        )
+    expected = expected_state(config, folder / CONFIG)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a folder with {CONFIG} and {WEIGHTS}")
+    state_dict = read_safetensors(path, "export or download it again")
+    check_weights(expected, state_dict, path)
+    return {"state_dict": {name: state_dict[name] for name in expected}, "config": config}
+
+
+def download(repo_id: str, revision: str | None = None, **options: Any) -> Path:
+    """The folder of a model on the Hugging Face hub, from its cache if it is there.
+
+    Args:
+        repo_id: ORG/NAME.
+        revision: a branch, tag or commit; by default the newest.
+        options: others of ``huggingface_hub.snapshot_download``, as ``token`` or ``cache_dir``.
+
+    Raises:
+        UserError: huggingface_hub is missing, or the hub does not give the model.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise UserError(
+            f"{repo_id}: no such folder, and to ask the hub needs huggingface_hub: pip install huggingface_hub"
+        ) from error
+    wanted = repo_id if revision is None else f"{repo_id} (revision {revision})"
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[WEIGHTS, CONFIG, CARD], **options))
+    # No network, no such model or revision, not public, not a valid id.
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(
+            f"{wanted}: the Hugging Face hub did not give it ({type(error).__name__}: {one_line(error)}); check the "
+            "name and the network, or give a folder"
+        ) from error

@@ -1,0 +1,200 @@
+"""Writes a model in Hugging Face transformers' format: the inverse of import_huggingface.py, by its tables."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import expected_state
+from ..components import published_name
+from ..config import is_wavlm
+from ..errors import UserError, shown
+from ..hub import CONFIG, WEIGHTS, write_safetensors, write_text
+from ..model import wav2vec2_model
+from .import_huggingface import ACCEPTED, EXTRACTOR_MODES, FAMILIES, NAMES, SAMPLE_RATE
+from .importing import WEIGHT_NORM_ALIASES, source_name
+
+PREPROCESSOR = "preprocessor_config.json"
+_DUMMY_WEIGHT = "feature_extractor.dummy_weight"
+
+
+def export_huggingface(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, model_type: str | None = None
+) -> str:
+    """Write config.json, model.safetensors and preprocessor_config.json, as transformers' ``save_pretrained`` does.
+
+    Weights keep their precision and their bits. transformers' parameter for masked frames, which acts in its training
+    only, is not in them, so config.json switches that masking off.
+
+    Args:
+        state_dict, config: as in a model file.
+        folder: made if it is not there.
+        model_type: "hubert" or "wav2vec2", which are the same network; the default is "hubert". WavLM is "wavlm".
+
+    Returns:
+        The model type.
+
+    Raises:
+        UserError: transformers has no such model; it says which layer and why.
+    """
+    model_type = check_exportable(state_dict, config, model_type)
+    config = _per_layer(config)
+    state_dict = {published_name(name): tensor for name, tensor in state_dict.items()}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()}
+    settings = _settings(config, model_type)
+    if len(dtypes) == 1:
+        settings["dtype"] = dtypes.pop()
+    names = {name: _their_name(name) for name in expected_state(config) if name != _DUMMY_WEIGHT}
+    write_safetensors({theirs: state_dict[ours] for ours, theirs in names.items()}, folder / WEIGHTS)
+    for name, contents in ((CONFIG, settings), (PREPROCESSOR, _preprocessor_settings(config))):
+        write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", folder / name)
+    return model_type
+
+
+def check_exportable(state_dict: Mapping[str, Tensor], config: Mapping[str, Any], model_type: str | None = None) -> str:
+    """The model type of a model that :func:`export_huggingface` can write.
+
+    Raises:
+        UserError: it cannot.
+    """
+    model_type = _model_type(config, model_type)
+    _check_shapes(_per_layer(config))
+    _check_scale(state_dict[_DUMMY_WEIGHT])
+    return model_type
+
+
+def _per_layer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with one entry per layer, where one for all is allowed."""
+    with torch.device("meta"):
+        return wav2vec2_model(**config).config
+
+
+def _model_type(config: Mapping[str, Any], model_type: str | None) -> str:
+    possible = ["wavlm"] if is_wavlm(config) else ["hubert", "wav2vec2"]
+    if model_type is None:
+        return possible[0]
+    if model_type not in possible:
+        raise UserError(f"--model_type: expected {' or '.join(possible)}, by the model's config, found {model_type}")
+    return model_type
+
+
+def _check_shapes(config: Mapping[str, Any]) -> None:
+    """Check that all layers are what transformers makes of one number of heads and one feed-forward width.
+
+    Raises:
+        UserError: names the first layer that is not.
+    """
+
+    def refuse(layer: int, found: str, expected: str) -> None:
+        raise UserError(
+            f"huggingface format: layer {layer + 1} has {found}, but transformers' models have {expected}; export a "
+            "pruned model to another format"
+        )
+
+    if config["aux_num_out"] is not None:
+        raise UserError(
+            f"huggingface format: the model has an output layer (aux_num_out {config['aux_num_out']}), which "
+            "transformers' base models have not; export the model without it"
+        )
+    widths = config["encoder_ff_interm_features"]
+    total, remaining = _heads(config)
+    for layer in range(config["encoder_num_layers"]):
+        if not config["encoder_use_attention"][layer]:
+            refuse(layer, "no attention", "it in every layer")
+        if not config["encoder_use_feed_forward"][layer]:
+            refuse(layer, "no feed-forward", "it in every layer")
+        if remaining[layer] != total:
+            refuse(layer, f"{remaining[layer]} attention heads", f"{total} in every layer, which fill its dimensions")
+        if widths[layer] != widths[0] or not widths[layer]:
+            refuse(layer, f"a feed-forward of {widths[layer]}", f"one width in every layer (layer 1 has {widths[0]})")
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """The heads that fill the embedding, and those that each layer has."""
+    if is_wavlm(config):
+        return config["encoder_total_num_heads"][0], [len(heads) for heads in config["encoder_remaining_heads"]]
+    total, rest = divmod(config["encoder_embed_dim"], config["encoder_head_dim"])
+    if rest:
+        raise UserError(
+            f"huggingface format: attention heads of {config['encoder_head_dim']} dimensions, but those of "
+            f"transformers' models divide the embedding, which has {config['encoder_embed_dim']}; export it "
+            "to another format"
+        )
+    return total, config["encoder_num_heads"]
+
+
+def _check_scale(scale: Tensor) -> None:
+    """Check the extractor's output scale, which transformers' models do not have.
+
+    Raises:
+        UserError: it is not 1.
+    """
+    if not bool((scale == 1).all()):
+        channel = int((scale != 1).nonzero()[0])
+        raise UserError(
+            f"huggingface format: the extractor's last conv layer, which was pruned, has an output scale other than 1 "
+            f"({_DUMMY_WEIGHT}: {shown(float(scale[channel]))} of channel {channel}), but transformers' models have no "
+            "place for it; export the model to another format"
+        )
+
+
+def _their_name(name: str) -> str:
+    """transformers' name of a parameter, as its current version writes it."""
+    name = source_name(name, NAMES)
+    for published, theirs in WEIGHT_NORM_ALIASES.items():
+        if name.endswith(published):
+            return name.removesuffix(published) + theirs
+    return name
+
+
+def _settings(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """config.json; what is not in it has transformers' defaults."""
+    channels, kernels, strides = (list(column) for column in zip(*config["extractor_conv_layer_config"], strict=True))
+    wavlm = (
+        {"num_buckets": config["encoder_num_buckets"], "max_bucket_distance": config["encoder_max_distance"]}
+        if model_type == "wavlm"
+        else {}
+    )
+    return {
+        **{name: accepted for name, (accepted, _) in ACCEPTED.items() if accepted is not None},
+        **wavlm,
+        "model_type": model_type,
+        "architectures": [FAMILIES[model_type].model_class],
+        "feat_extract_norm": {ours: theirs for theirs, ours in EXTRACTOR_MODES.items()}[config["extractor_mode"]],
+        "num_feat_extract_layers": len(channels),
+        "conv_dim": channels,
+        "conv_kernel": kernels,
+        "conv_stride": strides,
+        "conv_bias": config["extractor_conv_bias"],
+        "hidden_size": config["encoder_embed_dim"],
+        "num_conv_pos_embeddings": config["encoder_pos_conv_kernel"],
+        "num_conv_pos_embedding_groups": config["encoder_pos_conv_groups"],
+        "num_hidden_layers": config["encoder_num_layers"],
+        "num_attention_heads": _heads(config)[0],
+        "intermediate_size": config["encoder_ff_interm_features"][0],
+        "do_stable_layer_norm": config["encoder_layer_norm_first"],
+        "feat_proj_dropout": config["encoder_projection_dropout"],
+        "attention_dropout": config["encoder_attention_dropout"],
+        "activation_dropout": config["encoder_ff_interm_dropout"],
+        "hidden_dropout": config["encoder_dropout"],
+        "layerdrop": config["encoder_layer_drop"],
+        "apply_spec_augment": False,
+        "mask_time_prob": 0.0,
+        "mask_feature_prob": 0.0,
+    }
+
+
+def _preprocessor_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """preprocessor_config.json: the published convention is that only models with layer_norm extractors see masks."""
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "do_normalize": config["normalize_waveform"],
+        "feature_size": 1,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": config["extractor_mode"] == "layer_norm",
+        "sampling_rate": SAMPLE_RATE,
+    }

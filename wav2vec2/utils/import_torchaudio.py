@@ -1,0 +1,183 @@
+"""Imports the state dicts that ``torchaudio.pipelines`` downloads: bare tensors by name, without a config.
+
+Which model they are of is read from their names and shapes; there are nine published networks. Names are ours, but
+for WavLM's attention, which is packed, and the extractor's output scale, which only pruning needs.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import check_weights, expected_state
+from ..components import published_name
+from ..errors import UserError
+from ..model import (
+    Wav2Vec2Model,
+    hubert_base,
+    hubert_large,
+    hubert_xlarge,
+    wav2vec2_large,
+    wav2vec2_large_lv60k,
+    wavlm_base,
+    wavlm_large,
+)
+
+_FIRST_CONV = "feature_extractor.conv_layers.0.conv.weight"
+_ENCODER_NORM = "encoder.transformer.layer_norm.weight"
+_DUMMY_WEIGHT = "feature_extractor.dummy_weight"
+_LAYER = re.compile(r"encoder\.transformer\.layers\.(\d+)\.")
+
+# torchaudio's WavLM holds PyTorch's own attention, with the three projections in one matrix -> ours, in its order.
+_PACKED = re.compile(r"(encoder\.transformer\.layers\.\d+\.attention)\.attention\.(in_proj_|out_proj\.)(weight|bias)")
+_IN_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+class _Traits(NamedTuple):
+    """What tells the published networks apart."""
+
+    is_wavlm: bool
+    embed_dim: int
+    extractor_mode: str
+    conv_bias: bool
+
+    def __str__(self) -> str:
+        family = "WavLM" if self.is_wavlm else "HuBERT / wav2vec 2.0"
+        bias = "with" if self.conv_bias else "without"
+        return f"{family} of {self.embed_dim} dimensions, {self.extractor_mode} extractor {bias} bias"
+
+
+class _Published(NamedTuple):
+    """A published network; ``options`` change the factory's config."""
+
+    name: str
+    factory: Callable[..., Wav2Vec2Model]
+    options: dict[str, Any]
+
+
+_NETWORKS = {
+    _Traits(False, 768, "group_norm", False): _Published("HuBERT Base / wav2vec 2.0 Base", hubert_base, {}),
+    _Traits(False, 1024, "group_norm", False): _Published("wav2vec 2.0 Large", wav2vec2_large, {}),
+    _Traits(False, 1024, "layer_norm", True): _Published(
+        "wav2vec 2.0 Large LV-60k / XLSR-53 / XLS-R 300M / MMS", wav2vec2_large_lv60k, {}
+    ),
+    _Traits(False, 1024, "layer_norm", False): _Published("HuBERT Large", hubert_large, {}),
+    _Traits(False, 1280, "layer_norm", False): _Published("HuBERT XLarge", hubert_xlarge, {}),
+    _Traits(False, 1280, "layer_norm", True): _Published("XLS-R 1B", hubert_xlarge, {"extractor_conv_bias": True}),
+    _Traits(False, 1920, "layer_norm", True): _Published(
+        "XLS-R 2B",
+        hubert_xlarge,
+        {"extractor_conv_bias": True, "encoder_embed_dim": 1920, "encoder_ff_interm_features": 7680},
+    ),
+    _Traits(True, 768, "group_norm", False): _Published("WavLM Base / Base+", wavlm_base, {}),
+    _Traits(True, 1024, "layer_norm", False): _Published("WavLM Large", wavlm_large, {}),
+}
+
+
+def is_torchaudio_state(state_dict: Any) -> bool:
+    """Whether ``state_dict`` is a bare dict of tensors under torchaudio's names, of whatever shapes."""
+    return (
+        isinstance(state_dict, Mapping)
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items())
+        and _FIRST_CONV in state_dict
+        and _ENCODER_NORM in state_dict
+    )
+
+
+def import_torchaudio(
+    state_dict: Mapping[str, Tensor], normalize_waveform: bool | None = None, source: str = "torchaudio weights"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the state dict, in our names, of a published network's weights or of its first layers.
+
+    Args:
+        state_dict: as ``torchaudio.pipelines`` downloads it, or ``state_dict()`` of torchaudio's model, full or half
+            precision. An output layer of any size (``aux``) is kept.
+        normalize_waveform: whether the model wants normalised waveforms. torchaudio's own bundles normalise outside
+            of the model; by default this is as in the bundle of the same network: normalised for those with a
+            layer_norm extractor, not for the others.
+        source: named in errors.
+
+    Returns:
+        The arguments of ``wav2vec2_model``, with the dropouts of the published pre-training, and its state dict.
+        Networks that are the same but for dropouts and training (HuBERT and wav2vec 2.0 Base) share a config.
+
+    Raises:
+        UserError: not the names or not the shapes of a published network; it says what was found.
+    """
+    if not is_torchaudio_state(state_dict):
+        raise UserError(f"{source}: expected tensors under torchaudio's names ({_FIRST_CONV}, ...), found others")
+    weights = our_names(state_dict)
+    name, config = recognize(weights, source)
+    if normalize_waveform is not None:
+        config["normalize_waveform"] = normalize_waveform
+    expected = expected_state(config, source)
+    scale = torch.ones(expected[_DUMMY_WEIGHT].shape, dtype=weights[_FIRST_CONV].dtype)
+    weights = {_DUMMY_WEIGHT: scale, **weights}
+    check_weights(expected, weights, f"{source} (by its names and sizes {name})")
+    return config, {name: weights[name] for name in expected}
+
+
+def recognize(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, Any]]:
+    """The name of the published network that these weights, under our names, can be of, and its config.
+
+    Looks at what tells the networks apart; whether all weights fit is not checked.
+
+    Raises:
+        UserError: there is none; it says what was found.
+    """
+    traits = _traits(weights, source)
+    if traits not in _NETWORKS:
+        raise UserError(
+            f"{source}: {traits}: none of the published networks: {'; '.join(map(str, _NETWORKS))}; a model of another "
+            "size needs its config, in a model file (.pth)"
+        )
+    return _NETWORKS[traits].name, _config(_NETWORKS[traits], weights, source)
+
+
+def our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        packed = _PACKED.fullmatch(name)
+        if packed is None:
+            weights[published_name(name)] = tensor
+        elif packed[2] == "out_proj.":
+            weights[f"{packed[1]}.out_proj.{packed[3]}"] = tensor
+        else:
+            parts = tensor.chunk(3) if tensor.ndim else ()  # fewer than 3 parts: the others will be missed
+            for projection, part in zip(_IN_PROJECTIONS, parts, strict=False):
+                weights[f"{packed[1]}.{projection}.{packed[3]}"] = part
+    return weights
+
+
+def _traits(weights: Mapping[str, Tensor], source: str) -> _Traits:
+    norm = weights[_ENCODER_NORM]
+    if norm.ndim != 1:
+        raise UserError(f"{source}: {_ENCODER_NORM} has shape {list(norm.shape)}, expected one dimension")
+    return _Traits(
+        is_wavlm=any(".gru_rel_pos_" in name for name in weights),
+        embed_dim=len(norm),
+        extractor_mode="layer_norm" if "feature_extractor.conv_layers.1.layer_norm.weight" in weights else "group_norm",
+        conv_bias="feature_extractor.conv_layers.0.conv.bias" in weights,
+    )
+
+
+def _config(network: _Published, weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """The config of ``network`` with as many layers, and an output layer as large, as ``weights`` have."""
+    with torch.device("meta"):
+        config = network.factory(**network.options).config
+    layers = {match[1] for name in weights if (match := _LAYER.match(name))}
+    if not 0 < len(layers) <= config["encoder_num_layers"]:
+        raise UserError(
+            f"{source}: found {len(layers)} layers, expected the {config['encoder_num_layers']} of {network.name}, or "
+            "the first of them"
+        )
+    per_layer = [key for key in config if isinstance(config[key], list) and key != "extractor_conv_layer_config"]
+    config |= {key: config[key][: len(layers)] for key in per_layer} | {"encoder_num_layers": len(layers)}
+    if "aux.weight" in weights:
+        shape = list(weights["aux.weight"].shape)
+        if len(shape) != 2 or not shape[0]:
+            raise UserError(f"{source}: aux.weight has shape {shape}, expected (outputs, dimensions)")
+        config["aux_num_out"] = shape[0]
+    return config
