@@ -1,4 +1,4 @@
-"""Everything that trains: loss, Lagrangian, schedule, data module, and what both distillations share.
+"""Everything that trains: loss, Lagrangian, schedule, and what both distillations share.
 
 Named as in the published program; it shadows the ``lightning`` package, so this project imports
 ``pytorch_lightning`` and never installs this file.
@@ -8,10 +8,11 @@ import argparse
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,38 +24,26 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import packed
+import compiling
 import resilience
-from dataset import (
-    MAX_SECONDS,
-    MIN_SECONDS,
-    SAMPLE_RATE,
-    Batch,
-    BatchSampler,
-    SpeechDataset,
-    TrainingSampler,
-    check_files,
-    make_batches,
-    parse_max_bad_files,
-    read_manifest,
-)
-from throughput import FetchTimer, Throughput, forward_flops
+from batch_size import AUTO, FillMemory, seconds_or_auto
+from datamodule import SpeechDataModule
+from dataset import MAX_SECONDS, MIN_SECONDS, Batch
+from evaluation.report import report_stage
+from flops import forward_flops
+from pairs import DISTILL_MODES, check_pair, make_projections, parse_distill_layers
+from throughput import FetchTimer, Throughput
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.paths import fast_paths, keep_freed_memory, plain_paths
 
-VALID_SUBSET = "valid"
 # The published number of GPUs of one node (run.sh).
 DEFAULT_GPUS = 4
-# Length buckets that batches are filled from (paper's program).
-NUM_BUCKETS = 1000
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 COS_TYPES = ("raw", "log_sig")
-DISTILL_MODES = ("layer2layer", "predlayer")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -194,6 +183,9 @@ class DistillModule(pl.LightningModule):
         self.settings: dict[str, Any] | None = None
         self.watch: resilience.Watch | None = None
         self.round_to: int | None = None
+        # --compile: set by train_student; compiled from the first update on.
+        self.compiles = False
+        self._compiled: dict[str, Callable[..., Any]] = {}
         self._batch_logs: list[dict[str, Tensor]] = []
         self.use_reg = use_reg
         if use_reg:
@@ -212,6 +204,19 @@ class DistillModule(pl.LightningModule):
         if dtype is not None and fast_paths():
             cast_products(self.teacher_model, dtype)
 
+    def on_train_start(self) -> None:
+        self.teacher_model.fold_weight_norm()  # here, as loading a checkpoint undoes it
+        if self.compiles:
+            self.compile_steps(self.trainer.datamodule.num_shapes)
+
+    def compile_steps(self, num_shapes: int) -> None:
+        """Have what an update computes compiled, for each shape of batches when it first comes.
+
+        The methods stay what they are, for validation, and so do the modules with their names.
+        """
+        steps = (self._targets, self._distillation)
+        self._compiled = {step.__name__: compiling.compiled(step, num_shapes) for step in steps}
+
     def train(self, mode: bool = True) -> "DistillModule":
         """Set the student's mode; the teacher stays in eval mode."""
         super().train(mode)
@@ -220,13 +225,22 @@ class DistillModule(pl.LightningModule):
 
     # --- forward -----------------------------------------------------------------------------------
 
-    def _hidden_states(
-        self, model: Wav2Vec2Model, batch: Batch | tuple[Tensor, Tensor | None], depth: int
-    ) -> list[Tensor]:
+    def _inputs(self, batch: Batch | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         waveforms, lengths = batch[:2]
         if fast_paths() and isinstance(batch, Batch):
             lengths = None  # crops have no padding, and the model cannot see that without waiting for the device
-        return model.extract_features(waveforms, lengths, num_layers=max(depth, 1))[0]  # it runs at least one layer
+        return waveforms, lengths
+
+    def _hidden_states(
+        self,
+        model: Wav2Vec2Model,
+        waveforms: Tensor,
+        lengths: Tensor | None,
+        depth: int,
+        kept: Collection[int] | None = None,
+    ) -> list[Tensor]:
+        num_layers = max(depth, 1)  # it runs at least one layer
+        return model.extract_features(waveforms, lengths, num_layers, kept=kept)[0]
 
     def _predictions(self, hidden_states: list[Tensor]) -> list[Tensor]:
         """The student's version of each distilled teacher layer: (B, frames, D) each."""
@@ -244,30 +258,54 @@ class DistillModule(pl.LightningModule):
         mse, l1, cos = (torch.stack(part).mean() for part in zip(*parts, strict=True))
         return torch.stack(losses).mean(), (mse, l1, cos)
 
+    def _step(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled version of a method where there is one; validation has other shapes, and does without."""
+        return self._compiled.get(function.__name__, function) if self.training else function
+
     def targets(self, batch: Batch | tuple[Tensor, Tensor | None]) -> list[Tensor]:
         """The distilled teacher layers of a batch: (B, frames, D) each, without gradient."""
         # Not inference_mode: its tensors could not be kept for the backward pass of the loss.
         with torch.no_grad():
-            hidden_states = self._hidden_states(self.teacher_model, batch, self._teacher_depth)
-            return [hidden_states[layer] for layer in self.distill_layers]
+            return self._step(self._targets)(*self._inputs(batch))
 
-    def loss(self, batch: Batch | tuple[Tensor, Tensor | None], targets: list[Tensor], mode: str) -> Tensor:
-        """The loss of a batch, logged with its parts under names that start with ``mode``, "train" or "valid"."""
-        student = self._predictions(self._hidden_states(self.student_model, batch, self._student_depth))
+    def _targets(self, waveforms: Tensor, lengths: Tensor | None) -> list[Tensor]:
+        """See :meth:`targets`."""
+        kept = self.distill_layers if fast_paths() else None
+        hidden_states = self._hidden_states(self.teacher_model, waveforms, lengths, self._teacher_depth, kept)
+        return [hidden_states[layer] for layer in self.distill_layers]
+
+    def _distillation(
+        self, waveforms: Tensor, lengths: Tensor | None, targets: list[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | int | None]:
+        """The distillation loss, its parts (mse, l1, cos), and the student's expected parameters if they matter."""
+        student = self._predictions(self._hidden_states(self.student_model, waveforms, lengths, self._student_depth))
         if fast_paths():
-            loss, (mse, l1, cos) = self._layerwise_loss(student, targets)
+            loss, parts = self._layerwise_loss(student, targets)
         else:
-            loss, (mse, l1, cos) = self.distill_loss(torch.stack(student, dim=1), torch.stack(targets, dim=1))
+            loss, parts = self.distill_loss(torch.stack(student, dim=1), torch.stack(targets, dim=1))
+        return loss, parts, self.student_model.get_num_params() if self.use_reg else None
+
+    def _penalised_loss(
+        self, batch: Batch | tuple[Tensor, Tensor | None], targets: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The loss of a batch, its parts by name, and the state of the Lagrangian by name."""
+        loss, (mse, l1, cos), num_params = self._step(self._distillation)(*self._inputs(batch), targets)
         parts = {"loss_distill": loss, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
         state = {}
         if self.use_reg:
-            sparsity = self.budget.sparsity(self.student_model.get_num_params())
+            sparsity = self.budget.sparsity(num_params)
             target = self.budget.target(self.global_step)
             penalty = self.lambda1 * (sparsity - target) + self.lambda2 * (sparsity - target) ** 2
             loss = loss + penalty
             parts["loss_reg"] = penalty
             multipliers = {name: getattr(self, name).clone() for name in ("lambda1", "lambda2")}
-            state = {"sparsity_expected": sparsity, "sparsity_target": sparsity.new_tensor(target), **multipliers}
+            # full_like: a tensor made from a number would be copied to the device.
+            state = {"sparsity_expected": sparsity, "sparsity_target": torch.full_like(sparsity, target), **multipliers}
+        return loss, parts, state
+
+    def loss(self, batch: Batch | tuple[Tensor, Tensor | None], targets: list[Tensor], mode: str) -> Tensor:
+        """The loss of a batch, logged with its parts under names that start with ``mode``, "train" or "valid"."""
+        loss, parts, state = self._penalised_loss(batch, targets)
         losses = {f"{mode}_{name}": value.detach() for name, value in {"loss": loss, **parts}.items()}
         if mode == "train":
             self._log_training({**losses, **{name: value.detach() for name, value in state.items()}})
@@ -275,6 +313,19 @@ class DistillModule(pl.LightningModule):
             weight = batch.weight if isinstance(batch, Batch) else len(batch[0])
             self.log_dict(losses, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
         return loss
+
+    def trial(self, num_utterances: int, num_samples: int) -> None:
+        """Forward and backward pass of a batch of noise as in training, for the memory they need; changes nothing."""
+        on_gpu = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(on_gpu):
+            waveforms = torch.randn(num_utterances, num_samples, device=self.device)
+            lengths = torch.full((num_utterances,), num_samples, device=self.device)
+            batch = Batch(waveforms, lengths, [], 0, num_utterances, {})
+            with self.trainer.precision_plugin.forward_context():
+                loss, _, _ = self._penalised_loss(batch, self.targets(batch))
+            loss.backward()
+        for parameter in self.parameters():
+            parameter.grad = None
 
     def _log_training(self, values: dict[str, Tensor]) -> None:
         """Log a batch's values; under a watch, the mean over an update's batches on all processes, once it is known."""
@@ -422,185 +473,6 @@ def freeze_unreached(student: Wav2Vec2Model, depth: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Teacher, student and projections
-# ---------------------------------------------------------------------------------------------------
-
-
-def parse_distill_layers(text: str) -> list[list[int]]:
-    """``"0.4,8,12"`` -> ``[[0], [4, 8, 12]]``: a period separates groups, a comma layers of one group.
-
-    Raises:
-        UserError: not of this form.
-    """
-    try:
-        groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
-    except ValueError:
-        raise UserError(f"--distill_layers: expected layers and groups such as 0.4,8,12, found {text!r}") from None
-    layers = [layer for group in groups for layer in group]
-    if min(layers) < 0 or len(set(layers)) < len(layers):
-        raise UserError(f"--distill_layers: expected every layer once and none below 0, found {text!r}")
-    return groups
-
-
-def make_projections(mode: str, groups: list[list[int]], student_dim: int, teacher_dim: int) -> nn.ModuleList:
-    """One projection (student_dim -> teacher_dim) per distilled layer.
-
-    layer2layer: a Linear per group, shared in the group (the entry repeats) and initialised to identity.
-    predlayer: an own Linear and GELU per layer.
-    """
-    if mode == "predlayer":
-        return nn.ModuleList(
-            nn.Sequential(nn.Linear(student_dim, teacher_dim), nn.GELU()) for group in groups for _ in group
-        )
-    projections = nn.ModuleList()
-    for group in groups:
-        linear = nn.Linear(student_dim, teacher_dim)
-        nn.init.eye_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        projections.extend([linear] * len(group))
-    return projections
-
-
-def check_pair(teacher: Wav2Vec2Model, student: Wav2Vec2Model, layers: list[int], mode: str) -> None:
-    """Check that the student can learn these layers of the teacher.
-
-    Raises:
-        UserError: a layer that a model does not have, or models with different frames.
-    """
-    for name, model, needed in (("teacher", teacher, True), ("student", student, mode == "layer2layer")):
-        num_layers = len(model.encoder.transformer.layers)
-        if needed and max(layers) > num_layers:
-            raise UserError(
-                f"--distill_layers: layer {max(layers)} is wanted, but the {name} has {num_layers} layers; "
-                f"give layers between 0 and {num_layers}"
-            )
-    shapes = [[layer.shape[1:] for layer in model.feature_extractor.conv_layers] for model in (teacher, student)]
-    if shapes[0] != shapes[1]:
-        raise UserError(
-            f"--student_ckpt: its frames do not fit the teacher's: conv (kernel, stride) are {shapes[1]}, "
-            f"the teacher's {shapes[0]}; give a student with the teacher's frame rate"
-        )
-    if teacher.normalize_waveform != student.normalize_waveform:
-        raise UserError(
-            f"--student_ckpt: normalize_waveform is {student.normalize_waveform}, the teacher's "
-            f"{teacher.normalize_waveform}; give models that take the same input"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------
-
-
-class SpeechDataModule(pl.LightningDataModule):
-    """Batches of ``TSV_DIR/TRAIN_SUBSET.tsv`` and ``TSV_DIR/valid.tsv``, bucketed and cropped.
-
-    Manifests are read and batches are made here and now, so that bad input ends the run before any
-    model is built.
-
-    Args:
-        tsv_dir: where prepare_data.py wrote its manifests.
-        train_subset: name of the training manifest without ``.tsv``.
-        seconds_per_batch: audio of one batch of one process, before cropping to the shortest.
-        num_workers: loader processes.
-        min_seconds, max_seconds: utterances outside these lengths are left out.
-        max_crop_seconds: crop every utterance to at most this length; None means to the batch's shortest only.
-        seed: of the batches' order and the crops.
-        max_bad_files: audio files that may be bad, "1%" of the training manifest or a number.
-        use_pack: read samples from the pack beside the manifests if there is one (``prepare_data.py --pack``).
-
-    Raises:
-        UserError: see :func:`dataset.read_manifest`, :func:`dataset.make_batches` and :func:`dataset.check_files`.
-    """
-
-    def __init__(
-        self,
-        tsv_dir: str | os.PathLike,
-        train_subset: str,
-        seconds_per_batch: float,
-        num_workers: int,
-        min_seconds: float,
-        max_seconds: float,
-        max_crop_seconds: float | None,
-        seed: int,
-        max_bad_files: str = "1%",
-        use_pack: bool = True,
-    ) -> None:
-        super().__init__()
-        self.num_workers = num_workers
-        self.seed = seed
-        self.max_crop = None if max_crop_seconds is None else round(max_crop_seconds * SAMPLE_RATE)
-        self.manifests, self.batches = {}, {}
-        for subset in (train_subset, VALID_SUBSET):
-            manifest = read_manifest(Path(tsv_dir) / f"{subset}.tsv")
-            if use_pack:
-                manifest = packed.attach(manifest)
-            self.manifests[subset] = manifest
-            try:
-                self.batches[subset] = make_batches(
-                    manifest.lengths,
-                    num_buckets=NUM_BUCKETS,
-                    max_tokens=seconds_per_batch * SAMPLE_RATE,
-                    min_len=round(min_seconds * SAMPLE_RATE),
-                    max_len=round(max_seconds * SAMPLE_RATE),
-                    max_crop=self.max_crop,
-                    generator=torch.Generator().manual_seed(seed) if subset == train_subset else None,
-                )
-            except UserError as error:
-                raise UserError(f"{manifest.path}: {error}") from None
-        self.train_subset = train_subset
-        self.max_bad_files = parse_max_bad_files(max_bad_files, len(self.manifests[train_subset].paths))
-        bad_files: dict[str, str] = {}
-        for manifest in self.manifests.values():
-            bad_files |= check_files(manifest, self.max_bad_files)
-        if len(bad_files) > self.max_bad_files:
-            raise UserError(resilience.too_many_bad_files(bad_files, self.max_bad_files))
-
-    def sampler(self, subset: str, num_replicas: int, rank: int, accum_grad: int = 1) -> BatchSampler:
-        """The batches of one process; those of the training subset are shuffled and cropped at random."""
-        is_training = subset == self.train_subset
-        return BatchSampler(
-            self.manifests[subset].lengths,
-            self.batches[subset],
-            num_replicas=num_replicas,
-            rank=rank,
-            shuffle=is_training,
-            seed=self.seed,
-            # Validation on one process needs no batch twice to make the processes even.
-            drop_last=not is_training and num_replicas == 1,
-            max_crop=self.max_crop,
-            accum_grad=accum_grad,
-        )
-
-    def _loader(self, subset: str, sampler: BatchSampler | TrainingSampler) -> DataLoader:
-        # batch_size=None: the sampler's entries are whole batches already.
-        return DataLoader(
-            SpeechDataset(self.manifests[subset]),
-            sampler=sampler,
-            batch_size=None,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=resilience.ignore_stop_signals,
-            # Its own, so that the global one, which makes masks and dropout, does not depend on the loader.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-
-    def train_dataloader(self) -> DataLoader:
-        """All batches of the run that are left, one epoch after the other."""
-        trainer = self.trainer
-        accum_grad = trainer.accumulate_grad_batches
-        batches = self.sampler(self.train_subset, trainer.world_size, trainer.global_rank, accum_grad)
-        return self._loader(
-            self.train_subset,
-            TrainingSampler(batches, end=trainer.max_steps * accum_grad, start=trainer.global_step * accum_grad),
-        )
-
-    def val_dataloader(self) -> DataLoader:
-        return self._loader(VALID_SUBSET, self.sampler(VALID_SUBSET, self.trainer.world_size, self.trainer.global_rank))
-
-
-# ---------------------------------------------------------------------------------------------------
 # What distill.py and final_distill.py share
 # ---------------------------------------------------------------------------------------------------
 
@@ -612,7 +484,13 @@ def add_arguments(
     group = parser.add_argument_group("data")
     group.add_argument("--tsv_dir", required=True, type=Path, help="directory of the manifests from prepare_data.py")
     group.add_argument("--train_subset", default="train100", help="train on TSV_DIR/NAME.tsv")
-    group.add_argument("--seconds_per_batch", type=float, default=87.5, help="seconds of audio per batch and process")
+    group.add_argument(
+        "--seconds_per_batch",
+        type=seconds_or_auto,
+        default=87.5,
+        help="seconds of audio per batch and process; 'auto': as much as the memory holds, found by trial and recorded "
+        "in the run's checkpoints, which are continued with what was found",
+    )
     group.add_argument("--num_workers", type=int, default=1, help="data loading processes per training process")
     group.add_argument("--min_seconds", type=float, default=MIN_SECONDS, help="leave out shorter utterances")
     group.add_argument("--max_seconds", type=float, default=MAX_SECONDS, help="leave out longer utterances")
@@ -620,6 +498,13 @@ def add_arguments(
         "--max_crop_seconds",
         type=float,
         help="crop utterances to at most this length (default: only to the shortest of their batch)",
+    )
+    group.add_argument(
+        "--crop_lengths",
+        type=int,
+        help="crop to at most this many different lengths, chosen to lose the least audio, with equally many "
+        "utterances in all batches of a length (default: to the shortest utterance of each batch; with --compile: as "
+        "few lengths as lose less than 2%% of the audio)",
     )
     group.add_argument("--no_pack", action="store_true", help="read the audio files even if TSV_DIR has a packed copy")
     group.add_argument(
@@ -670,6 +555,18 @@ def add_arguments(
     )
     group.add_argument("--precision", choices=tuple(PRECISIONS), default="32")
     group.add_argument("--plain", action="store_true", help="take the plain paths: slower, the same numbers")
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile teacher, student and loss with torch.compile: the same numbers up to rounding, after some "
+        "minutes of compiling for each shape of batches (see --crop_lengths)",
+    )
+    group.add_argument(
+        "--checkpoint_activations",
+        action="store_true",
+        help="keep only the input of each of the student's layers and run the layer again for the backward pass: far "
+        "less memory, about a quarter more time, the same numbers",
+    )
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -678,8 +575,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UserError: names the option, what was found and what is expected.
     """
+    if args.seconds_per_batch != AUTO and not args.seconds_per_batch > 0:
+        raise UserError(f"--seconds_per_batch: expected a number above 0 or auto, found {args.seconds_per_batch}")
     for name in (
-        *("seconds_per_batch", "max_updates", "accum_grad", "log_interval", "num_nodes", "learning_rate"),
+        *("max_updates", "accum_grad", "log_interval", "num_nodes", "learning_rate"),
         "save_interval",
     ):
         if getattr(args, name) <= 0:
@@ -687,7 +586,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name in ("warmup_updates", "num_workers", "weight_decay", "clip_norm", "skip_nonfinite"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name}: expected 0 or more, found {getattr(args, name)}")
-    for name in ("valid_interval", "max_crop_seconds"):
+    for name in ("valid_interval", "max_crop_seconds", "crop_lengths"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name}: expected a number above 0, found {getattr(args, name)}")
     if args.warmup_updates > args.max_updates:
@@ -699,6 +598,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
     accelerator, _ = resolve_devices(args.accelerator, args.gpus)
     if args.precision == "16" and accelerator == "cpu":
         raise UserError("--precision 16 needs a GPU (its small gradients need a loss scaler); use 32 or bf16 on a CPU")
+    if args.compile:
+        if args.plain:
+            raise UserError("--compile and --plain: the plain paths are there to be read and compared with; give one")
+        compiling.check_compiler(accelerator)
 
 
 def resolve_devices(accelerator: str, gpus: int | None) -> tuple[str, int]:
@@ -770,7 +673,6 @@ def make_trainer(
     module: DistillModule,
     io: resilience.CheckpointIO,
     start: int,
-    batches_per_epoch: int,
 ) -> pl.Trainer:
     """The trainer of the shared flags.
 
@@ -780,7 +682,6 @@ def make_trainer(
         module: what is trained.
         io: writes the checkpoints.
         start: updates done before.
-        batches_per_epoch: of one process.
     """
     accelerator, devices = resolve_devices(args.accelerator, args.gpus)
     plugins: list[Any] = [io]
@@ -793,14 +694,18 @@ def make_trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=args.num_nodes,
-        strategy=DDPStrategy(gradient_as_bucket_view=True) if devices * args.num_nodes > 1 else "auto",
+        # No process needs another's buffers: they are constants.
+        strategy=DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+        if devices * args.num_nodes > 1
+        else "auto",
         precision=PRECISIONS[args.precision],
         max_steps=args.max_updates,
         max_epochs=-1,
         accumulate_grad_batches=args.accum_grad,
         gradient_clip_val=args.clip_norm or None,
-        # To Lightning the whole run is one epoch, which can be left and entered at any update.
-        val_check_interval=args.valid_interval or batches_per_epoch,
+        # To Lightning the whole run is one epoch, which can be left and entered at any update. use_batches sets the
+        # interval.
+        val_check_interval=args.valid_interval or 1,
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,  # the batch sampler deals to the ranks itself
         log_every_n_steps=args.log_interval,
@@ -856,7 +761,7 @@ def prepare(args: argparse.Namespace) -> Setup:
     data = SpeechDataModule(
         args.tsv_dir,
         args.train_subset,
-        args.seconds_per_batch,
+        None if args.seconds_per_batch == AUTO else args.seconds_per_batch,
         args.num_workers,
         args.min_seconds,
         args.max_seconds,
@@ -864,7 +769,10 @@ def prepare(args: argparse.Namespace) -> Setup:
         args.seed,
         args.max_bad_files,
         not args.no_pack,
+        AUTO if args.compile and args.crop_lengths is None else args.crop_lengths,
     )
+    if data.crop_lengths is not None and args.crop_lengths is None:
+        args.crop_lengths = len(data.crop_lengths)  # for the run's settings
     pl.seed_everything(args.seed, verbose=False)
     return Setup(data, ckpt.load_model(args.teacher_ckpt), layer_groups)
 
@@ -874,6 +782,7 @@ _NOT_SETTINGS = {
     *("tsv_dir", "train_subset", "teacher_ckpt", "student_ckpt", "gpus", "num_nodes", "accum_grad"),
     *("debug", "exp_dir", "resume_checkpoint", "save_interval", "log_interval", "valid_interval", "num_workers"),
     *("no_pack", "skip_nonfinite", "max_bad_files", "accelerator", "plain", "round_to"),
+    *("compile", "checkpoint_activations"),
 }
 
 
@@ -930,9 +839,14 @@ def train_student(
     )
     accelerator, devices = resolve_devices(args.accelerator, args.gpus)
     num_processes = devices * args.num_nodes
+    resumed = resilience.choose_checkpoint(args.resume_checkpoint, args.exp_dir)
+    if args.seconds_per_batch == AUTO and resumed is not None:
+        args.seconds_per_batch = recorded_seconds_per_batch(*resumed)
+        setup.data.fill_batches(args.seconds_per_batch)
     module.settings = run_settings(args, description, setup, num_processes)
     module.round_to = getattr(args, "round_to", None)
-    resumed = resilience.choose_checkpoint(args.resume_checkpoint, args.exp_dir)
+    module.compiles = args.compile
+    student.recompute_activations(args.checkpoint_activations)
     start = 0
     if resumed is not None:
         start = check_resumed(resumed, args, module)
@@ -943,19 +857,16 @@ def train_student(
     _quiet_lightning()
     if accelerator == "cpu" and not args.plain:
         keep_freed_memory()
-    batches_per_epoch = len(setup.data.sampler(args.train_subset, num_processes, 0, args.accum_grad))
     io = resilience.CheckpointIO(resumed)
     with resilience.StopRequest() as stop, plain_paths(args.plain), contextlib.ExitStack() as stack:
-        trainer = make_trainer(args, description, module, io, start, batches_per_epoch)
+        trainer = make_trainer(args, description, module, io, start)
         if trainer.is_global_zero:
             stack.enter_context(resilience.exclusive(args.exp_dir))
             num_params = [sum(p.numel() for p in model.parameters()) for model in (setup.teacher, student)]
-            batches = setup.data.batches[args.train_subset]
             print(
                 f"{description}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; layers "
-                f"{args.distill_layers}; {sum(map(len, batches))} utterances in {len(batches)} batches"
-                f"{', packed' if setup.data.manifests[args.train_subset].pack is not None else ''}; "
-                f"{num_processes} x {trainer.strategy.root_device.type}, precision {args.precision}",
+                f"{args.distill_layers}; {num_processes} x {trainer.strategy.root_device.type}, precision "
+                f"{args.precision}{', compiled' if args.compile else ''}",
                 flush=True,
             )
             if resumed is not None:
@@ -965,11 +876,21 @@ def train_student(
             io,
             stop,
             save_interval=args.save_interval,
-            updates_per_epoch=batches_per_epoch // args.accum_grad,
+            updates_per_epoch=1,  # use_batches sets it
             skip_nonfinite=args.skip_nonfinite,
             max_bad_files=setup.data.max_bad_files,
         )
         trainer.callbacks.append(module.watch)
+        if args.seconds_per_batch == AUTO:
+            trainer.callbacks.append(
+                FillMemory(
+                    setup.data.longest_crop,
+                    setup.data.train_seconds / (num_processes * args.accum_grad),
+                    lambda seconds: use_batches(args, description, setup.data, trainer, module, seconds),
+                )
+            )
+        else:
+            use_batches(args, description, setup.data, trainer, module)
         resumed_from = resumed[0] if resumed is not None else None
         with resilience.plain_failures(module.watch, resumed_from):
             if resumed is not None:
@@ -978,6 +899,65 @@ def train_student(
             trainer.fit(module, datamodule=setup.data, ckpt_path=resumed_from, weights_only=True)
     if trainer.is_global_zero:
         print(f"{description}: {trainer.global_step} updates done: {module.watch.path}")
+        about: dict[str, Any] = {"state_dict": {}, "global_step": trainer.global_step}
+        module.on_save_checkpoint(about)
+        report_stage(module.watch.path, {**about, "pytorch-lightning_version": pl.__version__})
+
+
+def use_batches(
+    args: argparse.Namespace,
+    description: str,
+    data: SpeechDataModule,
+    trainer: pl.Trainer,
+    module: DistillModule,
+    seconds_per_batch: float | None = None,
+) -> None:
+    """Tell those who must know how many batches there are, and the user what they are like.
+
+    Args:
+        args: the shared flags.
+        description: name of the stage.
+        data: of the run.
+        trainer, module: that count by epochs.
+        seconds_per_batch: what ``--seconds_per_batch auto`` has found; None where the batches are made already.
+    """
+    if seconds_per_batch is not None:
+        data.fill_batches(seconds_per_batch)
+        module.settings["seconds_per_batch"] = seconds_per_batch
+    per_epoch = len(data.sampler(args.train_subset, trainer.world_size, 0, args.accum_grad))
+    trainer.val_check_interval = args.valid_interval or per_epoch
+    module.watch.updates_per_epoch = per_epoch // args.accum_grad
+    if not trainer.is_global_zero:
+        return
+    batches = data.batches[args.train_subset]
+    words = [f"{sum(map(len, batches))} utterances in {len(batches)} batches"]
+    if seconds_per_batch is not None:
+        per_update = seconds_per_batch * trainer.world_size * args.accum_grad
+        words.append(f"--seconds_per_batch {seconds_per_batch:g} fills the memory, {per_update:g} s an update")
+    if data.crop_lengths is not None:
+        words.append(
+            f"--crop_lengths {len(data.crop_lengths)}: {data.num_shapes} shapes, {data.lost_share:.1%} of audio lost"
+        )
+    if data.manifests[args.train_subset].pack is not None:
+        words.append("packed")
+    print(f"{description}: {'; '.join(words)}", flush=True)
+
+
+def recorded_seconds_per_batch(path: Path, contents: dict[str, Any]) -> float:
+    """What ``--seconds_per_batch auto`` of the run that a checkpoint is of has found.
+
+    Raises:
+        UserError: it is not recorded there.
+    """
+    recorded: Any = contents
+    for name in ("distillation", "settings", "seconds_per_batch"):
+        recorded = recorded.get(name) if isinstance(recorded, dict) else None
+    if not (isinstance(recorded, float) and 0 < recorded < math.inf):
+        raise UserError(
+            f"{path}: seconds_per_batch is {recorded!r} in its settings, expected the number that this run was made "
+            "with; give a number instead of --seconds_per_batch auto"
+        )
+    return recorded
 
 
 def check_resumed(resumed: tuple[Path, dict[str, Any]], args: argparse.Namespace, module: DistillModule) -> int:

@@ -404,7 +404,7 @@ class Watch(pl.Callback):
         self._io = io
         self._stop = stop
         self._save_interval = save_interval
-        self._updates_per_epoch = updates_per_epoch
+        self.updates_per_epoch = updates_per_epoch
         self._skip_nonfinite = skip_nonfinite
         self._max_bad_files = max_bad_files
         self.skipped = 0
@@ -441,7 +441,7 @@ class Watch(pl.Callback):
         # Not at the end of the batch before: its row of the log is written in between.
         if self._agreed_signal:
             self._leave(trainer)
-        pl_module.log("epoch", float(trainer.global_step // self._updates_per_epoch))
+        pl_module.log("epoch", float(trainer.global_step // self.updates_per_epoch))
         self._note_files(batch)
         if isinstance(batch, Batch):
             self._update_files += batch.paths
@@ -546,7 +546,7 @@ class Watch(pl.Callback):
         is_due = (
             self._agreed_signal
             or trainer.global_step % self._save_interval == 0
-            or trainer.global_step % self._updates_per_epoch == 0
+            or trainer.global_step % self.updates_per_epoch == 0
             or trainer.global_step == trainer.max_steps
         )
         # A run continued from before a validation would not make up for it.
@@ -560,7 +560,7 @@ class Watch(pl.Callback):
             self._save(trainer)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.log("epoch", float(max(trainer.global_step - 1, 0) // self._updates_per_epoch))
+        pl_module.log("epoch", float(max(trainer.global_step - 1, 0) // self.updates_per_epoch))
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)

@@ -6,15 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.profilers import Profiler
-from torch.utils.flop_counter import FlopCounterMode
 
+from compiling import num_compiled_graphs
 from dataset import SAMPLE_RATE, Batch
-from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
-from wav2vec2.paths import plain_paths
 
 # Dense matrix products, 1e12 operations a second, from the makers' data sheets: (16 bit, 32 bit without TF32). The
 # first name that is part of the device's is taken.
@@ -42,6 +39,7 @@ COLUMNS = (
     "tflops_per_second",
     "share_of_peak",
     "peak_memory_gb",
+    "compiled_graphs",
 )
 
 
@@ -51,23 +49,6 @@ def peak_flops(device_name: str, precision: str) -> float | None:
         if name in device_name:
             return 1e12 * (single if precision == "32" else half)
     return None
-
-
-def forward_flops(model: Wav2Vec2Model, num_layers: int) -> Callable[[int], float]:
-    """Operations of the first ``num_layers`` layers' forward pass over one waveform, by its samples.
-
-    Counted by torch on the meta device for three lengths: attention makes it a quadratic function of the length.
-    """
-    with torch.device("meta"):
-        abstract = wav2vec2_model(**model.config).eval()
-    seconds = np.array([2, 8, 16])
-    counts = []
-    for length in seconds * SAMPLE_RATE:
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_paths():
-            abstract.extract_features(torch.empty(1, int(length), device="meta"), num_layers=max(num_layers, 1))
-        counts.append(counter.get_total_flops())
-    polynomial = np.poly1d(np.polyfit(seconds, counts, 2))
-    return lambda num_samples: float(polynomial(num_samples / SAMPLE_RATE))
 
 
 class FetchTimer(Profiler):
@@ -93,7 +74,8 @@ class Throughput(pl.Callback):
 
     ``data_wait`` is the share of the time that training waited for a batch; ``tflops_per_second`` counts the teacher's
     forward pass once and the student's three times (its backward pass is about two); ``share_of_peak`` is that of the
-    device's data sheet, and missing for devices that are not in :data:`PEAK_TFLOPS`. Validation is left out.
+    device's data sheet, and missing for devices that are not in :data:`PEAK_TFLOPS`; ``compiled_graphs`` (with
+    ``--compile``) ends its rise when no shape of batches is new. Validation is left out.
 
     Args:
         timer: the trainer's profiler.
@@ -148,5 +130,7 @@ class Throughput(pl.Callback):
         else:
             unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
             values["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        if pl_module.compiles:
+            values["compiled_graphs"] = num_compiled_graphs()
         pl_module.log_dict({name: float(value) for name, value in values.items()})
         self._restart(trainer.global_step)

@@ -94,6 +94,39 @@ def bench_update(args: argparse.Namespace) -> list[Result]:
     return results
 
 
+def masked_copy(teacher: Wav2Vec2Model) -> Wav2Vec2Model:
+    """A student that starts as its teacher, with masks on :data:`UNITS`."""
+    student = wav2vec2_model(**with_masks(teacher.config, UNITS))
+    masks = {key: value for key, value in student.state_dict().items() if key.endswith("log_alpha")}
+    student.load_state_dict({**masks, **teacher.state_dict()})
+    return student
+
+
+def distill_module(
+    teacher: Wav2Vec2Model, student: Wav2Vec2Model, groups: list[list[int]], use_reg: bool
+) -> DistillModule:
+    """What trains ``student`` with the published loss on the layers of ``groups``, without a log."""
+    width = teacher.config["encoder_embed_dim"]
+    module = DistillModule(
+        teacher_model=teacher,
+        student_model=student,
+        distill_mode="layer2layer",
+        distill_layers=[layer for group in groups for layer in group],
+        distill_linear_projs=make_projections("layer2layer", groups, width, width),
+        distill_loss=DistillLoss(0, 1, 1, "raw"),
+        learning_rate=2e-4,
+        weight_decay=0.0,
+        warmup_updates=10,
+        max_updates=100,
+        use_reg=use_reg,
+        reg_learning_rate=0.02,
+        target_sparsity=0.75,
+        sparsity_warmup_updates=10,
+    )
+    module._log_training = lambda values: None
+    return module
+
+
 class TimedUpdate:
     """Makes an update and says how long its parts took.
 
@@ -109,30 +142,8 @@ class TimedUpdate:
 
     def __init__(self, name: str, stage: str, waveforms: torch.Tensor, plain: bool, precision: str) -> None:
         teacher = TEACHERS[name]()
-        if stage == "joint":
-            student = wav2vec2_model(**with_masks(teacher.config, UNITS))
-            masks = {key: value for key, value in student.state_dict().items() if key.endswith("log_alpha")}
-            student.load_state_dict({**masks, **teacher.state_dict()})
-        else:
-            student = wav2vec2_model(**compressed_config(name))
-        width = teacher.config["encoder_embed_dim"]
-        self.module = DistillModule(
-            teacher_model=teacher,
-            student_model=student,
-            distill_mode="layer2layer",
-            distill_layers=[layer for group in DISTILLED for layer in group],
-            distill_linear_projs=make_projections("layer2layer", DISTILLED, width, width),
-            distill_loss=DistillLoss(0, 1, 1, "raw"),
-            learning_rate=2e-4,
-            weight_decay=0.0,
-            warmup_updates=10,
-            max_updates=100,
-            use_reg=stage == "joint",
-            reg_learning_rate=0.02,
-            target_sparsity=0.75,
-            sparsity_warmup_updates=10,
-        )
-        self.module._log_training = lambda values: None
+        student = masked_copy(teacher) if stage == "joint" else wav2vec2_model(**compressed_config(name))
+        self.module = distill_module(teacher, student, DISTILLED, use_reg=stage == "joint")
         self.plain, self.precision = plain, precision
         if not plain:
             teacher.fold_weight_norm()

@@ -54,13 +54,16 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def write_results(path: Path, results: list[Result]) -> None:
-    """Write one row a result, with what is needed to get it again, and print them."""
+def write_results(path: Path, results: list[Result], device: str | None = None) -> None:
+    """Write one row a result, with what is needed to get it again, and print them.
+
+    ``device`` is what was measured; None means the CPU.
+    """
     versions = {"torch": torch.__version__, "soundfile": soundfile.__version__, "python": platform.python_version()}
     surroundings = {
         "command": shlex.join(["python", *sys.argv]),
         "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
-        "device": cpu_name(),
+        "device": device or cpu_name(),
         "num_threads": torch.get_num_threads(),
     }
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:

@@ -376,6 +376,8 @@ ENTRY_POINTS: dict[str, Callable[[SimpleNamespace, Path], Command]] = {
         "convert_hubert_from_hf",
         ["--model", as_huggingface_model(hostile), "--out", files.out / "new.pth"],
     ),
+    "evaluate --teacher": lambda files, hostile: evaluate(files, hostile, files.final),
+    "evaluate --models": lambda files, hostile: evaluate(files, files.teacher, hostile),
     "report --teacher_ckpt": lambda files, hostile: report(files, teacher=hostile),
     "report --exp_dir (last.ckpt)": lambda files, hostile: report(files, last=hostile),
     "report --exp_dir (pruned model)": lambda files, hostile: report(files, pruned=hostile),
@@ -388,6 +390,13 @@ def as_huggingface_model(weights: Path) -> Path:
     for name in ("config.json", "preprocessor_config.json"):
         (weights.parent / name).write_bytes((FIXTURES / "hf" / "hubert_base" / name).read_bytes())
     return weights.parent
+
+
+def evaluate(files: SimpleNamespace, teacher: Path, model: Path) -> Command:
+    return "evaluate", [
+        *("--teacher", teacher, "--models", model, "--names", "model", "--tsv", files.tsv_dir / "valid.tsv"),
+        *("--distill_layers", "0.1,3", "--speed_seconds", 0.1, "--device", "cpu", "--out", files.out / "new.json"),
+    ]
 
 
 def report(files: SimpleNamespace, **hostile: Path) -> Command:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import REPOSITORY, load_as_others_do, run_command, run_script, save_small_model, small_run
 
-from lightning import SpeechDataModule
+from datamodule import SpeechDataModule
 from wav2vec2 import checkpoint
 
 MINI_HUBERT = REPOSITORY / "demo" / "mini-hubert"
@@ -155,7 +155,8 @@ def test_same_seed_same_weights(manifests, small_teacher, tmp_path, monkeypatch)
 def test_validation_counts_each_batch_once(manifests):
     """One process needs no topping up, which would weigh one batch twice in the validation loss."""
     data = SpeechDataModule(manifests, "train100", 4, 0, 2.0, 15.625, max_crop_seconds=None, seed=0)
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(world_size=1, global_rank=0, strategy=strategy)
     indices = [index for crop in data.val_dataloader().sampler for index in crop.indices]
     assert sorted(indices) == list(range(4))
 

@@ -1,0 +1,1 @@
+"""``make bench``, and the timing that evaluate.py shares with it."""

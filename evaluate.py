@@ -1,0 +1,203 @@
+"""Measure what models cost and what they know, side by side: a table, and JSON that evaluation/report.py draws from.
+
+  cost       parameters, multiplications, bytes, and time on this machine
+  fidelity   L1, cosine and CKA of the distilled layers with the teacher's (with --teacher and --tsv)
+  probes     linear classifiers on frozen features, a SUPERB in miniature (with --probes)
+
+  python evaluate.py --teacher pretrained/hubert-base-ls960.hf.pth \\
+      --models exp/hubert-base/ckpts/pruned_hubert_base.pth exp/hubert-base/final/ckpts/pruned_hubert_base.pth \\
+      --names pruned final --tsv data/librispeech/valid.tsv --distill_layers 0.4,8,12 \\
+      --probes probes/keywords.tsv --out results/evaluation.json --report exp/hubert-base
+
+A probe is a list of labelled audio files, separated by tabs, with the header "split path label": split is train or
+test, paths start from the list's folder. Everything but the times is the same in every run on the same machine.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import cli
+from dataset import MAX_SECONDS
+from evaluation.cost import UTTERANCE_SECONDS, cost, measure_speed, superb_seconds
+from evaluation.fidelity import HeldOutSpeech, Student, make_student, measure_fidelity, shared_min_samples
+from evaluation.probes import Probe, log_mel_statistics, probe_features, probe_model, probe_random_models, read_probe
+from evaluation.results import made_by, print_results, write_results
+from pairs import DISTILL_MODES, parse_distill_layers
+from wav2vec2.checkpoint import load_model
+from wav2vec2.errors import UserError
+from wav2vec2.model import Wav2Vec2Model
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--teacher", type=Path, help="the model that the others are compared with")
+    parser.add_argument("--models", type=Path, nargs="+", default=[], metavar="PTH", help="model files")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call --models (default: their file names)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="also draw DIR/report.html; if DIR is run.sh's exp_dir, with the run"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    group = parser.add_argument_group("speed")
+    group.add_argument("--speed_seconds", type=float, nargs="*", default=[1, 5, 15], help="lengths; none: no timing")
+    group.add_argument("--batch", type=int, nargs="+", default=[1], help="utterances per batch")
+    group.add_argument("--repetitions", type=int, default=5, help="runs of which the median counts")
+    group = parser.add_argument_group("fidelity")
+    group.add_argument("--tsv", type=Path, help="manifest of held-out speech, from prepare_data.py")
+    group.add_argument("--distill_layers", default="0.4,8,12", help="as in training")
+    group.add_argument("--distill_mode", choices=DISTILL_MODES, help="as in training (default: read from each file)")
+    group.add_argument("--max_seconds", type=float, default=MAX_SECONDS, help="leave out longer utterances")
+    group = parser.add_argument_group("probes")
+    group.add_argument("--probes", type=Path, nargs="+", default=[], metavar="TSV", help="lists of labelled clips")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each probe per seed")
+    group.add_argument("--no_controls", action="store_true", help="no probes of log-mel features and random weights")
+    return parser.parse_args()
+
+
+class Subject(NamedTuple):
+    """A model to measure."""
+
+    name: str
+    path: Path
+    is_teacher: bool
+    model: Wav2Vec2Model
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be and combinations that measure nothing.
+
+    Raises:
+        UserError: there is one.
+    """
+    if not args.models and not args.teacher:
+        raise UserError("--models: nothing to measure; give one or more model files, or --teacher")
+    if args.names and len(args.names) != len(args.models):
+        raise UserError(f"--names: {len(args.names)} names for {len(args.models)} models; give one each")
+    if args.tsv and not (args.teacher and args.models):
+        raise UserError("--tsv: fidelity compares --models with a --teacher; give both, or leave --tsv out")
+    for option, values, least in (
+        ("--speed_seconds", args.speed_seconds, 0.1),  # every published extractor makes frames of that
+        ("--batch", args.batch, 1),
+        ("--repetitions", [args.repetitions], 1),
+        ("--threads", [] if args.threads is None else [args.threads], 1),
+        ("--seeds", args.seeds, 0),
+    ):
+        if bad := [value for value in values if not least <= value < 2**31]:
+            raise UserError(f"{option} {bad[0]:g}: expected at least {least:g}")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds: expected every seed once, found {args.seeds}")
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """--device, or the GPU if there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU; give --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load_subjects(args: argparse.Namespace, device: torch.device) -> list[Subject]:
+    """The teacher, if there is one, and the models, ready to run.
+
+    Raises:
+        UserError: a file is no model, or two have one name.
+    """
+    paths = [*([args.teacher] if args.teacher else []), *args.models]
+    # Compressed models all have one file name: their folders tell them apart.
+    stems = [path.stem for path in paths]
+    names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
+    if args.names:
+        names[len(paths) - len(args.models) :] = args.names
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--names: two models are called {name}; give each its own name")
+    subjects = []
+    for name, path in zip(names, paths, strict=True):
+        model = load_model(path).eval().to(device)
+        model.fold_weight_norm()
+        subjects.append(Subject(name, path, bool(args.teacher) and not subjects, model))
+    return subjects
+
+
+def make_students(subjects: list[Subject], layers: list[int], mode: str | None) -> list[Student]:
+    """All subjects but the first, which is the teacher, with their projections."""
+    teacher, *others = subjects
+    return [make_student(each.name, each.path, each.model, teacher.model, layers, mode) for each in others]
+
+
+def read_probes(paths: list[Path]) -> list[Probe]:
+    """The probes, each with a name of its own.
+
+    Raises:
+        UserError: see :func:`evaluation.probes.read_probe`; or two have one name.
+    """
+    probes = [read_probe(path) for path in paths]
+    names = [probe.name for probe in probes]
+    for probe in probes:
+        if names.count(probe.name) > 1:
+            raise UserError(f"--probes: two lists are called {probe.name}; rename one of the files")
+    return probes
+
+
+def run_controls(probes: list[Probe], first: Subject, seeds: list[int], device: torch.device) -> dict[str, Any]:
+    """What the probes reach without a trained model."""
+    return {
+        "log-mel": probe_features(log_mel_statistics, probes, seeds),
+        "random weights": probe_random_models(first.model.config, probes, seeds, device),
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    check_arguments(args)
+    device = chosen_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    layers = [layer for group in parse_distill_layers(args.distill_layers) for layer in group]
+
+    # All input is read before anything is measured, so that what is wrong with it shows at once.
+    probes = read_probes(args.probes)
+    subjects = load_subjects(args, device)
+    models = [subject.model for subject in subjects]
+    speech = HeldOutSpeech(args.tsv, args.max_seconds, shared_min_samples(models)) if args.tsv else None
+    students = make_students(subjects, layers, args.distill_mode) if speech else []
+
+    speeds = measure_speed(models, args.speed_seconds, args.batch, args.repetitions, device)
+    compared = measure_fidelity(models[0], students, layers, speech) if speech else []
+    fidelity = {student.name: found for student, found in zip(students, compared, strict=True)}
+    entries = [
+        {
+            "name": subject.name,
+            "path": os.fspath(subject.path),
+            "is_teacher": subject.is_teacher,
+            "config": subject.model.config,
+            "cost": {**cost(subject.model, subject.path), "speed": speed},
+            "fidelity": {**fidelity[subject.name], "tsv": str(args.tsv)} if subject.name in fidelity else None,
+            "probes": probe_model(subject.model, subject.name, probes, args.seeds),
+        }
+        for subject, speed in zip(subjects, speeds, strict=True)
+    ]
+    has_controls = bool(probes) and not args.no_controls
+    results = {
+        "made_by": made_by(device, args.seeds),
+        "teacher": subjects[0].name if args.teacher else None,
+        "models": entries,
+        "controls": run_controls(probes, subjects[0], args.seeds, device) if has_controls else {},
+        "probes": {probe.name: probe.summary() for probe in probes},
+        "macs_counted_on": {"utterance_seconds": UTTERANCE_SECONDS, "superb_seconds": superb_seconds()},
+    }
+    write_results(args.out, results)
+    print_results(results)
+    print(f"\nwritten to {args.out}")
+    if args.report:
+        from evaluation.report import write_report  # matplotlib
+
+        is_experiment = (args.report / "ckpts").is_dir()
+        print(f"written to {write_report(args.report if is_experiment else None, results, args.report)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -1,0 +1,1 @@
+"""What a model costs and what it still knows: ``evaluate.py`` measures, ``evaluation/report.py`` draws."""
