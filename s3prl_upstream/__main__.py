@@ -1,0 +1,17 @@
+"""s3prl's run_downstream.py with this upstream in its list: ``python PATH/s3prl_upstream -u dphubert_local ...``."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+folder = Path(__file__).resolve().parent
+# Python puts this folder in sys.path; what is in it is a package, and nothing beside it is for s3prl to import.
+sys.path[0] = str(folder.parent)
+upstream = import_module(folder.name)
+del sys.path[0]
+
+if __name__ == "__main__":
+    upstream.register()
+    from s3prl.run_downstream import main
+
+    main()

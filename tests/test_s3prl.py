@@ -1,0 +1,316 @@
+"""The upstream for s3prl: its own contract without s3prl, then s3prl's interfaces where it is installed."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from helpers import REPOSITORY, random_model, random_waveforms, save_small_model, small_config
+from torch import Tensor
+
+from s3prl_upstream.hubconf import dphubert_local
+from wav2vec2 import checkpoint
+from wav2vec2.errors import UserError
+from wav2vec2.model import CONV_LAYERS, with_masks
+
+SOURCE = REPOSITORY / "s3prl_upstream"
+KINDS = [(family, size) for family in ("hubert", "wavlm") for size in ("base", "large")]
+NUM_LAYERS, EMBED_DIM = 3, 16
+
+
+@pytest.fixture(params=KINDS, ids="-".join)
+def pruned(request, tmp_path: Path) -> Path:
+    """A pruned model of each kind with the published strides, 320 samples a frame."""
+    layers = [[6, kernel, stride] for _, kernel, stride in CONV_LAYERS]
+    config = small_config(*request.param, extractor_conv_layer_config=layers, encoder_layer_drop=1.0)
+    model = random_model(with_masks(config, ("conv", "head", "interm", "attlayer")))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("log_alpha"):
+            drawn = 3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = drawn.abs() if len(drawn) == 1 else drawn
+    config = model.prune()
+    assert sum(config["encoder_ff_interm_features"]) < 3 * 20
+    path = tmp_path / "pruned.pth"
+    checkpoint.save(path, {"state_dict": model.state_dict(), "config": config})
+    return path
+
+
+def waveforms_of(*num_samples: int) -> list[Tensor]:
+    padded, lengths = random_waveforms(*num_samples)
+    return [row[:length] for row, length in zip(padded, lengths, strict=True)]
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def norm_sees_padding(path: Path) -> bool:
+    """Base models normalise the extractor's first layer over time, padding included."""
+    return checkpoint.read_model_file(path)["config"]["extractor_mode"] == "group_norm"
+
+
+@torch.no_grad()
+def test_hidden_states_are_the_models(pruned):
+    upstream, model = dphubert_local(pruned).eval(), checkpoint.load_model(pruned).eval()
+    padded, lengths = random_waveforms(8000, 3000, 5517)
+    found = upstream([row[:length] for row, length in zip(padded, lengths, strict=True)])
+    expected, frames = model.extract_features(padded, lengths)
+    assert len(found["hidden_states"]) == NUM_LAYERS + 1
+    assert found["last_hidden_state"] is found["hidden_states"][-1]
+    for ours, theirs in zip(found["hidden_states"], expected, strict=True):
+        for row, valid in enumerate(frames):
+            assert torch.equal(ours[row, :valid], theirs[row, :valid])
+            assert torch.equal(ours[row, valid:], ours[row, valid - 1].expand_as(ours[row, valid:]))
+    if model.encoder.transformer.layer_norm_first:  # the last layer is taken before the final LayerNorm
+        assert not torch.allclose(found["last_hidden_state"], model(padded, lengths)[0], atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_samples", [(8000, 3000, 5517), (6000, 6000), (4000, 400, 399, 1, 0)], ids=str)
+def test_utterances_do_not_depend_on_each_other(pruned, num_samples):
+    """Every frame of the batch is the one that the utterance has alone, and then its last one again."""
+    upstream = dphubert_local(pruned).eval()
+    wavs = waveforms_of(*num_samples)
+    batch = upstream(wavs)["hidden_states"]
+    for row, wav in enumerate(wavs):
+        for together, alone in zip(batch, upstream([wav])["hidden_states"], strict=True):
+            frames = max((len(wav) - 400) // 320 + 1, 1)
+            assert alone.shape == (1, frames, EMBED_DIM) and together.isfinite().all()
+            if row == 0 or not norm_sees_padding(pruned):
+                assert_close(together[row, :frames], alone[0])
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(CONV_LAYERS, 320), ([[5, 10, 5], [5, 3, 2], [5, 2, 2]], 20)])
+def test_downsample_rate_is_that_of_the_strides(layers, expected, tmp_path):
+    layers = [[4, kernel, stride] for _, kernel, stride in layers]
+    path = save_small_model(tmp_path / "teacher.pth", "hubert", "base", extractor_conv_layer_config=layers)
+    upstream = dphubert_local(path)
+    assert upstream.get_downsample_rates("hidden_states") == expected
+    frames = upstream(waveforms_of(16000))["hidden_states"][0].size(1)
+    assert abs(frames - 16000 / expected) < 5  # s3prl's tolerance
+
+
+def test_fine_tuning(tmp_path):
+    """In training mode dropout acts, layer drop does not, and all but the extractor learns."""
+    path = save_small_model(tmp_path / "teacher.pth", "wavlm", "base", encoder_layer_drop=1.0)
+    upstream, wavs = dphubert_local(path).train(), waveforms_of(4000, 3000)
+    first, second = (upstream(wavs)["hidden_states"] for _ in range(2))
+    assert len(first) == NUM_LAYERS + 1
+    assert not torch.equal(first[-1], second[-1])
+    assert not torch.allclose(first[-1], first[0], atol=0.1)
+    sum(x.square().mean() for x in first[1:]).backward()
+    learning = {name for name, p in upstream.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    named = {name for name, _ in upstream.named_parameters() if not name.startswith("model.feature_extractor.")}
+    assert {name for name in named - learning if not name.endswith("k_proj.bias")} == set()  # softmax ignores that one
+    assert learning <= named
+
+
+def test_input_that_cannot_be(tmp_path):
+    with pytest.raises(UserError, match=r"none\.pth: no such file"):
+        dphubert_local(tmp_path / "none.pth")
+    path = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
+    with pytest.raises(ValueError, match="leave -g out"):
+        dphubert_local(path, model_config="config.yaml")
+    with pytest.raises(TypeError, match="layer"):
+        dphubert_local(path, layer=3)
+
+
+def test_torch_hub(tmp_path):
+    path = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
+    upstream = torch.hub.load(str(SOURCE), "dphubert_local", ckpt=str(path), source="local")
+    assert len(upstream(waveforms_of(4000))["hidden_states"]) == NUM_LAYERS + 1
+
+
+# A package like s3prl's: folders of upstreams, one of which is called wav2vec2, and a hub that collects their names.
+PACKAGE = {
+    "toolkit/__init__.py": "",
+    "toolkit/upstream/__init__.py": "",
+    "toolkit/upstream/wav2vec2/__init__.py": "",
+    "toolkit/hub.py": "from toolkit.upstream.dphubert.hubconf import *\n",
+}
+USE = """
+import sys
+import torch, toolkit.hub, toolkit.upstream.wav2vec2
+before = list(sys.path)
+upstream = toolkit.hub.dphubert_local(ckpt=sys.argv[1], model_config=None, refresh=False).eval()
+print(len(upstream([torch.zeros(4000), torch.zeros(3000)])["hidden_states"]))
+assert sys.path == before
+"""
+
+
+@pytest.fixture
+def use_package(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a program that takes the upstream out of such a package; ``install`` is called on its folder first."""
+
+    def use(install: Callable[[Path], None], program: str = USE) -> subprocess.CompletedProcess:
+        for name, text in PACKAGE.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        install(tmp_path / "toolkit" / "upstream" / "dphubert")
+        path = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
+        return subprocess.run([sys.executable, "-c", program, path], cwd=tmp_path, capture_output=True, text=True)
+
+    return use
+
+
+def test_link_in_another_package(use_package):
+    result = use_package(lambda folder: folder.symlink_to(SOURCE))
+    assert (result.returncode, result.stdout) == (0, f"{NUM_LAYERS + 1}\n"), result.stderr
+
+
+def copy(folder: Path) -> None:
+    shutil.copytree(SOURCE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def test_copy_with_the_installed_package(use_package, tmp_path):
+    """As after ``pip install .``: wav2vec2/ and hardconcrete.py are importable, the repository is not there."""
+    shutil.copytree(REPOSITORY / "wav2vec2", tmp_path / "wav2vec2", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "hardconcrete.py", tmp_path)
+    result = use_package(copy)
+    assert (result.returncode, result.stdout) == (0, f"{NUM_LAYERS + 1}\n"), result.stderr
+
+
+def test_copy_without_the_package(use_package, tmp_path):
+    """Nothing of that name, and another package of that name."""
+    (tmp_path / "other" / "wav2vec2").mkdir(parents=True)
+    (tmp_path / "other" / "wav2vec2" / "__init__.py").touch()
+    result = use_package(
+        copy,
+        "import sys, toolkit.hub\n"
+        "for place in ('nowhere', 'other'):\n"
+        "    sys.path.insert(0, place)\n"
+        "    try:\n"
+        "        toolkit.hub.dphubert_local(sys.argv[1])\n"
+        "    except ImportError as error:\n"
+        "        print(error)\n",
+    )
+    assert result.returncode == 0, result.stderr
+    nothing, another = result.stdout.splitlines()
+    assert "pip install /path/to/the/repository" in nothing and "is another one" not in nothing
+    assert "pip install /path/to/the/repository" in another and "other/wav2vec2'] is another one" in another
+
+
+def test_run_downstream_knows_the_name(tmp_path):
+    """``python PATH/s3prl_upstream ARGS`` is s3prl's run_downstream.py with one name more."""
+    package = tmp_path / "s3prl"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "hub.py").write_text("")
+    (package / "run_downstream.py").write_text(
+        "import sys\nfrom s3prl import hub\n"
+        "def main():\n"
+        "    hidden_states = getattr(hub, sys.argv[1])(ckpt=sys.argv[2])([__import__('torch').zeros(4000)])\n"
+        "    print(len(hidden_states['hidden_states']))\n"
+        "    assert not [p for p in sys.path if 's3prl_upstream' in p]\n"
+    )
+    path = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
+    result = subprocess.run(
+        [sys.executable, SOURCE, "dphubert_local", path],
+        cwd="/",
+        env={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (0, f"{NUM_LAYERS + 1}\n"), result.stderr
+
+
+# From here on with s3prl itself.
+
+
+@pytest.fixture
+def s3prl(monkeypatch) -> SimpleNamespace:
+    """s3prl's hub with our upstream in it, and its two interfaces.
+
+    torchaudio 2.11 no longer has two names that s3prl 0.4.18 imports and that nothing here calls; they are given to it
+    in memory.
+    """
+    torchaudio = pytest.importorskip("torchaudio")
+    if not hasattr(torchaudio, "set_audio_backend"):
+        effects = ModuleType("torchaudio.sox_effects")
+        effects.apply_effects_tensor = effects.apply_effects_file = None
+        monkeypatch.setitem(sys.modules, "torchaudio.sox_effects", effects)
+        monkeypatch.setattr(torchaudio, "sox_effects", effects, raising=False)
+        monkeypatch.setattr(torchaudio, "set_audio_backend", lambda name: None, raising=False)
+    pytest.importorskip("s3prl", reason="s3prl is not installed: pip install -r requirements-s3prl.txt")
+    import s3prl.hub
+    import s3prl.nn
+    import s3prl.upstream.interfaces
+
+    import s3prl_upstream
+
+    s3prl_upstream.register()
+    return SimpleNamespace(hub=s3prl.hub, nn=s3prl.nn, interfaces=s3prl.upstream.interfaces)
+
+
+@torch.no_grad()
+def test_s3prl_upstream(s3prl, pruned):
+    """s3prl's present interface: lengths, sizes, rates, and no utterance that depends on the others."""
+    assert "dphubert_local" in s3prl.nn.S3PRLUpstream.available_names()
+    upstream = s3prl.nn.S3PRLUpstream("dphubert_local", path_or_url=pruned).eval()
+    assert upstream.num_layers == NUM_LAYERS + 1
+    assert upstream.hidden_sizes == [EMBED_DIM] * upstream.num_layers
+    assert upstream.downsample_rates == [320] * upstream.num_layers
+    wavs, lengths = random_waveforms(9000, 3000, 5519, 700)
+    hidden_states, frames = upstream(wavs, lengths)
+    assert all(torch.equal(f, (lengths - 1) // 320 + 1) for f in frames)
+    for row, length in enumerate(lengths):
+        alone, _ = upstream(wavs[row : row + 1, :length].clone(), lengths[row : row + 1])
+        for together, one, f in zip(hidden_states, alone, frames, strict=True):
+            # s3prl itself pads what is shorter than 0.05 s, when it is alone.
+            if row == 0 or (length >= 800 and not norm_sees_padding(pruned)):
+                assert_close(together[row, : f[row]], one[0])
+    features, feature_frames = s3prl.nn.Featurizer(upstream)(hidden_states, frames)
+    assert_close(features, torch.stack(hidden_states).mean(0))
+    assert torch.equal(feature_frames, frames[0])
+
+
+def test_runner_featurizer(s3prl, pruned):
+    """The interface of run_downstream.py: the frames that it takes, and a probe and layer weights trained on them."""
+    upstream = s3prl.hub.dphubert_local(ckpt=pruned, model_config=None, refresh=False)
+    featurizer = s3prl.interfaces.Featurizer(upstream, upstream_device="cpu")
+    assert (featurizer.output_dim, featurizer.downsample_rate) == (EMBED_DIM, 320)
+    wavs = waveforms_of(*range(3000, 9000, 700))
+    with torch.no_grad():
+        hidden_states = upstream.eval()(wavs)
+    labels = torch.arange(len(wavs)) % 2
+    probe = torch.nn.Linear(EMBED_DIM, 2)
+    optimizer = torch.optim.Adam([*featurizer.parameters(), *probe.parameters()], lr=0.01)
+    losses = []
+    for _ in range(20):
+        features = featurizer(wavs, hidden_states)
+        longest = hidden_states["hidden_states"][0].size(1)
+        assert [len(f) for f in features] == [min(round(len(wav) / 320), longest) for wav in wavs]
+        loss = torch.nn.functional.cross_entropy(probe(torch.stack([f.mean(0) for f in features])), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert featurizer.weights.grad.abs().min() > 0
+
+
+def test_fine_tuning_in_s3prl(s3prl, tmp_path):
+    path = save_small_model(tmp_path / "teacher.pth", "hubert", "large", encoder_layer_drop=1.0)
+    upstream = s3prl.nn.S3PRLUpstream("dphubert_local", path_or_url=path)
+    model = s3prl.nn.upstream.UpstreamDownstreamModel(
+        upstream, s3prl.nn.Featurizer(upstream), lambda x, frames: x.mean(), upstream_trainable=True
+    )
+    model.train()(*random_waveforms(4000, 3000)).backward()
+    assert sum(p.grad is not None for p in upstream.parameters()) > 40
+
+
+def test_tasks_of_the_readme(s3prl):
+    """The commands name every task of SUPERB, and downstreams that s3prl has."""
+    readme = (SOURCE / "README.md").read_text()
+    names = set(re.findall(r"-m \w+ .*-d (\w+)", readme))
+    assert {"speech_commands", "fluent_commands", "ctc", "asr", "emotion", "quesst14_dtw"} < names
+    assert {"voxceleb1", "sv_voxceleb1", "diarization"} < names
+    for name in names:
+        assert (Path(s3prl.hub.__file__).parent / "downstream" / name / "expert.py").is_file(), name
