@@ -13,7 +13,7 @@ RELIABILITY_TESTS := $(addprefix tests/test_,resume.py processes.py trouble.py b
 demo: $(VENV)/installed $(VENV)/installed-demo
 	PYTHON=$(BIN)/python bash demo/run.sh
 
-test: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev lint
+test: $(VENV)/installed $(addprefix $(VENV)/installed-,demo dev export s3prl) lint
 	$(BIN)/python -m pytest -q
 
 test-slurm: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev

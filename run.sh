@@ -40,6 +40,7 @@ defaults=(
     min_seconds=2.0
     max_seconds=15.625
     max_crop_seconds=
+    crop_lengths=
     distill_layers=0.4,8,12
     distill_mode=layer2layer
     l2_weight=0
@@ -63,6 +64,9 @@ defaults=(
     num_nodes="${SLURM_NNODES:-1}"
     accum_grad=1
     precision=16
+    compile=false
+    checkpoint_activations=false
+    round_to=
     log_interval=50
     valid_interval=
     save_interval=500
@@ -124,7 +128,12 @@ shared=(
     --max_bad_files "$max_bad_files" --resume_checkpoint auto
 )
 [[ -n $max_crop_seconds ]] && shared+=(--max_crop_seconds "$max_crop_seconds")
+[[ -n $crop_lengths ]] && shared+=(--crop_lengths "$crop_lengths")
 [[ -n $valid_interval ]] && shared+=(--valid_interval "$valid_interval")
+for name in compile checkpoint_activations; do
+    [[ ${!name} =~ ^(true|false)$ ]] || fail "$name: expected true or false, found: ${!name}"
+    [[ ${!name} == true ]] && shared+=("--$name")
+done
 
 # What SLURM 22.05 does (measured with tests/slurm/cluster.sh). The warning before the time limit, and `scancel
 # --signal=USR1`, reach the processes of srun alone. The end of a job (time limit, scancel, scontrol requeue, preemption
@@ -203,7 +212,7 @@ stage() {
 stage distill "${launcher[@]}" "$python" distill.py "${shared[@]}" \
     --student_ckpt "$teacher_ckpt" --exp_dir "$exp_dir" --pruning_units "$pruning_units" \
     --target_sparsity "$target_sparsity" --reg_learning_rate "$reg_learning_rate" \
-    --sparsity_warmup_updates "$sparsity_warmup_updates" \
+    --sparsity_warmup_updates "$sparsity_warmup_updates" ${round_to:+--round_to "$round_to"} \
     --learning_rate "$learning_rate" --warmup_updates "$warmup_updates" --max_updates "$max_updates"
 
 stage prune "$python" prune.py --distilled_ckpt "$exp_dir/ckpts/last.ckpt" --original_ckpt "$teacher_ckpt"

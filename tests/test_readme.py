@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import random_model, small_config
+import soundfile
+from helpers import random_model, random_waveforms, small_config
 
 from wav2vec2 import checkpoint
 
@@ -44,7 +45,7 @@ def starting_with(*first: str) -> list[list[str]]:
 @pytest.mark.parametrize("command", starting_with("python"), ids=lambda command: " ".join(command)[:60])
 def test_script_flags(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", command[1:])
-    script = importlib.import_module(command[1].removesuffix(".py"))
+    script = importlib.import_module(command[1].removesuffix(".py").replace("/", "."))
     script.parse_args()
 
 
@@ -78,20 +79,32 @@ def test_every_command_is_covered():
 
 
 def test_paths_exist():
-    for path in re.findall(r"`((?:conf|demo|tests|benchmarks|wav2vec2)/[\w./-]*|[\w-]+\.(?:py|sh))`", README):
+    folders = "conf|demo|tests|benchmarks|wav2vec2|evaluation|examples|s3prl_upstream|docs"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*|[\w-]+\.(?:py|sh))`", README):
         assert (REPOSITORY / path).exists() or (REPOSITORY / "wav2vec2" / path).exists(), path
 
 
-def test_loading_code(tmp_path, monkeypatch):
-    """The loading block, in a process that has torch, wav2vec2/ and hardconcrete.py alone."""
-    (code,) = blocks("python")
-    path = re.search(r'torch\.load\("(.*?)"', code).group(1)
+@pytest.mark.parametrize(
+    ("number", "blocked", "check"),
+    [
+        (0, [], "len(features) == 4 and [x.ndim for x in last] == [2, 2] and last[0].equal(features[-1])"),
+        (1, ["soundfile"], "len(hidden_states) == 4 and frames.tolist()[0] == hidden_states[0].shape[1]"),
+    ],
+    ids=["wav2vec2.load", "plain PyTorch"],
+)
+def test_loading_code(number, blocked, check, tmp_path):
+    """The blocks that load a model, in a process that has torch, wav2vec2/ and hardconcrete.py alone."""
+    code = blocks("python")[number]
+    path = re.search(r'load\("(.*?)"', code).group(1)
     model = random_model(small_config("hubert"))
     checkpoint.save(tmp_path / path, {"state_dict": model.state_dict(), "config": model.config})
     shutil.copytree(REPOSITORY / "wav2vec2", tmp_path / "wav2vec2")
     shutil.copy(REPOSITORY / "hardconcrete.py", tmp_path)
-    blocked = "import sys\nfor name in ('torchaudio', 'transformers', 'pytorch_lightning', 'soundfile', 'tqdm'):\n"
-    check = "\nassert len(hidden_states) == 4 and frames.tolist()[0] == hidden_states[0].shape[1]\n"
+    for name, num_samples in (("talk.flac", 8000), ("a.flac", 8000), ("b.wav", 5000)):
+        soundfile.write(tmp_path / name, random_waveforms(num_samples)[0][0].clamp(-1, 1).numpy(), 16000)
+    names = ["torchaudio", "transformers", "pytorch_lightning", "tqdm", "safetensors", "huggingface_hub", *blocked]
+    blocked = f"import sys\nfor name in {names}:\n"
+    check = f"\nassert {check}\n"
     result = subprocess.run(
         [sys.executable, "-c", f"{blocked}    sys.modules[name] = None\n{code}{check}"],
         cwd=tmp_path,

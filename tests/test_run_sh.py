@@ -39,6 +39,18 @@ def test_defaults_are_the_published_experiment(monkeypatch):
             assert command[command.index(f"--{name}") + 1] == value, name
 
 
+def test_switches_and_optional_settings():
+    plain, chosen = (
+        run_command("bash", "run.sh", "--print", **settings).stdout.splitlines()
+        for settings in ({}, {"compile": "true", "checkpoint_activations": "true", "crop_lengths": 8, "round_to": 16})
+    )
+    for stage, words in ((0, "--round_to 16"), (0, "--crop_lengths 8"), (2, "--compile"), (2, "--crop_lengths 8")):
+        assert words in chosen[stage].replace("'", "") and words.split()[0] not in plain[stage], (stage, words)
+    assert all("--checkpoint_activations" in chosen[stage] for stage in (0, 2)) and "--round_to" not in chosen[2]
+    result = run_command("bash", "run.sh", "--print", compile="yes")
+    assert result.returncode == 1 and "compile: expected true or false, found: yes" in result.stderr
+
+
 def test_run_sh_stops_at_the_first_failure(tmp_path):
     result = run_command(
         "bash",
