@@ -39,14 +39,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from wav2vec2.errors import UserError, shown
-from wav2vec2.utils.audio import SAMPLE_RATE, decode, num_samples_at_16k, open_audio, seeks_exactly
+from wav2vec2.utils.audio import (
+    SAMPLE_RATE,
+    decode,
+    num_samples_at_16k,
+    open_audio,
+    seeks_exactly,
+)
 
 if TYPE_CHECKING:
     from packed import Pack
-
-# The published limits for an utterance to be trained on: 32,000 to 250,000 samples.
-MIN_SECONDS = 2.0
-MAX_SECONDS = 15.625
 
 # Crop lengths are sought in steps of 8 of the published extractors' frames (320 samples each, and 80 more for the first
 # one's window): tensor cores and fused attention like that.

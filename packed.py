@@ -40,8 +40,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import AudioError, Manifest, Names, load_audio
-from wav2vec2.checkpoint import atomic_path
 from wav2vec2.errors import UserError, shown
+from wav2vec2.utils.files import atomic_path
 
 FOLDER = "packed"
 INDEX = "index.bin"

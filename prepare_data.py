@@ -23,21 +23,31 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from soundfile import LibsndfileError, SoundFile
 from tqdm import tqdm
 
 import cli
-import packed
-from dataset import MAX_SECONDS, MIN_SECONDS
-from wav2vec2.checkpoint import atomic_path
 from wav2vec2.errors import UserError
-from wav2vec2.utils.audio import SAMPLE_RATE, UNKNOWN_LENGTH, num_samples_at_16k, open_audio, seeks_exactly
+from wav2vec2.utils.audio import (
+    MAX_SECONDS,
+    MIN_SECONDS,
+    SAMPLE_RATE,
+    UNKNOWN_LENGTH,
+    num_samples_at_16k,
+    open_audio,
+    seeks_exactly,
+)
+from wav2vec2.utils.files import atomic_path
+
+if TYPE_CHECKING:
+    from packed import Writer
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
 LIBRISPEECH_SPLITS = {"train100": ["train-clean-100"], "train960": ["train-*"], "valid": ["dev-*"]}
@@ -45,6 +55,7 @@ DEFAULT_VALID_FRACTION = 0.05
 REJECTED = "rejected"
 LINE_BREAK = re.compile(r"[\r\n]")  # either would end a manifest's row
 NOT_FINITE = "NaN or infinite samples"
+PACKED = "packed"  # packed.FOLDER; that module needs torch, and is imported only where there is a pack
 
 FolderPatterns = dict[str, list[str]]  # split name to its folders
 Splits = dict[str, list[str]]  # split name to its files
@@ -292,7 +303,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{len(found) - len(chosen)} of {len(found)} files are in no split")
 
     counts = dict(zip(chosen, count_all(root, chosen, args.num_workers), strict=True))
-    with packed.writing(out / packed.FOLDER) if args.pack else nullcontext() as pack:
+    with packing(out / PACKED) if args.pack else nullcontext() as pack:
         lengths = {path: length for path, (length, reason) in counts.items() if not reason}
         if pack and lengths:
             rejected = pack.add(root, lengths, args.num_workers)
@@ -313,9 +324,25 @@ def main(args: argparse.Namespace) -> None:
         lengths = [counts[path][0] for path in paths]
         write_lines(out / f"{name}.tsv", [root, *map("{}\t{}".format, paths, lengths)])
         print(describe(name, lengths))
-    print(f"written to {out}: " + ", ".join([f"{name}.tsv" for name in splits] + [packed.FOLDER] * args.pack))
-    if not args.pack and packed.is_there(out / packed.FOLDER):
-        print(f"{out / packed.FOLDER} is of an earlier run, and training reads it: remove it, or give --pack")
+    print(f"written to {out}: " + ", ".join([f"{name}.tsv" for name in splits] + [PACKED] * args.pack))
+    if not args.pack and holds_pack(out / PACKED):
+        print(f"{out / PACKED} is of an earlier run, and training reads it: remove it, or give --pack")
+
+
+def packing(folder: Path) -> "AbstractContextManager[Writer]":
+    """See :func:`packed.writing`."""
+    import packed
+
+    return packed.writing(folder)
+
+
+def holds_pack(folder: Path) -> bool:
+    """See :func:`packed.is_there`."""
+    if not folder.is_dir():
+        return False
+    import packed
+
+    return packed.is_there(folder)
 
 
 def _folders_below(root: str) -> str:

@@ -37,6 +37,7 @@ from cli import AllProcessesError, Interrupted
 from dataset import Batch
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError, shown
+from wav2vec2.utils.files import atomic_path
 
 CHECKPOINTS = "ckpts"
 LAST_CHECKPOINT = "last.ckpt"
@@ -350,7 +351,7 @@ class ContinuedCSVLogger(CSVLogger):
                     rows = [
                         row for row in reader if (row.get("step") or "").isdecimal() and int(row["step"]) < self._start
                     ]
-                with ckpt.atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+                with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
                     writer = csv.DictWriter(file, columns)
                     writer.writeheader()
                     writer.writerows(rows)

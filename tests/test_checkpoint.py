@@ -13,6 +13,7 @@ from helpers import masks_of, random_model, small_config
 from wav2vec2 import checkpoint
 from wav2vec2.errors import UserError
 from wav2vec2.model import PRUNING_UNITS, with_masks
+from wav2vec2.utils import files
 
 FAMILIES = ["hubert", "wavlm"]
 
@@ -82,7 +83,7 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_interrupted_block_writes_nothing(error: type[BaseException], tmp_path: Path) -> None:
     """Also when the user stops it."""
-    with pytest.raises(error), checkpoint.atomic_path(tmp_path / "model.pth") as temporary:  # noqa: PT012
+    with pytest.raises(error), files.atomic_path(tmp_path / "model.pth") as temporary:  # noqa: PT012
         temporary.write_bytes(b"half")
         assert not (tmp_path / "model.pth").exists()
         raise error

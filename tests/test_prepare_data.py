@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 import cli
+import packed
 import prepare_data
 from dataset import SAMPLE_RATE, load_audio, read_manifest
 from prepare_data import LIBRISPEECH_SPLITS, count_samples, find_audio, hold_out, parse_splits, split_by_folder
@@ -303,3 +304,18 @@ def test_script_as_a_command(librispeech, tmp_path):
     )
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "error: --data nowhere: no such folder; give the folder of the corpus\n"
+
+
+def test_reading_headers_does_without_torch(tmp_path):
+    """Importing it takes seconds, longer than reading the headers of a small corpus."""
+    write_audio(tmp_path / "corpus" / "train" / "a.flac", 40_000)
+    write_audio(tmp_path / "corpus" / "valid" / "b.flac", 40_000)
+    arguments = ["prepare_data.py", "--data", "corpus", "--out", "out", "--splits", "train=train", "valid=valid"]
+    code = (
+        f"import sys\nsys.modules['torch'] = None\nsys.path.insert(0, {str(REPOSITORY)!r})\nsys.argv = {arguments}\n"
+        "import cli, prepare_data\ncli.run(prepare_data.main, prepare_data.parse_args())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert rows(tmp_path / "out" / "train.tsv") == {"train/a.flac": 40_000}
+    assert prepare_data.PACKED == packed.FOLDER

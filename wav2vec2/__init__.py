@@ -3,6 +3,18 @@
 ``load`` reads any model, ``extract`` and ``extract_iter`` give the features of audio: see :mod:`wav2vec2.inference`.
 """
 
-from .inference import extract, extract_iter, load
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .inference import extract, extract_iter, load
 
 __all__ = ["extract", "extract_iter", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is asked for: reading headers and printing --help should not wait for torch.
+    if name in __all__:
+        from . import inference
+
+        return getattr(inference, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

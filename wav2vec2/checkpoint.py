@@ -6,9 +6,7 @@ Files hold plain tensors, lists, tuples and numbers, so that they load with
 
 import math
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,33 +17,9 @@ from .components import published_name
 from .errors import UserError, printable, shown
 from .model import Wav2Vec2Model, wav2vec2_model, with_masks
 from .utils.archive import UnreadableFileError, read_archive
+from .utils.files import atomic_path
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` that becomes ``path`` if the block succeeds.
-
-    What stood at ``path`` stays until then; if the block fails, the temporary file is removed.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a checkpoint is shared as any output is
-        # The name must not reach the disk before the contents do, or a crash of the machine leaves an empty file.
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save(path: str | os.PathLike, contents: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import atomic_path, check_weights, expected_state
+from .checkpoint import check_weights, expected_state
 from .errors import UserError
 from .model import Wav2Vec2Model
-from .utils.files import one_line, read_json, read_safetensors
+from .utils.files import atomic_path, one_line, read_json, read_safetensors
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 

@@ -1,18 +1,20 @@
-"""From an audio file to samples at 16 kHz, mono; soundfile and torchaudio are imported when they are needed."""
+"""From an audio file to samples at 16 kHz, mono; torch, soundfile and torchaudio are imported when they are needed."""
 
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from ..errors import UserError
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
+    from torch import Tensor
 
 SAMPLE_RATE = 16_000
+
+# The published limits for an utterance to be trained on: 32,000 to 250,000 samples.
+MIN_SECONDS = 2.0
+MAX_SECONDS = 15.625
 
 # Seconds that read_audio decodes at once: what a file has beyond mono at 16 kHz never fills the memory.
 _BLOCK_SECONDS = 60
@@ -34,7 +36,7 @@ def open_audio(path: str | os.PathLike) -> "SoundFile":
     return SoundFile(os.fsencode(path))
 
 
-def decode(file: "SoundFile", offset: int = 0, num_samples: int | None = None) -> Tensor:
+def decode(file: "SoundFile", offset: int = 0, num_samples: int | None = None) -> "Tensor":
     """What an open file holds of the wanted range, (T,) at 16 kHz; shorter than asked if the file is."""
     if file.samplerate == SAMPLE_RATE and seeks_exactly(file):
         file.seek(min(offset, file.frames))
@@ -51,25 +53,28 @@ def seeks_exactly(file: "SoundFile") -> bool:
     return file.format != "MP3"
 
 
-def _read_mono(file: "SoundFile", num_frames: int) -> Tensor:
+def _read_mono(file: "SoundFile", num_frames: int) -> "Tensor":
     """The next ``num_frames`` of a file (-1: all), channels averaged: (T,) float32."""
+    import torch
+
     frames = file.read(num_frames, dtype="float32")
     # The mean over one channel would change nothing, in a tenth of the time that decoding takes.
     return torch.from_numpy(frames if frames.ndim == 1 else frames.mean(axis=1))
 
 
-def resample_to_16k(waveform: Tensor, sample_rate: int) -> Tensor:
+def resample_to_16k(waveform: "Tensor", sample_rate: int) -> "Tensor":
     """(T,) at ``sample_rate`` to (``num_samples_at_16k(T, sample_rate)``,) at 16 kHz."""
     if sample_rate == SAMPLE_RATE:
         return waveform
+    from torch.nn.functional import pad
     from torchaudio.functional import resample  # imported late: a corpus at 16 kHz does without torchaudio
 
     # torchaudio rounds the length in float32, which can lose the last sample; a few zeros more prevent it.
-    padded = torch.nn.functional.pad(waveform, (0, sample_rate // 100))
+    padded = pad(waveform, (0, sample_rate // 100))
     return resample(padded, sample_rate, SAMPLE_RATE)[: num_samples_at_16k(waveform.numel(), sample_rate)]
 
 
-def read_audio(path: str | os.PathLike) -> Tensor:
+def read_audio(path: str | os.PathLike) -> "Tensor":
     """Read a whole file, (T,) float32 at 16 kHz; several channels are averaged.
 
     Beside the samples themselves (0.23 GB an hour, twice for a moment) it takes a minute of audio as decoded.
@@ -97,15 +102,19 @@ def read_audio(path: str | os.PathLike) -> Tensor:
         raise UserError(f"{path}: expected audio, but reading it fails ({error.strerror}); check the disk") from error
     except ModuleNotFoundError as error:
         raise UserError(f"{path}: other rates than 16 kHz need torchaudio, which is missing; install it") from error
+    import torch
+
     return torch.cat(blocks) if blocks else torch.empty(0)
 
 
-def _blocks_at_16k(file: "SoundFile") -> Iterator[Tensor]:
+def _blocks_at_16k(file: "SoundFile") -> "Iterator[Tensor]":
     """An open file's samples at 16 kHz, a block at a time.
 
     A block is resampled together with a second before and after it, which is more than the filter reaches. Whole
     seconds fall on samples at every rate, so that the blocks are those of the file resampled as a whole.
     """
+    import torch
+
     rate = file.samplerate
     held, num_done = torch.empty(0), 0  # samples held, and how many of their seconds have been yielded
     is_last = False

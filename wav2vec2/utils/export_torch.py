@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import atomic_path
 from ..errors import UserError
 from ..model import Wav2Vec2Model
 from ..paths import plain_paths
+from .files import atomic_path
 
 OUTPUTS = ("last", "all")
 

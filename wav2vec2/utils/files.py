@@ -1,15 +1,45 @@
-"""Reads JSON and safetensors files that others wrote; what is wrong with one is a UserError."""
+"""Writes files whole or not at all; reads JSON and safetensors that others wrote, what is wrong being a UserError."""
 
 import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, printable
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # No settings file of a model comes near it.
 _MAX_JSON_BYTES = 2**26
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary name beside ``path`` that becomes ``path`` if the block succeeds.
+
+    What stood at ``path`` stays until then; if the block fails, the temporary file is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a checkpoint is shared as any output is
+        # The name must not reach the disk before the contents do, or a crash of the machine leaves an empty file.
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path, expected: str, advice: str = "download it again") -> dict[str, Any]:
@@ -39,7 +69,7 @@ def read_json(path: Path, expected: str, advice: str = "download it again") -> d
     return contents
 
 
-def read_safetensors(path: Path, advice: str = "download it again") -> dict[str, Tensor]:
+def read_safetensors(path: Path, advice: str = "download it again") -> "dict[str, Tensor]":
     """All tensors of a safetensors file, on the CPU.
 
     Raises:
