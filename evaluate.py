@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 
 import cli
-from dataset import MAX_SECONDS
 from evaluation.cost import UTTERANCE_SECONDS, cost, measure_speed, superb_seconds
 from evaluation.fidelity import HeldOutSpeech, Student, make_student, measure_fidelity, shared_min_samples
 from evaluation.probes import Probe, log_mel_statistics, probe_features, probe_model, probe_random_models, read_probe
@@ -30,6 +29,7 @@ from pairs import DISTILL_MODES, parse_distill_layers
 from wav2vec2.checkpoint import load_model
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.utils.audio import MAX_SECONDS
 
 
 def parse_args() -> argparse.Namespace:

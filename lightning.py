@@ -30,7 +30,7 @@ import compiling
 import resilience
 from batch_size import AUTO, FillMemory, seconds_or_auto
 from datamodule import SpeechDataModule
-from dataset import MAX_SECONDS, MIN_SECONDS, Batch
+from dataset import Batch
 from evaluation.report import report_stage
 from flops import forward_flops
 from pairs import DISTILL_MODES, check_pair, make_projections, parse_distill_layers
@@ -39,6 +39,7 @@ from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.paths import fast_paths, keep_freed_memory, plain_paths
+from wav2vec2.utils.audio import MAX_SECONDS, MIN_SECONDS
 
 # The published number of GPUs of one node (run.sh).
 DEFAULT_GPUS = 4

@@ -12,13 +12,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from the checkout, not installed
 
 import cli
-from dataset import MAX_SECONDS
 from evaluation.architecture import print_architecture
 from evaluation.fidelity import HeldOutSpeech, make_student, measure_fidelity, shared_min_samples
 from pairs import parse_distill_layers
 from resilience import LAST_CHECKPOINT, PRUNED_MODEL, read_training_checkpoint
 from wav2vec2.checkpoint import load_model
 from wav2vec2.errors import UserError
+from wav2vec2.utils.audio import MAX_SECONDS
 
 
 def parse_args() -> argparse.Namespace:
