@@ -18,7 +18,7 @@ from helpers import (
 from test_training import make_module
 from torch import Tensor
 
-from lightning import DistillLoss
+from lightning import DistillLoss, DistillModule
 from wav2vec2.model import PRUNING_UNITS, with_masks
 from wav2vec2.paths import fast_paths, plain_paths
 
@@ -178,3 +178,24 @@ def test_a_folded_model_can_be_copied_and_cast():
     expected = model(waveforms)[0]
     actual = half(waveforms.to(torch.bfloat16))[0].float()
     assert (actual - expected).norm() < 0.05 * expected.norm()
+
+
+def test_training_folds_the_teacher(manifests, tmp_path, monkeypatch):
+    """Also a run that is continued: loading its checkpoint puts the teacher's weights back."""
+    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
+    folded = []
+    targets = DistillModule.targets
+
+    def noting(module: DistillModule, batch: Any) -> list[Tensor]:
+        conv = module.teacher_model.encoder.transformer.pos_conv_embed.conv
+        if module.training:  # the check of validation that comes first has nothing to be quick for
+            folded.append(conv.folded_weight is not None)
+        return targets(module, batch)
+
+    monkeypatch.setattr(DistillModule, "targets", noting)
+    for max_updates in (1, 2):
+        flags = small_run(manifests, teacher, exp_dir=tmp_path / "exp", max_updates=max_updates, warmup_updates=1)
+        last = tmp_path / "exp" / "ckpts" / "last.ckpt"
+        resume = ("--resume_checkpoint", last) if last.exists() else ()
+        run_script(monkeypatch, "distill", *flags, *PRUNING, "--sparsity_warmup_updates", 1, *resume)
+    assert folded == [True, True]
