@@ -129,6 +129,25 @@ def test_killed_at_random_moments(manifests, tmp_path, monkeypatch, reliability,
     reliability("differences", f"{case}, against undisturbed: weights, optimiser, multipliers", "0")
 
 
+def test_killed_during_a_validation(manifests, small_teacher, tmp_path, monkeypatch, reliability):
+    """The update before it is made once more, as a run that went on from behind it would lack the validation."""
+    flags = (*small_run(manifests, small_teacher, valid_interval=3, save_interval=1), *PRUNING)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "whole")
+
+    def kill(module: lightning.DistillModule, *_: Any) -> None:
+        if module.global_step == 3:
+            raise KeyboardInterrupt  # where a kill would strike
+
+    flags = (*flags, "--exp_dir", tmp_path / "killed", "--resume_checkpoint", "auto")
+    with monkeypatch.context() as context:
+        context.setattr(lightning.DistillModule, "on_validation_batch_start", kill, raising=False)
+        assert run_to_exit(context, "distill", *flags) != 0
+    assert last_checkpoint(tmp_path / "killed")["global_step"] == 2
+    run_script(monkeypatch, "distill", *flags)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    reliability("faults", "killed during the validation behind an update that is saved", "made once more; the same log")
+
+
 def test_four_processes_worth_of_batches_in_one(manifests, small_teacher, tmp_path, monkeypatch, disturb):
     """A run of gpus x accum_grad = 4 goes on with another split of the 4: the update is what counts."""
     flags = (*small_run(manifests, small_teacher, accum_grad=4), *PRUNING, "--exp_dir", tmp_path)
