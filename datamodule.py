@@ -28,6 +28,9 @@ from wav2vec2.errors import UserError
 VALID_SUBSET = "valid"
 # Length buckets that batches are filled from (paper's program).
 NUM_BUCKETS = 1000
+# Seconds without a batch after which the loader processes count as hanging: a disk may, and a process that is forked
+# while another thread calls into Python may never start (seen with Python 3.11.7 and gloo).
+WORKER_TIMEOUT = 600
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -163,6 +166,7 @@ class SpeechDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             # Lightning copies what is pinned to the GPU without waiting for the end of it.
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            timeout=WORKER_TIMEOUT if self.num_workers else 0,
             worker_init_fn=resilience.ignore_stop_signals,
             # Its own, so that the global one, which makes masks and dropout, does not depend on the loader.
             generator=torch.Generator().manual_seed(self.seed),

@@ -649,6 +649,11 @@ def plain_failures(watch: Watch, resumed_from: Path | None) -> Iterator[None]:
                 f"a loader process was lost ({text.splitlines()[0]}), often for want of memory; "
                 f"lower --num_workers, then {go_on}"
             ) from error
+        if "DataLoader timed out" in text:
+            raise UserError(
+                f"no batch came from the loader processes ({text.splitlines()[0]}): the disk hangs, or one of them did "
+                f"not start; {go_on}"
+            ) from error
         if any(word in text for word in _LOST_PEER) and distributed.is_initialized():
             raise UserError(
                 f"another process of this run was lost ({text.splitlines()[0][:200]}); look for its error above, "

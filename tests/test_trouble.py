@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 import soundfile
 import torch
 from helpers import (
+    PRUNING,
     error_line,
     logged,
     random_model,
@@ -27,8 +29,10 @@ from test_training import make_module
 from torch import nn
 from torch.utils.data import DataLoader
 
+import datamodule
 import resilience
 from cli import AllProcessesError
+from dataset import SpeechDataset
 from lightning import DistillLoss, make_projections
 from wav2vec2.model import with_masks
 
@@ -227,3 +231,18 @@ def test_bad_audio_in_the_second_of_two_processes(own_corpus, small_teacher, tmp
     reliability(
         "faults", "too many bad files on one of two processes", "both end at the same update; one line, status 1"
     )
+
+
+def test_loader_processes_that_hang(manifests, small_teacher, tmp_path, monkeypatch, capsys, reliability):
+    """A disk that hangs, a process that never started: not waited for without end."""
+
+    def hang(dataset: SpeechDataset, crop: object) -> None:
+        time.sleep(60)
+
+    monkeypatch.setattr(datamodule, "WORKER_TIMEOUT", 1)
+    monkeypatch.setattr(SpeechDataset, "__getitem__", hang)
+    flags = small_run(manifests, small_teacher, num_workers=1)
+    assert run_to_exit(monkeypatch, "distill", *flags, *PRUNING, "--exp_dir", tmp_path) == 1
+    message = error_line(capsys)
+    assert "timed out after 1 seconds" in message and "--resume_checkpoint auto" in message
+    reliability("faults", "loader processes that hang", "after ten minutes without a batch one line, status 1")
