@@ -29,7 +29,7 @@ pytestmark = [
 SETTINGS = {
     "seconds_per_batch": 4,
     "max_crop_seconds": 1,
-    "max_updates": 60,
+    "max_updates": 90,
     "warmup_updates": 10,
     "sparsity_warmup_updates": 20,
     "final_max_updates": 40,
@@ -215,16 +215,18 @@ def undisturbed(cluster, demo_data, tmp_path_factory) -> Path:
 
 def test_a_job_that_is_preempted_and_warned_ends_as_an_undisturbed_one(undisturbed, demo_data, tmp_path, reliability):
     job = Job(tmp_path / "exp", demo_data, num_processes=1)
-    assert 15 < preempt(job, JOINT, update=15) < SETTINGS["max_updates"]
-    assert 15 < warn(job, FINAL, update=15) < SETTINGS["final_max_updates"]
+    at = preempt(job, JOINT, update=15)
+    assert 15 < at < SETTINGS["max_updates"]
+    assert at < warn(job, JOINT, update=at + 1) < SETTINGS["max_updates"]
+    assert 15 < preempt(job, FINAL, update=15) < SETTINGS["final_max_updates"]
     job.wait_for_state("COMPLETED")
-    assert job.restarts == 2
+    assert job.restarts == 3
     assert_same_results(job.exp_dir, undisturbed)
     reliability(
         "faults",
-        "SLURM preempts a job, with a grace time, in the joint training and warns it of its time limit in the final "
-        "distillation",
-        "saves a checkpoint and goes back to the queue each time; complete after 2 restarts that nobody asked for",
+        "SLURM preempts a job, with a grace time, in the middle of each training stage, and warns it once of its time "
+        "limit",
+        "saves a checkpoint and goes back to the queue each time; complete after 3 restarts that nobody asked for",
     )
     reliability(
         "differences",
