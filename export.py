@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import cli
+from evaluation.cost import UTTERANCE_SECONDS, macs_per_second
 from wav2vec2.checkpoint import model_of, read_model_file
 from wav2vec2.errors import UserError
 from wav2vec2.hub import CARD, WEIGHTS, read_folder, write_folder, write_text
@@ -38,9 +39,6 @@ from wav2vec2.utils.export_torch import (
 from wav2vec2.utils.import_huggingface import FAMILIES, compare_with_source, import_huggingface_model
 from wav2vec2.utils.model_card import FORMATS, Card, state_words
 
-# A length of which the card gives the operations, and the rate of all models.
-_MACS_SECONDS = 10
-_SAMPLE_RATE = 16_000
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,8 +87,8 @@ def describe(contents: dict[str, Any], args: argparse.Namespace) -> Card:
     return Card(
         config=contents["config"],
         name=args.name or args.out.resolve().name,
-        macs_per_second=macs_per_second(contents["config"]),
-        macs_seconds=_MACS_SECONDS,
+        macs_per_second=macs_per_second(contents["config"])["total"],
+        macs_seconds=UTTERANCE_SECONDS,
         teacher=teacher,
         teacher_num_params=num_params(args.teacher_ckpt) if args.teacher_ckpt else None,
         data=args.data,
@@ -98,13 +96,6 @@ def describe(contents: dict[str, Any], args: argparse.Namespace) -> Card:
         made_by=made_by if isinstance(made_by, dict) else {},
         source=f"{args.model.name}, SHA-256 {digest}",
     )
-
-
-def macs_per_second(config: dict[str, Any]) -> float:
-    """Multiply-accumulate operations for each second of a waveform of 10 s."""
-    from flops import count_flops
-
-    return sum(count_flops(config, _MACS_SECONDS * _SAMPLE_RATE)) / 2 / _MACS_SECONDS
 
 
 def num_params(path: Path) -> int:

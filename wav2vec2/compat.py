@@ -13,7 +13,10 @@ try:
 except ImportError:
     from torch._utils import is_compiling
 
-__all__ = ["cpu_autocast_dtype", "is_compiling", "unpickling_also"]
+__all__ = ["HAS_AMX", "cpu_autocast_dtype", "is_compiling", "unpickling_also"]
+
+# Whether this CPU has AMX, as far as this PyTorch knows.
+HAS_AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 _AUTOCAST_TAKES_A_DEVICE = torch.__version__ >= (2, 4)
 _UNPICKLER_TAKES_NAMES = torch.__version__ >= (2, 6)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hardconcrete import HardConcrete
 
-from .compat import cpu_autocast_dtype, is_compiling
+from .compat import HAS_AMX, cpu_autocast_dtype, is_compiling
 from .paths import fast_paths
 from .pruning_utils import prune_conv1d, prune_linear, prune_norm
 
@@ -58,11 +58,13 @@ def _expected_size(mask: HardConcrete | None, size: int) -> Tensor | int:
     return size if mask is None else mask.l0_norm()
 
 
-def _is_bfloat16_on_cpu(x: Tensor) -> bool:
-    """Whether the matrix products of ``x`` run in bfloat16 on a CPU."""
-    if x.device.type != "cpu":
-        return False
-    return torch.bfloat16 in (x.dtype, cpu_autocast_dtype())
+def _prefers_channels_last(x: Tensor) -> bool:
+    """Whether the matrix products of ``x`` run in bfloat16 on a CPU, and the backward pass, if there is one, on AMX.
+
+    With AVX-512's bfloat16 alone the forward pass takes nine tenths of the time, the backward pass twice the time.
+    """
+    is_bfloat16 = x.device.type == "cpu" and torch.bfloat16 in (x.dtype, cpu_autocast_dtype())
+    return is_bfloat16 and (HAS_AMX or not torch.is_grad_enabled())
 
 
 def _mask_for(x: Tensor, mask: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ class FeatureExtractor(nn.Module):
 
     def _convolve(self, waveforms: Tensor) -> Tensor:
         """(B, T) -> (B, C, frames)"""
-        channels_last = _is_bfloat16_on_cpu(waveforms) if self.channels_last is None else self.channels_last
+        channels_last = _prefers_channels_last(waveforms) if self.channels_last is None else self.channels_last
         if fast_paths() and channels_last:
             x = waveforms[:, None, None].contiguous(memory_format=torch.channels_last)  # (B, 1, 1, T)
             for layer in self.conv_layers:
