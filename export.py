@@ -40,7 +40,6 @@ from wav2vec2.utils.import_huggingface import FAMILIES, compare_with_source, imp
 from wav2vec2.utils.model_card import FORMATS, Card, state_words
 
 
-
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--model", required=True, type=Path, help="model file (.pth)")
