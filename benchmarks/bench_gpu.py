@@ -2,7 +2,7 @@
 
     bash benchmarks/gpu.sh
     python benchmarks/bench_gpu.py --out results/bench_gpu.csv --sections hubert inference
-    python benchmarks/bench_gpu.py --out /tmp/bench.csv --tiny --device cpu      that all of it runs, nothing more
+    python benchmarks/bench_gpu.py --out results/tiny.csv --tiny --device cpu     that all of it runs, nothing more
 
 Sections, each in a process of its own with its own share of the time (what a section has measured when its time is
 over counts):

@@ -19,6 +19,7 @@ from test_training import make_module
 from torch import Tensor
 
 from lightning import DistillLoss, DistillModule
+from wav2vec2 import components
 from wav2vec2.model import PRUNING_UNITS, with_masks
 from wav2vec2.paths import fast_paths, plain_paths
 
@@ -199,3 +200,29 @@ def test_training_folds_the_teacher(manifests, tmp_path, monkeypatch):
         resume = ("--resume_checkpoint", last) if last.exists() else ()
         run_script(monkeypatch, "distill", *flags, *PRUNING, "--sparsity_warmup_updates", 1, *resume)
     assert folded == [True, True]
+
+
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+def test_channels_last(family, size):
+    """In float32, where the two memory formats must agree, gradients and the masks' too."""
+    model = masked_model(family, size).train()
+    waveforms = random_waveforms(1200, 1200)[0]
+    plain = features_and_gradients(model, waveforms, None, plain=True)
+    model.feature_extractor.channels_last = True
+    last = features_and_gradients(model, waveforms, None, plain=False)
+    for ours, theirs in zip(last[0], plain[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert last[2].keys() == plain[2].keys()
+    for name, gradient in last[2].items():
+        torch.testing.assert_close(
+            gradient, plain[2][name], rtol=1e-4, atol=1e-5, msg=lambda t, name=name: f"{name}: {t}"
+        )
+
+
+def test_where_channels_last_pays(monkeypatch):
+    """In bfloat16: with AMX always, without it where there is no backward pass."""
+    for has_amx, with_gradient, expected in ((True, True, True), (False, True, False), (False, False, True)):
+        monkeypatch.setattr(components, "HAS_AMX", has_amx)
+        with torch.set_grad_enabled(with_gradient):
+            assert components._prefers_channels_last(torch.zeros(1, dtype=torch.bfloat16)) == expected
+            assert not components._prefers_channels_last(torch.zeros(1))
