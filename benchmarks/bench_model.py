@@ -26,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,19 @@ sys.path.insert(0, str(REPOSITORY))
 
 import cli  # noqa: E402
 from benchmarks.results import Result, take_turns, write_results  # noqa: E402
-from lightning import DistillLoss, DistillModule, cast_products, make_projections  # noqa: E402
+from lightning import DistillLoss, DistillModule, cast_products, clip_gradients, make_projections  # noqa: E402
 from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model, wavlm_base, with_masks  # noqa: E402
 from wav2vec2.paths import keep_freed_memory, plain_paths  # noqa: E402
 
-TEACHERS = {"HuBERT Base": hubert_base, "WavLM Base": wavlm_base}
+# The dropouts that converters write into a teacher's config, for every model: the published training's.
+DROPOUTS = {
+    "encoder_projection_dropout": 0.1,
+    "encoder_attention_dropout": 0.1,
+    "encoder_ff_interm_dropout": 0.0,
+    "encoder_dropout": 0.1,
+    "encoder_layer_drop": 0.05,
+}
+TEACHERS = {"HuBERT Base": partial(hubert_base, **DROPOUTS), "WavLM Base": partial(wavlm_base, **DROPOUTS)}
 PUBLISHED_80 = REPOSITORY / "tests" / "data" / "reference" / "published_wavlm_base_s80.json"
 UNITS = ["conv", "head", "interm"]
 STAGES = ("joint", "final")
@@ -165,8 +174,7 @@ class TimedUpdate:
                 moments.append(time.perf_counter())
             loss.backward()
             moments.append(time.perf_counter())
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(parameters, 10.0)
+            clip_gradients(self.optimizer, 10.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
             moments.append(time.perf_counter())

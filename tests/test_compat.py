@@ -74,9 +74,9 @@ def test_foreign_names_with_older_torch(tmp_path, monkeypatch):
         (torch.autocast("cpu", enabled=False), None),
     ],
 )
-def test_cpu_autocast_dtype(context, expected):
+def test_autocast_dtype(context, expected):
     with context:
-        assert compat.cpu_autocast_dtype() == expected
+        assert compat.autocast_dtype("cpu") == expected
 
 
 def test_is_compiling():

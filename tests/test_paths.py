@@ -17,9 +17,10 @@ from helpers import (
 )
 from test_training import make_module
 from torch import Tensor
+from torch.nn import functional as F
 
-from lightning import DistillLoss, DistillModule
-from wav2vec2 import components
+from lightning import DistillLoss, DistillModule, clip_gradients
+from wav2vec2 import components, dropout
 from wav2vec2.model import PRUNING_UNITS, with_masks
 from wav2vec2.paths import fast_paths, plain_paths
 
@@ -34,6 +35,16 @@ def masked_model(family: str, size: str) -> torch.nn.Module:
         if name.endswith("log_alpha"):
             parameter.data = 2 + torch.randn(parameter.shape, generator=generator)
     return model
+
+
+@pytest.fixture
+def noise_of_torch(monkeypatch):
+    """The dropout of the fast paths with the noise of torch's, which the plain paths have."""
+
+    def noise(x: Tensor, threshold: int) -> Tensor:
+        return F.dropout(torch.ones_like(x), round(threshold / 2**16, 3))
+
+    monkeypatch.setattr(dropout, "_noise", noise)
 
 
 def features_and_gradients(model: torch.nn.Module, waveforms: Tensor, lengths: Tensor | None, plain: bool) -> Any:
@@ -116,6 +127,7 @@ def test_loss_without_stacking(weights):
     torch.testing.assert_close(layer_parts, parts, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("noise_of_torch")
 @pytest.mark.parametrize(("family", "size"), FAMILIES)
 def test_whole_updates(manifests, tmp_path, monkeypatch, family, size):
     """Through the script, with --plain and without: fused optimiser, no padding mask, losses layer by layer."""
@@ -219,10 +231,51 @@ def test_channels_last(family, size):
         )
 
 
-def test_where_channels_last_pays(monkeypatch):
-    """In bfloat16: with AMX always, without it where there is no backward pass."""
-    for has_amx, with_gradient, expected in ((True, True, True), (False, True, False), (False, False, True)):
+def test_where_fused_attention_pays(monkeypatch):
+    """On CPUs not with dropout, not without heads, and in bfloat16 with AMX only."""
+    query = torch.zeros(1, 2, 3, 4)
+    for has_amx in (True, False):
         monkeypatch.setattr(components, "HAS_AMX", has_amx)
-        with torch.set_grad_enabled(with_gradient):
-            assert components._prefers_channels_last(torch.zeros(1, dtype=torch.bfloat16)) == expected
-            assert not components._prefers_channels_last(torch.zeros(1))
+        assert components._prefers_fused_attention(query, 0.0)
+        assert components._prefers_fused_attention(query.bfloat16(), 0.0) == has_amx
+        assert not components._prefers_fused_attention(query, 0.1)
+        assert not components._prefers_fused_attention(query[:, :0], 0.0)
+    assert components._prefers_fused_attention(query.to("meta"), 0.1)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+@pytest.mark.parametrize("scale", [0.01, 100.0, float("nan")])
+def test_clipping_is_torchs(scale, plain):
+    """Also where the fast path leaves gradients alone, and where nothing is to be clipped at all."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [scale * torch.randn(shape, generator=generator) for shape in ((5, 4), (7,))]
+    parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    optimizer = torch.optim.AdamW(parameters)
+
+    def clipped(max_norm: float | None) -> tuple[Tensor, list[Tensor]]:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        with plain_paths(plain):
+            norm = clip_gradients(optimizer, max_norm)
+        return norm, [parameter.grad for parameter in parameters]
+
+    norm, found = clipped(10.0)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    expected_norm = torch.nn.utils.clip_grad_norm_(parameters, 10.0)
+    torch.testing.assert_close(norm, expected_norm, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found, [p.grad for p in parameters], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(clipped(None)[1], gradients, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_wavlms_bias_in_the_precision_of_its_scores(dtype):
+    """The largest tensor of a WavLM layer, laid out for what every layer does with it."""
+    transformer = random_model(small_config("wavlm")).encoder.transformer
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+        bias = transformer._position_bias(9)
+        gated = transformer.layers[0].attention._gate(torch.randn(2, 9, 16), bias)
+        with plain_paths():
+            plain = transformer._position_bias(9)
+    assert bias.dtype == gated.dtype == (dtype or torch.float32) and bias.is_contiguous()
+    torch.testing.assert_close(bias.float(), plain, rtol=0 if dtype is None else 4e-3, atol=0)

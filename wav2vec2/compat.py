@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +14,45 @@ try:
 except ImportError:
     from torch._utils import is_compiling
 
-__all__ = ["HAS_AMX", "cpu_autocast_dtype", "is_compiling", "unpickling_also"]
+__all__ = [
+    "HAS_AMX",
+    "HAS_ONEDNN_LINEAR",
+    "IS_AMD",
+    "autocast_dtype",
+    "is_compiling",
+    "onednn_linear",
+    "unpickling_also",
+]
+
+_CPUINFO = Path("/proc/cpuinfo")
 
 # Whether this CPU has AMX, as far as this PyTorch knows.
 HAS_AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+# Whether an AMD processor is at work, as far as Linux says.
+IS_AMD: bool = _CPUINFO.is_file() and "AuthenticAMD" in _CPUINFO.read_text(errors="replace")
+
+# oneDNN's product of rows and a weight matrix, with the bias added on the way; torch has it for its own compiler.
+# Asked for only in the versions that it was tried in.
+_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.__version__ >= (2, 11) else None
+HAS_ONEDNN_LINEAR: bool = _ONEDNN_LINEAR is not None and torch.backends.mkldnn.is_available()
 
 _AUTOCAST_TAKES_A_DEVICE = torch.__version__ >= (2, 4)
 _UNPICKLER_TAKES_NAMES = torch.__version__ >= (2, 6)
 
 
-def cpu_autocast_dtype() -> torch.dtype | None:
-    """What autocast makes matrix products on a CPU run in, or None where it is off."""
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast makes matrix products on a kind of device run in, or None where it is off."""
     if _AUTOCAST_TAKES_A_DEVICE:
-        return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if device_type == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear`` on a CPU by oneDNN, without gradient; only where :data:`HAS_ONEDNN_LINEAR`."""
+    return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
 
 
 def unpickling_also(names: Sequence[tuple[Any, str]]) -> AbstractContextManager[None]:

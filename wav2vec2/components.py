@@ -12,7 +12,7 @@ dimension, H heads, K the head dimension, F the intermediate dimension of the fe
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -22,8 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from hardconcrete import HardConcrete
 
-from .compat import HAS_AMX, cpu_autocast_dtype, is_compiling
+from .compat import HAS_AMX, autocast_dtype, is_compiling
+from .dropout import Dropout, dropout
+from .frames import NormalizedConv, conv_channels_last, conv_frames
 from .paths import fast_paths
+from .products import apply_linear
 from .pruning_utils import prune_conv1d, prune_linear, prune_norm
 
 # Initial drop rates of the units (released settings): everything starts nearly dense, except the
@@ -46,8 +49,8 @@ def published_name(key: str) -> str:
     return key
 
 
-# Samples that the extractor takes at once on a CPU, without gradient: 10 s.
-_SAMPLES_AT_ONCE = 160_000
+# Samples that the extractor takes at once on a CPU, without gradient.
+_SAMPLES_AT_ONCE = 32_000
 
 # Added to the attention scores of padded frames; a finite number survives half precision.
 _PADDING_SCORE = -10000.0
@@ -58,13 +61,26 @@ def _expected_size(mask: HardConcrete | None, size: int) -> Tensor | int:
     return size if mask is None else mask.l0_norm()
 
 
-def _prefers_channels_last(x: Tensor) -> bool:
-    """Whether the matrix products of ``x`` run in bfloat16 on a CPU, and the backward pass, if there is one, on AMX.
+def _prefers_frames(x: Tensor) -> bool:
+    """Whether the extractor is to compute frame by frame, as :mod:`frames` does, and not channel by channel."""
+    return x.device.type == "cpu" and not is_compiling()
 
-    With AVX-512's bfloat16 alone the forward pass takes nine tenths of the time, the backward pass twice the time.
+
+def _prefers_fused_attention(query: Tensor, dropout: float) -> bool:
+    """Whether torch's fused attention of ``query`` (B, H, T, K) is faster than its single steps.
+
+    With dropout torch has no fused kernel for CPUs, and what it does instead takes twice the time; in bfloat16 its
+    kernel pays with AMX only. And it divides by the number of heads.
     """
-    is_bfloat16 = x.device.type == "cpu" and torch.bfloat16 in (x.dtype, cpu_autocast_dtype())
-    return is_bfloat16 and (HAS_AMX or not torch.is_grad_enabled())
+    if query.device.type != "cpu":
+        return True
+    return query.numel() > 0 and dropout == 0.0 and (HAS_AMX or query.dtype == torch.float32)
+
+
+def _blocks(number: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of stretches of ``number`` things, ``at_once`` of them each, the last one less."""
+    for start in range(0, number, at_once):
+        yield start, min(start + at_once, number)
 
 
 def _mask_for(x: Tensor, mask: Tensor) -> Tensor:
@@ -131,28 +147,22 @@ class ConvLayerBlock(nn.Module):
             x = x * self.hard_concrete()[:, None]
         return x
 
-    def forward_channels_last(self, x: Tensor) -> Tensor:
-        """(B, C_in, 1, T) -> (B, C_out, 1, num_frames(T)), both with channels last in memory.
+    def forward_frames(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """(B, T, C_in) -> (B, num_frames(T), C_out) without this layer's mask.
 
-        A convolution whose channels lie side by side is a plain matrix product, and a LayerNorm over them needs no
-        transposition.
+        Args:
+            x: the layer below's output without its mask, contiguous.
+            scale: (C_in,) the mask of the layer below, or None. Multiplied into the weight, as pruning will do, it
+                costs nothing for each frame.
         """
-        if self.conv.in_channels == 1:
-            windows = x[:, 0, 0].unfold(-1, self.conv.kernel_size[0], self.conv.stride[0])  # (B, T', kernel)
-            x = F.linear(windows, self.conv.weight[:, 0], self.conv.bias).transpose(1, 2)[:, :, None]
-        else:
-            weight = self.conv.weight[:, :, None].contiguous(memory_format=torch.channels_last)
-            x = F.conv2d(x, weight, self.conv.bias, stride=(1, self.conv.stride[0]))
-        if isinstance(self.layer_norm, nn.LayerNorm):
-            norm = self.layer_norm
-            x = F.layer_norm(x.permute(0, 2, 3, 1), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-            x = x.permute(0, 3, 1, 2)
-        elif self.layer_norm is not None:
-            x = self.layer_norm(x)
-        x = F.gelu(x)
-        if self.hard_concrete is not None:
-            x = x * self.hard_concrete()[:, None, None].to(x.dtype)
-        return x
+        weight = self.conv.weight if scale is None else self.conv.weight * scale[:, None]
+        x = conv_frames(x, weight, self.conv.bias, self.conv.stride[0])
+        norm = self.layer_norm
+        if isinstance(norm, nn.LayerNorm):
+            x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        elif norm is not None:
+            x = norm(x.transpose(1, 2)).transpose(1, 2)
+        return F.gelu(x)
 
     def num_frames(self, length: Any) -> Any:
         """Frames made of ``length`` (an int or an integer tensor): floor((n - kernel) / stride) + 1, at least 0."""
@@ -210,35 +220,69 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"waveforms must have shape (batch, samples), found {tuple(waveforms.shape)}")
         if lengths is not None:
             lengths = self.num_frames(lengths)
-        if self.num_frames(waveforms.size(1)) == 0:  # shorter than the receptive field: no frame, as lengths say
-            return waveforms.new_zeros(waveforms.size(0), 0, len(self.dummy_weight)), lengths
-        can_split = waveforms.device.type == "cpu" and not torch.is_grad_enabled() and not is_compiling()
-        if fast_paths() and can_split:
-            # A few waveforms at a time: the first layers' outputs are by far the largest that a forward pass makes.
-            at_once = max(1, _SAMPLES_AT_ONCE // waveforms.size(1))
-            x = torch.cat([self._convolve(rows) for rows in waveforms.split(at_once)])
+        shape = waveforms.size(0), self.num_frames(waveforms.size(1)), len(self.dummy_weight)
+        if 0 in shape[:2]:  # no waveform, or each shorter than the receptive field
+            return waveforms.new_zeros(shape), lengths
+        by_frames = _prefers_frames(waveforms) if self.channels_last is None else self.channels_last
+        if not (fast_paths() and by_frames):
+            return self._convolve(waveforms).transpose(1, 2) * self.dummy_weight, lengths
+        masks = [None if layer.hard_concrete is None else layer.hard_concrete() for layer in self.conv_layers]
+        scale = self.dummy_weight if masks[-1] is None else self.dummy_weight * masks[-1]
+        if waveforms.device.type == "cpu" and not torch.is_grad_enabled() and not is_compiling():
+            x = torch.cat([self._frames_in_blocks(waveform[None], masks) for waveform in waveforms])
         else:
-            x = self._convolve(waveforms)
-        return x.transpose(1, 2) * self.dummy_weight, lengths
+            x = self._frames(waveforms, self._first_layer(waveforms), masks)
+        return x * _mask_for(x, scale), lengths
 
     def _convolve(self, waveforms: Tensor) -> Tensor:
         """(B, T) -> (B, C, frames)"""
-        channels_last = _prefers_channels_last(waveforms) if self.channels_last is None else self.channels_last
-        if fast_paths() and channels_last:
-            x = waveforms[:, None, None].contiguous(memory_format=torch.channels_last)  # (B, 1, 1, T)
-            for layer in self.conv_layers:
-                x = _run(layer.forward_channels_last, self.recompute, x)
-            return x.squeeze(2)
         x = waveforms[:, None]  # (B, 1, T)
         for layer in self.conv_layers:
             x = _run(layer, self.recompute, x)
         return x
+
+    def _first_layer(self, waveforms: Tensor) -> Callable[[Tensor], Tensor]:
+        """The first layer, (B, T) -> (B, T', C), for any stretch of ``waveforms``; its norm needs all of them."""
+        first = self.conv_layers[0]
+        if not isinstance(first.layer_norm, nn.GroupNorm):
+            return lambda stretch: first.forward_frames(stretch[..., None], None)
+        normalized = NormalizedConv(waveforms, first.conv, first.layer_norm)
+        return lambda stretch: F.gelu(normalized(stretch))
+
+    def _frames(self, waveforms: Tensor, first_layer: Callable[[Tensor], Tensor], masks: list[Tensor | None]) -> Tensor:
+        """(B, T) -> (B, frames, C) without the last layer's mask"""
+        x = _run(first_layer, self.recompute, waveforms)
+        for layer, scale in zip(self.conv_layers[1:], masks[:-1], strict=True):
+            x = _run(layer.forward_frames, self.recompute, x, scale)
+        return x
+
+    def _frames_in_blocks(self, waveforms: Tensor, masks: list[Tensor | None]) -> Tensor:
+        """:meth:`_frames`, a stretch of frames at a time: the first layers make by far the most of a forward pass."""
+        first_layer = self._first_layer(waveforms)
+        num_frames = self.num_frames(waveforms.size(1))
+        hop = math.prod(layer.conv.stride[0] for layer in self.conv_layers)
+        field = self.receptive_field
+        return torch.cat(
+            [
+                self._frames(waveforms[:, start * hop : (end - 1) * hop + field], first_layer, masks)
+                for start, end in _blocks(num_frames, max(1, _SAMPLES_AT_ONCE // hop))
+            ],
+            dim=1,
+        )
 
     def num_frames(self, length: Any) -> Any:
         """Frames made of ``length`` samples (an int or an integer tensor)."""
         for layer in self.conv_layers:
             length = layer.num_frames(length)
         return length
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that one frame is made of."""
+        samples = 1
+        for layer in reversed(self.conv_layers):
+            samples = (samples - 1) * layer.conv.stride[0] + layer.conv.kernel_size[0]
+        return samples
 
     def get_num_params(self) -> tuple[Tensor | int, Tensor | int]:
         """Expected parameters, and the expected number of output channels."""
@@ -272,11 +316,11 @@ class FeatureProjection(nn.Module):
         super().__init__()
         self.layer_norm = nn.LayerNorm(in_features)
         self.projection = nn.Linear(in_features, out_features)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, frames, C) -> (B, frames, D)"""
-        return self.dropout(self.projection(self.layer_norm(x)))
+        return self.dropout(apply_linear(self.projection, self.layer_norm(x)))
 
     def get_num_params(self, in_features: Tensor | int) -> Tensor | int:
         """Expected parameters given the extractor's expected output channels."""
@@ -322,6 +366,8 @@ class WeightNormConv1d(nn.Module):
         # Who asks for gradients again (requires_grad_) means to change the weight.
         is_folded = self.folded_weight is not None and not self.weight_v.requires_grad
         weight = self.folded_weight if is_folded and fast_paths() else self.weight
+        if fast_paths() and _prefers_frames(x):
+            return conv_channels_last(x, weight, self.bias, padding=self.padding, groups=self.groups)
         return F.conv1d(x, weight, self.bias, padding=self.padding, groups=self.groups)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -385,23 +431,26 @@ class SelfAttention(nn.Module):
         def split_heads(projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
             return projected.view(batch, frames, self.num_heads, self.head_dim).transpose(1, 2)
 
-        query, key, value = (split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            split_heads(apply_linear(projection, x)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
         bias = padding_scores if position_bias is None else self._gate(x, position_bias)
         if position_bias is not None and padding_scores is not None:
             bias = bias + padding_scores
-        dropout = self.dropout if self.training else 0.0
-        if fast_paths() and query.numel():  # torch's fused kernel for CPUs divides by the number of heads
-            heads = F.scaled_dot_product_attention(query, key, value, bias, dropout)  # scales by K ** -0.5
+        probability = self.dropout if self.training else 0.0
+        if fast_paths() and _prefers_fused_attention(query, probability):
+            heads = F.scaled_dot_product_attention(query, key, value, bias, probability)  # scales by K ** -0.5
         else:
             scores = (query * self.head_dim**-0.5) @ key.transpose(-2, -1)  # (B, H, T, T)
             if bias is not None:
                 scores = scores + bias
-            heads = F.dropout(scores.softmax(dim=-1), p=dropout) @ value  # (B, H, T, K)
+            heads = dropout(scores.softmax(dim=-1), probability) @ value  # (B, H, T, K)
 
         mask = None if self.hard_concrete_for_heads is None else self.hard_concrete_for_heads()
         if mask is not None:
             heads = heads * _mask_for(heads, mask[:, None, None])
-        output = self.out_proj(heads.transpose(1, 2).reshape(batch, frames, self.num_heads * self.head_dim))
+        heads = heads.transpose(1, 2).reshape(batch, frames, self.num_heads * self.head_dim)
+        output = apply_linear(self.out_proj, heads)
         if mask is not None and not self.training:
             output = output * (mask != 0).any()  # no head left: the block is dropped, its output bias with it
         if self.hard_concrete_for_layer is not None:
@@ -513,7 +562,8 @@ class WavLMSelfAttention(SelfAttention):
         logits = self.gru_rel_pos_linear(per_head)  # (B, H, T, 8)
         gates = torch.sigmoid(logits.view(batch, self.num_heads, frames, 2, 4).sum(-1))
         gate_a, gate_b = gates.chunk(2, dim=-1)  # (B, H, T, 1) each
-        return (gate_a * (gate_b * const - 1.0) + 2.0) * position_bias
+        gate = gate_a * (gate_b * const - 1.0) + 2.0
+        return (gate.to(position_bias.dtype) if fast_paths() else gate) * position_bias
 
     def _num_gate_params(self) -> int:
         # The table is counted by the transformer: it lives as long as any attention does.
@@ -546,9 +596,9 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.intermediate_dense = nn.Linear(io_features, intermediate_features)
-        self.intermediate_dropout = nn.Dropout(intermediate_dropout)
+        self.intermediate_dropout = Dropout(intermediate_dropout)
         self.output_dense = nn.Linear(intermediate_features, io_features)
-        self.output_dropout = nn.Dropout(output_dropout)
+        self.output_dropout = Dropout(output_dropout)
         self.hard_concrete_for_intermediate = (
             HardConcrete(n_in=intermediate_features, init_mean=_DROP_RATE_INTERMEDIATE) if prune_intermediate else None
         )
@@ -556,11 +606,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
-        x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))  # (B, T, F)
+        x = self.intermediate_dropout(F.gelu(apply_linear(self.intermediate_dense, x)))  # (B, T, F)
         mask = None if self.hard_concrete_for_intermediate is None else self.hard_concrete_for_intermediate()
         if mask is not None:
             x = x * _mask_for(x, mask)
-        x = self.output_dropout(self.output_dense(x))
+        x = self.output_dropout(apply_linear(self.output_dense, x))
         if mask is not None and not self.training:
             x = x * (mask != 0).any()  # nothing left: the block is dropped, its output bias with it
         if self.hard_concrete_for_layer is not None:
@@ -620,7 +670,7 @@ class EncoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.attention = attention
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(embed_dim)
         self.layer_norm_first = layer_norm_first
         self.feed_forward = feed_forward
@@ -698,7 +748,7 @@ class Transformer(nn.Module):
         self.layer_norm = nn.LayerNorm(embed_dim)
         self.layer_norm_first = layer_norm_first
         self.layer_drop = layer_drop
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layers = layers
         self.recompute = False
 
@@ -711,7 +761,13 @@ class Transformer(nn.Module):
     def _position_bias(self, num_frames: int) -> Tensor | None:
         """WavLM's shared bias; None for the other families and where every attention is gone."""
         holder = self.table_holder
-        return None if holder is None else holder.position_bias(num_frames)
+        if holder is None:
+            return None
+        bias = holder.position_bias(num_frames)
+        if not fast_paths():
+            return bias
+        # Every layer multiplies it: laid out for that, and in the precision of the scores that the product is added to.
+        return bias.to(autocast_dtype(bias.device.type) or bias.dtype).contiguous()
 
     @property
     def table_holder(self) -> WavLMSelfAttention | None:

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from . import checkpoint
 from .components import FeatureExtractor
 from .errors import UserError, shown
+from .frames import norm_over_time
 from .model import Wav2Vec2Model, normalize_waveforms
 from .utils.audio import SAMPLE_RATE, read_audio, resample_to_16k
 
@@ -43,9 +44,6 @@ _FULL_SCALE = {torch.int16: (2**15, 0), torch.int32: (2**31, 0), torch.uint8: (2
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
-
-# Samples of which the first convolution's statistics are taken at once: 10 s.
-_STATISTICS_BLOCK = 160_000
 
 
 def load(
@@ -454,18 +452,9 @@ def _with_statistics_of(extractor: FeatureExtractor, waveform: Tensor) -> Featur
     first, *others = extractor.conv_layers
     if not isinstance(first.layer_norm, nn.GroupNorm):
         return extractor
-    norm, weight = first.layer_norm, first.conv.weight
-    kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
-    total, total_of_squares, num_frames = 0.0, 0.0, first.num_frames(len(waveform))
-    for start in range(0, num_frames * stride, _STATISTICS_BLOCK // stride * stride):
-        block = waveform[start : start + _STATISTICS_BLOCK // stride * stride + kernel - stride]
-        x = first.conv(block[None, None].to(weight))[0].double()  # (C, frames)
-        total, total_of_squares = total + x.sum(1), total_of_squares + x.square().sum(1)
-    mean = total / num_frames
-    variance = (total_of_squares / num_frames - mean.square()).clamp(min=0)
-    scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    shift = norm.bias - mean * scale
-    fixed = _replaced(first, layer_norm=_FixedNorm(scale.to(weight), shift.to(weight)))
+    statistics = norm_over_time(waveform[None].to(first.conv.weight.device), first.conv, first.layer_norm)
+    scale, shift = (row[0].to(first.conv.weight) for row in statistics)
+    fixed = _replaced(first, layer_norm=_FixedNorm(scale, shift))
     return _replaced(extractor, conv_layers=nn.ModuleList([fixed, *others]))
 
 
