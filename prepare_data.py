@@ -35,11 +35,13 @@ from tqdm import tqdm
 
 import cli
 from wav2vec2.errors import UserError
+from wav2vec2.paths import fast_paths
 from wav2vec2.utils.audio import (
     MAX_SECONDS,
     MIN_SECONDS,
     SAMPLE_RATE,
     UNKNOWN_LENGTH,
+    length_of_flac,
     num_samples_at_16k,
     open_audio,
     seeks_exactly,
@@ -201,6 +203,8 @@ def count_samples(path: str) -> tuple[int, str]:
     """
     if LINE_BREAK.search(path):
         return 0, "a line break in its path"
+    if fast_paths() and (flac := length_of_flac(path)) is not None:
+        return num_samples_at_16k(*flac), ""
     try:
         with open_audio(path) as file:
             if seeks_exactly(file):
@@ -244,12 +248,23 @@ def count_all(root: str, paths: list[str], num_workers: int) -> list[tuple[int, 
 
     In processes: in threads the short calls wait for Python's lock and are slower than one alone.
     """
-    full_paths = [os.path.join(root, path) for path in paths]
+    # Many files at a time, as the main process would otherwise slow down the others; enough parts to share out.
+    size = max(1, min(256, len(paths) // (8 * num_workers)))
+    parts = [paths[start : start + size] for start in range(0, len(paths), size)]
+    counts: list[tuple[int, str]] = []
     # Ctrl-C is left to the main process, which ends the workers.
-    with multiprocessing.Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        # Many files at a time, as the main process would otherwise slow down the others; enough parts to share out.
-        counts = pool.imap(count_samples, full_paths, chunksize=max(1, min(256, len(paths) // (8 * num_workers))))
-        return list(tqdm(counts, "reading headers", len(paths), unit=" files", disable=None))
+    with (
+        multiprocessing.Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
+        tqdm(desc="reading headers", total=len(paths), unit=" files", disable=None) as bar,
+    ):
+        for part in pool.imap(partial(_count_part, root), parts):
+            counts += part
+            bar.update(len(part))
+    return counts
+
+
+def _count_part(root: str, paths: list[str]) -> list[tuple[int, str]]:
+    return [count_samples(os.path.join(root, path)) for path in paths]
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -309,7 +324,8 @@ def main(args: argparse.Namespace) -> None:
             rejected = pack.add(root, lengths, args.num_workers)
             counts |= {path: (0, reason) for path, reason in rejected.items()}
         write_rejected(out / f"{REJECTED}.tsv", {path: reason for path, (_, reason) in counts.items() if reason})
-        splits = split([path for path, (_, reason) in counts.items() if not reason])
+        usable = [path for path, (_, reason) in counts.items() if not reason]
+        splits = candidates if len(usable) == len(counts) else split(usable)
         for name, paths in splits.items():
             if not paths:
                 num_files = len(candidates[name])

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,9 @@ import prepare_data
 from dataset import SAMPLE_RATE, load_audio, read_manifest
 from prepare_data import LIBRISPEECH_SPLITS, count_samples, find_audio, hold_out, parse_splits, split_by_folder
 from wav2vec2.errors import UserError
+from wav2vec2.paths import plain_paths
+from wav2vec2.utils import audio
+from wav2vec2.utils.audio import length_of_flac
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -212,6 +216,40 @@ def test_flac_file_cut_anywhere_is_left_out(tmp_path):
         path.write_bytes(contents[:size])
         num_samples, reason = count_samples(str(path))
         assert num_samples == 0 and ("cut short" in reason or "cannot be decoded" in reason)
+
+
+def test_libsndfile_itself_says_what_soundfile_says(tmp_path, monkeypatch):
+    """The short way of whole FLAC files; all others go the long way, which gives the reason."""
+    good = write_audio(tmp_path / "good.flac", num_samples=9000, sample_rate=44100, num_channels=2)
+    assert length_of_flac(good) == (9000, 44100)
+    (tmp_path / "cut.flac").write_bytes(good.read_bytes()[:-100])
+    (tmp_path / "empty.flac").touch()
+    (tmp_path / "noise.flac").write_bytes(bytes(range(256)) * 40)
+    (tmp_path / "folder.flac").mkdir()
+    wav = write_audio(tmp_path / "sound.wav")
+    (tmp_path / "wav.flac").write_bytes(wav.read_bytes())
+    shutil.copy(good, tmp_path / "a.wav")
+    others = ["cut.flac", "empty.flac", "noise.flac", "folder.flac", "wav.flac", "sound.wav", "missing.flac"]
+    assert [length_of_flac(tmp_path / name) for name in others] == [None] * len(others)
+    names = ["good.flac", "a.wav", *others]
+    found = [count_samples(str(tmp_path / name)) for name in names]
+    assert found[0] == found[1] == (3266, "") and found[names.index("wav.flac")] == (1600, "")
+    with plain_paths():
+        assert [count_samples(str(tmp_path / name)) for name in names] == found
+    monkeypatch.setattr(audio, "_libsndfile", lambda: (None, None))  # it is not public
+    assert length_of_flac(good) is None and count_samples(str(good)) == found[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_no_file_stays_open(tmp_path):
+    good = write_audio(tmp_path / "good.flac")
+    (tmp_path / "cut.flac").write_bytes(good.read_bytes()[:-20])
+    (tmp_path / "noise.flac").write_bytes(bytes(256))
+    before = os.listdir("/proc/self/fd")
+    for _ in range(5):
+        for name in ("good.flac", "cut.flac", "noise.flac", "missing.flac"):
+            length_of_flac(tmp_path / name)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_benchmark_runs(tmp_path):

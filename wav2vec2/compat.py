@@ -43,6 +43,8 @@ _UNPICKLER_TAKES_NAMES = torch.__version__ >= (2, 6)
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """What autocast makes matrix products on a kind of device run in, or None where it is off."""
+    if device_type == "meta":
+        return None
     if _AUTOCAST_TAKES_A_DEVICE:
         return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     if device_type == "cpu":
