@@ -5,10 +5,10 @@
 
 Sections:
 
-    update      one update on 2 x 8 s, HuBERT Base and WavLM Base, with dropout, in parts: teacher, student, backward,
-                optimiser; of joint distillation and pruning (a student of the teacher's shape, with masks) and of the
-                final distillation (a compressed student); baseline: the plain paths in float32. The wait for data is
-                logged by every training run (data_wait)
+    update      one update on 2 x 8 s from FLAC files, HuBERT Base and WavLM Base, with dropout, in parts: wait for
+                data (one loader process), teacher, student, backward, optimiser; of joint distillation and pruning (a
+                student of the teacher's shape, with masks) and of the final distillation (a compressed student);
+                baseline: the plain paths in float32
     inference   hidden states of waveforms of 1, 5 and 15 s, one and eight at a time; baseline: transformers' model of
                 the teacher's shape in float32; peak memory above what the process held before
 
@@ -24,19 +24,25 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import soundfile
 import torch
+from torch.utils.data import DataLoader
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import cli  # noqa: E402
+import prepare_data  # noqa: E402
+from benchmarks.bench_data import make_corpus  # noqa: E402
 from benchmarks.results import Result, take_turns, write_results  # noqa: E402
+from dataset import Crop, SpeechDataset, read_manifest  # noqa: E402
 from lightning import DistillLoss, DistillModule, cast_products, clip_gradients, make_projections  # noqa: E402
 from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model, wavlm_base, with_masks  # noqa: E402
 from wav2vec2.paths import keep_freed_memory, plain_paths  # noqa: E402
@@ -54,6 +60,7 @@ PUBLISHED_80 = REPOSITORY / "tests" / "data" / "reference" / "published_wavlm_ba
 UNITS = ["conv", "head", "interm"]
 STAGES = ("joint", "final")
 DISTILLED = [[0], [4, 8, 12]]
+NUM_FILES = 16
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -82,12 +89,15 @@ def bench_update(args: argparse.Namespace) -> list[Result]:
     """Seconds of one update and of its parts."""
     results = []
     precisions = ["32", "bf16"] if has_bfloat16() else ["32"]
-    waveforms = torch.randn(2, round(args.update_seconds * 16000), generator=torch.Generator().manual_seed(0))
     variants = [(path, precision) for precision in precisions for path in ("plain", "fast")]
     for name, stage in itertools.product(TEACHERS, args.stages):
         with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            manifest = make_manifest(Path(folder), args.update_seconds)
             updates = {
-                " ".join(variant): stack.enter_context(InProcess(name, stage, waveforms, *variant, args.threads))
+                " ".join(variant): stack.enter_context(
+                    InProcess(name, stage, manifest, args.update_seconds, *variant, args.threads)
+                )
                 for variant in variants
             }
             for update in updates.values():
@@ -101,6 +111,24 @@ def bench_update(args: argparse.Namespace) -> list[Result]:
                 middle = statistics.median(values)
                 results.append(Result("update", f"{label}: {part}", middle, "s", None, args.repetitions))
     return results
+
+
+def make_manifest(folder: Path, seconds: float) -> Path:
+    """The manifest of a few FLAC files that are a little longer than ``seconds``."""
+    make_corpus(folder / "audio", NUM_FILES, seconds + 0.1, seconds + 1)
+    names = prepare_data.find_audio(str(folder / "audio"))
+    rows = [f"{name}\t{soundfile.info(folder / 'audio' / name).frames}\n" for name in names]
+    (folder / "train.tsv").write_text(f"{folder / 'audio'}\n" + "".join(rows))
+    return folder / "train.tsv"
+
+
+def load_batches(manifest: Path, seconds: float) -> Iterator[torch.Tensor]:
+    """Batches of two crops of ``seconds``, (2, T), from one loader process, without an end."""
+    num_samples = round(seconds * 16000)
+    pairs = itertools.cycle(range(0, NUM_FILES, 2))
+    crops = (Crop((first, first + 1), (0, 0), num_samples, seed=0, tops_up=False) for first in pairs)
+    loader = DataLoader(SpeechDataset(read_manifest(manifest)), sampler=crops, batch_size=None, num_workers=1)
+    return (batch.waveforms for batch in loader)
 
 
 def masked_copy(teacher: Wav2Vec2Model) -> Wav2Vec2Model:
@@ -142,14 +170,14 @@ class TimedUpdate:
     Args:
         name: a teacher's, of :data:`TEACHERS`.
         stage: "joint", where the student starts as the teacher's copy with masks, or "final", where it is small.
-        waveforms: (B, T).
+        batches: of waveforms (B, T).
         plain: take the plain paths.
         precision: "32" or "bf16".
     """
 
-    PARTS = ("teacher", "student", "backward", "optimiser")
+    PARTS = ("data", "teacher", "student", "backward", "optimiser")
 
-    def __init__(self, name: str, stage: str, waveforms: torch.Tensor, plain: bool, precision: str) -> None:
+    def __init__(self, name: str, stage: str, batches: Iterator[torch.Tensor], plain: bool, precision: str) -> None:
         teacher = TEACHERS[name]()
         student = masked_copy(teacher) if stage == "joint" else wav2vec2_model(**compressed_config(name))
         self.module = distill_module(teacher, student, DISTILLED, use_reg=stage == "joint")
@@ -160,17 +188,19 @@ class TimedUpdate:
                 cast_products(teacher, torch.bfloat16)
         with plain_paths(plain):
             self.optimizer = self.module.configure_optimizers()["optimizer"]
-        # The loader knows that crops have no padding; the published program gives lengths all the same.
-        lengths = torch.full((len(waveforms),), waveforms.size(1)) if plain else None
-        self.batch = (waveforms, lengths)
+        self.batches = batches
 
     def __call__(self) -> tuple[float, ...]:
         moments = [time.perf_counter()]
+        waveforms = next(self.batches)
+        # The loader knows that crops have no padding; the published program gives lengths all the same.
+        batch = (waveforms, torch.full((len(waveforms),), waveforms.size(1)) if self.plain else None)
+        moments.append(time.perf_counter())
         with plain_paths(self.plain):
             with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-                targets = self.module.targets(self.batch)
+                targets = self.module.targets(batch)
                 moments.append(time.perf_counter())
-                loss = self.module.loss(self.batch, targets, "train")
+                loss = self.module.loss(batch, targets, "train")
                 moments.append(time.perf_counter())
             loss.backward()
             moments.append(time.perf_counter())
@@ -187,7 +217,7 @@ class InProcess:
     def __init__(self, *setting: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve_updates, args=(theirs, *setting), daemon=True)
+        self._process = context.Process(target=_serve_updates, args=(theirs, *setting))
         self.parts: list[tuple[float, ...]] = []
 
     def __enter__(self) -> "InProcess":
@@ -195,7 +225,7 @@ class InProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()
+        self._connection.close()  # ends it, and with it its loader
         self._process.join()
 
     def __call__(self) -> float:
@@ -208,7 +238,8 @@ def _serve_updates(
     connection: Any,
     name: str,
     stage: str,
-    waveforms: torch.Tensor,
+    manifest: Path,
+    seconds: float,
     path: str,
     precision: str,
     threads: int,
@@ -217,9 +248,10 @@ def _serve_updates(
     torch.set_num_threads(threads)
     if path == "fast":
         keep_freed_memory()
-    update = TimedUpdate(name, stage, waveforms, path == "plain", precision)
-    while connection.recv():
-        connection.send(update())
+    update = TimedUpdate(name, stage, load_batches(manifest, seconds), path == "plain", precision)
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while connection.recv():
+            connection.send(update())
 
 
 # ---------------------------------------------------------------------------------------------- inference

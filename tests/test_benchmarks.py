@@ -12,12 +12,13 @@ from wav2vec2.model import wav2vec2_model
 
 
 @pytest.mark.parametrize("stage", bench_model.STAGES)
-def test_update_in_parts(stage, monkeypatch):
+def test_update_in_parts(stage, tmp_path, monkeypatch):
     """The timed update is the one that training makes: every weight, mask and multiplier moves."""
     monkeypatch.setattr(bench_model, "DISTILLED", [[0], [1, 3]])
     monkeypatch.setattr(bench_model, "TEACHERS", {"HuBERT Base": lambda: wav2vec2_model(**small_config("hubert"))})
     monkeypatch.setattr(bench_model, "compressed_config", lambda name: small_config("hubert"))
-    update = bench_model.TimedUpdate("HuBERT Base", stage, torch.randn(2, 1200), plain=False, precision="32")
+    batches = bench_model.load_batches(bench_model.make_manifest(tmp_path, 0.1), 0.1)
+    update = bench_model.TimedUpdate("HuBERT Base", stage, batches, plain=False, precision="32")
     update()  # the first has learning rate 1/10
     before = {name: value.clone() for name, value in update.module.state_dict().items()}
     parts = update()
