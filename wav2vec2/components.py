@@ -62,19 +62,19 @@ def _expected_size(mask: HardConcrete | None, size: int) -> Tensor | int:
 
 
 def _prefers_frames(x: Tensor) -> bool:
-    """Whether the extractor is to compute frame by frame, as :mod:`frames` does, and not channel by channel."""
+    """Whether convolutions of ``x`` are faster with a frame's channels side by side (frames.py) than one by one."""
     return x.device.type == "cpu" and not is_compiling()
 
 
-def _prefers_fused_attention(query: Tensor, dropout: float) -> bool:
+def _prefers_fused_attention(query: Tensor, probability: float) -> bool:
     """Whether torch's fused attention of ``query`` (B, H, T, K) is faster than its single steps.
 
     With dropout torch has no fused kernel for CPUs, and what it does instead takes twice the time; in bfloat16 its
-    kernel pays with AMX only. And it divides by the number of heads.
+    kernel pays with AMX only. And it divides by the number of heads, which may be none.
     """
-    if query.device.type != "cpu":
-        return True
-    return query.numel() > 0 and dropout == 0.0 and (HAS_AMX or query.dtype == torch.float32)
+    if query.numel() == 0 or query.device.type != "cpu":
+        return query.numel() > 0
+    return probability == 0.0 and (HAS_AMX or query.dtype == torch.float32)
 
 
 def _blocks(number: int, at_once: int) -> Iterator[tuple[int, int]]:
@@ -202,7 +202,7 @@ class FeatureExtractor(nn.Module):
 
     Attributes:
         recompute: keep each layer's input only and run the layer again in the backward pass.
-        channels_last: how the fast path lays memory out; None means where it is known to pay (bfloat16 on CPUs).
+        channels_last: how the fast path lays memory out; None means where it is known to pay (CPUs).
     """
 
     def __init__(self, conv_layers: nn.ModuleList) -> None:
