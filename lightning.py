@@ -569,7 +569,11 @@ def add_arguments(
         help=f"GPUs per node (default: {DEFAULT_GPUS}); with --accelerator cpu, processes per node (default: 1)",
     )
     group.add_argument("--precision", choices=tuple(PRECISIONS), default="32")
-    group.add_argument("--plain", action="store_true", help="take the plain paths: slower, the same numbers")
+    group.add_argument(
+        "--plain",
+        action="store_true",
+        help="take the plain paths: slower, the same numbers (on a CPU but for dropout, which has other noise)",
+    )
     group.add_argument(
         "--compile",
         action="store_true",
