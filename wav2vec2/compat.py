@@ -16,6 +16,7 @@ except ImportError:
 
 __all__ = [
     "HAS_AMX",
+    "HAS_ONEDNN_BFLOAT16",
     "HAS_ONEDNN_LINEAR",
     "IS_AMD",
     "autocast_dtype",
@@ -36,6 +37,8 @@ IS_AMD: bool = _CPUINFO.is_file() and "AuthenticAMD" in _CPUINFO.read_text(error
 # Asked for only in the versions that it was tried in.
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.__version__ >= (2, 11) else None
 HAS_ONEDNN_LINEAR: bool = _ONEDNN_LINEAR is not None and torch.backends.mkldnn.is_available()
+# Whether it takes bfloat16 on this CPU.
+HAS_ONEDNN_BFLOAT16: bool = HAS_ONEDNN_LINEAR and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 _AUTOCAST_TAKES_A_DEVICE = torch.__version__ >= (2, 4)
 _UNPICKLER_TAKES_NAMES = torch.__version__ >= (2, 6)

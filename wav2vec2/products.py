@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .compat import HAS_ONEDNN_LINEAR, IS_AMD, autocast_dtype, is_compiling, onednn_linear
+from .compat import HAS_ONEDNN_BFLOAT16, HAS_ONEDNN_LINEAR, IS_AMD, autocast_dtype, is_compiling, onednn_linear
 from .paths import fast_paths
 
 
@@ -17,7 +17,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not fast_paths() or not HAS_ONEDNN_LINEAR or torch.is_grad_enabled() or is_compiling():
         return F.linear(x, weight, bias)
     dtype = autocast_dtype("cpu") or x.dtype
-    pays = dtype == torch.bfloat16 or (dtype == torch.float32 and IS_AMD)
+    pays = HAS_ONEDNN_BFLOAT16 if dtype == torch.bfloat16 else dtype == torch.float32 and IS_AMD
     if not pays or x.device.type != "cpu" or weight.device.type != "cpu" or not (x.numel() and weight.numel()):
         return F.linear(x, weight, bias)
     return onednn_linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
