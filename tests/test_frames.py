@@ -37,6 +37,31 @@ def test_conv_frames(kernel, stride, num_frames, has_bias):
         torch.testing.assert_close(conv_frames(x, weight, bias, stride), expected)
 
 
+def test_conv_frames_in_bfloat16():
+    """As near to float64 as torch's convolution in bfloat16, gradients too: parts add up in bfloat16."""
+    exact_inputs = [double(2, 401, 64), double(48, 64, 3, seed=1), double(48, seed=2)]
+    gradient = double(2, 200, 48, seed=3).detach()
+
+    def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv1d(x.transpose(1, 2), weight, bias, 2).transpose(1, 2)
+
+    def results(convolve, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in exact_inputs]
+        y = convolve(*inputs)
+        return [y.detach(), *torch.autograd.grad(y, inputs, gradient.to(dtype))]
+
+    exact = results(torchs, torch.float64)
+    errors = [
+        [
+            float((x.double() - y).norm() / y.norm())
+            for x, y in zip(results(convolve, torch.bfloat16), exact, strict=True)
+        ]
+        for convolve in (lambda x, weight, bias: conv_frames(x, weight, bias, 2), torchs)
+    ]
+    for ours, theirs in zip(*errors, strict=True):
+        assert ours < 0.01 and ours < 1.5 * theirs
+
+
 def test_conv_frames_of_parts_of_a_tensor():
     """Frames that start in the middle of a tensor or are no contiguous memory."""
     whole, weight = double(4, 20, 3).detach(), double(5, 3, 3, seed=1)
