@@ -1,14 +1,13 @@
 # make demo   the whole job on two CPU cores, offline after installation
 # make test   linter, tests, end-to-end tests
+# make test-fast   the tests that take no time, for the daily loop
 # make bench   speed beside the plain paths, transformers and bare library calls (docs/performance.md)
-# make reliability   writes docs/reliability.md anew from the tests that it names
 # make test-slurm   jobs that a SLURM cluster of its own preempts and requeues; root, slurm-wlm and munge
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RELIABILITY_TESTS := $(addprefix tests/test_,resume.py processes.py trouble.py bad_audio.py hostile_files.py fuzz.py)
 
-.PHONY: demo test test-slurm reliability bench lint clean
+.PHONY: demo test test-fast test-slurm bench lint clean
 
 demo: $(VENV)/installed $(VENV)/installed-demo
 	PYTHON=$(BIN)/python bash demo/run.sh
@@ -16,11 +15,11 @@ demo: $(VENV)/installed $(VENV)/installed-demo
 test: $(VENV)/installed $(addprefix $(VENV)/installed-,demo dev export s3prl) lint
 	$(BIN)/python -m pytest -q
 
-test-slurm: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -rs --write-reliability tests/slurm
+test-fast: $(VENV)/installed $(addprefix $(VENV)/installed-,demo dev export s3prl) lint
+	$(BIN)/python -m pytest -q -m 'not slow'
 
-reliability: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q --write-reliability $(RELIABILITY_TESTS)
+test-slurm: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -rs tests/slurm
 
 bench: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
 	$(BIN)/python benchmarks/bench_model.py --out results/bench_update.csv --sections update

@@ -25,11 +25,11 @@ from evaluation.cost import UTTERANCE_SECONDS, cost, measure_speed, superb_secon
 from evaluation.fidelity import HeldOutSpeech, Student, make_student, measure_fidelity, shared_min_samples
 from evaluation.probes import Probe, log_mel_statistics, probe_features, probe_model, probe_random_models, read_probe
 from evaluation.results import made_by, print_results, write_results
-from pairs import DISTILL_MODES, parse_distill_layers
+from training.pairs import DISTILL_MODES, parse_distill_layers
+from wav2vec2.audio import MAX_SECONDS
 from wav2vec2.checkpoint import load_model
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.utils.audio import MAX_SECONDS
 
 
 def parse_args() -> argparse.Namespace:

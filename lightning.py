@@ -26,20 +26,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import compiling
-import resilience
-from batch_size import AUTO, FillMemory, seconds_or_auto
-from datamodule import SpeechDataModule
-from dataset import Batch
+from dataset.speech import Batch
 from evaluation.report import report_stage
-from flops import forward_flops
-from pairs import DISTILL_MODES, check_pair, make_projections, parse_distill_layers
-from throughput import FetchTimer, Throughput
+from training import callbacks, checkpoints, compiling
+from training.batch_size import AUTO, FillMemory, seconds_or_auto
+from training.data import SpeechDataModule
+from training.pairs import DISTILL_MODES, check_pair, make_projections, parse_distill_layers
+from training.throughput import FetchTimer, Throughput
 from wav2vec2 import checkpoint as ckpt
+from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
 from wav2vec2.errors import UserError
+from wav2vec2.flops import forward_flops
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.paths import fast_paths, keep_freed_memory, plain_paths
-from wav2vec2.utils.audio import MAX_SECONDS, MIN_SECONDS
 
 # The published number of GPUs of one node (run.sh).
 DEFAULT_GPUS = 4
@@ -184,7 +183,7 @@ class DistillModule(pl.LightningModule):
         self.reg_learning_rate = reg_learning_rate
         # Set by train_student: what a checkpoint says of its run, who judges each update, and what prune.py should do.
         self.settings: dict[str, Any] | None = None
-        self.watch: resilience.Watch | None = None
+        self.watch: callbacks.Watch | None = None
         self.round_to: int | None = None
         # --compile: set by train_student; compiled from the first update on.
         self.compiles = False
@@ -612,7 +611,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--warmup_updates {args.warmup_updates} is above --max_updates {args.max_updates}")
     if not (args.l2_weight or args.l1_weight or args.cos_weight):
         raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: nothing would be distilled")
-    if args.resume_checkpoint not in (None, resilience.AUTO) and not Path(args.resume_checkpoint).is_file():
+    if args.resume_checkpoint not in (None, checkpoints.AUTO) and not Path(args.resume_checkpoint).is_file():
         raise UserError(f"--resume_checkpoint: {args.resume_checkpoint} does not exist; give a .ckpt of a run, or auto")
     accelerator, _ = resolve_devices(args.accelerator, args.gpus)
     if args.precision == "16" and accelerator == "cpu":
@@ -690,7 +689,7 @@ def make_trainer(
     args: argparse.Namespace,
     description: str,
     module: DistillModule,
-    io: resilience.CheckpointIO,
+    io: callbacks.CheckpointIO,
     start: int,
 ) -> pl.Trainer:
     """The trainer of the shared flags.
@@ -734,7 +733,7 @@ def make_trainer(
         plugins=plugins,
         logger=[
             TensorBoardLogger(args.exp_dir, name="tensorboard", version=0, purge_step=start),
-            resilience.ContinuedCSVLogger(args.exp_dir, start),
+            callbacks.ContinuedCSVLogger(args.exp_dir, start),
         ],
         profiler=timer,
         callbacks=[
@@ -816,8 +815,8 @@ def run_settings(args: argparse.Namespace, description: str, setup: "Setup", num
         # Four processes, or one with --accum_grad 4: the same updates.
         "gpus x accum_grad": num_processes * args.accum_grad,
         "train_subset": {"fingerprint": utterances.hexdigest()[:16]},
-        "teacher_ckpt": {"fingerprint": resilience.fingerprint(args.teacher_ckpt)},
-        "student_ckpt": {"fingerprint": resilience.fingerprint(args.student_ckpt)},
+        "teacher_ckpt": {"fingerprint": checkpoints.fingerprint(args.teacher_ckpt)},
+        "student_ckpt": {"fingerprint": checkpoints.fingerprint(args.student_ckpt)},
     }
 
 
@@ -858,7 +857,7 @@ def train_student(
     )
     accelerator, devices = resolve_devices(args.accelerator, args.gpus)
     num_processes = devices * args.num_nodes
-    resumed = resilience.choose_checkpoint(args.resume_checkpoint, args.exp_dir)
+    resumed = checkpoints.choose_checkpoint(args.resume_checkpoint, args.exp_dir)
     if args.seconds_per_batch == AUTO and resumed is not None:
         args.seconds_per_batch = recorded_seconds_per_batch(*resumed)
         setup.data.fill_batches(args.seconds_per_batch)
@@ -876,11 +875,11 @@ def train_student(
     _quiet_lightning()
     if accelerator == "cpu" and not args.plain:
         keep_freed_memory()
-    io = resilience.CheckpointIO(resumed)
-    with resilience.StopRequest() as stop, plain_paths(args.plain), contextlib.ExitStack() as stack:
+    io = callbacks.CheckpointIO(resumed)
+    with callbacks.StopRequest() as stop, plain_paths(args.plain), contextlib.ExitStack() as stack:
         trainer = make_trainer(args, description, module, io, start)
         if trainer.is_global_zero:
-            stack.enter_context(resilience.exclusive(args.exp_dir))
+            stack.enter_context(checkpoints.exclusive(args.exp_dir))
             num_params = [sum(p.numel() for p in model.parameters()) for model in (setup.teacher, student)]
             print(
                 f"{description}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; layers "
@@ -890,7 +889,7 @@ def train_student(
             )
             if resumed is not None:
                 print(f"{description}: continuing {resumed[0]} after update {start} of {args.max_updates}", flush=True)
-        module.watch = resilience.Watch(
+        module.watch = callbacks.Watch(
             args.exp_dir,
             io,
             stop,
@@ -911,7 +910,7 @@ def train_student(
         else:
             use_batches(args, description, setup.data, trainer, module)
         resumed_from = resumed[0] if resumed is not None else None
-        with resilience.plain_failures(module.watch, resumed_from):
+        with callbacks.plain_failures(module.watch, resumed_from):
             if resumed is not None:
                 module.adapt_checkpoint(resumed[1], args.accum_grad)
             resumed = None  # Lightning frees it once it is restored
@@ -989,17 +988,17 @@ def check_resumed(resumed: tuple[Path, dict[str, Any]], args: argparse.Namespace
         UserError: it is of another stage or model, or (with ``auto``) of a run with other settings.
     """
     path, contents = resumed
-    changes = resilience.compare_settings(contents.get("distillation"), module.settings)
-    if changes and args.resume_checkpoint == resilience.AUTO:
+    changes = checkpoints.compare_settings(contents.get("distillation"), module.settings)
+    if changes and args.resume_checkpoint == checkpoints.AUTO:
         raise UserError(
             f"{path}: made with other settings: {'; '.join(changes)}. Give the same settings; or another --exp_dir for "
             f"a new run; or --resume_checkpoint {path} to continue it with these"
         )
-    student, projections = resilience.split_state_dict(contents["state_dict"])
+    student, projections = checkpoints.split_state_dict(contents["state_dict"])
     ckpt.load_state(module.student_model, student, f"{path} in the model of --student_ckpt")
     ckpt.load_state(module.distill_linear_projs, projections, f"{path} (projections; see --distill_layers)")
     if changes:
-        resilience.say(f"warning: {path} is continued with other settings: {'; '.join(changes)}")
+        checkpoints.say(f"warning: {path} is continued with other settings: {'; '.join(changes)}")
     return contents["global_step"]
 
 

@@ -34,9 +34,7 @@ from soundfile import LibsndfileError, SoundFile
 from tqdm import tqdm
 
 import cli
-from wav2vec2.errors import UserError
-from wav2vec2.paths import fast_paths
-from wav2vec2.utils.audio import (
+from wav2vec2.audio import (
     MAX_SECONDS,
     MIN_SECONDS,
     SAMPLE_RATE,
@@ -46,10 +44,12 @@ from wav2vec2.utils.audio import (
     open_audio,
     seeks_exactly,
 )
-from wav2vec2.utils.files import atomic_path
+from wav2vec2.errors import UserError
+from wav2vec2.files import atomic_path
+from wav2vec2.paths import fast_paths
 
 if TYPE_CHECKING:
-    from packed import Writer
+    from dataset.packed import Writer
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
 LIBRISPEECH_SPLITS = {"train100": ["train-clean-100"], "train960": ["train-*"], "valid": ["dev-*"]}
@@ -347,7 +347,7 @@ def main(args: argparse.Namespace) -> None:
 
 def packing(folder: Path) -> "AbstractContextManager[Writer]":
     """See :func:`packed.writing`."""
-    import packed
+    from dataset import packed
 
     return packed.writing(folder)
 
@@ -356,7 +356,7 @@ def holds_pack(folder: Path) -> bool:
     """See :func:`packed.is_there`."""
     if not folder.is_dir():
         return False
-    import packed
+    from dataset import packed
 
     return packed.is_there(folder)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import cli
 from evaluation.report import report_stage
-from resilience import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
+from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cli
 from evaluation.report import report_stage
-from resilience import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
+from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
 
 

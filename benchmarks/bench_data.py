@@ -39,20 +39,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import cli  # noqa: E402
-import packed  # noqa: E402
 import prepare_data  # noqa: E402
 from benchmarks.results import Result, take_turns, write_results  # noqa: E402
-from dataset import (  # noqa: E402
-    SAMPLE_RATE,
-    BatchSampler,
-    Crop,
-    Manifest,
-    SpeechDataset,
-    TrainingSampler,
-    make_batches,
-    open_audio,
-    read_manifest,
-)
+from dataset import packed  # noqa: E402
+from dataset.batches import BatchSampler, Crop, TrainingSampler, make_batches  # noqa: E402
+from dataset.manifest import Manifest, read_manifest  # noqa: E402
+from dataset.speech import SpeechDataset  # noqa: E402
+from wav2vec2.audio import SAMPLE_RATE, open_audio  # noqa: E402
 
 SECONDS_PER_BATCH = 87.5
 

@@ -42,7 +42,9 @@ import cli  # noqa: E402
 import prepare_data  # noqa: E402
 from benchmarks.bench_data import make_corpus  # noqa: E402
 from benchmarks.results import Result, take_turns, write_results  # noqa: E402
-from dataset import Crop, SpeechDataset, read_manifest  # noqa: E402
+from dataset.batches import Crop  # noqa: E402
+from dataset.manifest import read_manifest  # noqa: E402
+from dataset.speech import SpeechDataset  # noqa: E402
 from lightning import DistillLoss, DistillModule, cast_products, clip_gradients, make_projections  # noqa: E402
 from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model, wavlm_base, with_masks  # noqa: E402
 from wav2vec2.paths import keep_freed_memory, plain_paths  # noqa: E402

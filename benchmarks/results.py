@@ -14,7 +14,7 @@ from typing import NamedTuple
 import soundfile
 import torch
 
-from wav2vec2.utils.files import atomic_path
+from wav2vec2.files import atomic_path
 
 
 class Result(NamedTuple):

@@ -24,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from the checkout, not installed
 
 import cli
+from wav2vec2.audio import SAMPLE_RATE, resample_to_16k
 from wav2vec2.errors import UserError
-from wav2vec2.utils.audio import SAMPLE_RATE, resample_to_16k
 
 VALID_FRACTION = 0.15
 

@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.results import take_turns
-from dataset import SAMPLE_RATE
-from flops import count_flops
+from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.flops import count_flops
 from wav2vec2.model import Wav2Vec2Model, hubert_base
 
 # What MACs are counted on: the mean length of LibriSpeech test-clean (5.4 h in 2,620 utterances).

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from resilience import CHECKPOINTS, LAST_CHECKPOINT, PRUNED_MODEL, read_training_checkpoint
+from training.checkpoints import CHECKPOINTS, LAST_CHECKPOINT, PRUNED_MODEL, read_training_checkpoint
 from wav2vec2.checkpoint import build_model, read_model_file
 from wav2vec2.errors import UserError, printable
 from wav2vec2.model import with_masks

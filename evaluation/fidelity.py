@@ -11,9 +11,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import SAMPLE_RATE, BatchSampler, Manifest, SpeechDataset, make_batches, read_manifest
+from dataset.batches import BatchSampler, make_batches
+from dataset.manifest import Manifest, read_manifest
+from dataset.speech import SpeechDataset
 from evaluation.features import hidden_states, shortest_input
-from pairs import check_pair, make_projections
+from training.pairs import check_pair, make_projections
+from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.checkpoint import load_state, read_model_file
 from wav2vec2.errors import UserError, shown
 from wav2vec2.model import Wav2Vec2Model
@@ -188,7 +191,7 @@ class HeldOutSpeech:
         min_samples: shorter ones too: what the models need for a frame.
 
     Raises:
-        UserError: see :func:`dataset.read_manifest`; no utterance is left, or a file does not exist.
+        UserError: see :func:`dataset.manifest.read_manifest`; no utterance is left, or a file does not exist.
     """
 
     def __init__(self, path: Path, max_seconds: float, min_samples: int) -> None:

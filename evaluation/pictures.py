@@ -28,7 +28,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from evaluation.architecture import conv_channels, ffn_size, num_heads
 from evaluation.experiment import Column, Stage, as_number
 from wav2vec2.errors import printable
-from wav2vec2.utils.files import atomic_path
+from wav2vec2.files import atomic_path
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; black and yellow are left out for the sake of dark
 # pages, and the teacher, targets and text have the ink's.

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs 
 import cli
 from evaluation.architecture import conv_channels, ffn_size, num_heads
 from evaluation.experiment import FINAL, Experiment, as_number, read_experiment, shape_of
-from resilience import CHECKPOINTS, say
+from training.checkpoints import CHECKPOINTS, say
 from wav2vec2.errors import UserError, printable, shown
-from wav2vec2.utils.files import atomic_path
+from wav2vec2.files import atomic_path
 
 if TYPE_CHECKING:
     from evaluation.pictures import Picture, Score

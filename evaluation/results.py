@@ -27,7 +27,7 @@ import soundfile
 import torch
 
 from benchmarks.results import cpu_name
-from wav2vec2.utils.files import atomic_path
+from wav2vec2.files import atomic_path
 
 
 def made_by(device: torch.device, seeds: Sequence[int]) -> dict[str, Any]:

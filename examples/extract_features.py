@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs 
 
 import cli
 import wav2vec2
-from dataset import read_manifest
+from dataset.manifest import read_manifest
 from prepare_data import find_audio
 from wav2vec2.errors import UserError, shown
+from wav2vec2.files import atomic_path, read_json
 from wav2vec2.inference import BATCH_SECONDS, MAX_SECONDS
-from wav2vec2.utils.files import atomic_path, read_json
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 SETTINGS, FAILED = "settings.json", "failed.tsv"

@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs 
 
 import cli
 import wav2vec2
-from dataset import make_batches
+from dataset.batches import make_batches
 from wav2vec2 import checkpoint
+from wav2vec2.audio import SAMPLE_RATE, read_audio
 from wav2vec2.errors import UserError, shown
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.utils.audio import SAMPLE_RATE, read_audio
 
 BLANK = "<blank>"
 WARMUP, HOLD = 0.1, 0.4  # shares of the updates; the rate decays to 0 in the rest

@@ -1,10 +1,10 @@
-"""For all test files: one thread, which is by far quicker for tiny models, and rows of the reliability page."""
+"""For all test files: one thread, which is by far quicker for tiny models; and shared fixtures."""
 
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,48 +12,14 @@ import pytest
 import soundfile
 import torch
 from helpers import run_command, save_small_model
-from reliability import Recorder
 
-import resilience
+from training import callbacks
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
 os.environ["DPHUBERT_REPORT"] = "0"  # stages write no report, unless a test is about that
 for name in [name for name in os.environ if name.startswith("SLURM_")]:
     del os.environ[name]  # scripts behave differently inside a SLURM job, which a run of the tests may be
-
-RECORDER = pytest.StashKey[Recorder]()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--write-reliability", action="store_true", help="write docs/reliability.md from the tests that run"
-    )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RECORDER] = Recorder(config.getoption("--write-reliability"))
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    session.config.stash[RECORDER].finish()
-
-
-@pytest.fixture
-def reliability(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``reliability(section, case, result, measured=False)``: a row of docs/reliability.md, see reliability.py.
-
-    Temporary paths become ``...`` in it, so that the row is the same in every run.
-    """
-    path = Path(request.node.path).relative_to(request.config.rootpath)
-    test = f"{path}::{request.node.name.partition('[')[0]}"
-
-    def record(section: str, case: str, result: str, measured: bool = False) -> None:
-        temporary = re.compile(re.escape(str(request.config._tmp_path_factory.getbasetemp())) + r"/[^/\s]+")
-        parts = [temporary.sub("...", text) for text in (case, result)]
-        request.config.stash[RECORDER].record(test, section, *parts, measured=measured)
-
-    return record
 
 
 @pytest.fixture(scope="session")
@@ -95,11 +61,31 @@ class Disturbance:
 @pytest.fixture
 def disturb(monkeypatch) -> Disturbance:
     disturbance = Disturbance()
-    original = resilience.Watch.on_train_batch_start
+    original = callbacks.Watch.on_train_batch_start
 
-    def on_train_batch_start(self: resilience.Watch, trainer: Any, *rest: Any) -> None:
+    def on_train_batch_start(self: callbacks.Watch, trainer: Any, *rest: Any) -> None:
         original(self, trainer, *rest)
         disturbance.at.pop(trainer.global_step + 1, lambda: None)()
 
-    monkeypatch.setattr(resilience.Watch, "on_train_batch_start", on_train_batch_start)
+    monkeypatch.setattr(callbacks.Watch, "on_train_batch_start", on_train_batch_start)
     return disturbance
+
+
+@pytest.fixture
+def omegaconf_classes() -> Iterator[dict[str, type]]:
+    """Classes that pickle under omegaconf's names, in modules that are gone again afterwards."""
+    classes = {}
+    for module, name in (
+        ("omegaconf.dictconfig", "DictConfig"),
+        ("omegaconf.listconfig", "ListConfig"),
+        ("omegaconf.nodes", "AnyNode"),
+        ("omegaconf.base", "ContainerMetadata"),
+        ("omegaconf.base", "Metadata"),
+    ):
+        classes[name] = type(name, (), {"__module__": module})
+        for part in ("omegaconf", module):
+            sys.modules.setdefault(part, ModuleType(part))
+        setattr(sys.modules[module], name, classes[name])
+    yield classes
+    for part in [part for part in sys.modules if part.split(".")[0] == "omegaconf"]:
+        del sys.modules[part]

@@ -1,24 +1,42 @@
 """What several test files share: small models with no parameter at a trivial value, short runs, comparisons."""
 
+import collections
+import copy
 import csv
 import importlib
 import os
 import subprocess
 import sys
+import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import transformers
+from hypothesis import assume, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import cli
-import throughput
 from hardconcrete import HardConcrete
+from lightning import (
+    DistillLoss,
+    DistillModule,
+    make_projections,
+)
+from training import throughput
 from wav2vec2 import checkpoint
-from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
+from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, masked_units, wav2vec2_model, with_masks
+from wav2vec2.paths import plain_paths
+from wav2vec2.utils.import_huggingface import import_huggingface_model
+from wav2vec2.utils.importing import ImportedModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Of hidden states, absolute and relative, against stored fixtures.
+TOLERANCE = 1e-5
 REFERENCE = REPOSITORY / "tests" / "data" / "reference"
 
 # Flags of a joint distillation that prunes something in a few updates.
@@ -199,3 +217,442 @@ def logged(exp_dir: Path) -> list[dict[str, str]]:
     """The rows of a run's log, without its speed, which no two runs share."""
     with (exp_dir / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
         return [{name: row[name] for name in row if name not in throughput.COLUMNS} for row in csv.DictReader(file)]
+
+
+def read_reference(name: str) -> dict[str, Any]:
+    return torch.load(REFERENCE / f"{name}.pt", weights_only=True)
+
+
+def make_module(cls: type = DistillModule, **changes: Any) -> DistillModule:
+    """A module of two small HuBERTs that distils layers 0, 1 and 3, with masks."""
+    config = small_config("hubert")
+    settings = {
+        "teacher_model": random_model(config, seed=1),
+        "student_model": random_model(with_masks(config, ["conv", "head", "interm"]), seed=1),
+        "distill_mode": "layer2layer",
+        "distill_layers": [0, 1, 3],
+        "distill_linear_projs": make_projections("layer2layer", [[0], [1, 3]], 16, 16),
+        "distill_loss": DistillLoss(0, 1, 1, "raw"),
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "warmup_updates": 2,
+        "max_updates": 6,
+        "use_reg": True,
+        "reg_learning_rate": 0.02,
+        "target_sparsity": 0.5,
+        "sparsity_warmup_updates": 3,
+    }
+    return cls(**(settings | changes))
+
+
+def train_on(module: DistillModule, batch: Any) -> torch.Tensor:
+    return module.loss(batch, module.targets(batch), "train")
+
+
+def last_checkpoint(exp_dir: Path) -> dict[str, Any]:
+    return torch.load(exp_dir / "ckpts" / "last.ckpt", weights_only=True)
+
+
+def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
+    """Every tensor of a nested structure by its path."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {path: tensor for key, item in items for path, tensor in tensors(item, f"{name}.{key}").items()}
+
+
+def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Over all tensors of two checkpoints: weights, masks, multipliers, the optimiser's moments."""
+    ones, others = tensors(one), tensors(other)
+    assert ones.keys() == others.keys() and len(ones) > 50
+    return max(float((tensor.double() - others[name].double()).abs().max()) for name, tensor in ones.items())
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Same weights, optimiser, multipliers and counters, bit for bit, and the same log."""
+    ones, others = last_checkpoint(one), last_checkpoint(other)
+    assert largest_difference(ones, others) == 0
+    for key in ("global_step", "loops", "lr_schedulers", "distillation"):
+        assert ones[key] == others[key], key
+    assert logged(one) == logged(other)
+
+
+def send(signum: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), signum)
+
+
+# Importing any of these in the process below fails: training wants them, loading a model does not.
+TRAINING_PACKAGES = ("pytorch_lightning", "lightning", "transformers", "soundfile", "torchaudio", "tensorboard", "tqdm")
+
+
+def run_without(packages: tuple[str, ...], code: str) -> str:
+    """What a process prints that runs ``code`` and cannot import ``packages``."""
+    block = f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\n"  # None: not to be imported
+    result = run_command(sys.executable, "-W", "ignore", "-c", block + code)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def hubert_base_flops(num_samples: int) -> int:
+    """By hand: two operations per multiplication of convolutions, projections, attention and feed-forward."""
+    macs, channels, frames = 0, 1, num_samples
+    for out, kernel, stride in [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2:
+        frames = (frames - kernel) // stride + 1
+        macs += frames * out * channels * kernel
+        channels = out
+    macs += frames * 512 * 768
+    macs += (frames + 1) * 768 * 48 * 128  # an even kernel makes one frame more, which is dropped
+    macs += 12 * (frames * 4 * 768 * 768 + 2 * frames * frames * 768 + frames * 2 * 768 * 3072)
+    return 2 * macs
+
+
+CERTAIN = 40.0  # sigmoid(40) is 1 in float32
+
+
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+UNIT_SETS = st.sets(st.sampled_from(sorted(PRUNING_UNITS)), min_size=1)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    """Small architectures of all families and shapes, some of them already irregular; no masks yet."""
+    use_block = st.sampled_from([True, True, True, False])
+    num_layers = draw(st.integers(1, 4))
+    num_heads = draw(st.integers(1, 4))
+    head_dim = draw(st.sampled_from([2, 3]))
+    pos_conv_groups = draw(st.sampled_from([1, 2]))
+
+    def per_layer(values: st.SearchStrategy) -> list[Any]:
+        return draw(st.lists(values, min_size=num_layers, max_size=num_layers))
+
+    changes = {
+        "extractor_conv_layer_config": [
+            [draw(st.integers(1, 7)), kernel, stride] for kernel, stride in [(10, 5), (3, 2), (2, 2)]
+        ],
+        "extractor_conv_bias": draw(st.booleans()),
+        "encoder_embed_dim": 2 * num_heads * head_dim,
+        "encoder_pos_conv_kernel": draw(st.sampled_from([3, 4])),
+        "encoder_pos_conv_groups": pos_conv_groups,
+        "encoder_num_layers": num_layers,
+        "encoder_use_attention": per_layer(use_block),
+        "encoder_use_feed_forward": per_layer(use_block),
+        "encoder_ff_interm_features": per_layer(st.integers(1, 9)),
+    }
+    family = draw(st.sampled_from(["hubert", "wavlm"]))
+    if family == "wavlm":
+        heads = st.sets(st.integers(0, num_heads - 1), min_size=1).map(sorted)
+        changes["encoder_total_num_heads"] = [num_heads] * num_layers
+        changes["encoder_remaining_heads"] = per_layer(heads)
+        changes["encoder_num_buckets"] = 8
+    else:
+        changes["encoder_num_heads"] = per_layer(st.integers(1, num_heads))
+        changes["encoder_head_dim"] = head_dim
+    return small_config(family, draw(st.sampled_from(["base", "large"])), **changes)
+
+
+def scattered(size: int, generator: torch.Generator) -> Tensor:
+    return 3 * torch.randn(size, generator=generator)
+
+
+def one_left(size: int, generator: torch.Generator) -> Tensor:
+    survivor = torch.randint(size, (), generator=generator)
+    return torch.where(torch.arange(size) == survivor, CERTAIN, -CERTAIN)
+
+
+# What a mask can look like; the names say what happens to its units.
+LOG_ALPHAS = {
+    "scattered": scattered,
+    "undecided": lambda size, generator: 0.3 * torch.randn(size, generator=generator),
+    "one left": one_left,
+    "some certainly gone": lambda size, generator: CERTAIN * scattered(size, generator).sign(),
+    "all kept": lambda size, generator: torch.full((size,), CERTAIN),
+    "all gone": lambda size, generator: torch.randn(size, generator=generator) - 15,
+}
+
+
+@st.composite
+def masked_models(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(LOG_ALPHAS)) -> Wav2Vec2Model:
+    """Models in eval mode with random weights, masks on any non-empty set of units, each of any of the kinds."""
+    config = with_masks(draw(configs()), draw(UNIT_SETS))
+    seed = draw(st.integers(0, 999))
+    model, generator = random_model(config, seed), torch.Generator().manual_seed(seed)
+    assume(masks_of(model))  # none where every layer lacks the block that the units belong to
+    with torch.no_grad():
+        for mask in masks_of(model).values():
+            mask.log_alpha.copy_(LOG_ALPHAS[draw(st.sampled_from(kinds))](mask.n_in, generator))
+    return model
+
+
+class KeptChannelsLayerNorm(nn.Module):
+    """A LayerNorm over conv channels that sees only the kept ones, and gives zero for the others.
+
+    It is what makes a masked model comparable with its pruned self: LayerNorms over conv channels
+    are the one place where a dropped channel counts although it is zero.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, mask: HardConcrete, channel_dim: int) -> None:
+        super().__init__()
+        self.norm, self.mask, self.channel_dim = norm, mask, channel_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.mask().nonzero().flatten()
+        x = x.movedim(self.channel_dim, -1)
+        normalized = torch.zeros_like(x)
+        normalized[..., kept] = nn.functional.layer_norm(
+            x[..., kept], (len(kept),), self.norm.weight[kept], self.norm.bias[kept], self.norm.eps
+        )
+        return normalized.movedim(-1, self.channel_dim)
+
+
+def with_norms_over_kept_channels(model: Wav2Vec2Model) -> Wav2Vec2Model:
+    """A copy of a masked model whose LayerNorms over masked conv channels see the kept ones only."""
+    model = copy.deepcopy(model)
+    for layer in model.feature_extractor.conv_layers:
+        if layer.hard_concrete is not None and isinstance(layer.layer_norm, nn.LayerNorm):
+            layer.layer_norm = KeptChannelsLayerNorm(layer.layer_norm, layer.hard_concrete, channel_dim=1)
+    if layer.hard_concrete is not None:
+        projection = model.encoder.feature_projection
+        projection.layer_norm = KeptChannelsLayerNorm(projection.layer_norm, layer.hard_concrete, channel_dim=-1)
+    return model
+
+
+@torch.no_grad()
+def outputs(model: Wav2Vec2Model, lengths: Tensor | None, waveforms: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """Everything ``extract_features`` and ``forward`` return, and the valid frames."""
+    hidden_states, frame_lengths = model.extract_features(waveforms, lengths)
+    return [*hidden_states, model(waveforms, lengths)[0]], frame_lengths
+
+
+def check_pruning(masked: Wav2Vec2Model) -> Wav2Vec2Model:
+    """Prune a copy of the model and check all that must hold; returns the pruned copy.
+
+    In double precision: a LayerNorm over two or three channels can enlarge rounding errors a hundred times.
+    """
+    masked = copy.deepcopy(masked).double()
+    reference, pruned = with_norms_over_kept_channels(masked), copy.deepcopy(masked)
+    config = pruned.prune()
+
+    assert not masks_of(pruned)
+    assert masked_units(pruned.state_dict()) == []
+    assert pruned.get_num_params() == num_elements(pruned)
+    assert config == pruned.config
+
+    rebuilt = wav2vec2_model(**config).double().eval()
+    rebuilt.load_state_dict(pruned.state_dict(), strict=True)
+    assert rebuilt.config == config
+    assert rebuilt.get_num_params() == num_elements(rebuilt) == num_elements(pruned)
+    trained = {name for name, parameter in pruned.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in rebuilt.named_parameters() if parameter.requires_grad}
+
+    waveforms, lengths = random_waveforms(400, 260, 330)
+    waveforms = waveforms.double()
+    for given_lengths in (None, lengths):
+        expected, frame_lengths = outputs(reference, given_lengths, waveforms)
+        for model in (pruned, rebuilt):
+            found, found_lengths = outputs(model, given_lengths, waveforms)
+            assert_same_frames(found, expected, frame_lengths, tolerance=1e-6)
+            if frame_lengths is not None:
+                assert found_lengths.tolist() == frame_lengths.tolist()
+    return pruned
+
+
+def blocks_of(model: Wav2Vec2Model) -> list[tuple[bool, bool]]:
+    return [(layer.attention is not None, layer.feed_forward is not None) for layer in model.encoder.transformer.layers]
+
+
+def edge_model(family: str, size: str, units: list[str]) -> Wav2Vec2Model:
+    """Three small layers whose masks are all undecided at first."""
+    model = random_model(with_masks(small_config(family, size), units))
+    for number, mask in enumerate(masks_of(model).values()):
+        mask.log_alpha.data.copy_(scattered(mask.n_in, torch.Generator().manual_seed(number)).abs() + 3)
+    return model
+
+
+def decide(model: Wav2Vec2Model, name: str, *kept: int, size: float = 15.0) -> None:
+    """Keep only these units of the mask whose module name ends in ``name``."""
+    (mask,) = [mask for module, mask in masks_of(model).items() if module.endswith(name)]
+    mask.log_alpha.data.fill_(-size)
+    mask.log_alpha.data[list(kept)] = size
+
+
+def log_alphas(model: Wav2Vec2Model) -> list[Tensor]:
+    return [mask.log_alpha.detach().clone() for mask in masks_of(model).values()]
+
+
+def to_omegaconf(value: Any, classes: dict[str, type], parent: Any = None) -> Any:
+    """Wrap plain settings as omegaconf 2.0 does."""
+
+    def make(name: str, **state: Any) -> Any:
+        made = classes[name]()
+        made.__dict__.update(state)
+        return made
+
+    if not isinstance(value, (dict, list)):
+        metadata = make("Metadata", ref_type=typing.Any, object_type=None, optional=True, key=None, flags={})
+        return make("AnyNode", _metadata=metadata, _parent=parent, _val=value)
+    metadata = make(
+        "ContainerMetadata",
+        ref_type=typing.Any,
+        object_type=dict if isinstance(value, dict) else list,
+        optional=True,
+        key_type=int,
+        element_type=typing.Any,
+        resolver_cache=collections.defaultdict(dict, {"env": {"HOME": "/root"}}),
+    )
+    container = make("DictConfig" if isinstance(value, dict) else "ListConfig", _metadata=metadata, _parent=parent)
+    if isinstance(value, dict):
+        container._content = {key: to_omegaconf(item, classes, container) for key, item in value.items()}
+    else:
+        container._content = [to_omegaconf(item, classes, container) for item in value]
+    return container
+
+
+FIXTURES = Path(__file__).resolve().parent / "data" / "fixtures"
+
+
+def load_expected(directory: Path) -> dict[str, Tensor]:
+    with np.load(directory / "expected.npz") as arrays:
+        return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
+
+
+def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, T) with zeros behind the shorter ones, and (B,) lengths."""
+    return torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True), torch.tensor([len(w) for w in waveforms])
+
+
+def check_stages(
+    model: Wav2Vec2Model,
+    waveforms: Tensor,
+    lengths: Tensor | None,
+    stages: list[Tensor | None],
+    final: Tensor | None,
+    frame_lengths: Tensor | None = None,
+) -> None:
+    """Compare projection, every layer and the final output on valid frames; a failure names its stage.
+
+    Args:
+        model: in eval mode.
+        waveforms: (B, T).
+        lengths: (B,) valid samples, or None if all are.
+        stages: the projection, then each layer's output, (B, frames, D) each; one that was not stored is None.
+        final: output of the whole model (B, frames, D), or None.
+        frame_lengths: (B,) valid frames; None if all are.
+    """
+    for plain in (True, False):
+        with torch.inference_mode(), plain_paths(plain):
+            features, feature_lengths = model.extract_features(waveforms, lengths)
+            output, _ = model(waveforms, lengths)
+        assert len(features) == len(stages)
+        if frame_lengths is not None:
+            assert feature_lengths.tolist() == frame_lengths.tolist()
+        else:
+            assert feature_lengths is None
+        valid = [features[0].size(1)] * len(waveforms) if frame_lengths is None else frame_lengths.tolist()
+        names = ["projection"] + [f"layer {k}" for k in range(1, len(stages))] + ["final"]
+        for name, ours, theirs in zip(names, [*features, output], [*stages, final], strict=True):
+            if theirs is None:
+                continue
+            assert ours.shape == theirs.shape, name
+            # Of the largest value: processors round in their own ways.
+            tolerance = TOLERANCE * max(1.0, theirs.abs().max().item())
+            for row, length in enumerate(valid):
+                difference = (ours[row, :length] - theirs[row, :length]).abs().max().item()
+                assert difference <= tolerance, f"{name}, row {row}, {plain=}: largest difference {difference:.1e}"
+
+
+def check_same_model(first: ImportedModel, second: ImportedModel) -> None:
+    """Equal configs and bit-equal weights."""
+    assert first.config == second.config
+    theirs = second.model.state_dict()
+    assert list(first.model.state_dict()) == list(theirs)
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def run_script_in(name: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository as a user does."""
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / name), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def check_script_error(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Exit status 1 and one ``error:`` line on stderr that contains all of ``parts``."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+def check_written_model(path: Path) -> Wav2Vec2Model:
+    """Load a written file as users do, check the published names, and return the model in eval mode."""
+    contents = torch.load(path, weights_only=True)
+    assert set(contents) == {"state_dict", "config"}
+    assert "encoder.transformer.pos_conv_embed.conv.weight_g" in contents["state_dict"]
+    assert "encoder.transformer.pos_conv_embed.conv.weight_v" in contents["state_dict"]
+    dummy_weight = contents["state_dict"]["feature_extractor.dummy_weight"]
+    assert torch.equal(dummy_weight, torch.ones(contents["config"]["extractor_conv_layer_config"][-1][0]))
+    assert all(tensor.dtype == torch.float32 for tensor in contents["state_dict"].values())
+    return checkpoint.load_model(path).eval()
+
+
+def make_pair(family: str, size: str, directory: Path) -> tuple[torch.nn.Module, Wav2Vec2Model]:
+    """transformers' random model and ours, imported from where it saved itself; both in eval mode.
+
+    base: group_norm extractor and post-norm; large: layer_norm extractor, pre-norm, conv bias.
+    """
+    large = size == "large"
+    settings: dict[str, Any] = {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 28,
+        "conv_dim": (10, 12, 9),
+        "conv_kernel": (10, 3, 2),
+        "conv_stride": (5, 2, 2),
+        "num_feat_extract_layers": 3,
+        "num_conv_pos_embeddings": 9 if large else 8,
+        "num_conv_pos_embedding_groups": 4,
+        "feat_extract_norm": "layer" if large else "group",
+        "do_stable_layer_norm": large,
+        "conv_bias": large,
+        "apply_spec_augment": False,
+        "attn_implementation": "eager",
+    }
+    if family == "wavlm":
+        settings |= {"num_buckets": 16, "max_bucket_distance": 40}
+    config_class, model_class = FAMILIES[family]
+    theirs = model_class(config_class(**settings)).eval()
+    randomize(theirs, seed=1)
+    theirs.save_pretrained(directory)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(directory)
+    return theirs, import_huggingface_model(directory).model.eval()
+
+
+def transformers_stages(theirs: torch.nn.Module, waveforms: Tensor, lengths: Tensor | None) -> list[Tensor]:
+    """The projection, every layer's output before any final LayerNorm, and the last hidden state.
+
+    ``output_hidden_states`` of pre-norm models holds the normalised last layer, so hooks read them.
+    """
+    stages: list[Tensor] = []
+
+    def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        stages.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [module.register_forward_hook(keep) for module in (theirs.feature_projection, *theirs.encoder.layers)]
+    attention_mask = None if lengths is None else (torch.arange(waveforms.size(1)) < lengths[:, None]).long()
+    output = theirs(waveforms, attention_mask=attention_mask).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    return [*stages, output]
+
+
+FAMILIES = [("hubert", "base"), ("hubert", "large"), ("wavlm", "base"), ("wavlm", "large")]

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .components import published_name
 from .errors import UserError, printable, shown
+from .files import atomic_path
 from .model import Wav2Vec2Model, wav2vec2_model, with_masks
 from .utils.archive import UnreadableFileError, read_archive
-from .utils.files import atomic_path
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

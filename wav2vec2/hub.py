@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .checkpoint import check_weights, expected_state
 from .errors import UserError
+from .files import atomic_path, one_line, read_json, read_safetensors
 from .model import Wav2Vec2Model
-from .utils.files import atomic_path, one_line, read_json, read_safetensors
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from . import checkpoint
+from .audio import SAMPLE_RATE, read_audio, resample_to_16k
 from .components import FeatureExtractor
 from .errors import UserError, shown
 from .frames import norm_over_time
 from .model import Wav2Vec2Model, normalize_waveforms
-from .utils.audio import SAMPLE_RATE, read_audio, resample_to_16k
 
 BATCH_SECONDS = 60.0
 MAX_SECONDS = 60.0

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import one_line
 from ..model import Wav2Vec2Model
 from .export_torch import Difference, Run, check_difference, compare, min_samples, quiet, trace
-from .files import one_line
 
 MODEL, MODEL_INT8 = "model.onnx", "model.int8.onnx"
 MIN_OPSET, DEFAULT_OPSET = 18, 20  # the oldest that PyTorch's exporter writes

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import atomic_path
 from ..model import Wav2Vec2Model
 from ..paths import plain_paths
-from .files import atomic_path
 
 OUTPUTS = ("last", "all")
 

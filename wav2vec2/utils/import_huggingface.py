@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, shown
+from ..files import one_line, read_json, read_safetensors
 from ..model import normalize_waveforms
-from .files import one_line, read_json, read_safetensors
 from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
 from .restricted_unpickler import read_foreign_file
 

@@ -1,0 +1,238 @@
+"""From a crop to a batch of waveforms; a file that has gone bad is replaced by one of about its length."""
+
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset.batches import Crop
+from dataset.manifest import Manifest
+from wav2vec2.audio import decode, num_samples_at_16k, open_audio, seeks_exactly
+from wav2vec2.errors import UserError
+
+# Files tried in place of a bad one before giving up: as many in a row point to a lost disk, not to bad files.
+MAX_REPLACEMENTS = 20
+
+
+class AudioError(UserError):
+    """A file that cannot give the samples its manifest promises; the message is one line.
+
+    A DataLoader worker's exception reaches the main process as the same class built from the text of
+    its traceback. The traceback ends with the original message, which is all that the user needs.
+    """
+
+    def __init__(self, message: str) -> None:
+        last_line = message.rstrip("\n").rpartition("\n")[2]
+        super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
+
+
+def check_files(manifest: Manifest, max_bad: int, sample: int = 256) -> dict[str, str]:
+    """Read the headers of some utterances before training starts, evenly from the whole manifest.
+
+    With a pack there is nothing to do: opening it has compared it with the manifest, and the files are not needed.
+
+    Args:
+        manifest: from :func:`read_manifest`.
+        max_bad: bad files that are tolerated.
+        sample: utterances to look at; all if the manifest has fewer.
+
+    Returns:
+        Path to reason, one line, of each that is missing, no audio, or not as long as the manifest says.
+
+    Raises:
+        UserError: the root folder does not exist, more than half of the files looked at are bad, or more than
+            ``max_bad`` are.
+    """
+    if manifest.pack is not None:
+        return {}
+    if not manifest.root.is_dir():
+        raise UserError(
+            f"{manifest.path}: its root folder {manifest.root} does not exist; run prepare_data.py on the "
+            "corpus where it is now, or put its folder on the first line"
+        )
+    num_files = len(manifest.paths)
+    chosen = np.linspace(0, num_files - 1, min(sample, num_files)).round().astype(int).tolist()
+    bad_files: dict[str, str] = {}
+    for index in chosen:
+        path = manifest.full_path(index)
+        try:
+            with _opened(path, int(manifest.lengths[index])):
+                pass
+        except AudioError as error:
+            bad_files[path] = str(error)
+    if len(bad_files) <= min(max_bad, len(chosen) // 2):
+        return bad_files
+    found = f"{len(bad_files)} of {len(chosen)} files looked at cannot be used ({_some(list(bad_files))})"
+    reason = next(iter(bad_files.values()))
+    if len(bad_files) > len(chosen) // 2:
+        raise UserError(f"{manifest.path}: the corpus has moved or changed: {found}; the first: {reason}")
+    raise UserError(f"{manifest.path}: {found}, expected at most {max_bad} (--max_bad_files); the first: {reason}")
+
+
+def _some(names: list[str]) -> str:
+    """The first three of some names, in words."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def load_audio(
+    path: str | os.PathLike, offset: int = 0, num_samples: int | None = None, length: int | None = None
+) -> Tensor:
+    """Read an audio file as 16 kHz mono, or ``num_samples`` of it from sample ``offset`` on.
+
+    Other sample rates are resampled, several channels averaged. Offset and counts are samples at 16 kHz.
+    ``length`` is what the manifest says of the whole file; None leaves that unchecked.
+
+    Returns:
+        (T,) float32; all that follows ``offset`` if ``num_samples`` is None.
+
+    Raises:
+        AudioError: the file is missing, unreadable, not ``length`` long, or ends before ``offset + num_samples``.
+    """
+    with _opened(path, length) as file:
+        waveform = decode(file, offset, num_samples)
+    if num_samples is not None and waveform.numel() < num_samples:
+        raise AudioError(
+            f"{path}: ends at sample {offset + waveform.numel()} (at 16 kHz), expected {offset + num_samples} or more: "
+            "it has changed since the manifest was written; run prepare_data.py again"
+        )
+    return waveform
+
+
+@contextmanager
+def _opened(path: str | os.PathLike, length: int | None) -> Iterator[soundfile.SoundFile]:
+    """Open a file to read audio from; what goes wrong, inside the ``with`` too, is an :class:`AudioError`.
+
+    ``length`` is the number of samples at 16 kHz that its header must state; None accepts any.
+    """
+    if not os.path.isfile(path):
+        raise AudioError(f"{path}: no such file, though the manifest lists it; run prepare_data.py again")
+    try:
+        if os.path.getsize(path) == 0:
+            raise AudioError(f"{path}: is empty (0 bytes), expected audio; run prepare_data.py again")
+        with open_audio(path) as file:
+            # An MP3's count is a claim only, see seeks_exactly.
+            found = num_samples_at_16k(file.frames, file.samplerate) if seeks_exactly(file) else length
+            if length is not None and found != length:
+                raise AudioError(
+                    f"{path}: is {found} samples long (at 16 kHz), expected the manifest's {length}: "
+                    "it has changed since the manifest was written; run prepare_data.py again"
+                )
+            yield file
+    except soundfile.LibsndfileError as error:
+        reason = error.error_string.rstrip(".")
+        raise AudioError(
+            f"{path}: expected audio, but it cannot be decoded ({reason}); run prepare_data.py again"
+        ) from error
+    except OSError as error:  # a disk that fails, a network folder that went away
+        raise AudioError(
+            f"{path}: expected audio, but reading it fails ({error.strerror}); check the disk, "
+            "then run prepare_data.py again"
+        ) from error
+
+
+class Batch(NamedTuple):
+    """What :class:`SpeechDataset` makes of a crop.
+
+    Attributes:
+        waveforms: (B, T) float32.
+        lengths: (B,) int64, all equal to T.
+        paths: the B files that were read.
+        seed: the crop's.
+        weight: utterances that count, B, or 0 in a batch that only tops up.
+        bad_files: path to reason, one line, of the files that others had to replace.
+    """
+
+    waveforms: Tensor
+    lengths: Tensor
+    paths: list[str]
+    seed: int
+    weight: int
+    bad_files: dict[str, str]
+
+
+class SpeechDataset(Dataset):
+    """Reads the crops that :class:`BatchSampler` chooses, and replaces files that cannot give theirs.
+
+    A bad file gives its place to the next longer one of the manifest, after the longest to the shortest that is
+    long enough; if that is bad too, to the one after. So the batch keeps its shape and every run reads the same.
+
+    Args:
+        manifest: from :func:`read_manifest`, and with a pack if :func:`packed.attach` has added one.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+
+    @cached_property
+    def _by_length(self) -> np.ndarray:
+        """The utterances from short to long; not before a file is bad, so that no process holds it in vain."""
+        return np.argsort(self.manifest.lengths, kind="stable")
+
+    def __len__(self) -> int:
+        return len(self.manifest.paths)
+
+    def __getitem__(self, crop: Crop) -> Batch:
+        """Read one batch.
+
+        Raises:
+            AudioError: neither a file nor any of :data:`MAX_REPLACEMENTS` others can be used.
+        """
+        waveforms = torch.empty(len(crop.indices), crop.num_samples)
+        paths: list[str] = []
+        bad_files: dict[str, str] = {}
+        for row, index, offset in zip(waveforms, crop.indices, crop.offsets, strict=True):
+            path, waveform, bad = self._read_or_replace(index, offset, crop.num_samples)
+            row.copy_(waveform)
+            paths.append(path)
+            bad_files.update(bad)
+        lengths = torch.full((len(crop.indices),), crop.num_samples, dtype=torch.int64)
+        return Batch(waveforms, lengths, paths, crop.seed, 0 if crop.tops_up else len(crop.indices), bad_files)
+
+    def _read_or_replace(self, index: int, offset: int, num_samples: int) -> tuple[str, Tensor, dict[str, str]]:
+        """The path that was read in the end, (T,) of it, and path to reason of those that were bad."""
+        bad: dict[str, str] = {}
+        for candidate, start in itertools.chain([(index, offset)], self._replacements(index, offset, num_samples)):
+            path = self.manifest.full_path(candidate)
+            try:
+                return path, self._read(candidate, start, num_samples), bad
+            except AudioError as error:
+                bad[path] = str(error)
+        raise AudioError(f"{next(iter(bad.values()))} (the {len(bad) - 1} files tried in its place fail too)")
+
+    def _replacements(self, index: int, offset: int, num_samples: int) -> Iterator[tuple[int, int]]:
+        """Index and first sample of each utterance to try in place of a bad one."""
+        lengths = self.manifest.lengths
+        candidates = self._by_length[np.searchsorted(lengths, num_samples, sorter=self._by_length) :]
+        place = np.flatnonzero(candidates == index)[0]
+        for candidate in np.roll(candidates, -place)[1 : 1 + MAX_REPLACEMENTS].tolist():
+            yield candidate, min(offset, int(lengths[candidate]) - num_samples)
+
+    def _read(self, index: int, offset: int, num_samples: int) -> Tensor:
+        """(T,) of one utterance.
+
+        Raises:
+            AudioError: see :func:`load_audio` and :meth:`packed.Pack.read`; or what was read cannot be trained on.
+        """
+        if self.manifest.pack is not None:  # what cannot be trained on is not packed
+            return self.manifest.pack.read(index, offset, num_samples)
+        path = self.manifest.full_path(index)
+        waveform = load_audio(path, offset, num_samples, int(self.manifest.lengths[index]))
+        where = f"of samples {offset} to {offset + num_samples} (at 16 kHz)"
+        remedy = f"mend the file or take its line out of {self.manifest.path}"
+        low, high = (float(value) for value in waveform.aminmax())  # NaN if any sample is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            num_bad = int((~waveform.isfinite()).sum())
+            raise AudioError(f"{path}: {num_bad} {where} are NaN or infinite, expected numbers; {remedy}")
+        # A crop may fall into a pause of digital silence; only a file without any sound is bad.
+        if low == high == 0 and not load_audio(path).any():
+            raise AudioError(f"{path}: all of its samples are zero, expected sound; {remedy}")
+        return waveform

@@ -1,0 +1,359 @@
+"""The corpus lister as a user calls it: splits, rejected files, other corpora, errors."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from helpers import REPOSITORY
+
+import cli
+import prepare_data
+from dataset import packed
+from dataset.manifest import read_manifest
+from dataset.speech import load_audio
+from prepare_data import LIBRISPEECH_SPLITS, count_samples, find_audio, hold_out, parse_splits, split_by_folder
+from wav2vec2 import audio
+from wav2vec2.audio import SAMPLE_RATE, length_of_flac
+from wav2vec2.errors import UserError
+from wav2vec2.paths import plain_paths
+
+
+def write_audio(path: Path, num_samples: int = 1600, sample_rate: int = SAMPLE_RATE, num_channels: int = 1) -> Path:
+    """Noise of that many samples; the suffix chooses the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    audio = 0.1 * np.random.default_rng(0).standard_normal((num_samples, num_channels))
+    soundfile.write(path, audio, sample_rate, format=path.suffix[1:].upper())
+    return path
+
+
+@dataclass
+class Result:
+    """What a run of the script left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def prepare(capfd: pytest.CaptureFixture) -> Callable[..., Result]:
+    """Run the script's main as its last lines do, without the time that a new process takes."""
+
+    def run(data: Path, out: Path, *options: str) -> Result:
+        args = prepare_data.parse_args(["--data", str(data), "--out", str(out), *options])
+        returncode = 0
+        try:
+            cli.run(prepare_data.main, args)
+        except SystemExit as stop:
+            returncode = stop.code
+        return Result(returncode, *capfd.readouterr())
+
+    return run
+
+
+def rows(manifest: Path) -> dict[str, int]:
+    """Path to samples of one manifest."""
+    contents = read_manifest(manifest)
+    return dict(zip(contents.paths, contents.lengths.tolist(), strict=True))
+
+
+@pytest.fixture
+def librispeech(tmp_path: Path) -> Path:
+    """LibriSpeech's layout below a root whose own path names other splits."""
+    root = tmp_path / "dev-clean" / "train-clean-100" / "Libri Speech é"
+    for folder, num_samples in [
+        ("train-clean-100/103/1240", 40_000),
+        ("train-clean-360/14/208", 20_000),
+        ("train-other-500/20/205", 300_000),
+        ("dev-clean/84/121123", 32_000),
+        ("dev-other/116/288045", 32_001),
+        ("test-clean/61/70968", 50_000),
+    ]:
+        write_audio(root / folder / "a-0000.flac", num_samples)
+    return root
+
+
+def test_librispeech(librispeech, tmp_path, prepare):
+    result = prepare(librispeech, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train100.tsv", "train960.tsv", "valid.tsv"}
+    assert (tmp_path / "out" / "train960.tsv").read_text(encoding="utf-8") == (
+        f"{librispeech}\n"
+        "train-clean-100/103/1240/a-0000.flac\t40000\n"
+        "train-clean-360/14/208/a-0000.flac\t20000\n"
+        "train-other-500/20/205/a-0000.flac\t300000\n"
+    )
+    assert rows(tmp_path / "out" / "train100.tsv") == {"train-clean-100/103/1240/a-0000.flac": 40_000}
+    assert sorted(rows(tmp_path / "out" / "valid.tsv").values()) == [32_000, 32_001]
+    assert "1 of 6 files are in no split" in result.stdout
+    assert "train960: 3 utterances, 0.01 h; 1 (0.00 h) last 2 s to 15.625 s" in result.stdout
+
+
+def test_part_of_librispeech(librispeech, tmp_path, prepare):
+    for folder in ("train-clean-100", "dev-clean", "dev-other"):
+        (librispeech / folder).rename(librispeech / f"x{folder}")
+    result = prepare(librispeech, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train960.tsv"]
+    assert "not there: train100 = train-clean-100; valid = dev-*" in result.stdout
+
+
+def test_root_is_one_of_librispeechs_folders(librispeech, tmp_path, prepare):
+    write_audio(librispeech / "train-clean-100/103/1240/a-0001.flac")
+    result = prepare(librispeech / "train-clean-100", tmp_path / "out")
+    assert "0.05 of the files" in result.stdout
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == {"train", "valid"}
+
+
+def test_an_option_goes_before_the_layout(librispeech, tmp_path, prepare):
+    assert prepare(librispeech, tmp_path / "out", "--valid_fraction", "0.5").returncode == 0
+    assert len(rows(tmp_path / "out" / "valid.tsv")) == 3
+    assert prepare(librispeech, tmp_path / "other", "--splits", "mine=train-*/14,test-*").returncode == 0
+    assert len(rows(tmp_path / "other" / "mine.tsv")) == 2
+
+
+def test_outermost_folder_decides():
+    paths = ["train-clean-100/dev-1/a.flac", "speakers/dev-clean/train-clean-100/a.flac", "train-clean-100.flac"]
+    assert split_by_folder(paths, LIBRISPEECH_SPLITS) == {
+        "train100": paths[:1],
+        "train960": paths[:1],
+        "valid": paths[1:2],
+    }
+
+
+def test_other_formats_rates_and_channels(tmp_path, prepare):
+    root = tmp_path / "corpus"
+    write_audio(root / "tr" / "a b.WAV", 8001, 8000)
+    write_audio(root / "tr" / "ü.Mp3", 22_050, 22_050)
+    write_audio(root / "tr" / "deeper" / "c.ogg", 48_000, 48_000, num_channels=2)
+    write_audio(root / "cv" / "d.flac", 44_100, 44_100)
+    (root / "tr" / "notes.txt").write_text("no audio")
+    result = prepare(root, tmp_path / "out", "--splits", "train=tr", "valid=cv,unused")
+    assert result.returncode == 0, result.stderr
+    counted = rows(tmp_path / "out" / "train.tsv")
+    assert counted["tr/a b.WAV"] == 16_002
+    assert set(counted) == {"tr/a b.WAV", "tr/ü.Mp3", "tr/deeper/c.ogg"}
+    for name, num_samples in counted.items():
+        assert len(load_audio(root / name)) == num_samples
+
+
+def test_files_that_cannot_be_used_are_listed(tmp_path, prepare):
+    root = tmp_path / "corpus"
+    write_audio(root / "good.wav")
+    write_audio(root / "fine.flac")
+    (root / "text.wav").write_text("I am no audio")
+    (root / "nothing.flac").touch()
+    write_audio(root / "silent.wav", num_samples=0)
+    cut = write_audio(root / "cut.flac", 50_000)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    assert soundfile.info(cut).frames == 50_000  # the header alone does not show it
+    (root / "dangling.ogg").symlink_to(root / "gone.ogg")
+    (root / "folder.wav").mkdir()
+    write_audio(root / "line\nbreak.wav")
+
+    result = prepare(root, tmp_path / "out", "--valid_fraction", "0.5")
+    assert result.returncode == 0, result.stderr
+    rejected = dict(line.split("\t") for line in (tmp_path / "out" / "rejected.tsv").read_text().splitlines())
+    assert set(rejected) == {"text.wav", "nothing.flac", "silent.wav", "cut.flac", "dangling.ogg", "line?break.wav"}
+    assert rejected["silent.wav"] == "no samples"
+    assert "0 bytes" in rejected["nothing.flac"]
+    assert "cut short" in rejected["cut.flac"]
+    assert "6 files left out" in result.stdout
+    assert set(rows(tmp_path / "out" / "train.tsv")) | set(rows(tmp_path / "out" / "valid.tsv")) == {
+        "good.wav",
+        "fine.flac",
+    }
+
+    for name in [*rejected, "line\nbreak.wav"]:
+        (root / name).unlink(missing_ok=True)
+    assert prepare(root, tmp_path / "out", "--valid_fraction", "0.5").returncode == 0
+    assert not (tmp_path / "out" / "rejected.tsv").exists()
+
+
+def test_length_of_a_cut_mp3_is_what_can_be_decoded(tmp_path, prepare):
+    cut = write_audio(tmp_path / "corpus" / "cut.mp3", 80_000)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    write_audio(tmp_path / "corpus" / "b.wav")
+    assert prepare(tmp_path / "corpus", tmp_path / "out", "--valid_fraction", "0.5").returncode == 0
+    counted = rows(tmp_path / "out" / "train.tsv") | rows(tmp_path / "out" / "valid.tsv")
+    assert counted["cut.mp3"] == len(load_audio(cut)) < 50_000
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    root = tmp_path / "corpus"
+    write_audio(tmp_path / "elsewhere" / "a.wav")
+    write_audio(root / "b.wav")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)
+    assert find_audio(str(root)) == ["b.wav", "linked/a.wav"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse names that are not UTF-8")
+def test_names_that_are_not_utf8(tmp_path, prepare):
+    root = tmp_path / "corpus"
+    write_audio(root / "a.wav")
+    os.rename(root / "a.wav", os.fsencode(root) + b"/\xe9.wav")
+    write_audio(root / "b.wav")
+    result = prepare(root, tmp_path / "out", "--valid_fraction", "0.5")
+    assert result.returncode == 0, result.stderr
+    for name in rows(tmp_path / "out" / "train.tsv") | rows(tmp_path / "out" / "valid.tsv"):
+        assert len(load_audio(root / name)) == 1600
+
+
+def test_flac_file_cut_anywhere_is_left_out(tmp_path):
+    path = write_audio(tmp_path / "a.flac", 20_000)
+    contents = path.read_bytes()
+    assert count_samples(str(path)) == (20_000, "")
+    for size in [*range(len(contents) - 30, len(contents)), *range(100, len(contents), 997)]:
+        path.write_bytes(contents[:size])
+        num_samples, reason = count_samples(str(path))
+        assert num_samples == 0 and ("cut short" in reason or "cannot be decoded" in reason)
+
+
+def test_libsndfile_itself_says_what_soundfile_says(tmp_path, monkeypatch):
+    """The short way of whole FLAC files; all others go the long way, which gives the reason."""
+    good = write_audio(tmp_path / "good.flac", num_samples=9000, sample_rate=44100, num_channels=2)
+    assert length_of_flac(good) == (9000, 44100)
+    (tmp_path / "cut.flac").write_bytes(good.read_bytes()[:-100])
+    (tmp_path / "empty.flac").touch()
+    (tmp_path / "noise.flac").write_bytes(bytes(range(256)) * 40)
+    (tmp_path / "folder.flac").mkdir()
+    wav = write_audio(tmp_path / "sound.wav")
+    (tmp_path / "wav.flac").write_bytes(wav.read_bytes())
+    shutil.copy(good, tmp_path / "a.wav")
+    others = ["cut.flac", "empty.flac", "noise.flac", "folder.flac", "wav.flac", "sound.wav", "missing.flac"]
+    assert [length_of_flac(tmp_path / name) for name in others] == [None] * len(others)
+    names = ["good.flac", "a.wav", *others]
+    found = [count_samples(str(tmp_path / name)) for name in names]
+    assert found[0] == found[1] == (3266, "") and found[names.index("wav.flac")] == (1600, "")
+    with plain_paths():
+        assert [count_samples(str(tmp_path / name)) for name in names] == found
+    monkeypatch.setattr(audio, "_libsndfile", lambda: (None, None))  # it is not public
+    assert length_of_flac(good) is None and count_samples(str(good)) == found[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_no_file_stays_open(tmp_path):
+    good = write_audio(tmp_path / "good.flac")
+    (tmp_path / "cut.flac").write_bytes(good.read_bytes()[:-20])
+    (tmp_path / "noise.flac").write_bytes(bytes(256))
+    before = os.listdir("/proc/self/fd")
+    for _ in range(5):
+        for name in ("good.flac", "cut.flac", "noise.flac", "missing.flac"):
+            length_of_flac(tmp_path / name)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_benchmark_runs(tmp_path):
+    out = tmp_path / "results" / "bench_data.csv"
+    command = [sys.executable, REPOSITORY / "benchmarks" / "bench_data.py", "--quick", "--repetitions", "1"]
+    command += ["--out", out, "--num_processes", "1", "--workers", "0", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    with out.open(newline="") as file:
+        measured = list(csv.DictReader(file))
+    assert {row["section"] for row in measured} == {"prepare", "loader", "manifest"}
+    assert all(float(row["value"]) > 0 and row["versions"].startswith("torch=") for row in measured)
+    assert {row["variant"] for row in measured if row["ratio_to_baseline"] == "1.000"} >= {
+        "soundfile.info (baseline)",
+        "soundfile.read (baseline), 0 workers",
+        "soundfile.read (baseline), 1 workers",
+    }
+
+
+def test_held_out_files():
+    paths = [f"{number:03}.wav" for number in range(200)]
+    splits = hold_out(paths, 0.05, seed=0)
+    assert splits == hold_out(paths, 0.05, seed=0)
+    assert splits != hold_out(paths, 0.05, seed=1)
+    assert len(splits["valid"]) == 10
+    assert sorted(splits["train"] + splits["valid"]) == paths
+    assert hold_out(paths[:3], 0.05, seed=0)["valid"] != []
+    # As the corpus grows, most held-out files stay held out.
+    grown = hold_out([*paths, *(f"new{number}.wav" for number in range(20))], 0.05, seed=0)
+    assert len(set(grown["valid"]) & set(splits["valid"])) >= 8
+
+
+def test_output_does_not_depend_on_the_run(tmp_path, prepare):
+    for number in range(30):
+        write_audio(tmp_path / "corpus" / f"{number}.wav", 1600 + number)
+    outputs = []
+    for run, num_workers in enumerate(["1", "2"]):
+        result = prepare(tmp_path / "corpus", tmp_path / str(run), "--num_workers", num_workers)
+        assert result.returncode == 0, result.stderr
+        outputs.append({path.name: path.read_bytes() for path in (tmp_path / str(run)).iterdir()})
+    assert outputs[0] == outputs[1]
+
+
+def test_splits_option():
+    assert parse_splits(["train=a,b/", "valid=c*"]) == {"train": ["a", "b"], "valid": ["c*"]}
+
+
+@pytest.mark.parametrize(
+    "options", [["train"], ["=a"], ["train="], ["a/b=c"], ["rejected=a"], ["a=b", "a=c"], [".a=b"]]
+)
+def test_splits_option_errors(options):
+    with pytest.raises(UserError, match="--splits: found"):
+        parse_splits(options)
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "words"),
+    [
+        ("missing", [], ["missing: no such folder"]),
+        ("empty", [], ["no .flac, .wav, .ogg, .mp3 file"]),
+        ("corpus", ["--splits", "train=nope"], ["train.tsv would be empty", "one, two", "--splits"]),
+        ("corpus", ["--splits", "train=one", "--valid_fraction", "0.1"], ["--splits and --valid_fraction"]),
+        ("corpus", ["--valid_fraction", "0"], ["--valid_fraction 0", "between 0 and 1"]),
+        ("corpus", ["--valid_fraction", "nan"], ["--valid_fraction nan", "between 0 and 1"]),
+        ("corpus", ["--valid_fraction", "0.99"], ["train.tsv would be empty"]),
+        ("corpus", ["--splits", "train=two"], ["train.tsv would be empty: none of its 1 files can be used"]),
+        ("corpus", ["--num_workers", "0"], ["--num_workers 0"]),
+    ],
+)
+def test_errors_are_one_line_and_write_no_manifest(tmp_path, folder, options, words, prepare):
+    (tmp_path / "empty").mkdir()
+    write_audio(tmp_path / "corpus" / "one" / "a.wav")
+    (tmp_path / "corpus" / "two").mkdir()
+    (tmp_path / "corpus" / "two" / "bad.wav").write_text("no audio")
+    result = prepare(tmp_path / folder, tmp_path / "out", *options)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in words)
+    assert not list((tmp_path / "out").glob("[!r]*.tsv"))
+
+
+def test_script_as_a_command(librispeech, tmp_path):
+    command = [sys.executable, REPOSITORY / "prepare_data.py", "--data", librispeech, "--out", "out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "written to out: train100.tsv, train960.tsv, valid.tsv" in result.stdout
+    result = subprocess.run(
+        [*command[:3], "nowhere", *command[4:]], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: --data nowhere: no such folder; give the folder of the corpus\n"
+
+
+def test_reading_headers_does_without_torch(tmp_path):
+    """Importing it takes seconds, longer than reading the headers of a small corpus."""
+    write_audio(tmp_path / "corpus" / "train" / "a.flac", 40_000)
+    write_audio(tmp_path / "corpus" / "valid" / "b.flac", 40_000)
+    arguments = ["prepare_data.py", "--data", "corpus", "--out", "out", "--splits", "train=train", "valid=valid"]
+    code = (
+        f"import sys\nsys.modules['torch'] = None\nsys.path.insert(0, {str(REPOSITORY)!r})\nsys.argv = {arguments}\n"
+        "import cli, prepare_data\ncli.run(prepare_data.main, prepare_data.parse_args())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert rows(tmp_path / "out" / "train.tsv") == {"train/a.flac": 40_000}
+    assert prepare_data.PACKED == packed.FOLDER

@@ -1,0 +1,284 @@
+"""The scripts as a user calls them, from raw audio to the loaded checkpoint, and what they say to bad input."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import REPOSITORY, load_as_others_do, run_command, run_script, save_small_model, small_run
+
+from training.data import SpeechDataModule
+from wav2vec2 import checkpoint
+
+MINI_HUBERT = REPOSITORY / "demo" / "mini-hubert"
+TARGET = 0.75
+
+
+# --- the whole job ---------------------------------------------------------------------------------
+
+
+def test_from_raw_audio_to_the_loaded_model(corpus, manifests, tmp_path):
+    """run.sh on a teacher converted from Hugging Face: every stage, every output, the target met."""
+    teacher = tmp_path / "teacher.pth"
+    converted = run_command(sys.executable, "convert_hubert_from_hf.py", "--model", MINI_HUBERT, "--out", teacher)
+    assert converted.returncode == 0, converted.stderr
+    config = tmp_path / "job.conf"
+    config.write_text(
+        f"# a short run\nteacher_ckpt={teacher}\ntsv_dir={manifests}\nexp_dir={tmp_path / 'exp'}\n"
+        "train_subset=train100\n"
+        "seconds_per_batch=4\nmax_crop_seconds=1\nnum_workers=1\ndistill_layers=0.2,4,6\naccelerator=cpu\ngpus=1\n"
+        "precision=32\nlearning_rate=1e-3\nwarmup_updates=10\nmax_updates=1000\nsparsity_warmup_updates=20\n"
+        "reg_learning_rate=0.1\nfinal_learning_rate=5e-4\nfinal_warmup_updates=2\nfinal_max_updates=12\nlog_interval=5\n"
+    )
+    result = run_command("bash", "run.sh", config, max_updates=60)  # the environment wins over the file
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+    for exp_dir, num_updates in ((tmp_path / "exp", 60), (tmp_path / "exp" / "final", 12)):
+        trained = torch.load(exp_dir / "ckpts" / "last.ckpt", weights_only=True)
+        assert trained["global_step"] == num_updates
+        assert not any(key.startswith("teacher_model.") for key in trained["state_dict"])
+        assert [path.name for path in (exp_dir / "ckpts").glob("*.ckpt")] == ["last.ckpt"]
+        assert list((exp_dir / "tensorboard").rglob("events*"))
+    with (tmp_path / "exp" / "csv" / "version_0" / "metrics.csv").open() as file:
+        columns = set(csv.DictReader(file).fieldnames)
+    parts = {"", "_distill", "_mse", "_l1", "_cos", "_reg"}
+    assert {f"{mode}_loss{part}" for mode in ("train", "valid") for part in parts} <= columns
+    assert {"sparsity_expected", "sparsity_target", "lambda1", "lambda2"} <= columns
+    for stage in ("distill", "prune", "final_distill", "save"):
+        assert (tmp_path / "exp" / f"{stage}.log").stat().st_size > 0
+
+    final = tmp_path / "exp" / "final" / "ckpts" / "pruned_hubert_base.pth"
+    assert str(final) in result.stdout
+    model = load_as_others_do(final)
+    original = load_as_others_do(teacher).get_num_params()
+    assert abs(1 - model.get_num_params() / original - TARGET) < 0.005
+    hidden, _ = model.extract_features(torch.randn(2, 16000))
+    assert len(hidden) == 7 and all(torch.isfinite(h).all() for h in hidden)
+
+    report = run_command(
+        *(sys.executable, "demo/report.py", "--exp_dir", tmp_path / "exp", "--teacher_ckpt", teacher),
+        *("--tsv", manifests / "valid.tsv"),
+    )
+    assert report.returncode == 0, report.stderr
+    assert f"{original:,} -> {model.get_num_params():,}" in report.stdout
+    assert "met within 0.5%" in report.stdout
+
+
+@pytest.mark.parametrize(("family", "size"), [("hubert", "large"), ("wavlm", "base"), ("wavlm", "large")])
+def test_stages_for_the_other_families(manifests, tmp_path, monkeypatch, capsys, family, size):
+    teacher = save_small_model(tmp_path / "teacher.pth", family, size)
+    exp_dir = tmp_path / "exp"
+    run_script(monkeypatch, "distill", *small_run(manifests, teacher), "--exp_dir", exp_dir, "--target_sparsity", 0.4)
+    capsys.readouterr()
+    run_script(monkeypatch, "prune", "--distilled_ckpt", exp_dir / "ckpts/last.ckpt", "--original_ckpt", teacher)
+    config = json.loads(capsys.readouterr().out)
+    pruned = exp_dir / "ckpts" / "pruned_hubert_base.pth"
+    assert checkpoint.read_model_file(pruned)["config"] == config
+    run_script(
+        monkeypatch,
+        "final_distill",
+        *small_run(manifests, teacher, student_ckpt=pruned),
+        "--exp_dir",
+        exp_dir / "final",
+    )
+    last = exp_dir / "final" / "ckpts" / "last.ckpt"
+    run_script(monkeypatch, "save_final_ckpt", "--config_path", pruned, "--ckpt_after_final_distill", last)
+    final = load_as_others_do(last.parent / "pruned_hubert_base.pth")
+    assert final.config == config
+    weights = [dict(load_as_others_do(path).state_dict()) for path in (pruned, last.parent / "pruned_hubert_base.pth")]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_joint_training_drives_the_expected_size_to_the_target(manifests, tmp_path, monkeypatch, capsys):
+    """The Lagrangian does the work: little is left for prune.py to correct."""
+    shapes = {"encoder_ff_interm_features": [200] * 3}  # fine units
+    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base", **shapes)
+    exp_dir = tmp_path / "exp"
+    flags = small_run(manifests, teacher, max_updates=500, warmup_updates=50, max_crop_seconds=0.05, log_interval=100)
+    pruning = {"target_sparsity": 0.6, "reg_learning_rate": 0.1, "sparsity_warmup_updates": 300}
+    pruning_flags = [word for name, value in pruning.items() for word in (f"--{name}", value)]
+    run_script(
+        monkeypatch, "distill", *flags, *pruning_flags, "--exp_dir", exp_dir, "--pruning_units", "conv,head,interm"
+    )
+    with (exp_dir / "csv" / "version_0" / "metrics.csv").open() as file:
+        expected = [float(row["sparsity_expected"]) for row in csv.DictReader(file) if row["sparsity_expected"]]
+    assert abs(expected[-1] - 0.6) < 0.06
+    run_script(monkeypatch, "prune", "--distilled_ckpt", exp_dir / "ckpts/last.ckpt", "--original_ckpt", teacher)
+    num_params = load_as_others_do(exp_dir / "ckpts" / "pruned_hubert_base.pth").get_num_params()
+    assert abs(1 - num_params / load_as_others_do(teacher).get_num_params() - 0.6) < 0.005
+
+
+def test_prune_without_correction_is_the_published_rounding(manifests, small_teacher, tmp_path, monkeypatch):
+    exp_dir = tmp_path / "exp"
+    units = "conv,head,interm"
+    run_script(
+        monkeypatch, "distill", *small_run(manifests, small_teacher), "--exp_dir", exp_dir, "--pruning_units", units
+    )
+    last = exp_dir / "ckpts" / "last.ckpt"
+    run_script(
+        *(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", small_teacher),
+        *("--sparsity_tolerance", 1),
+    )
+    masked = checkpoint.load_masked_model(small_teacher, units.split(","))
+    state = torch.load(last, weights_only=True)["state_dict"]
+    prefix = "student_model."
+    masked.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    config = masked.prune()
+    pruned = checkpoint.read_model_file(exp_dir / "ckpts" / "pruned_hubert_base.pth")
+    assert pruned["config"] == config
+    assert all(torch.equal(value, pruned["state_dict"][key]) for key, value in masked.state_dict().items())
+
+
+def test_resume_continues_where_the_checkpoint_ends(manifests, small_teacher, tmp_path, monkeypatch):
+    exp_dir = tmp_path / "exp"
+    last = exp_dir / "ckpts" / "last.ckpt"
+    run_script(monkeypatch, "distill", *small_run(manifests, small_teacher, max_updates=4), "--exp_dir", exp_dir)
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    flags = small_run(manifests, small_teacher, max_updates=9, resume_checkpoint=last)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", exp_dir)
+    assert torch.load(last, weights_only=True)["global_step"] == 9
+
+
+def test_same_seed_same_weights(manifests, small_teacher, tmp_path, monkeypatch):
+    states = []
+    for run, seed in (("a", 1), ("b", 1), ("c", 2)):
+        flags = small_run(manifests, small_teacher, seed=seed, num_workers=1 if run == "b" else 0)
+        run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / run)
+        states.append(torch.load(tmp_path / run / "ckpts" / "last.ckpt", weights_only=True)["state_dict"])
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
+
+
+def test_validation_counts_each_batch_once(manifests):
+    """One process needs no topping up, which would weigh one batch twice in the validation loss."""
+    data = SpeechDataModule(manifests, "train100", 4, 0, 2.0, 15.625, max_crop_seconds=None, seed=0)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(world_size=1, global_rank=0, strategy=strategy)
+    indices = [index for crop in data.val_dataloader().sampler for index in crop.indices]
+    assert sorted(indices) == list(range(4))
+
+
+def test_bf16(manifests, small_teacher, tmp_path, monkeypatch):
+    flags = small_run(manifests, small_teacher, precision="bf16", valid_interval=2)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp")
+    state = torch.load(tmp_path / "exp" / "ckpts" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in state.values())
+
+
+def test_two_processes_train_a_pre_norm_model(manifests, tmp_path):
+    """DDP on two CPU processes: a final LayerNorm that gets no gradient does not stop it."""
+    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "large")
+    flags = small_run(manifests, teacher, gpus=2)
+    result = run_command(sys.executable, "distill.py", *flags, "--exp_dir", tmp_path / "exp")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 x cpu" in result.stdout
+    assert torch.load(tmp_path / "exp" / "ckpts" / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
+# --- bad input -------------------------------------------------------------------------------------
+
+
+def damaged(flags: dict[str, object], tmp_path: Path, case: str) -> dict[str, object]:
+    """Flags that are wrong in one way; files that it takes are written to ``tmp_path``."""
+    teacher = flags["teacher"]
+    if case == "empty manifest":
+        (tmp_path / "train100.tsv").write_text("/nowhere\n")
+        return {"tsv_dir": tmp_path}
+    if case == "missing manifest":
+        return {"train_subset": "train460"}
+    if case == "other frames":
+        other = {"extractor_conv_layer_config": [[10, 10, 5], [12, 3, 2], [8, 3, 2]]}
+        return {"student_ckpt": save_small_model(tmp_path / "other.pth", "hubert", "base", **other)}
+    if case == "weights of another shape":
+        contents = checkpoint.read_model_file(teacher)
+        contents["config"]["encoder_ff_interm_features"] = [7, 20, 20]
+        checkpoint.save(tmp_path / "odd.pth", contents)
+        return {"student_ckpt": tmp_path / "odd.pth"}
+    if case == "training checkpoint as teacher":
+        torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, tmp_path / "last.ckpt")
+        return {"teacher_ckpt": tmp_path / "last.ckpt"}
+    if case == "text as teacher":
+        (tmp_path / "notes.pth").write_text("not a model")
+        return {"teacher_ckpt": tmp_path / "notes.pth"}
+    raise AssertionError(case)
+
+
+BAD_FLAGS = [
+    ({"min_seconds": 10}, "no utterance is left"),
+    ({"seconds_per_batch": 0.1}, "--seconds_per_batch 0.1 is too small"),
+    ({"seconds_per_batch": 0}, "--seconds_per_batch: expected a number above 0"),
+    ({"distill_layers": "0.4"}, "--distill_layers: layer 4 is wanted, but the teacher has 3 layers"),
+    ({"distill_layers": "first"}, "--distill_layers: expected layers"),
+    ({"pruning_units": "conv,neuron"}, "--pruning_units: 'neuron' unknown; choose from conv, head"),
+    ({"pruning_units": ""}, "--pruning_units: '' unknown"),
+    ({"target_sparsity": 1.5}, "--target_sparsity: expected a number between 0 and 1"),
+    ({"target_sparsity": 0.9, "pruning_units": "head"}, "pruning head removes at most"),
+    ({"warmup_updates": 100}, "--warmup_updates 100 is above --max_updates 6"),
+    ({"max_updates": 0}, "--max_updates: expected a number above 0"),
+    ({"accelerator": "auto", "gpus": 64}, "--gpus: 64 GPUs asked for"),
+    ({"precision": 16}, "--precision 16 needs a GPU"),
+    ({"l1_weight": 0, "cos_weight": 0}, "nothing would be distilled"),
+    ({"teacher_ckpt": "no/such.pth"}, "no/such.pth: no such file"),
+    ({"resume_checkpoint": "no/such.ckpt"}, "--resume_checkpoint: no/such.ckpt does not exist"),
+    ("empty manifest", "train100.tsv: no utterance is listed"),
+    ("missing manifest", "train460.tsv"),
+    ("other frames", "--student_ckpt: its frames do not fit"),
+    ("weights of another shape", "odd.pth: weights do not fit the model"),
+    ("training checkpoint as teacher", "a training checkpoint (.ckpt) where a model file (.pth) is wanted"),
+    ("text as teacher", "notes.pth: not a checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD_FLAGS, ids=lambda value: str(value)[:40])
+def test_bad_input_ends_before_training(manifests, small_teacher, tmp_path, monkeypatch, capsys, wrong, message):
+    if isinstance(wrong, str):
+        wrong = damaged({"teacher": small_teacher}, tmp_path, wrong)
+    with pytest.raises(SystemExit) as stop:
+        run_script(monkeypatch, "distill", *small_run(manifests, small_teacher, **wrong), "--exp_dir", tmp_path / "exp")
+    assert stop.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize("script", ["prune", "save_final_ckpt", "final_distill"])
+def test_checkpoints_of_the_wrong_kind(manifests, small_teacher, tmp_path, monkeypatch, capsys, script):
+    """Each later stage, given the teacher where it wants its predecessor's output."""
+    arguments = {
+        "prune": ("--distilled_ckpt", small_teacher, "--original_ckpt", small_teacher),
+        "save_final_ckpt": ("--config_path", small_teacher, "--ckpt_after_final_distill", small_teacher),
+        "final_distill": (*small_run(manifests, small_teacher), "--exp_dir", tmp_path / "exp"),
+    }[script]
+    with pytest.raises(SystemExit) as stop:
+        run_script(monkeypatch, script, *arguments)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {small_teacher}: ") and "\n" not in error
+
+
+def test_projections_of_other_layers(manifests, small_teacher, tmp_path, monkeypatch, capsys):
+    """A final distillation must distil the layers that the pruned file has projections for."""
+    exp_dir = tmp_path / "exp"
+    run_script(
+        *(monkeypatch, "distill", *small_run(manifests, small_teacher, max_updates=2), "--exp_dir", exp_dir),
+        *("--pruning_units", "interm", "--target_sparsity", 0.1),
+    )
+    run_script(monkeypatch, "prune", "--distilled_ckpt", exp_dir / "ckpts/last.ckpt", "--original_ckpt", small_teacher)
+    pruned = exp_dir / "ckpts" / "pruned_hubert_base.pth"
+    flags = small_run(manifests, small_teacher, student_ckpt=pruned, distill_layers="0.1,2,3")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "final_distill", *flags, "--exp_dir", exp_dir / "final")
+    assert "--distill_layers and --distill_mode must be those of distill.py" in capsys.readouterr().err
+
+
+def test_exit_status_and_debug(tmp_path):
+    """Once through a real process: status 1 and one line; with --debug the traceback."""
+    arguments = (sys.executable, "prune.py", "--distilled_ckpt", tmp_path / "a", "--original_ckpt", tmp_path / "b")
+    plain = run_command(*arguments)
+    assert plain.returncode == 1 and len(plain.stderr.splitlines()) == 1
+    debug = run_command(*arguments, "--debug")
+    assert debug.returncode == 1 and "Traceback" in debug.stderr

@@ -1,0 +1,428 @@
+"""A run that was stopped, killed or hindered ends as one that was not."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    PRUNING,
+    REPOSITORY,
+    assert_same_run,
+    error_line,
+    last_checkpoint,
+    logged,
+    run_script,
+    run_to_exit,
+    save_small_model,
+    send,
+    small_run,
+)
+
+import lightning
+from training import callbacks
+from wav2vec2 import checkpoint
+
+# --- stopped and continued -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "changes"),
+    [
+        ("hubert", "base", {}),
+        ("hubert", "large", {"accum_grad": 3}),
+        ("wavlm", "base", {"valid_interval": 3, "save_interval": 2}),
+        ("wavlm", "large", {"accum_grad": 2, "num_workers": 1, "valid_interval": 4}),
+    ],
+)
+def test_stopped_at_any_update(manifests, tmp_path, monkeypatch, disturb, family, size, changes):
+    """In the middle and at the end of epochs, beside a validation or not: resumed, the run is the same."""
+    teacher = save_small_model(tmp_path / "teacher.pth", family, size)
+    flags = (*small_run(manifests, teacher, max_updates=26, seconds_per_batch=0.6, **changes), *PRUNING)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "whole")
+    flags = (*flags, "--exp_dir", tmp_path / "stopped", "--resume_checkpoint", "auto")
+    updates = (1, 4, 5, 12, 13, 25)
+    for update in updates:
+        disturb.at[update] = send(signal.SIGTERM)
+        assert run_to_exit(monkeypatch, "distill", *flags) == 143
+        assert last_checkpoint(tmp_path / "stopped")["global_step"] == update
+    run_script(monkeypatch, "distill", *flags)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    ", ".join(f"--{name} {value}" for name, value in changes.items()) or "plain flags"
+
+
+@pytest.mark.parametrize("script", ["distill", "final_distill"])
+def test_killed_at_random_moments(manifests, tmp_path, monkeypatch, script):
+    """SIGKILL to a real process, three times: nothing is cleaned up, nothing is flushed."""
+    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
+    student, pruning = teacher, PRUNING
+    if script == "final_distill":
+        run_script(monkeypatch, "distill", *small_run(manifests, teacher), *PRUNING, "--exp_dir", tmp_path / "joint")
+        checkpoints = tmp_path / "joint" / "ckpts"
+        run_script(monkeypatch, "prune", "--distilled_ckpt", checkpoints / "last.ckpt", "--original_ckpt", teacher)
+        student, pruning = checkpoints / "pruned_hubert_base.pth", ()
+    changes = {
+        "max_updates": 120,
+        "seconds_per_batch": 0.6,
+        "save_interval": 4,
+        "log_interval": 4,
+        "accum_grad": 2,
+        "num_workers": 1,
+    }
+    flags = (*small_run(manifests, teacher, student_ckpt=student, **changes), *pruning)
+    run_script(monkeypatch, script, *flags, "--exp_dir", tmp_path / "whole")
+
+    exp_dir = tmp_path / "killed"
+    command = [sys.executable, f"{script}.py", *flags, "--exp_dir", exp_dir, "--resume_checkpoint", "auto"]
+    moments = random.Random(0)
+    reached = []
+    for _ in range(3):
+        before = exp_dir / "csv" / "version_0" / "metrics.csv"
+        rows = before.read_bytes() if before.is_file() else b""
+        with subprocess.Popen([*map(str, command)], cwd=REPOSITORY, start_new_session=True) as process:
+            while process.poll() is None and (not before.is_file() or len(before.read_bytes()) <= len(rows)):
+                time.sleep(0.02)
+            time.sleep(moments.uniform(0.0, 0.3))
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        reached.append(last_checkpoint(exp_dir)["global_step"])
+    assert 0 < reached[0] <= reached[1] <= reached[2] < 120
+    subprocess.run([*map(str, command)], cwd=REPOSITORY, check=True)
+    assert_same_run(tmp_path / "whole", exp_dir)
+    assert [path.name for path in (exp_dir / "ckpts").iterdir() if not path.name.startswith(".")] == ["last.ckpt"]
+
+
+def test_killed_during_a_validation(manifests, small_teacher, tmp_path, monkeypatch):
+    """The update before it is made once more, as a run that went on from behind it would lack the validation."""
+    flags = (*small_run(manifests, small_teacher, valid_interval=3, save_interval=1), *PRUNING)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "whole")
+
+    def kill(module: lightning.DistillModule, *_: Any) -> None:
+        if module.global_step == 3:
+            raise KeyboardInterrupt  # where a kill would strike
+
+    flags = (*flags, "--exp_dir", tmp_path / "killed", "--resume_checkpoint", "auto")
+    with monkeypatch.context() as context:
+        context.setattr(lightning.DistillModule, "on_validation_batch_start", kill, raising=False)
+        assert run_to_exit(context, "distill", *flags) != 0
+    assert last_checkpoint(tmp_path / "killed")["global_step"] == 2
+    run_script(monkeypatch, "distill", *flags)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_four_processes_worth_of_batches_in_one(manifests, small_teacher, tmp_path, monkeypatch, disturb):
+    """A run of gpus x accum_grad = 4 goes on with another split of the 4: the update is what counts."""
+    flags = (*small_run(manifests, small_teacher, accum_grad=4), *PRUNING, "--exp_dir", tmp_path)
+    disturb.at[3] = send(signal.SIGTERM)
+    assert run_to_exit(monkeypatch, "distill", *flags) == 143
+    settings = last_checkpoint(tmp_path)["distillation"]["settings"]
+    assert settings["gpus x accum_grad"] == 4
+
+
+def test_a_finished_run_is_not_run_again(manifests, small_teacher, tmp_path, monkeypatch, capsys):
+    flags = (*small_run(manifests, small_teacher), "--exp_dir", tmp_path / "exp")
+    run_script(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto")  # nothing there: a fresh start
+    last = tmp_path / "exp" / "ckpts" / "last.ckpt"
+    before = (last.stat().st_mtime_ns, last.read_bytes())
+    capsys.readouterr()
+    run_script(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto")
+    assert "complete already, 6 updates done" in capsys.readouterr().out
+    assert (last.stat().st_mtime_ns, last.read_bytes()) == before
+
+
+def test_later_stages_are_not_run_again(manifests, small_teacher, tmp_path, monkeypatch, capsys):
+    """prune.py and save_final_ckpt.py leave an output alone that is whole and made from the same input."""
+    checkpoints = tmp_path / "exp" / "ckpts"
+    flags = small_run(manifests, small_teacher)
+    run_script(monkeypatch, "distill", *flags, *PRUNING, "--exp_dir", tmp_path / "exp")
+    prune = ("prune", "--distilled_ckpt", checkpoints / "last.ckpt", "--original_ckpt", small_teacher)
+    pruned = checkpoints / "pruned_hubert_base.pth"
+    run_script(monkeypatch, *prune)
+    final = small_run(manifests, small_teacher, student_ckpt=pruned)
+    run_script(monkeypatch, "final_distill", *final, "--exp_dir", tmp_path / "exp" / "final")
+    last = tmp_path / "exp" / "final" / "ckpts" / "last.ckpt"
+    save = ("save_final_ckpt", "--config_path", pruned, "--ckpt_after_final_distill", last)
+    run_script(monkeypatch, *save)
+    for command, out in ((prune, pruned), (save, last.parent / "pruned_hubert_base.pth")):
+        capsys.readouterr()
+        before = (out.stat().st_mtime_ns, out.read_bytes())
+        run_script(monkeypatch, *command)
+        printed = capsys.readouterr()
+        assert "made already" in printed.out + printed.err
+        assert (out.stat().st_mtime_ns, out.read_bytes()) == before
+        out.write_bytes(before[1][: len(before[1]) // 2])  # half of it is not whole
+        run_script(monkeypatch, *command)
+        assert out.read_bytes() == before[1]
+    run_script(monkeypatch, *prune, "--target_sparsity", 0.3)
+    assert checkpoint.read_model_file(pruned)["made_by"]["target_sparsity"] == 0.3
+
+
+# --- what auto and a path do -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_run(manifests, small_teacher, tmp_path, monkeypatch, disturb) -> tuple[list[object], Path]:
+    """A run stopped at update 4 of 6: its flags and exp_dir."""
+    flags = [*small_run(manifests, small_teacher, save_interval=2), *PRUNING, "--exp_dir", tmp_path / "exp"]
+    disturb.at[4] = send(signal.SIGTERM)
+    assert run_to_exit(monkeypatch, "distill", *flags) == 143
+    return flags, tmp_path / "exp"
+
+
+def changed(flags: list[object], **changes: object) -> list[object]:
+    flags = list(flags)
+    for name, value in changes.items():
+        if f"--{name}" in flags:
+            flags[flags.index(f"--{name}") + 1] = value
+        else:
+            flags += [f"--{name}", value]
+    return flags
+
+
+def test_a_fresh_run_does_not_overwrite(half_run, monkeypatch, capsys):
+    flags, exp_dir = half_run
+    before = (exp_dir / "ckpts" / "last.ckpt").read_bytes()
+    assert run_to_exit(monkeypatch, "distill", *flags) == 1
+    message = error_line(capsys)
+    assert "which would be overwritten; add --resume_checkpoint auto" in message
+    assert (exp_dir / "ckpts" / "last.ckpt").read_bytes() == before
+
+
+def test_auto_continues_the_same_run_only(half_run, monkeypatch, capsys):
+    flags, exp_dir = half_run
+    assert run_to_exit(monkeypatch, "distill", *changed(flags, learning_rate=5e-4), "--resume_checkpoint", "auto") == 1
+    message = error_line(capsys)
+    assert "made with other settings: --learning_rate: 0.0002 there, 0.0005 now" in message
+    # What does not change the result may change.
+    machine = {"log_interval": 2, "num_workers": 1, "save_interval": 3, "valid_interval": 5}
+    run_script(monkeypatch, "distill", *changed(flags, **machine), "--resume_checkpoint", "auto")
+    assert last_checkpoint(exp_dir)["global_step"] == 6
+
+
+def test_a_path_continues_with_other_settings_and_says_so(half_run, tmp_path, monkeypatch, capsys):
+    flags, exp_dir = half_run
+    path = exp_dir / "ckpts" / "last.ckpt"
+    new = changed(flags, learning_rate=5e-4, max_updates=9, accum_grad=2, exp_dir=tmp_path / "other")
+    run_script(monkeypatch, "distill", *new, "--resume_checkpoint", path)
+    warning = capsys.readouterr().err
+    for change in ("--learning_rate: 0.0002 there, 0.0005 now", "--max_updates: 6 there, 9 now", "accum_grad: 1 there"):
+        assert change in warning
+    trained = last_checkpoint(tmp_path / "other")
+    assert trained["global_step"] == 9
+    assert trained["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 18
+    rates = {
+        int(row["step"]): float(row["lr-AdamW/main"]) for row in logged(tmp_path / "other") if row["lr-AdamW/main"]
+    }
+    assert rates == pytest.approx({step: 5e-4 * lightning.linear_warmup_decay(2, 9)(step) for step in range(4, 9)})
+
+
+def test_auto_passes_over_a_damaged_checkpoint(half_run, monkeypatch, capsys, tmp_path):
+    flags, exp_dir = half_run
+    last, previous = (exp_dir / "ckpts" / name for name in ("last.ckpt", "previous.ckpt"))
+    shutil.copytree(exp_dir, tmp_path / "whole")
+    run_script(monkeypatch, "distill", *changed(flags, exp_dir=tmp_path / "whole"), "--resume_checkpoint", "auto")
+    contents = last.read_bytes()
+    last.write_bytes(contents[: len(contents) // 2])
+    run_script(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto")
+    printed = capsys.readouterr()
+    assert f"passed over: {last}: " in printed.err and f"continuing {previous} after update 2" in printed.out
+    assert_same_run(tmp_path / "whole", exp_dir)
+
+
+def test_a_damaged_checkpoint_does_not_replace_the_one_before(half_run, monkeypatch, disturb):
+    """Killed again before the first new checkpoint is written: the only whole one must still be there."""
+    flags, exp_dir = half_run
+    last, previous = (exp_dir / "ckpts" / name for name in ("last.ckpt", "previous.ckpt"))
+    last.write_bytes(b"no")
+    whole = previous.read_bytes()
+
+    def fail(path: Path, contents: dict[str, Any]) -> None:
+        assert previous.read_bytes() == whole
+        raise KeyboardInterrupt  # where a kill would strike
+
+    with monkeypatch.context() as context:
+        context.setattr(callbacks.ckpt, "save", fail)
+        assert run_to_exit(context, "distill", *flags, "--resume_checkpoint", "auto") != 0
+    assert previous.read_bytes() == whole
+    run_script(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto")
+    assert last_checkpoint(exp_dir)["global_step"] == 6
+
+
+def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_run(half_run, tmp_path, monkeypatch, capsys):
+    flags, exp_dir = half_run
+    elsewhere = shutil.copytree(exp_dir / "ckpts", tmp_path / "elsewhere") / "last.ckpt"
+    before = (exp_dir / "ckpts" / "last.ckpt").read_bytes()
+    assert run_to_exit(monkeypatch, "distill", *flags, "--resume_checkpoint", elsewhere) == 1
+    message = error_line(capsys)
+    assert "which would be overwritten" in message
+    assert (exp_dir / "ckpts" / "last.ckpt").read_bytes() == before
+
+
+def test_auto_does_not_start_over_where_all_are_damaged(half_run, monkeypatch, capsys):
+    flags, exp_dir = half_run
+    for name in ("last.ckpt", "previous.ckpt"):
+        (exp_dir / "ckpts" / name).write_bytes(b"no")
+    assert run_to_exit(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto") == 1
+    message = error_line(capsys)
+    assert "can be read" in message and "move them away to start afresh" in message
+
+
+def test_a_checkpoint_of_the_other_stage(half_run, manifests, small_teacher, tmp_path, monkeypatch, capsys):
+    _, exp_dir = half_run
+    last = exp_dir / "ckpts" / "last.ckpt"
+    run_script(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", small_teacher)
+    final = small_run(manifests, small_teacher, student_ckpt=exp_dir / "ckpts" / "pruned_hubert_base.pth")
+    capsys.readouterr()
+    arguments = (*final, "--exp_dir", tmp_path / "final", "--resume_checkpoint", last)
+    assert run_to_exit(monkeypatch, "final_distill", *arguments) == 1
+    message = error_line(capsys)
+    assert str(last) in message and "--student_ckpt" in message
+
+
+def test_a_training_state_that_does_not_fit(half_run, monkeypatch, capsys):
+    flags, exp_dir = half_run
+    path = exp_dir / "ckpts" / "odd.ckpt"
+    contents = last_checkpoint(exp_dir)
+    del contents["optimizer_states"][0]["param_groups"][1]
+    torch.save(contents, path)
+    assert run_to_exit(monkeypatch, "distill", *flags, "--resume_checkpoint", path) == 1
+    message = error_line(capsys)
+    assert message.startswith(f"{path}: its training state cannot be restored")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("distillation",), [1], "distillation is [1], expected a dict"),
+        (("distillation", "target_sparsity"), "a", "target_sparsity is 'a', expected a number between 0 and 1"),
+        (("distillation", "original_num_params"), -5, "original_num_params is -5, expected a number of parameters"),
+        (("global_step",), None, "global_step is None, expected a number of updates"),
+        (("state_dict", "distill_linear_projs.0.bias"), "x", "'distill_linear_projs.0.bias' is 'x', expected finite"),
+    ],
+)
+def test_entries_that_prune_would_use(half_run, small_teacher, monkeypatch, capsys, place, value, message):
+    _, exp_dir = half_run
+    contents = last_checkpoint(exp_dir)
+    inner = contents
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path = exp_dir / "ckpts" / "odd.ckpt"
+    torch.save(contents, path)
+    capsys.readouterr()
+    assert run_to_exit(monkeypatch, "prune", "--distilled_ckpt", path, "--original_ckpt", small_teacher) == 1
+    error = error_line(capsys)
+    assert message in error and error.startswith(f"{path}: ")
+
+
+def test_two_runs_in_one_exp_dir(half_run, monkeypatch, capsys):
+    """The lock is the process's own, so the other run must be another process."""
+    flags, exp_dir = half_run
+    holder = (
+        "import sys, pathlib\nfrom training import checkpoints\n"
+        "with checkpoints.exclusive(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, str(exp_dir)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert run_to_exit(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto") == 1
+        message = error_line(capsys)
+        assert f"another run is writing to it (process {process.pid} on " in message
+        process.kill()
+    run_script(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto")  # the lock went with its process
+
+
+# --- signals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_ends(manifests, small_teacher, tmp_path, monkeypatch, disturb, capsys, signum):
+    """SIGUSR1 requeues the SLURM job that this is, the others do not."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/requeued\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    disturb.at[3] = send(signum)
+    flags = (*small_run(manifests, small_teacher), "--exp_dir", tmp_path / "exp")
+    assert run_to_exit(monkeypatch, "distill", *flags) == 128 + signum
+    name = signal.Signals(signum).name
+    printed = capsys.readouterr().err
+    last = tmp_path / "exp" / "ckpts" / "last.ckpt"
+    assert f"{name}: saved update 3 in {last}" in printed and "Traceback" not in printed
+    assert last_checkpoint(tmp_path / "exp")["global_step"] == 3
+    requeued = (tmp_path / "requeued").read_text() if (tmp_path / "requeued").exists() else ""
+    assert requeued == ("requeue 17\n" if signum == signal.SIGUSR1 else "")
+    assert signal.getsignal(signum) is not None
+
+
+def test_ctrl_c_in_a_terminal(manifests, small_teacher, tmp_path):
+    """A real Ctrl-C reaches the whole process group, loader processes too."""
+    flags = small_run(manifests, small_teacher, max_updates=4000, num_workers=2, log_interval=5)
+    command = [sys.executable, "distill.py", *map(str, flags), "--exp_dir", str(tmp_path / "exp")]
+    rows = tmp_path / "exp" / "csv" / "version_0" / "metrics.csv"
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not rows.is_file():
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert "SIGINT: saved update" in errors and "Traceback" not in errors
+    assert last_checkpoint(tmp_path / "exp")["global_step"] > 0
+
+
+# --- a full disk -----------------------------------------------------------------------------------
+
+
+def limit_file_size(num_bytes: int) -> Callable[[], None]:
+    """As on a full disk, writing more than this to one file fails."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def restore_file_size() -> Any:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk(manifests, small_teacher, tmp_path, monkeypatch, disturb, capsys, restore_file_size):
+    """A checkpoint that finds no room costs that checkpoint only; the last one of a run must be there."""
+    flags = [*small_run(manifests, small_teacher, max_updates=12, save_interval=2), *PRUNING]
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "whole")
+    last = tmp_path / "exp" / "ckpts" / "last.ckpt"
+    steps = []
+    disturb.at |= {
+        3: limit_file_size(50_000),
+        5: lambda: steps.append(last_checkpoint(tmp_path / "exp")["global_step"]),
+    }
+    disturb.at[7] = restore_file_size
+    capsys.readouterr()
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp")
+    printed = capsys.readouterr().err
+    assert steps == [2] and f"warning: {last}: update 4 could not be saved (" in printed
+    assert "that of update 2 stays; training goes on" in printed
+    assert_same_run(tmp_path / "whole", tmp_path / "exp")
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+    disturb.at[12] = limit_file_size(50_000)
+    assert run_to_exit(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "late") == 1
+    restore_file_size()
+    message = error_line(capsys)
+    assert "update 12 could not be saved" in message and "make room" in message
+    assert last_checkpoint(tmp_path / "late")["global_step"] == 10
+    assert not [path for path in (tmp_path / "late" / "ckpts").iterdir() if path.name.startswith(".")]
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "late", "--resume_checkpoint", "auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "late")

@@ -1,0 +1,236 @@
+"""Training meets numbers that are not finite and audio that cannot be read."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import soundfile
+import torch
+from helpers import (
+    PRUNING,
+    error_line,
+    logged,
+    make_module,
+    random_model,
+    random_waveforms,
+    run_command,
+    run_script,
+    run_to_exit,
+    save_small_model,
+    small_config,
+    small_run,
+)
+from pytorch_lightning.plugins.precision import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader
+
+from cli import AllProcessesError
+from dataset.speech import SpeechDataset
+from lightning import DistillLoss, make_projections
+from training import callbacks
+from training import data as datamodule
+from wav2vec2.model import with_masks
+
+LOUD = "train-clean-100/1/2/1-2-0003.flac"
+
+
+@pytest.fixture
+def own_corpus(corpus, tmp_path) -> Path:
+    """A copy of the corpus to damage, with manifests from before the damage in ``data``."""
+    root = tmp_path / "LibriSpeech"
+    shutil.copytree(corpus, root)
+    # prepare_data.py counts what is there: the loud file must be one that any format can hold.
+    samples, rate = soundfile.read(root / LOUD)
+    (root / LOUD).unlink()
+    soundfile.write((root / LOUD).with_suffix(".wav"), samples, rate, subtype="FLOAT")
+    result = run_command(sys.executable, "prepare_data.py", "--data", root, "--out", tmp_path / "data")
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+@pytest.fixture
+def loud_file(own_corpus) -> Path:
+    """A recording with samples so large, yet finite, that the arithmetic of the plain paths overflows.
+
+    On CPUs the fast ones take the first norm's statistics in float64, and do not.
+    """
+    path = (own_corpus / LOUD).with_suffix(".wav")
+    samples, rate = soundfile.read(path, dtype="float32")
+    soundfile.write(path, np.where(samples > 0, np.float32(3e38), np.float32(-3e38)), rate, subtype="FLOAT")
+    return path
+
+
+# --- not finite ------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(loud_file, tmp_path, monkeypatch, capsys):
+    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
+    flags = small_run(tmp_path / "data", teacher, seconds_per_batch=0.4, max_updates=30, save_interval=1)
+    assert run_to_exit(monkeypatch, "distill", *flags, "--plain", "--exp_dir", tmp_path / "exp") == 1
+    message = error_line(capsys)
+    last = tmp_path / "exp" / "ckpts" / "last.ckpt"
+    trained = torch.load(last, weights_only=True)
+    assert f"update {trained['global_step']}: the loss is [nan]" in message and str(loud_file) in message
+    assert f"last good checkpoint: {last} (update {trained['global_step']})" in message
+    assert all(value.isfinite().all() for value in trained["state_dict"].values())
+
+
+def test_skipped_updates_change_nothing_and_are_counted(loud_file, tmp_path, monkeypatch, capsys):
+    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
+    flags = small_run(tmp_path / "data", teacher, seconds_per_batch=0.4, max_updates=30, skip_nonfinite=9)
+    unmoved = []
+
+    class Comparing(torch.optim.AdamW):
+        """Notes that a skipped update moves nothing, momentum included."""
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            before = [p.detach().clone() for p in parameters]
+            result = super().step(*args, **kwargs)
+            if all(p.grad is None for p in parameters):
+                assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+                unmoved.append(True)
+            return result
+
+    monkeypatch.setattr(torch.optim, "AdamW", Comparing)
+    run_script(monkeypatch, "distill", *flags, "--plain", "--exp_dir", tmp_path / "exp")
+    printed = capsys.readouterr().err
+    skipped = [float(row["skipped_updates"]) for row in logged(tmp_path / "exp") if row["skipped_updates"]]
+    assert skipped[-1] == len(unmoved) >= 3 and f"skipped {skipped[-1]:.0f} of at most 9 updates: update " in printed
+    trained = torch.load(tmp_path / "exp" / "ckpts" / "last.ckpt", weights_only=True)
+    assert all(value.isfinite().all() for value in trained["state_dict"].values())
+    assert trained["callbacks"]["Watch"]["skipped"] == skipped[-1]
+    budget = int(skipped[-1]) - 1
+    flags = small_run(tmp_path / "data", teacher, seconds_per_batch=0.4, max_updates=30, skip_nonfinite=budget)
+    assert run_to_exit(monkeypatch, "distill", *flags, "--plain", "--exp_dir", tmp_path / "few") == 1
+    message = error_line(capsys)
+    assert f"({budget} skipped before)" in message and "--skip_nonfinite" in message
+
+
+class Overflowing(nn.Module):
+    """A loss whose gradient is infinite in float16 at the scaler's first scales, and not at lower ones."""
+
+    def __init__(self, loss: DistillLoss, gain: float) -> None:
+        super().__init__()
+        self.loss, self.gain = loss, gain
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> Any:
+        total, parts = self.loss(student, teacher)
+        return total * self.gain, parts
+
+
+def train_with_scaler(gain: float, updates: int, tmp_path: Path, scale: float = 2.0**40) -> tuple[Any, Any, Any]:
+    config = small_config("hubert")
+    module = make_module(
+        student_model=random_model(with_masks(config, ["interm"]), seed=2),
+        distill_layers=[0, 3],
+        distill_linear_projs=make_projections("layer2layer", [[0, 3]], 16, 16),
+        distill_loss=Overflowing(DistillLoss(0, 1, 1, "raw"), gain),
+        max_updates=updates,
+        use_reg=False,
+    )
+    stop = callbacks.StopRequest()
+    io = callbacks.CheckpointIO()
+    module.watch = callbacks.Watch(
+        *(tmp_path, io, stop), save_interval=1000, updates_per_epoch=1000, skip_nonfinite=0, max_bad_files=0
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer = pl.Trainer(
+        max_steps=updates,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler), io],
+        callbacks=[module.watch],
+    )
+    batch = (random_waveforms(800, 800)[0], None)
+    trainer.fit(module, DataLoader([batch] * updates, batch_size=None))
+    return trainer, module, scaler
+
+
+def test_overflow_that_the_scaler_handles_is_no_trouble(tmp_path):
+    trainer, module, scaler = train_with_scaler(1.0, 40, tmp_path)
+    assert scaler.get_scale() < 2.0**40 and trainer.global_step == 40 and module.watch.skipped == 0
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert float(trainer.callback_metrics["grad_norm"]) < 100  # of the gradient itself, not of the scaled one
+
+
+def test_overflow_at_any_scale_is_trouble(tmp_path):
+    with pytest.raises(AllProcessesError, match=r"the gradient's norm is (nan|inf)"):
+        train_with_scaler(1e30, 60, tmp_path, scale=4.0)
+
+
+# --- audio -----------------------------------------------------------------------------------------
+
+
+def damage(root: Path, kind: str) -> Path:
+    """Damage one recording so that its header shows it or not."""
+    path = root / "train-clean-100/1/2/1-2-0005.flac"
+    if kind == "missing":
+        path.unlink()
+    elif kind == "cut":
+        contents = path.read_bytes()
+        path.write_bytes(contents[: len(contents) // 3])
+    elif kind == "silent":
+        samples, rate = soundfile.read(path)
+        soundfile.write(path, np.zeros_like(samples), rate)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut", "silent"])
+def test_bad_audio_is_replaced_and_counted(own_corpus, small_teacher, tmp_path, monkeypatch, capsys, kind):
+    path = damage(own_corpus, kind)
+    flags = small_run(tmp_path / "data", small_teacher, seconds_per_batch=0.6, max_updates=20, max_bad_files=1)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp")
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if line.startswith("bad file ")]
+    assert line.startswith(f"bad file 1 (at most 1), replaced by another: {path}: ")
+    assert "1 bad files were replaced by others" in printed
+    trained = torch.load(tmp_path / "exp" / "ckpts" / "last.ckpt", weights_only=True)
+    assert list(trained["callbacks"]["Watch"]["bad_files"]) == [str(path)]
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut", "silent"])
+def test_too_much_bad_audio_ends_the_run(own_corpus, small_teacher, tmp_path, monkeypatch, capsys, kind):
+    """Before training where the header shows it, during it otherwise."""
+    path = damage(own_corpus, kind)
+    flags = small_run(tmp_path / "data", small_teacher, seconds_per_batch=0.6, max_updates=20, num_workers=1)
+    assert run_to_exit(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp") == 1
+    message = error_line(capsys)
+    expected = (
+        "1 of 16 files looked at" if kind == "missing" else "--max_bad_files: at most 0 bad audio files are allowed"
+    )
+    assert expected in message and str(path) in message
+    assert (tmp_path / "exp").exists() == (kind != "missing")
+
+
+def test_bad_audio_in_the_second_of_two_processes(own_corpus, small_teacher, tmp_path):
+    """Both processes learn of it, and neither waits for the other."""
+    damage(own_corpus, "silent")
+    flags = small_run(tmp_path / "data", small_teacher, seconds_per_batch=0.4, max_updates=40, gpus=2)
+    result = run_command(sys.executable, "distill.py", *flags, "--exp_dir", tmp_path / "exp")
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "--max_bad_files: at most 0" in errors[0] and "Traceback" not in result.stderr
+
+
+def test_loader_processes_that_hang(manifests, small_teacher, tmp_path, monkeypatch, capsys):
+    """A disk that hangs, a process that never started: not waited for without end."""
+
+    def hang(dataset: SpeechDataset, crop: object) -> None:
+        time.sleep(60)
+
+    monkeypatch.setattr(datamodule, "WORKER_TIMEOUT", 1)
+    monkeypatch.setattr(SpeechDataset, "__getitem__", hang)
+    flags = small_run(manifests, small_teacher, num_workers=1)
+    assert run_to_exit(monkeypatch, "distill", *flags, *PRUNING, "--exp_dir", tmp_path) == 1
+    message = error_line(capsys)
+    assert "timed out after 1 seconds" in message and "--resume_checkpoint auto" in message

@@ -1,0 +1,402 @@
+"""fairseq-format files: stage by stage against stored outputs, every layout that is published, hostile files."""
+
+import argparse
+import collections
+import itertools
+import os
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    FIXTURES,
+    check_same_model,
+    check_script_error,
+    check_stages,
+    check_written_model,
+    load_expected,
+    pad,
+    run_script_in,
+    to_omegaconf,
+)
+from safetensors.torch import load_file
+
+from wav2vec2.errors import UserError
+from wav2vec2.utils.import_fairseq import import_fairseq_model, parse_conv_layers
+from wav2vec2.utils.import_huggingface import import_huggingface_model
+from wav2vec2.utils.restricted_unpickler import read_foreign_file
+
+CHECKPOINTS = {
+    path.parent.relative_to(FIXTURES).as_posix(): path for path in sorted(FIXTURES.glob("*/*/checkpoint.pt"))
+}
+HUBERT = CHECKPOINTS["fairseq/hubert_base"]
+WAV2VEC2_LARGE = CHECKPOINTS["fairseq/wav2vec2_large"]
+WAVLM = CHECKPOINTS["wavlm/wavlm_base"]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A fixture's contents, without what only training needs."""
+    contents = read_foreign_file(path)
+    return {key: value for key, value in contents.items() if key in ("args", "cfg", "model")}
+
+
+def save(path: Path, contents: Any, **options: Any) -> Path:
+    torch.save(contents, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_stages(name: str) -> None:
+    expected = load_expected(CHECKPOINTS[name].parent)
+    imported = import_fairseq_model(CHECKPOINTS[name])
+    assert imported.config["normalize_waveform"] == bool(expected["normalize"])
+    waveforms, lengths = pad([expected["wav_0"], expected["wav_1"]])
+    stages = [expected["proj"], *(expected[f"layer_{k}"] for k in (1, 2, 3))]
+    check_stages(imported.model, waveforms, lengths, stages, expected["final"], expected["frame_lengths"])
+    stages = [expected["single1_proj"], *(expected[f"single1_layer_{k}"] for k in (1, 2, 3))]
+    check_stages(imported.model, expected["wav_1"][None], None, stages, expected["single1_final"])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_weights(name: str) -> None:
+    """Also where outputs show nothing, as in k_proj.bias, which softmax cancels."""
+    weights = read(CHECKPOINTS[name])["model"]
+    state_dict = import_fairseq_model(CHECKPOINTS[name]).model.state_dict()
+    for layer in range(3):
+        ours, theirs = f"encoder.transformer.layers.{layer}", f"encoder.layers.{layer}"
+        for part in ("k_proj.bias", "q_proj.weight", "out_proj.bias"):
+            assert torch.equal(state_dict[f"{ours}.attention.{part}"], weights[f"{theirs}.self_attn.{part}"].float())
+        output_bias = state_dict[f"{ours}.feed_forward.output_dense.bias"]
+        assert torch.equal(output_bias, weights[f"{theirs}.fc2.bias"].float())
+    pos_conv = "encoder.transformer.pos_conv_embed.conv.weight_g"
+    assert torch.equal(state_dict[pos_conv], weights["encoder.pos_conv.0.weight_g"].float())
+
+
+def test_config() -> None:
+    config = import_fairseq_model(WAV2VEC2_LARGE).config
+    assert config["extractor_mode"] == "layer_norm"
+    assert config["extractor_conv_layer_config"] == [[32, 10, 5]] + [[32, 3, 2]] * 4 + [[32, 2, 2]] * 2
+    assert (config["extractor_conv_bias"], config["encoder_layer_norm_first"]) == (True, True)
+    assert (config["encoder_num_heads"], config["encoder_head_dim"]) == ([4, 4, 4], 16)
+    assert config["encoder_attention_dropout"] == 0.1  # 0.0 in the source
+    config = import_fairseq_model(WAVLM).config
+    assert config["encoder_remaining_heads"] == [[0, 1, 2, 3]] * 3
+    assert (config["encoder_num_buckets"], config["encoder_max_distance"]) == (320, 800)
+    assert import_fairseq_model(WAVLM, normalize_waveform=True).config["normalize_waveform"] is True
+
+
+def test_families() -> None:
+    assert import_fairseq_model(HUBERT).family == "HuBERT"
+    assert import_fairseq_model(WAV2VEC2_LARGE).family == "wav2vec 2.0"
+    assert import_fairseq_model(WAVLM).family == "WavLM"
+
+
+def fairseq_name(name: str) -> str:
+    """fairseq's name of a transformers parameter of a Large model."""
+    for pattern, replacement in (
+        (r"parametrizations\.weight\.original0", "weight_g"),
+        (r"parametrizations\.weight\.original1", "weight_v"),
+        (r"^(feature_extractor\.conv_layers\.\d+)\.conv\.", r"\1.0."),
+        (r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.", r"\1.2.1."),
+        (r"^feature_projection\.layer_norm", "layer_norm"),
+        (r"^feature_projection\.projection", "post_extract_proj"),
+        (r"pos_conv_embed\.conv", "pos_conv.0"),
+        (r"(layers\.\d+)\.layer_norm", r"\1.self_attn_layer_norm"),
+        (r"\.attention\.", ".self_attn."),
+        (r"gru_rel_pos_const", "grep_a"),
+        (r"gru_rel_pos_linear", "grep_linear"),
+        (r"rel_attn_embed", "relative_attention_bias"),
+        (r"feed_forward\.intermediate_dense", "fc1"),
+        (r"feed_forward\.output_dense", "fc2"),
+        (r"^masked_spec_embed", "mask_emb"),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+LARGE_SETTINGS = {
+    "extractor_mode": "layer_norm",
+    "layer_norm_first": True,
+    "conv_bias": True,
+    "conv_feature_layers": "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2",
+    "encoder_embed_dim": 64,
+    "encoder_ffn_embed_dim": 128,
+    "encoder_attention_heads": 4,
+    "encoder_layers": 3,
+    "conv_pos": 32,
+    "conv_pos_groups": 4,
+}
+
+
+def test_hubert_large_and_wavlm_large(tmp_path: Path) -> None:
+    """The transformers fixtures' weights under fairseq's names are the same models."""
+    wavlm_settings = {"relative_position_embedding": True, "gru_rel_pos": True, "num_buckets": 320, "max_distance": 800}
+    for fixture, cfg in (
+        ("hubert_large", {"model": LARGE_SETTINGS | {"_name": "hubert"}, "task": {"normalize": True}}),
+        ("wavlm_large", LARGE_SETTINGS | wavlm_settings | {"normalize": True}),
+    ):
+        directory = FIXTURES / "hf" / fixture
+        weights = {fairseq_name(name): tensor for name, tensor in load_file(directory / "model.safetensors").items()}
+        path = save(tmp_path / f"{fixture}.pt", {"cfg": cfg, "model": weights})
+        check_same_model(import_fairseq_model(path), import_huggingface_model(directory))
+
+
+def test_conv_bias_false_in_layer_norm_mode(tmp_path: Path) -> None:
+    """As in fairseq's HuBERT Large and in WavLM Large."""
+    contents = read(WAV2VEC2_LARGE)
+    contents["cfg"]["model"]["conv_bias"] = False
+    for layer in range(7):
+        del contents["model"][f"feature_extractor.conv_layers.{layer}.0.bias"]
+    imported = import_fairseq_model(save(tmp_path / "checkpoint.pt", contents))
+    assert imported.config["extractor_conv_bias"] is False
+    assert not any(name.endswith("conv.bias") for name in imported.model.feature_extractor.state_dict())
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_namespace(zip_format: bool, tmp_path: Path) -> None:
+    """The layout of 2020: args instead of cfg, settings that kept their default left out, half precision."""
+    contents = read(HUBERT)
+    defaults = {"layer_norm_first", "conv_bias", "activation_fn", "extractor_mode", "_name", "layer_type"}
+    settings = {key: value for key, value in contents["cfg"]["model"].items() if key not in defaults}
+    weights = {name: tensor.half() for name, tensor in contents["model"].items() if name != "label_embs_concat"}
+    old = {
+        "args": argparse.Namespace(arch="wav2vec2", task="audio_pretraining", **settings),
+        "model": collections.OrderedDict(weights),
+        "optimizer_history": [{"criterion_name": "Wav2vecCriterion", "lr_scheduler_state": {"best": None}}],
+    }
+    path = save(tmp_path / "checkpoint.pt", old, _use_new_zipfile_serialization=zip_format)
+    imported = import_fairseq_model(path)
+    assert imported.family == "wav2vec 2.0"
+    assert imported.config["normalize_waveform"] is False  # fairseq's default
+    check_same_model(imported, import_fairseq_model(CHECKPOINTS["fairseq/hubert_base_fp16_oldcfg"]))
+
+    old["args"] = argparse.Namespace(arch="wav2vec2", normalize=True, **settings)
+    path = save(tmp_path / "checkpoint.pt", old, _use_new_zipfile_serialization=zip_format)
+    assert import_fairseq_model(path).config["normalize_waveform"] is True
+
+
+def test_defaults_of_the_published_base(tmp_path: Path) -> None:
+    """Shapes that a Namespace lacks are fairseq's defaults, those of the Base model; nothing is guessed from files."""
+    contents = read(HUBERT)
+    old = {"args": argparse.Namespace(arch="wav2vec2", encoder_layers=3), "model": contents["model"]}
+    with pytest.raises(UserError, match=r"has shape \[32\], expected \[512\]"):
+        import_fairseq_model(save(tmp_path / "checkpoint.pt", old))
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_dictconfig(zip_format: bool, tmp_path: Path, omegaconf_classes: dict[str, type]) -> None:
+    contents = read(WAV2VEC2_LARGE)
+    contents["cfg"] = to_omegaconf(contents["cfg"], omegaconf_classes)
+    path = save(tmp_path / "checkpoint.pt", contents, _use_new_zipfile_serialization=zip_format)
+    for module in [name for name in sys.modules if name.split(".")[0] == "omegaconf"]:
+        del sys.modules[module]
+    check_same_model(import_fairseq_model(path), import_fairseq_model(WAV2VEC2_LARGE))
+    assert "omegaconf" not in sys.modules
+
+
+@pytest.mark.parametrize("w2v_args", ["cfg", "namespace", None])
+def test_fine_tuned(w2v_args: str | None, tmp_path: Path) -> None:
+    contents = read(WAV2VEC2_LARGE)
+    pretraining_only = ("quantizer.", "project_q.", "final_proj.")
+    weights = {
+        f"w2v_encoder.w2v_model.{name}": tensor
+        for name, tensor in contents["model"].items()
+        if not name.startswith(pretraining_only)
+    }
+    weights |= {"w2v_encoder.proj.weight": torch.zeros(32, 64), "w2v_encoder.proj.bias": torch.zeros(32)}
+    backbone = contents["cfg"]
+    if w2v_args == "namespace":
+        settings = {key: value for key, value in backbone["model"].items() if key != "_name"}
+        backbone = argparse.Namespace(arch="wav2vec2", **settings)
+    model_settings = {"_name": "wav2vec_ctc", "w2v_path": "/nowhere", "w2v_args": backbone if w2v_args else None}
+    cfg = {"model": model_settings, "task": {"_name": "audio_finetuning", "normalize": True}}
+    path = save(tmp_path / "checkpoint.pt", {"cfg": cfg, "model": weights})
+    if w2v_args is None:
+        with pytest.raises(UserError, match="w2v_args"):
+            import_fairseq_model(path)
+    else:
+        check_same_model(import_fairseq_model(path), import_fairseq_model(WAV2VEC2_LARGE))
+
+
+class Payload:
+    """Creates a file when a plain unpickler reads it."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+@pytest.mark.parametrize("place", ["top", "model", "namespace", "dictconfig", "bare pickle"])
+def test_code_in_the_file_is_not_run(
+    place: str, zip_format: bool, tmp_path: Path, omegaconf_classes: dict[str, type]
+) -> None:
+    payload = Payload(tmp_path / "touched")
+    contents: Any = read(HUBERT)
+    if place == "top":
+        contents = payload
+    elif place == "model":
+        contents["model"]["encoder.layer_norm.bias"] = payload
+    elif place == "namespace":
+        contents = {"args": argparse.Namespace(arch=payload), "model": contents["model"]}
+    elif place == "dictconfig":
+        contents["cfg"] = to_omegaconf(contents["cfg"] | {"common": {"seed": payload}}, omegaconf_classes)
+    path = tmp_path / "checkpoint.pt"
+    if place == "bare pickle":
+        path.write_bytes(pickle.dumps(payload, protocol=2))
+    else:
+        save(path, contents, _use_new_zipfile_serialization=zip_format)
+    with pytest.raises(UserError, match=r"checkpoint\.pt: the file asks for posix\.system"):
+        import_fairseq_model(path)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (getattr, (dict, "fromkeys")),
+        (eval, ("1",)),
+        (__import__, ("os",)),
+        (torch.load, ("x",)),
+        (torch.hub.load, ("x", "y")),
+        (setattr, (dict, "x", 1)),
+        (argparse.ArgumentParser, ()),
+    ],
+)
+def test_other_globals_are_refused(call: tuple[Any, tuple[Any, ...]], tmp_path: Path) -> None:
+    class Caller:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return call
+
+    with pytest.raises(UserError, match=f"asks for .*{call[0].__name__}"):
+        import_fairseq_model(save(tmp_path / "checkpoint.pt", {"cfg": Caller(), "model": {}}))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit itself
+def test_torchscript_archive_is_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
+        import_fairseq_model(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.5, 0.999])
+def test_truncated(zip_format: bool, fraction: float, tmp_path: Path) -> None:
+    path = save(tmp_path / "checkpoint.pt", read(WAVLM), _use_new_zipfile_serialization=zip_format)
+    path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
+    with pytest.raises(UserError, match=r"checkpoint\.pt: damaged"):
+        import_fairseq_model(path)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "settings", "message"),
+    [
+        (HUBERT, {"_name": "data2vec_audio"}, "kind 'data2vec_audio'"),
+        (HUBERT, {"_name": "wav2vec_seq2seq"}, "kind 'wav2vec_seq2seq'"),
+        (HUBERT, {"layer_type": "conformer"}, "layer_type 'conformer'"),
+        (HUBERT, {"activation_fn": "relu"}, "activation_fn 'relu'"),
+        (HUBERT, {"conv_pos_batch_norm": True}, "conv_pos_batch_norm True"),
+        (HUBERT, {"attn_type": "espnet"}, "attn_type 'espnet'"),
+        (HUBERT, {"extractor_mode": "batch_norm"}, "extractor_mode 'batch_norm'"),
+        (HUBERT, {"encoder_layers": 4}, r"missing \(encoder.layers.3.self_attn"),
+        (HUBERT, {"encoder_layers": 2}, r"left over \(encoder.layers.2.self_attn"),
+        (HUBERT, {"encoder_layers": "three"}, "encoder_layers is 'three'"),
+        (HUBERT, {"encoder_attention_heads": 5}, "5 attention heads"),
+        (HUBERT, {"conv_feature_layers": "__import__('os')"}, "conv_feature_layers"),
+        (WAV2VEC2_LARGE, {"pos_conv_depth": 5}, "pos_conv_depth 5"),
+        (WAV2VEC2_LARGE, {"quantize_input": True}, "quantize_input True"),
+        (WAV2VEC2_LARGE, {"conv_bias": False}, "left over .*conv_layers.0.0.bias"),
+        (WAVLM, {"gru_rel_pos": False}, "gated relative positions"),
+        (WAVLM, {"expand_attention_head_size": 32}, "expand_attention_head_size 32"),
+        (WAVLM, {"normalize": "yes"}, "normalize is 'yes'"),
+    ],
+)
+def test_refused_settings(fixture: Path, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    contents = read(fixture)
+    contents["cfg"].get("model", contents["cfg"]).update(settings)
+    with pytest.raises(UserError, match=message) as error:
+        import_fairseq_model(save(tmp_path / "checkpoint.pt", contents))
+    assert str(tmp_path / "checkpoint.pt") in str(error.value)
+
+
+def test_refused_contents(tmp_path: Path) -> None:
+    def refuse(contents: Any, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            import_fairseq_model(save(tmp_path / "checkpoint.pt", contents))
+
+    contents = read(HUBERT)
+    refuse([1, 2], "found list")
+    refuse({"state_dict": {}, "config": {}}, r"found keys \['state_dict', 'config'\]")
+    refuse({"model": contents["model"]}, "under 'cfg' or 'args'")
+    refuse({"model": contents["model"], "cfg": {"model": contents["cfg"]["model"]}}, "--normalize_waveform")
+    refuse({"model": contents["model"], "cfg": {"model": None}}, "expected a dict of settings")
+    refuse(contents | {"model": contents["model"] | {"extra.weight": torch.zeros(1)}}, r"1 left over \(extra.weight\)")
+    weights = {name: tensor for name, tensor in contents["model"].items() if name != "encoder.layers.1.fc1.bias"}
+    refuse(contents | {"model": weights}, r"1 missing \(encoder.layers.1.fc1.bias\)")
+    endless: dict[str, Any] = {}
+    endless["model"] = endless
+    refuse(contents | {"cfg": endless}, "settings in the file are damaged")
+    with pytest.raises(UserError, match="no such file"):
+        import_fairseq_model(tmp_path / "nowhere.pt")
+
+
+def test_conv_layers() -> None:
+    base = [[512, 10, 5]] + [[512, 3, 2]] * 4 + [[512, 2, 2]] * 2
+    assert parse_conv_layers("[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2") == base
+    assert parse_conv_layers("[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]") == base
+    assert parse_conv_layers(" [[8, 2, 1], (4, 2, 2)]") == [[8, 2, 1], [4, 2, 2]]
+    for expression in (
+        "",
+        "7",
+        "[]",
+        "[(512, 10)]",
+        "[(512, 10, 0)]",
+        "[(512, 10, True)]",
+        "[(512, 10, 5.0)]",
+        "[(512, 10, 5)] * 1000000000000",
+        "([(512, 10, 5)] * 64) * 64",
+        "[(512, 10, 5)] - []",
+        "[(512, 10, 5)].copy()",
+        "[x for x in [(1, 1, 1)]]",
+        "print(1)",
+        "(" * 500 + ")" * 500,
+        "+".join(itertools.repeat("[(1, 1, 1)]", 100)),
+        "[(1, 1, 1)" + "\x00",
+    ):
+        with pytest.raises(UserError, match="conv_feature_layers"):
+            parse_conv_layers(expression)
+
+
+def test_script(tmp_path: Path) -> None:
+    ckpt = tmp_path / "WavLM-tiny.pt"
+    ckpt.write_bytes(WAVLM.read_bytes())
+    result = run_script_in("convert_wavlm_from_fairseq.py", "--ckpt", ckpt, "--layer_drop", "0.2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for part in ("WavLM", "86,308 parameters", "pretrained/WavLM-tiny.pth", "mask_emb"):
+        assert part in result.stdout
+    model = check_written_model(tmp_path / "pretrained" / "WavLM-tiny.pth")
+    assert model.config["encoder_layer_drop"] == 0.2
+    expected = load_expected(WAVLM.parent)
+    waveforms, lengths = pad([expected["wav_0"], expected["wav_1"]])
+    stages = [expected["proj"], *(expected[f"layer_{k}"] for k in (1, 2, 3))]
+    check_stages(model, waveforms, lengths, stages, expected["final"], expected["frame_lengths"])
+
+
+def test_script_errors(tmp_path: Path) -> None:
+    out = tmp_path / "out" / "model.pth"
+    hostile = save(tmp_path / "hostile.pt", {"cfg": Payload(tmp_path / "touched"), "model": {}})
+    result = run_script_in("convert_wavlm_from_fairseq.py", "--ckpt", hostile, "--out", out, cwd=tmp_path)
+    check_script_error(result, "hostile.pt", "posix.system")
+    assert not (tmp_path / "touched").exists()
+    truncated = tmp_path / "truncated.pt"
+    truncated.write_bytes(WAVLM.read_bytes()[:200_000])
+    result = run_script_in("convert_wavlm_from_fairseq.py", "--ckpt", truncated, "--out", out, cwd=tmp_path)
+    check_script_error(result, "truncated.pt: damaged")
+    assert not out.parent.exists()

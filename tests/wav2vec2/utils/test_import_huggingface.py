@@ -1,0 +1,390 @@
+"""Models from transformers: stage by stage against stored outputs, other layouts of the same weights, refusals."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    FIXTURES,
+    check_same_model,
+    check_script_error,
+    check_stages,
+    check_written_model,
+    load_expected,
+    pad,
+    run_script_in,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wav2vec2.errors import UserError
+from wav2vec2.utils.import_huggingface import compare_with_source, fetch_huggingface_model, import_huggingface_model
+from wav2vec2.utils.importing import Dropouts
+
+HF = FIXTURES / "hf"
+NAMES = sorted(path.name for path in HF.iterdir())
+HEADLESS = [name for name in NAMES if not name.endswith("ctc")]
+
+
+def copy_fixture(name: str, directory: Path, **settings: Any) -> Path:
+    """Copy a fixture without its outputs, with some settings of its config.json changed."""
+    directory.mkdir(parents=True)
+    for file in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        shutil.copy(HF / name / file, directory)
+    edit_json(directory / "config.json", **settings)
+    return directory
+
+
+def edit_json(path: Path, **settings: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def edit_weights(directory: Path, edit: Callable[[dict[str, Tensor]], Any]) -> Path:
+    weights = load_file(directory / "model.safetensors")
+    edit(weights)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def source_waveform(waveform: Tensor, normalize: bool) -> Tensor:
+    """What the fixtures' models were given: transformers' normalisation has an epsilon of 1e-7."""
+    return (waveform - waveform.mean()) / (waveform.var(unbiased=False) + 1e-7).sqrt() if normalize else waveform
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stages(name: str) -> None:
+    expected = load_expected(HF / name)
+    imported = import_huggingface_model(HF / name)
+    normalize = bool(expected["do_normalize"])
+    assert imported.config["normalize_waveform"] == normalize
+    model = imported.model
+    model.normalize_waveform = False  # the waveforms come normalised, to keep the epsilons' difference out
+
+    raw = [expected["wav_0"], expected["wav_1"]]
+    waveforms, lengths = pad([source_waveform(waveform, normalize) for waveform in raw])
+    stages = [expected["proj"], *expected["hidden_states"][1:]]
+    check_stages(model, waveforms, lengths, stages, expected.get("last_hidden_state"), expected["frame_lengths"])
+
+    num_samples = int(expected["u_len"])
+    unpadded = [source_waveform(raw[0][:num_samples], normalize), source_waveform(raw[0][-num_samples:], normalize)]
+    stages = [expected.get("u_proj"), *expected["u_hidden_states"][1:]]
+    check_stages(model, torch.stack(unpadded), None, stages, expected.get("u_last_hidden_state"))
+
+
+def test_ctc_logits() -> None:
+    expected = load_expected(HF / "hubert_base_ctc")
+    weights = load_file(HF / "hubert_base_ctc" / "model.safetensors")
+    model = import_huggingface_model(HF / "hubert_base_ctc").model
+    num_samples = int(expected["u_len"])
+    with torch.inference_mode():
+        output, _ = model(torch.stack([expected["wav_0"][:num_samples], expected["wav_0"][-num_samples:]]))
+    logits = torch.nn.functional.linear(output, weights["lm_head.weight"], weights["lm_head.bias"])
+    torch.testing.assert_close(logits, expected["u_logits"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights(name: str) -> None:
+    """Also where outputs show nothing, as in k_proj.bias, which softmax cancels."""
+    weights = load_file(HF / name / "model.safetensors")
+    prefix = "hubert." if name.endswith("ctc") else ""
+    state_dict = import_huggingface_model(HF / name).model.state_dict()
+    for layer in range(3):
+        for part in ("attention.k_proj.bias", "attention.q_proj.weight", "feed_forward.output_dense.bias"):
+            ours = state_dict[f"encoder.transformer.layers.{layer}.{part}"]
+            assert torch.equal(ours, weights[f"{prefix}encoder.layers.{layer}.{part}"]), part
+    weight_v = weights[f"{prefix}encoder.pos_conv_embed.conv.parametrizations.weight.original1"]
+    assert torch.equal(state_dict["encoder.transformer.pos_conv_embed.conv.weight_v"], weight_v)
+
+
+def test_config() -> None:
+    """Shapes come from the source, dropouts are the published training's, masks are off."""
+    config = import_huggingface_model(HF / "wavlm_large").config
+    assert config["extractor_mode"] == "layer_norm"
+    assert config["extractor_conv_layer_config"] == [[32, 10, 5]] + [[32, 3, 2]] * 4 + [[32, 2, 2]] * 2
+    assert config["extractor_conv_bias"] is True
+    assert config["encoder_layer_norm_first"] is True
+    assert (config["encoder_pos_conv_kernel"], config["encoder_pos_conv_groups"]) == (32, 4)
+    assert config["encoder_total_num_heads"] == [4, 4, 4]
+    assert config["encoder_remaining_heads"] == [[0, 1, 2, 3]] * 3
+    assert (config["encoder_num_buckets"], config["encoder_max_distance"]) == (320, 800)
+    assert config["encoder_projection_dropout"] == config["encoder_attention_dropout"] == 0.1
+    assert (config["encoder_dropout"], config["encoder_ff_interm_dropout"]) == (0.1, 0.0)
+    assert config["encoder_layer_drop"] == 0.05
+    assert not any(value for key, value in config.items() if "_prune_" in key)
+
+    config = import_huggingface_model(HF / "hubert_base", Dropouts(attention_dropout=0.2), True).config
+    assert (config["encoder_num_heads"], config["encoder_head_dim"]) == ([4, 4, 4], 12)
+    assert config["encoder_attention_dropout"] == 0.2
+    assert config["normalize_waveform"] is True
+    with pytest.raises(UserError, match=r"--layer_drop 1\.5"):
+        Dropouts(layer_drop=1.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_comparison_with_the_source_model(name: str) -> None:
+    imported = import_huggingface_model(HF / name)
+    assert compare_with_source(imported, HF / name) < 1e-5
+    with torch.no_grad():
+        imported.model.encoder.transformer.layers[1].final_layer_norm.bias[0] += 5e-3
+    with pytest.raises(UserError, match="differ from the source model's"):
+        compare_with_source(imported, HF / name)
+    with torch.no_grad():
+        imported.model.encoder.transformer.layers[1].final_layer_norm.bias[0] = torch.nan
+    with pytest.raises(UserError, match="differ from the source model's"):
+        compare_with_source(imported, HF / name)
+
+
+@pytest.mark.parametrize("name", ["hubert_base", "hubert_base_ctc"])
+def test_pytorch_bin_with_older_names(name: str, tmp_path: Path) -> None:
+    directory = copy_fixture(name, tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    older = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
+    for name_now, name_then in older.items():
+        for key in [key for key in weights if key.endswith(name_now)]:
+            weights[key.replace(name_now, name_then)] = weights.pop(key)
+    torch.save(weights, directory / "pytorch_model.bin")
+    imported = import_huggingface_model(directory)
+    check_same_model(imported, import_huggingface_model(HF / name))
+    assert compare_with_source(imported, directory) < 1e-5
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_shards(file: str, tmp_path: Path) -> None:
+    directory = copy_fixture("wavlm_base", tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    stem, suffix = file.split(".")
+    names = sorted(weights)
+    shards = {f"{stem}-00001-of-00002.{suffix}": names[::2], f"{stem}-00002-of-00002.{suffix}": names[1::2]}
+    for shard, keys in shards.items():
+        part = {key: weights[key] for key in keys}
+        if suffix == "bin":
+            torch.save(part, directory / shard)
+        else:
+            save_file(part, directory / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: shard for shard, keys in shards.items() for key in keys}}
+    (directory / f"{file}.index.json").write_text(json.dumps(index))
+    imported = import_huggingface_model(directory)
+    check_same_model(imported, import_huggingface_model(HF / "wavlm_base"))
+    assert compare_with_source(imported, directory) < 1e-5
+
+    (directory / f"{stem}-00002-of-00002.{suffix}").unlink()
+    with pytest.raises(UserError, match="names the shard"):
+        import_huggingface_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "model_class"),
+    [
+        ("wav2vec2_base", "Wav2Vec2ForPreTraining"),
+        ("wav2vec2_base", "Wav2Vec2ForXVector"),
+        ("wavlm_base", "WavLMForCTC"),
+        ("wavlm_large", "WavLMForXVector"),
+        ("wavlm_base", "WavLMForAudioFrameClassification"),
+        ("hubert_large", "HubertForSequenceClassification"),
+    ],
+)
+def test_heads(fixture: str, model_class: str, tmp_path: Path) -> None:
+    """The backbone of a model with a head, saved by transformers, is the model without."""
+    import transformers
+
+    weighted_sum = "CTC" not in model_class
+    headed = getattr(transformers, model_class).from_pretrained(HF / fixture, use_weighted_layer_sum=weighted_sum)
+    headed.save_pretrained(tmp_path)
+    shutil.copy(HF / fixture / "preprocessor_config.json", tmp_path)
+    imported = import_huggingface_model(tmp_path)
+    check_same_model(imported, import_huggingface_model(HF / fixture))
+    assert len(imported.dropped) >= 2
+    assert compare_with_source(imported, tmp_path) < 1e-5
+
+
+def test_wav2vec2_large(tmp_path: Path) -> None:
+    """The same architecture and names as HuBERT Large."""
+    directory = copy_fixture("hubert_large", tmp_path / "model", model_type="wav2vec2")
+    imported = import_huggingface_model(directory)
+    assert imported.family == "wav2vec 2.0"
+    check_same_model(imported, import_huggingface_model(HF / "hubert_large"))
+    assert compare_with_source(imported, directory) < 1e-5
+
+
+@pytest.mark.parametrize(("norm", "stable"), [("group", True), ("layer", False)])
+def test_norms_are_read_one_by_one(norm: str, stable: bool, tmp_path: Path) -> None:
+    """Published models exist with either combination, XLS-R's relatives among them."""
+    from transformers import HubertConfig, HubertModel
+
+    settings = json.loads((HF / "hubert_base" / "config.json").read_text())
+    torch.manual_seed(0)
+    config = HubertConfig.from_dict(settings | {"feat_extract_norm": norm, "do_stable_layer_norm": stable})
+    HubertModel(config).save_pretrained(tmp_path)
+    shutil.copy(HF / "hubert_base" / "preprocessor_config.json", tmp_path)
+    imported = import_huggingface_model(tmp_path)
+    assert imported.config["extractor_mode"] == f"{norm}_norm"
+    assert imported.config["encoder_layer_norm_first"] is stable
+    assert compare_with_source(imported, tmp_path) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    directory = copy_fixture("hubert_large", tmp_path / "model", dtype=str(dtype).removeprefix("torch."))
+    edit_weights(directory, lambda weights: weights.update({k: v.to(dtype) for k, v in weights.items()}))
+    imported = import_huggingface_model(directory)
+    assert all(tensor.dtype == torch.float32 for tensor in imported.model.state_dict().values())
+    assert compare_with_source(imported, directory) < 1e-5
+
+
+def test_config_of_an_older_version(tmp_path: Path) -> None:
+    """Settings that came later are missing, settings that went since are there."""
+    directory = copy_fixture("hubert_base", tmp_path / "model", gradient_checkpointing=False, feat_extract_dropout=0.0)
+    settings = json.loads((directory / "config.json").read_text())
+    for name in ("feat_proj_layer_norm", "conv_pos_batch_norm", "dtype", "mask_time_min_masks", "architectures"):
+        del settings[name]
+    (directory / "config.json").write_text(json.dumps(settings))
+    imported = import_huggingface_model(directory)
+    check_same_model(imported, import_huggingface_model(HF / "hubert_base"))
+    assert compare_with_source(imported, directory) < 1e-5
+
+
+def test_do_normalize_inside_the_processors_settings(tmp_path: Path) -> None:
+    directory = copy_fixture("hubert_large", tmp_path / "model")
+    settings = json.loads((directory / "preprocessor_config.json").read_text())
+    (directory / "preprocessor_config.json").unlink()
+    (directory / "processor_config.json").write_text(json.dumps({"feature_extractor": settings}))
+    assert import_huggingface_model(directory).config["normalize_waveform"] is True
+
+
+def test_missing_preprocessor_config(tmp_path: Path) -> None:
+    directory = copy_fixture("hubert_large", tmp_path / "model")
+    (directory / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"preprocessor_config\.json: no such file.*--normalize_waveform"):
+        import_huggingface_model(directory)
+    assert import_huggingface_model(directory, normalize_waveform=True).config["normalize_waveform"] is True
+    (directory / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no do_normalize in it.*--normalize_waveform"):
+        import_huggingface_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "settings", "message"),
+    [
+        ("hubert_base", {"model_type": "data2vec-audio"}, "model_type 'data2vec-audio'"),
+        ("hubert_base", {"model_type": "wav2vec2-conformer"}, "model_type 'wav2vec2-conformer'"),
+        ("hubert_base", {"model_type": ["hubert"]}, "model_type"),
+        ("wav2vec2_base", {"add_adapter": True}, "add_adapter is True"),
+        ("wav2vec2_base", {"adapter_attn_dim": 16}, "adapter_attn_dim is 16"),
+        ("hubert_base", {"conv_pos_batch_norm": True}, "conv_pos_batch_norm is True"),
+        ("hubert_base", {"feat_proj_layer_norm": False}, "feat_proj_layer_norm is False"),
+        ("hubert_base", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("hubert_base", {"feat_extract_activation": "gelu_new"}, "feat_extract_activation is 'gelu_new'"),
+        ("hubert_base", {"layer_norm_eps": 1e-12}, "layer_norm_eps is 1e-12"),
+        ("hubert_base", {"feat_extract_norm": "batch"}, "feat_extract_norm 'batch'"),
+        ("hubert_base", {"num_attention_heads": 5}, "48"),
+        ("hubert_base", {"conv_kernel": [10, 3]}, "conv_"),
+        ("hubert_base", {"hidden_size": "wide"}, "config.json"),
+        ("hubert_base", {"num_hidden_layers": 4}, r"missing \(encoder.layers.3.attention"),
+        ("hubert_base", {"num_hidden_layers": 2}, r"left over \(encoder.layers.2.attention"),
+        ("hubert_base", {"feat_extract_norm": "layer"}, "feature_extractor.conv_layers.1.layer_norm.weight"),
+        ("hubert_base", {"intermediate_size": 80}, "weights do not fit"),
+        ("hubert_base", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
+    ],
+)
+def test_refused_configs(fixture: str, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        import_huggingface_model(copy_fixture(fixture, tmp_path / "model", **settings))
+    assert str(tmp_path / "model") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda weights: weights.pop("encoder.layers.1.attention.k_proj.bias"), "layers.1.attention.k_proj.bias"),
+        (lambda weights: weights.update(extra=torch.zeros(2)), r"1 left over \(extra\)"),
+        (lambda weights: weights.update({"lm_head.bias": torch.zeros(2)}), r"1 left over \(lm_head.bias\)"),
+        (lambda weights: weights.update({"adapter.proj.bias": torch.zeros(2)}), "holds an adapter"),
+        (lambda weights: weights["encoder.layer_norm.bias"].fill_(torch.nan), "NaN"),
+        (
+            lambda weights: weights.update({"encoder.layer_norm.bias": torch.zeros(48, dtype=torch.int8)}),
+            "encoder.layer_norm.bias is torch.int8",
+        ),
+    ],
+)
+def test_refused_weights(edit: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        import_huggingface_model(edit_weights(copy_fixture("hubert_base", tmp_path / "model"), edit))
+
+
+def test_refused_directories(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        import_huggingface_model(tmp_path)
+    directory = copy_fixture("hubert_base", tmp_path / "model")
+    (directory / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        import_huggingface_model(directory)
+
+    directory = copy_fixture("hubert_base", tmp_path / "truncated")
+    contents = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(contents[: len(contents) // 2])
+    with pytest.raises(UserError, match="not readable as safetensors"):
+        import_huggingface_model(directory)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights"):
+        import_huggingface_model(directory)
+
+    directory = copy_fixture("hubert_base", tmp_path / "peft")
+    (directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds an adapter"):
+        import_huggingface_model(directory)
+    directory = copy_fixture("hubert_base", tmp_path / "rate")
+    edit_json(directory / "preprocessor_config.json", sampling_rate=8000)
+    with pytest.raises(UserError, match="sampling_rate is 8000"):
+        import_huggingface_model(directory)
+    with pytest.raises(UserError, match="no such directory"):
+        fetch_huggingface_model(str(tmp_path / "nowhere"))
+
+
+def test_pytorch_bin_runs_no_code(tmp_path: Path) -> None:
+    directory = copy_fixture("hubert_base", tmp_path / "model")
+    (directory / "model.safetensors").unlink()
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {tmp_path / 'touched'}",)
+
+    torch.save({"encoder.layer_norm.bias": Payload()}, directory / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"asks for posix\.system"):
+        import_huggingface_model(directory)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_script(tmp_path: Path) -> None:
+    directory = copy_fixture("wavlm_large", tmp_path / "wavlm-mine")
+    result = run_script_in("convert_hubert_from_hf.py", "--model", directory, "--attention_dropout", 0, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    out = tmp_path / "pretrained" / "wavlm-mine.hf.pth"
+    for part in ("largest difference", "WavLM", "154,692 parameters", "pretrained/wavlm-mine.hf.pth"):
+        assert part in result.stdout
+    model = check_written_model(out)
+    assert model.config["encoder_attention_dropout"] == 0
+    expected = load_expected(HF / "wavlm_large")
+    waveforms, lengths = pad([source_waveform(expected["wav_0"], True), source_waveform(expected["wav_1"], True)])
+    model.normalize_waveform = False
+    stages = [expected["proj"], *expected["hidden_states"][1:]]
+    check_stages(model, waveforms, lengths, stages, expected["last_hidden_state"], expected["frame_lengths"])
+
+
+def test_script_errors(tmp_path: Path) -> None:
+    out = tmp_path / "out" / "model.pth"
+    directory = copy_fixture("wav2vec2_base", tmp_path / "adapted", add_adapter=True)
+    result = run_script_in("convert_hubert_from_hf.py", "--model", directory, "--out", out, cwd=tmp_path)
+    check_script_error(result, "add_adapter is True", str(directory))
+    result = run_script_in(
+        "convert_hubert_from_hf.py", "--model", "no-such-org/no-such-model", "--out", out, cwd=tmp_path
+    )
+    check_script_error(result, "no-such-org/no-such-model", "hub")
+    assert not out.exists() and not (out.parent.exists() and list(out.parent.iterdir()))

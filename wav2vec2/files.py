@@ -1,0 +1,90 @@
+"""Writes files whole or not at all; reads JSON and safetensors that others wrote, what is wrong being a UserError."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError, printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# No settings file of a model comes near it.
+_MAX_JSON_BYTES = 2**26
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary name beside ``path`` that becomes ``path`` if the block succeeds.
+
+    What stood at ``path`` stays until then; if the block fails, the temporary file is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a checkpoint is shared as any output is
+        # The name must not reach the disk before the contents do, or a crash of the machine leaves an empty file.
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path, expected: str, advice: str = "download it again") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+        expected: what should be there, for the error if there is no such file.
+        advice: what to do about a damaged file.
+
+    Raises:
+        UserError: the file is missing, not JSON, or not an object.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected {expected}")
+    num_bytes = path.stat().st_size
+    if num_bytes > _MAX_JSON_BYTES:
+        raise UserError(
+            f"{path}: expected at most {_MAX_JSON_BYTES:,} bytes of settings, found {num_bytes:,}; {advice}"
+        )
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({one_line(error)}); {advice}") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(contents).__name__}; {advice}")
+    return contents
+
+
+def read_safetensors(path: Path, advice: str = "download it again") -> "dict[str, Tensor]":
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: not a safetensors file, or the safetensors package is missing.
+    """
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(f"{path}: reading it needs the safetensors package: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except Exception as error:  # the file decides which
+        raise UserError(f"{path}: not readable as safetensors ({one_line(error)}); {advice}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, or its class if it says nothing."""
+    return printable(str(error)) or type(error).__name__
