@@ -998,7 +998,7 @@ def check_resumed(resumed: tuple[Path, dict[str, Any]], args: argparse.Namespace
     ckpt.load_state(module.student_model, student, f"{path} in the model of --student_ckpt")
     ckpt.load_state(module.distill_linear_projs, projections, f"{path} (projections; see --distill_layers)")
     if changes:
-        checkpoints.say(f"warning: {path} is continued with other settings: {'; '.join(changes)}")
+        checkpoints.print_line(f"warning: {path} is continued with other settings: {'; '.join(changes)}")
     return contents["global_step"]
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from wav2vec2.errors import UserError, shown
+from wav2vec2.errors import UserError, short_repr
 
 if TYPE_CHECKING:
     from dataset.packed import Pack
@@ -106,7 +106,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     _, root = next(lines, (1, ""))
     if not root.strip() or "\t" in root or "\0" in root:
         raise UserError(
-            f"{path}: line 1 is {shown(root)}, expected the folder that the paths below it start from; "
+            f"{path}: line 1 is {short_repr(root)}, expected the folder that the paths below it start from; "
             "write the manifest with prepare_data.py"
         )
     lengths, hashes = array("q"), array("q")
@@ -132,7 +132,8 @@ def _rows(path: Path, lines: Iterator[tuple[int, str]], lengths: array, hashes: 
             yield name
         elif line.strip():
             raise UserError(
-                f"{path}: line {line_number} is {shown(line)}, expected a relative path, a tab and a positive number "
+                f"{path}: line {line_number} is {short_repr(line)}, expected a relative path, a tab and a "
+                "positive number "
                 "of samples; mend the line or write the manifest again with prepare_data.py"
             )
 
@@ -158,7 +159,7 @@ def _refuse_repeats(path: Path) -> None:
         name = line.rpartition("\t")[0]
         if name in first:
             raise UserError(
-                f"{path}: line {line_number} lists {shown(name)}, which line {first[name]} does already, expected "
+                f"{path}: line {line_number} lists {short_repr(name)}, which line {first[name]} does already, expected "
                 "each path once; take one of the lines out or write the manifest again with prepare_data.py"
             )
         if name:

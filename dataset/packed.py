@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from dataset.manifest import Manifest, Names
 from dataset.speech import AudioError, load_audio
-from wav2vec2.errors import UserError, shown
+from wav2vec2.errors import UserError, short_repr
 from wav2vec2.files import atomic_path
 
 FOLDER = "packed"
@@ -171,7 +171,7 @@ def attach(manifest: Manifest) -> Manifest:
             first = manifest.paths[int(wrong.argmax())]
             raise UserError(
                 f"{folder}: not the pack of {manifest.path}: {wrong.sum()} of {len(rows)} utterances {problem} "
-                f"(the first: {shown(first)}); {REMEDY}"
+                f"(the first: {short_repr(first)}); {REMEDY}"
             )
     return replace(manifest, pack=Pack(folder, index, rows))
 

@@ -11,7 +11,7 @@ import torch
 
 from training.checkpoints import CHECKPOINTS, LAST_CHECKPOINT, PRUNED_MODEL, read_training_checkpoint
 from wav2vec2.checkpoint import build_model, read_model_file
-from wav2vec2.errors import UserError, printable
+from wav2vec2.errors import UserError, single_line
 from wav2vec2.model import with_masks
 
 # run.sh puts the final distillation into this folder of the experiment.
@@ -224,7 +224,7 @@ def _read_stage(
         log,
         distillation=contents.get("distillation", {}),
         num_updates=contents.get("global_step"),
-        versions={"pytorch-lightning": printable(lightning)} if isinstance(lightning, str) else {},
+        versions={"pytorch-lightning": single_line(lightning)} if isinstance(lightning, str) else {},
     )
 
 

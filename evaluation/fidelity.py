@@ -18,7 +18,7 @@ from evaluation.features import hidden_states, shortest_input
 from training.pairs import check_pair, make_projections
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.checkpoint import load_state, read_model_file
-from wav2vec2.errors import UserError, shown
+from wav2vec2.errors import UserError, short_repr
 from wav2vec2.model import Wav2Vec2Model
 
 
@@ -137,7 +137,7 @@ def _read_projections(path: Path) -> dict[str, Any]:
     if state is None:
         return {}
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise UserError(f"{path}: distill_linear_projs is {shown(state)}, expected a dict from names to tensors")
+        raise UserError(f"{path}: distill_linear_projs is {short_repr(state)}, expected a dict from names to tensors")
     return state
 
 

@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from evaluation.architecture import conv_channels, ffn_size, num_heads
 from evaluation.experiment import Column, Stage, as_number
-from wav2vec2.errors import printable
+from wav2vec2.errors import single_line
 from wav2vec2.files import atomic_path
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; black and yellow are left out for the sake of dark
@@ -197,7 +197,7 @@ def _rows(num_rows: int, inches: float, share_x: bool = True) -> tuple[Figure, l
 
 def short_name(name: str) -> str:
     """A name of a length that fits a legend; the end, which usually tells names apart, stays."""
-    name = printable(name, 200)
+    name = single_line(name, 200)
     half = _LONGEST_NAME // 2
     name = name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
     return f"\u200b{name}" if name.startswith("_") else name  # matplotlib leaves out labels with an underscore
@@ -479,7 +479,7 @@ def _learning_rates(stage: Stage) -> Picture | None:
     schedules: dict[str, Column] = {}
     groups = {name.rpartition("/")[2]: column for name, column in stage.log.items() if name.startswith("lr-")}
     for group in sorted(groups, key=lambda group: list(_RATES).index(group) if group in _RATES else len(_RATES)):
-        title, column = _RATES.get(group, printable(group, 20)), groups[group]
+        title, column = _RATES.get(group, single_line(group, 20)), groups[group]
         same = next((known for known, other in schedules.items() if other == column), None)
         if same is None:
             schedules[title] = column

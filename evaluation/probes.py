@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dataset.speech import AudioError, load_audio
 from evaluation.features import hidden_states
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.errors import UserError, shown
+from wav2vec2.errors import UserError, short_repr
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
 
 SPLITS = ("train", "test")
@@ -92,16 +92,18 @@ def read_probe(path: Path) -> Probe:
             raise UserError(f"{path}: no line has the split {split}, expected clips of both train and test")
     labels = sorted(set(names["train"]))
     if len(labels) < 2:
-        raise UserError(f"{path}: the training clips have one label, {shown(labels[0])}, expected two or more")
+        raise UserError(f"{path}: the training clips have one label, {short_repr(labels[0])}, expected two or more")
     for label in labels:
         if names["train"].count(label) < 2:
             raise UserError(
-                f"{path}: one training clip has the label {shown(label)}, expected two or more of each, because the "
+                f"{path}: one training clip has the label {short_repr(label)}, expected two or more of each, "
+                "because the "
                 "penalty is chosen on held-out ones"
             )
     if unknown := sorted(set(names["test"]) - set(labels)):
         raise UserError(
-            f"{path}: test clips have the label {shown(unknown[0])}, which no training clip has; take them out, or "
+            f"{path}: test clips have the label {short_repr(unknown[0])}, which no training clip has; take them "
+            "out, or "
             "add such clips for training"
         )
     clips: dict[str, list[Clip]] = {split: [] for split in SPLITS}
@@ -122,7 +124,7 @@ def _read_rows(path: Path) -> list[tuple[str, Path, str]]:
             missing = [column for column in COLUMNS if column not in header]
             if missing:
                 raise UserError(
-                    f"{path}: line 1 is {shown(header)}, expected the columns split, path and label, separated by "
+                    f"{path}: line 1 is {short_repr(header)}, expected the columns split, path and label, separated by "
                     f"tabs ({', '.join(missing)} missing)"
                 )
             for row in reader:
@@ -130,7 +132,8 @@ def _read_rows(path: Path) -> list[tuple[str, Path, str]]:
                 place = f"{path}: line {reader.line_num}"
                 if split not in SPLITS or not name or not label or "\0" in name:
                     raise UserError(
-                        f"{place} has split {shown(split)}, path {shown(name)} and label {shown(label)}, expected "
+                        f"{place} has split {short_repr(split)}, path {short_repr(name)} and label "
+                        f"{short_repr(label)}, expected "
                         "train or test, a path and a label, separated by tabs"
                     )
                 clip = path.parent / name

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs 
 import cli
 from evaluation.architecture import conv_channels, ffn_size, num_heads
 from evaluation.experiment import FINAL, Experiment, as_number, read_experiment, shape_of
-from training.checkpoints import CHECKPOINTS, say
-from wav2vec2.errors import UserError, printable, shown
+from training.checkpoints import CHECKPOINTS, print_line
+from wav2vec2.errors import UserError, short_repr, single_line
 from wav2vec2.files import atomic_path
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ def read_evaluation(evaluation: Mapping[str, Any]) -> tuple[list[Measured], list
     entries = evaluation.get("models")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(
-            f"evaluation: expected a list of models under 'models', found {shown(entries)}; "
+            f"evaluation: expected a list of models under 'models', found {short_repr(entries)}; "
             "give the JSON that evaluate.py writes"
         )
     models: list[Measured] = []
     notes = []
     for entry in entries:
-        name = _unused(printable(str(entry.get("name"))), [model.name for model in models])
+        name = _unused(single_line(str(entry.get("name"))), [model.name for model in models])
         config = None
         if isinstance(entry.get("config"), dict):
             try:
@@ -158,7 +158,7 @@ def _escaped(value: Any) -> Html:
         return Html("–")
     if type(value) is int:
         return Html(f"{value:,}")
-    return Html(html.escape(printable(str(value), 2000)))
+    return Html(html.escape(single_line(str(value), 2000)))
 
 
 class Number(str):
@@ -511,7 +511,7 @@ def _drawn_architecture(
         known = {Path(model.path).resolve() for model in measured}
         if experiment.models and not {model.path.resolve() for model in experiment.models} & known:
             # Final distillation leaves the units alone.
-            configs = {_unused(printable(experiment.name), [m.name for m in measured]): experiment.models[-1].config}
+            configs = {_unused(single_line(experiment.name), [m.name for m in measured]): experiment.models[-1].config}
             configs |= {model.name: model.config for model in measured if model.config and not model.is_teacher}
     return configs, original
 
@@ -525,7 +525,7 @@ def _evaluation_part(
     tasks = _dicts(evaluation.get("probes"))
     by_model = {model.name: model.probes for model in measured}
     controls = {
-        _unused(printable(name), list(by_model)): _dicts(found)
+        _unused(single_line(name), list(by_model)): _dicts(found)
         for name, found in _dicts(evaluation.get("controls")).items()
     }
     names = dict.fromkeys([*tasks, *(task for found in [*by_model.values(), *controls.values()] for task in found)])
@@ -634,7 +634,7 @@ def write_report(
     body += _provenance(experiment, evaluation or {})
 
     models = f"{len(measured)} model{'' if len(measured) == 1 else 's'}"
-    title = f"DPHuBERT: {printable(experiment.name, 80) if experiment is not None else f'evaluation of {models}'}"
+    title = f"DPHuBERT: {single_line(experiment.name, 80) if experiment is not None else f'evaluation of {models}'}"
     page = _page(title, f"<h1>{_escaped(title)}</h1>\n{body}")
     for picture in pictures:
         draw.save_png(picture, out_dir / PICTURES)
@@ -664,9 +664,9 @@ def report_stage(checkpoint: Path, contents: dict[str, Any] | None = None) -> No
         page = write_report(exp_dir, None, exp_dir, {} if contents is None else {checkpoint: contents})
     except Exception as error:
         reason = str(error) if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: {error}"
-        say(f"warning: no report of {exp_dir}: {' '.join(reason.split())}")
+        print_line(f"warning: no report of {exp_dir}: {' '.join(reason.split())}")
     else:
-        say(f"report: {page}")
+        print_line(f"report: {page}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -688,7 +688,7 @@ def main(args: argparse.Namespace) -> None:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{args.evaluation}: not the JSON that evaluate.py writes ({error})") from error
         if not isinstance(evaluation, dict):
-            raise UserError(f"{args.evaluation}: not the JSON that evaluate.py writes, found {shown(evaluation)}")
+            raise UserError(f"{args.evaluation}: not the JSON that evaluate.py writes, found {short_repr(evaluation)}")
     print(write_report(args.exp_dir, evaluation, out_dir))
 
 

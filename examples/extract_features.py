@@ -27,7 +27,7 @@ import cli
 import wav2vec2
 from dataset.manifest import read_manifest
 from prepare_data import find_audio
-from wav2vec2.errors import UserError, shown
+from wav2vec2.errors import UserError, short_repr
 from wav2vec2.files import atomic_path, read_json
 from wav2vec2.inference import BATCH_SECONDS, MAX_SECONDS
 
@@ -60,7 +60,7 @@ def parse_layers(text: str) -> int | list[int] | str | None:
         numbers = [int(word) for word in text.split(",")]
     except ValueError as error:
         raise UserError(
-            f"--layers: found {shown(text)}, expected all, output, or numbers such as 6 or 4,8,12"
+            f"--layers: found {short_repr(text)}, expected all, output, or numbers such as 6 or 4,8,12"
         ) from error
     return numbers if "," in text else numbers[0]
 
@@ -88,7 +88,7 @@ def find_jobs(audio: list[Path], out: Path) -> list[Job]:
         # A file given by its whole path keeps its name only.
         relative = Path(name).name if not root.parts else name
         if Path(relative).is_absolute() or ".." in Path(relative).parts:
-            raise UserError(f"--audio: {shown(name)} lies outside of the corpus, expected a path below {root}")
+            raise UserError(f"--audio: {short_repr(name)} lies outside of the corpus, expected a path below {root}")
         target = (out / relative).with_suffix(".npy")
         if target in jobs:
             raise UserError(f"--audio: {jobs[target].audio} and {root / name} would both become {target}; rename one")

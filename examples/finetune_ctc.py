@@ -31,7 +31,7 @@ import wav2vec2
 from dataset.batches import make_batches
 from wav2vec2 import checkpoint
 from wav2vec2.audio import SAMPLE_RATE, read_audio
-from wav2vec2.errors import UserError, shown
+from wav2vec2.errors import UserError, short_repr
 from wav2vec2.model import Wav2Vec2Model
 
 BLANK = "<blank>"
@@ -72,13 +72,15 @@ def read_labels(tsv: Path) -> list[Utterance]:
     columns = list(rows[0]) if rows else []
     text_column = "text" if "text" in columns else "label"
     if "path" not in columns or text_column not in columns:
-        raise UserError(f"{tsv}: found columns {shown(columns)}, expected path, text (or label) and perhaps split")
+        raise UserError(f"{tsv}: found columns {short_repr(columns)}, expected path, text (or label) and perhaps split")
     utterances = []
     for number, row in enumerate(rows):
         text = " ".join((row[text_column] or "").split())
         split = row["split"] if "split" in columns else ("test" if number % 10 == 9 else "train")
         if not row["path"] or not text or split not in ("train", "test"):
-            raise UserError(f"{tsv}: line {number + 2} is {shown(row)}, expected a path, a text, and train or test")
+            raise UserError(
+                f"{tsv}: line {number + 2} is {short_repr(row)}, expected a path, a text, and train or test"
+            )
         utterances.append(Utterance(tsv.parent / row["path"], text, split == "test"))
     if len({utterance.is_test for utterance in utterances}) < 2:
         raise UserError(f"{tsv}: expected rows of both splits, train and test, found one of them; add rows")

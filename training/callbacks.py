@@ -30,7 +30,7 @@ from torch import Tensor, distributed
 
 from cli import AllProcessesError, Interrupted
 from dataset.speech import Batch
-from training.checkpoints import CHECKPOINTS, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, say
+from training.checkpoints import CHECKPOINTS, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, print_line
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
 from wav2vec2.files import atomic_path
@@ -328,7 +328,7 @@ class Watch(pl.Callback):
                 f"--skip_nonfinite {max(10, 2 * self.skipped)}"
             )
         if module.trainer.is_global_zero:
-            say(f"skipped {self.skipped} of at most {self._skip_nonfinite} updates: {message}")
+            print_line(f"skipped {self.skipped} of at most {self._skip_nonfinite} updates: {message}")
 
     def _count_bad_files(self) -> None:
         gathered: dict[str, str] = {}
@@ -339,7 +339,7 @@ class Watch(pl.Callback):
             if path not in self.bad_files:
                 self.bad_files[path] = reason
                 if _is_first_process():
-                    say(
+                    print_line(
                         f"bad file {len(self.bad_files)} (at most {self._max_bad_files}), replaced by another: {reason}"
                     )
         if len(self.bad_files) > self._max_bad_files:
@@ -383,7 +383,7 @@ class Watch(pl.Callback):
         message = f"{self.path}: update {trainer.global_step} could not be saved ({self._io.error}); {kept}"
         if self._agreed_signal or trainer.global_step == trainer.max_steps:
             raise UserError(f"{message}; make room, then continue with --resume_checkpoint auto")
-        say(f"warning: {message}; training goes on")
+        print_line(f"warning: {message}; training goes on")
 
     def _leave(self, trainer: pl.Trainer) -> None:
         signum = signal.Signals(self._agreed_signal)
@@ -396,9 +396,11 @@ class Watch(pl.Callback):
         if trainer.is_global_zero:
             self.path.with_name(PREVIOUS_CHECKPOINT).unlink(missing_ok=True)
             if self.bad_files:
-                say(f"{len(self.bad_files)} bad files were replaced by others; prepare_data.py leaves such files out")
+                print_line(
+                    f"{len(self.bad_files)} bad files were replaced by others; prepare_data.py leaves such files out"
+                )
             if self.skipped:
-                say(f"{self.skipped} updates were skipped because loss or gradient was not finite")
+                print_line(f"{self.skipped} updates were skipped because loss or gradient was not finite")
 
 
 def too_many_bad_files(bad_files: dict[str, str], limit: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wav2vec2 import checkpoint as ckpt
-from wav2vec2.errors import UserError, shown
+from wav2vec2.errors import UserError, short_repr
 
 CHECKPOINTS = "ckpts"
 
@@ -29,7 +29,7 @@ AUTO = "auto"
 PRUNED_MODEL = "pruned_hubert_base.pth"
 
 
-def say(message: str) -> None:
+def print_line(message: str) -> None:
     """Print a line on stderr without breaking the progress bar."""
     tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()
@@ -98,7 +98,7 @@ def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     for key, value in state_dict.items():
         if not (isinstance(value, Tensor) and value.is_floating_point() and value.isfinite().all()):
             raise UserError(
-                f"{path}: state_dict: {shown(key)} is {shown(value)}, expected finite floats; it is damaged"
+                f"{path}: state_dict: {short_repr(key)} is {short_repr(value)}, expected finite floats; it is damaged"
             )
     about = contents.get("distillation", {})
     for place, name, is_valid, expected in (
@@ -110,7 +110,7 @@ def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         value = place.get(name) if isinstance(place, dict) else None
         # Another program's checkpoint says nothing of its distillation, that of final_distill.py nothing of sparsity.
         if not is_valid(value) and (value is not None or name == "global_step"):
-            raise UserError(f"{path}: {name} is {shown(value)}, expected {expected}; it is damaged")
+            raise UserError(f"{path}: {name} is {short_repr(value)}, expected {expected}; it is damaged")
     return contents
 
 
@@ -147,7 +147,7 @@ def choose_checkpoint(choice: str | None, exp_dir: Path) -> tuple[Path, dict[str
             return path, read_training_checkpoint(path)
         except UserError as error:
             damaged.append(str(error))
-            say(f"passed over: {error}")
+            print_line(f"passed over: {error}")
     if damaged:
         raise UserError(
             f"--resume_checkpoint auto: no checkpoint of {exp_dir / CHECKPOINTS} can be read ({damaged[0]}); "

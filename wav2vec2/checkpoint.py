@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .components import published_name
-from .errors import UserError, printable, shown
+from .errors import UserError, short_repr, single_line
 from .files import atomic_path
 from .model import Wav2Vec2Model, wav2vec2_model, with_masks
 from .utils.archive import UnreadableFileError, read_archive
@@ -48,7 +48,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     for place in (contents, contents.get("state_dict"), contents.get("config")):
         for key in place if isinstance(place, dict) else ():
             if not isinstance(key, str):
-                raise UserError(f"{path}: expected names as keys, found {shown(key)}; the file is damaged")
+                raise UserError(f"{path}: expected names as keys, found {short_repr(key)}; the file is damaged")
     return contents
 
 
@@ -79,7 +79,7 @@ def check_model_contents(contents: dict[str, Any], path: str | os.PathLike) -> N
     missing = [key for key in ("state_dict", "config") if not isinstance(contents.get(key), dict)]
     if missing:
         raise UserError(
-            f"{path}: not a model file: no dict under {missing}, found keys {shown(sorted(contents))}; "
+            f"{path}: not a model file: no dict under {missing}, found keys {short_repr(sorted(contents))}; "
             "convert foreign checkpoints with convert_hubert_from_hf.py or convert_wavlm_from_fairseq.py"
         )
     check_weights(expected_state(contents["config"], path), _published(contents["state_dict"]), path)
@@ -137,7 +137,7 @@ def check_weights(expected: dict[str, Tensor], state_dict: dict[str, Any], sourc
     unexpected = [key for key in state_dict if key not in expected]
     if missing or unexpected:
         counts = [
-            f"{len(keys)} {problem} ({printable(', '.join(keys[:3]))}{', ...' if len(keys) > 3 else ''})"
+            f"{len(keys)} {problem} ({single_line(', '.join(keys[:3]))}{', ...' if len(keys) > 3 else ''})"
             for problem, keys in (("missing", missing), ("left over", unexpected))
             if keys
         ]
@@ -146,7 +146,7 @@ def check_weights(expected: dict[str, Tensor], state_dict: dict[str, Any], sourc
     placed: set[int] = set()  # addresses of the model's tensors
     for key, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
-            refuse(f"{key} is {shown(tensor)}, expected a tensor of floats")
+            refuse(f"{key} is {short_repr(tensor)}, expected a tensor of floats")
         for found, wanted in (
             (tensor.dtype, FLOAT_DTYPES),
             (tensor.layout, (torch.strided,)),

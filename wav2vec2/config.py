@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import shown
+from .errors import short_repr
 
 # Far beyond any model that there is, and small enough that lists of this length do no harm.
 MAX_LAYERS = 256
@@ -131,7 +131,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     unknown = [key for key in config if not isinstance(key, str) or key not in rules]
     if missing or unknown:
         problem, key = ("missing", missing[0]) if missing else ("unknown", unknown[0])
-        name = key if isinstance(key, str) and key.isidentifier() else shown(key)
+        name = key if isinstance(key, str) and key.isidentifier() else short_repr(key)
         others = len(missing) + len(unknown) - 1
         more = f" and {others} more missing or unknown" if others else ""
         raise TypeError(f"{problem} key {name}{more}, expected the keys of a {family} config")
@@ -149,9 +149,9 @@ def _check_value(key: str, value: Any, rule: _Rule, num_layers: int) -> None:
             )
         for layer, entry in enumerate(value):
             if not rule.accepts(entry):
-                raise ValueError(f"{key} of layer {layer}: expected {rule.expected}, found {shown(entry)}")
+                raise ValueError(f"{key} of layer {layer}: expected {rule.expected}, found {short_repr(entry)}")
     elif not rule.accepts(value):
-        raise ValueError(f"{key}: expected {rule.expected}, found {shown(value)}")
+        raise ValueError(f"{key}: expected {rule.expected}, found {short_repr(value)}")
 
 
 def _check_fit(config: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ def _check_fit(config: Mapping[str, Any]) -> None:
         heads = config["encoder_num_heads"]
         if not isinstance(heads, int) or heads < 1:
             raise ValueError(
-                f"encoder_head_dim: expected a number where encoder_num_heads is {shown(heads)}, found nothing"
+                f"encoder_head_dim: expected a number where encoder_num_heads is {short_repr(heads)}, found nothing"
             )
         if embed_dim % heads:
             raise ValueError(f"encoder_num_heads: expected a divisor of encoder_embed_dim {embed_dim}, found {heads}")
@@ -180,7 +180,7 @@ def _check_wavlm_fit(config: Mapping[str, Any]) -> None:
     if len(totals) > 1:
         raise ValueError(
             f"encoder_total_num_heads: expected the same number in all layers, which share one position table, found "
-            f"{shown(total)}"
+            f"{short_repr(total)}"
         )
     (total,) = totals
     if embed_dim % total:
@@ -189,7 +189,7 @@ def _check_wavlm_fit(config: Mapping[str, Any]) -> None:
         if heads and heads[-1] >= total:
             raise ValueError(
                 f"encoder_remaining_heads of layer {layer}: expected ascending indices below {total}, found "
-                f"{shown(heads)}"
+                f"{short_repr(heads)}"
             )
     # Half of the buckets for each sign; half of those are exact, and the others reach to the largest distance.
     buckets, distance = config["encoder_num_buckets"], config["encoder_max_distance"]

@@ -27,11 +27,11 @@ _SHORT_REPR = _ShortRepr()
 _SHORT_REPR.maxlevel, _SHORT_REPR.maxstring, _SHORT_REPR.maxother = 3, 60, 60
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """``repr(value)`` on one short line, whatever ``value`` is; the contents of tensors and objects are left out."""
-    return printable(_SHORT_REPR.repr(value), 160)
+    return single_line(_SHORT_REPR.repr(value), 160)
 
 
-def printable(text: str, most: int = 200) -> str:
+def single_line(text: str, most: int = 200) -> str:
     """The first ``most`` characters of ``text`` on one line; what would steer a terminal becomes a question mark."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text[: 2 * most].split()))[:most]

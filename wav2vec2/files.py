@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, printable
+from .errors import UserError, single_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,4 +87,4 @@ def read_safetensors(path: Path, advice: str = "download it again") -> "dict[str
 
 def one_line(error: Exception) -> str:
     """What an error says, or its class if it says nothing."""
-    return printable(str(error)) or type(error).__name__
+    return single_line(str(error)) or type(error).__name__

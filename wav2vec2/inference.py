@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from . import checkpoint
 from .audio import SAMPLE_RATE, read_audio, resample_to_16k
 from .components import FeatureExtractor
-from .errors import UserError, shown
+from .errors import UserError, short_repr
 from .frames import norm_over_time
 from .model import Wav2Vec2Model, normalize_waveforms
 
@@ -68,7 +68,9 @@ def load(
     """
     device = _usable_device(device)
     if dtype not in checkpoint.FLOAT_DTYPES:
-        raise UserError(f"dtype: found {shown(dtype)}, expected one of {', '.join(map(str, checkpoint.FLOAT_DTYPES))}")
+        raise UserError(
+            f"dtype: found {short_repr(dtype)}, expected one of {', '.join(map(str, checkpoint.FLOAT_DTYPES))}"
+        )
     model = checkpoint.model_of(_read(source, revision), source).eval().requires_grad_(False)
     model.fold_weight_norm()  # before the conversion, which would round both of its factors
     return model.to(device, dtype)
@@ -81,7 +83,7 @@ def _usable_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"device: {shown(str(device))} cannot be used ({reason}); use cpu or one that is there"
+            f"device: {short_repr(str(device))} cannot be used ({reason}); use cpu or one that is there"
         ) from error
     return device
 
@@ -91,7 +93,9 @@ def _read(source: str | os.PathLike, revision: str | None) -> dict[str, Any]:
     path = Path(source)
     is_on_hub = isinstance(source, str) and not path.exists() and _looks_like_hub_id(source)
     if revision is not None and not is_on_hub:
-        raise UserError(f"revision: found {shown(revision)} for {source}, which is no model on the hub; leave it out")
+        raise UserError(
+            f"revision: found {short_repr(revision)} for {source}, which is no model on the hub; leave it out"
+        )
     if is_on_hub:
         from .hub import download
 
@@ -218,13 +222,14 @@ def extract_iter(
             "model: is in training mode, where dropout acts; call model.eval() or load it with wav2vec2.load"
         )
     if _is_input(inputs) or not isinstance(inputs, Iterable):
-        raise UserError(f"inputs: expected several waveforms or paths, found {shown(inputs)}; put it into a list")
+        raise UserError(f"inputs: expected several waveforms or paths, found {short_repr(inputs)}; put it into a list")
     for name, value in (("batch_seconds", batch_seconds), ("lookahead_seconds", lookahead_seconds)):
         if not value > 0:
-            raise UserError(f"{name}: found {shown(value)}, expected a positive number of seconds")
+            raise UserError(f"{name}: found {short_repr(value)}, expected a positive number of seconds")
     if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or sample_rate < _LOWEST_SAMPLE_RATE:
         raise UserError(
-            f"sample_rate: found {shown(sample_rate)}, expected a whole number of Hz of at least {_LOWEST_SAMPLE_RATE}"
+            f"sample_rate: found {short_repr(sample_rate)}, expected a whole number of Hz of at least "
+            f"{_LOWEST_SAMPLE_RATE}"
         )
     run = _Run(
         model=model,
@@ -291,12 +296,13 @@ class _Chunking:
         if max_seconds is None:
             return cls(stride, receptive_field, math.inf, 0, 0)
         if not context_seconds >= 0:
-            raise UserError(f"context_seconds: found {shown(context_seconds)}, expected 0 or a positive number")
+            raise UserError(f"context_seconds: found {short_repr(context_seconds)}, expected 0 or a positive number")
         num_frames = extractor.num_frames(int(max_seconds * SAMPLE_RATE))
         num_context = round(context_seconds * SAMPLE_RATE / stride)
         if num_frames <= 2 * num_context:
             raise UserError(
-                f"max_seconds: found {shown(max_seconds)}, expected more than a frame and twice the context_seconds of "
+                f"max_seconds: found {short_repr(max_seconds)}, expected more than a frame and twice the "
+                "context_seconds of "
                 f"{context_seconds:g}, or None to compute everything whole"
             )
         return cls(stride, receptive_field, max_seconds * SAMPLE_RATE, num_frames, num_context)
@@ -345,7 +351,7 @@ def _chosen_layers(model: Wav2Vec2Model, layers: int | Sequence[int] | str | Non
     are_indices = all(type(layer) is int and -num_states <= layer < num_states for layer in chosen)
     if not chosen or not are_indices:
         raise UserError(
-            f"layers: found {shown(layers)}, expected numbers from 0 (the projected extractor output) to "
+            f"layers: found {short_repr(layers)}, expected numbers from 0 (the projected extractor output) to "
             f"{num_states - 1}, negative ones from the end, None for all, or 'output'"
         )
     return [layer % num_states for layer in chosen]
@@ -402,12 +408,12 @@ def _as_waveform(value: Any, name: str) -> Tensor:
         UserError: it is none, has another number of dimensions, or holds no real numbers.
     """
     if not _is_input(value):
-        raise UserError(f"{name}: found {shown(value)}, expected a path, or a tensor or array (samples,)")
+        raise UserError(f"{name}: found {short_repr(value)}, expected a path, or a tensor or array (samples,)")
     try:
         # A copy: torch does not take every array as it is (read-only, reversed).
         waveform = value.detach() if isinstance(value, Tensor) else torch.from_numpy(value.__array__().copy())
     except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: an array of {shown(str(value.dtype))}, expected floats or int16") from error
+        raise UserError(f"{name}: an array of {short_repr(str(value.dtype))}, expected floats or int16") from error
     if waveform.ndim != 1:
         raise UserError(
             f"{name}: has shape {list(waveform.shape)}, expected (samples,); average channels, and give several "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hardconcrete import HardConcrete
 
-from .errors import UserError, shown
+from .errors import UserError, short_repr
 from .model import Wav2Vec2Model
 
 # sigmoid(+-40) is exactly 1 and practically 0 in float32: a mask without any doubt left in it.
@@ -50,7 +50,7 @@ def check_round_to(value: Any, source: str) -> None:
         UserError: not a whole number from 1 to :data:`MAX_ROUND_TO`.
     """
     if type(value) is not int or not 1 <= value <= MAX_ROUND_TO:
-        raise UserError(f"{source}: expected a whole number from 1 to {MAX_ROUND_TO}, found {shown(value)}")
+        raise UserError(f"{source}: expected a whole number from 1 to {MAX_ROUND_TO}, found {short_repr(value)}")
 
 
 def round_widths(model: Wav2Vec2Model, multiple: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..compat import unpickling_also
-from ..errors import UserError, printable
+from ..errors import UserError, single_line
 
 _CHUNK = 2**20  # bytes
 _ZIP = b"PK\x03\x04"
@@ -79,10 +79,10 @@ def read_archive(path: str | PathLike, more_names: Sequence[tuple[Any, str]] = (
     except Exception as error:  # the file decides which operation fails, and so which of many exceptions is raised
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name:
-            forbidden = printable(name[1], 80)
+            forbidden = single_line(name[1], 80)
             raise UnreadableFileError(f"it asks for {forbidden}", forbidden) from error
         described = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search(r"(.+)", str(error))
-        raise UnreadableFileError(printable(described[1]) if described else type(error).__name__) from error
+        raise UnreadableFileError(single_line(described[1]) if described else type(error).__name__) from error
 
 
 def _check_records(file: BinaryIO, size: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint import expected_state
 from ..components import published_name
 from ..config import is_wavlm
-from ..errors import UserError, shown
+from ..errors import UserError, short_repr
 from ..hub import CONFIG, WEIGHTS, write_safetensors, write_text
 from ..model import wav2vec2_model
 from .import_huggingface import ACCEPTED, EXTRACTOR_MODES, FAMILIES, NAMES, SAMPLE_RATE
@@ -136,7 +136,8 @@ def _check_scale(scale: Tensor) -> None:
         channel = int((scale != 1).nonzero()[0])
         raise UserError(
             f"huggingface format: the extractor's last conv layer, which was pruned, has an output scale other than 1 "
-            f"({_DUMMY_WEIGHT}: {shown(float(scale[channel]))} of channel {channel}), but transformers' models have no "
+            f"({_DUMMY_WEIGHT}: {short_repr(float(scale[channel]))} of channel {channel}), but transformers' "
+            "models have no "
             "place for it; export the model to another format"
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-from ..errors import UserError, printable, shown
+from ..errors import UserError, short_repr, single_line
 from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
 from .restricted_unpickler import read_foreign_file, to_plain
 
@@ -111,7 +111,7 @@ def import_fairseq_model(
     contents = read_foreign_file(path)
     weights = contents.get("model") if isinstance(contents, dict) else None
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
-        found = f"keys {shown([*contents])}" if isinstance(contents, dict) else type(contents).__name__
+        found = f"keys {short_repr([*contents])}" if isinstance(contents, dict) else type(contents).__name__
         raise UserError(f"{source}: expected a fairseq checkpoint with its weights under 'model', found {found}")
 
     settings, task = _find_settings(contents, source)
@@ -131,7 +131,7 @@ def _find_settings(contents: dict[str, Any], source: str) -> tuple[dict[str, Any
         if isinstance(settings, dict):
             return _split_settings(settings, f"{source}: {entry}")
     raise UserError(
-        f"{source}: expected the model's settings under 'cfg' or 'args', found keys {shown([*contents])}; "
+        f"{source}: expected the model's settings under 'cfg' or 'args', found keys {short_repr([*contents])}; "
         "give a checkpoint that fairseq or WavLM's program wrote"
     )
 
@@ -168,7 +168,7 @@ def _read_architecture(
         value = place.get(name, _DEFAULTS[name])
         if type(value) is not kind:
             raise UserError(
-                f"{source}: setting {name} is {shown(value)}, expected {kind.__name__}; the file is damaged"
+                f"{source}: setting {name} is {short_repr(value)}, expected {kind.__name__}; the file is damaged"
             )
         return value
 
@@ -178,7 +178,7 @@ def _read_architecture(
         value = settings.get(name, accepted[0])
         if not any(type(value) is type(option) and value == option for option in accepted):
             raise UserError(
-                f"{source}: {family} with {name} {shown(value)}, expected {accepted[0]!r}; "
+                f"{source}: {family} with {name} {short_repr(value)}, expected {accepted[0]!r}; "
                 "such a model has no counterpart here and cannot be converted"
             )
     if is_wavlm and not (setting("relative_position_embedding", bool) and setting("gru_rel_pos", bool)):
@@ -188,7 +188,8 @@ def _read_architecture(
         )
     if setting("extractor_mode", str) not in _EXTRACTOR_MODES:
         raise UserError(
-            f"{source}: extractor_mode {shown(settings['extractor_mode'])}, expected one of {list(_EXTRACTOR_MODES)}"
+            f"{source}: extractor_mode {short_repr(settings['extractor_mode'])}, expected one of "
+            f"{list(_EXTRACTOR_MODES)}"
         )
     if normalize_waveform is None:
         if task is None:
@@ -223,7 +224,7 @@ def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -
         name = next((family for key, family in _FAMILY_BY_KEY.items() if key in weights), None)
     if not isinstance(name, str) or name not in _FAMILIES:
         raise UserError(
-            f"{source}: a fairseq model of kind {shown(name)}, expected one of {list(_FAMILIES)} or a WavLM; "
+            f"{source}: a fairseq model of kind {short_repr(name)}, expected one of {list(_FAMILIES)} or a WavLM; "
             "other architectures cannot be converted"
         )
     return _FAMILIES[name]
@@ -248,10 +249,10 @@ def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> l
             raise ValueError(f"not a list of 1 to {_MAX_CONV_LAYERS} layers")
         for layer in layers:
             if not isinstance(layer, list) or len(layer) != 3 or not all(type(n) is int and n > 0 for n in layer):
-                raise ValueError(f"{shown(layer)} is not (channels, kernel, stride)")
+                raise ValueError(f"{short_repr(layer)} is not (channels, kernel, stride)")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(
-            f"{source}: conv_feature_layers {shown(expression)} cannot be read ({printable(str(error))}), "
+            f"{source}: conv_feature_layers {short_repr(expression)} cannot be read ({single_line(str(error))}), "
             "expected lists of (channels, kernel, stride)"
         ) from error
     return layers

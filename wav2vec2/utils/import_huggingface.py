@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, shown
+from ..errors import UserError, short_repr
 from ..files import one_line, read_json, read_safetensors
 from ..model import normalize_waveforms
 from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
@@ -173,7 +173,7 @@ def _read_architecture(settings: dict[str, Any], directory: Path, normalize_wave
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
-            f"{source}: model_type {shown(model_type)}, expected one of {list(FAMILIES)}; "
+            f"{source}: model_type {short_repr(model_type)}, expected one of {list(FAMILIES)}; "
             "other architectures cannot be converted"
         )
     import transformers
@@ -189,12 +189,13 @@ def _read_architecture(settings: dict[str, Any], directory: Path, normalize_wave
         found = getattr(config, name, accepted)
         if found != accepted:
             raise UserError(
-                f"{source}: {name} is {shown(found)}, expected {accepted!r}: {meaning} has no counterpart here, "
+                f"{source}: {name} is {short_repr(found)}, expected {accepted!r}: {meaning} has no counterpart here, "
                 "so this model cannot be converted"
             )
     if not isinstance(config.feat_extract_norm, str) or config.feat_extract_norm not in EXTRACTOR_MODES:
         raise UserError(
-            f"{source}: feat_extract_norm {shown(config.feat_extract_norm)}, expected one of {list(EXTRACTOR_MODES)}"
+            f"{source}: feat_extract_norm {short_repr(config.feat_extract_norm)}, expected one of "
+            f"{list(EXTRACTOR_MODES)}"
         )
     convs = [config.conv_dim, config.conv_kernel, config.conv_stride]
     if not all(isinstance(entries, (list, tuple)) and len(entries) == len(convs[0]) for entries in convs):
@@ -230,10 +231,10 @@ def _reads_normalized(directory: Path) -> bool:
         path = directory / "processor_config.json"
         settings = read_json(path, _WRITTEN_BY).get("feature_extractor", {})
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected a JSON object under feature_extractor, found {shown(settings)}")
+        raise UserError(f"{path}: expected a JSON object under feature_extractor, found {short_repr(settings)}")
     rate = settings.get("sampling_rate", SAMPLE_RATE)
     if rate != SAMPLE_RATE:
-        raise UserError(f"{path}: sampling_rate is {shown(rate)}, expected {SAMPLE_RATE}; convert a 16 kHz model")
+        raise UserError(f"{path}: sampling_rate is {short_repr(rate)}, expected {SAMPLE_RATE}; convert a 16 kHz model")
     if not isinstance(settings.get("do_normalize"), bool):
         raise UserError(
             f"{path}: {'no do_normalize in it' if path.is_file() else 'no such file'}, expected do_normalize true or "
@@ -263,7 +264,9 @@ def _shard_paths(index: Path) -> Iterator[Path]:
     for name in sorted({str(name) for name in weight_map.values()}):
         path = index.parent / name
         if path.parent != index.parent or not path.is_file():
-            raise UserError(f"{index}: names the shard {shown(name)}, which is not beside it; download the whole model")
+            raise UserError(
+                f"{index}: names the shard {short_repr(name)}, which is not beside it; download the whole model"
+            )
         yield path
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..config import MAX_LAYERS
-from ..errors import UserError, printable, shown
+from ..errors import UserError, short_repr, single_line
 from ..model import Wav2Vec2Model
 
 # Created here: no source has the extractor's output scale (it keeps the last conv's soft mask after pruning).
@@ -80,10 +80,11 @@ class Architecture:
         # The others are checked with the config; these come first, because they make lists.
         for name, value in (("encoder layers", self.num_layers), ("attention heads", self.num_heads)):
             if type(value) is not int or not 0 < value <= MAX_LAYERS:
-                raise UserError(f"{source}: expected 1 to {MAX_LAYERS} {name}, found {shown(value)}")
+                raise UserError(f"{source}: expected 1 to {MAX_LAYERS} {name}, found {short_repr(value)}")
         if type(self.embed_dim) is not int or self.embed_dim % self.num_heads:
             raise UserError(
-                f"{source}: {shown(self.embed_dim)} dimensions cannot be split into {self.num_heads} attention heads; "
+                f"{source}: {short_repr(self.embed_dim)} dimensions cannot be split into {self.num_heads} "
+                "attention heads; "
                 "the config does not describe a model of this kind"
             )
         if self.relative_positions is None:
@@ -233,7 +234,7 @@ def _spellings(name: str) -> list[str]:
 
 
 def _listed(label: str, names: list[str], most: int = 8) -> str:
-    listed = ", ".join(printable(name, 80) for name in names[:most])
+    listed = ", ".join(single_line(name, 80) for name in names[:most])
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} {label}" + (f" ({listed}{more})" if names else "")
 

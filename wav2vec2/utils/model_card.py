@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import is_wavlm
-from ..errors import UserError, printable, shown
+from ..errors import UserError, short_repr, single_line
 from ..model import Wav2Vec2Model, wav2vec2_model
 
 _SAMPLE_RATE = 16_000
@@ -143,7 +143,7 @@ class Card:
     def __post_init__(self) -> None:
         if self.licence is not None and not _LICENCE.fullmatch(self.licence):
             raise UserError(
-                f"--licence {printable(self.licence)}: expected one of the hub's identifiers, in small letters: mit, "
+                f"--licence {single_line(self.licence)}: expected one of the hub's identifiers, in small letters: mit, "
                 "apache-2.0, cc-by-4.0, other, ..."
             )
 
@@ -216,7 +216,7 @@ class Card:
         }
         # What a file says is shown as it is, and cannot become markup.
         made_by = {
-            f"made by: {printable(key)}": f"`{printable(value) if isinstance(value, str) else shown(value)}`"
+            f"made by: {single_line(key)}": f"`{single_line(value) if isinstance(value, str) else short_repr(value)}`"
             for key, value in self.made_by.items()
             if value is not None
         }
@@ -224,7 +224,7 @@ class Card:
 
 
 def _cell(text: str) -> str:
-    return printable(text).replace("|", "\\|")
+    return single_line(text).replace("|", "\\|")
 
 
 def _table(rows: Mapping[str, str]) -> str:
