@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from training.pairs import DISTILL_MODES, parse_distill_layers
 
 import cli
 from evaluation.cost import UTTERANCE_SECONDS, cost, measure_speed, superb_seconds
 from evaluation.fidelity import HeldOutSpeech, Student, make_student, measure_fidelity, shared_min_samples
 from evaluation.probes import Probe, log_mel_statistics, probe_features, probe_model, probe_random_models, read_probe
 from evaluation.results import made_by, print_results, write_results
-from training.pairs import DISTILL_MODES, parse_distill_layers
 from wav2vec2.audio import MAX_SECONDS
 from wav2vec2.checkpoint import load_model
 from wav2vec2.errors import UserError

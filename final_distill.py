@@ -12,42 +12,38 @@ Several GPUs, nodes, SLURM, CPU: as in distill.py.
 
 import argparse
 
+import pytorch_lightning as pl
+
 import cli
-from lightning import add_arguments, prepare, train_student
-from wav2vec2.checkpoint import build_model, load_state, read_model_file
+from training.arguments import add_arguments, read_arguments
+from training.data import SpeechDataModule
+from training.trainer import new_projections, train
+from wav2vec2.checkpoint import load_model, load_state, model_of, read_model_file
 from wav2vec2.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    add_arguments(parser, learning_rate=1e-4, warmup_updates=5000, max_updates=25000)
+    add_arguments(parser, prunes=False, learning_rate=1e-4, warmup_updates=5000, max_updates=25000)
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    setup = prepare(args)
-    pruned = read_model_file(args.student_ckpt)
+    settings = read_arguments(args, "final distillation", prunes=False)
+    data = SpeechDataModule(settings.data)
+    pl.seed_everything(settings.data.seed, verbose=False)
+    teacher = load_model(settings.models.teacher_ckpt)
+    pruned = read_model_file(settings.models.student_ckpt)
     if not isinstance(pruned.get("distill_linear_projs"), dict):
         raise UserError(f"{args.student_ckpt}: no distill_linear_projs in it; give the file that prune.py wrote")
-    student = build_model(pruned["config"], args.student_ckpt)
-    load_state(student, pruned["state_dict"], args.student_ckpt)
-    projections = setup.make_projections(student, args.distill_mode)
+    student = model_of(pruned, settings.models.student_ckpt)
+    projections = new_projections(settings, teacher, student)
     load_state(
         projections,
         pruned["distill_linear_projs"],
         f"{args.student_ckpt} (distill_linear_projs; --distill_layers and --distill_mode must be those of distill.py)",
     )
-    train_student(
-        args,
-        "final distillation",
-        setup,
-        student,
-        projections,
-        use_reg=False,
-        reg_learning_rate=None,
-        target_sparsity=None,
-        sparsity_warmup_updates=None,
-    )
+    train(settings, data, teacher, student, projections)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,14 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from training.batch_size import MemoryMeter  # noqa: E402
+from training.throughput import peak_flops  # noqa: E402
+
 import cli  # noqa: E402
 from benchmarks.bench_model import DISTILLED, compressed_config, distill_module, masked_copy  # noqa: E402
 from benchmarks.results import Result, write_results  # noqa: E402
 from lightning import cast_products  # noqa: E402
 from training import compiling  # noqa: E402
-from training.batch_size import MemoryMeter  # noqa: E402
-from training.throughput import peak_flops  # noqa: E402
 from wav2vec2.errors import UserError  # noqa: E402
 from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model, wavlm_base  # noqa: E402
 from wav2vec2.paths import plain_paths  # noqa: E402

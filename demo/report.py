@@ -11,11 +11,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from the checkout, not installed
 
+from training.pairs import parse_distill_layers
+
 import cli
 from evaluation.architecture import print_architecture
 from evaluation.fidelity import HeldOutSpeech, make_student, measure_fidelity, shared_min_samples
 from training.checkpoints import LAST_CHECKPOINT, PRUNED_MODEL, read_training_checkpoint
-from training.pairs import parse_distill_layers
 from wav2vec2.audio import MAX_SECONDS
 from wav2vec2.checkpoint import load_model
 from wav2vec2.errors import UserError

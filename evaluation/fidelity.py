@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from training.pairs import check_pair, make_projections
 
 from dataset.batches import BatchSampler, make_batches
 from dataset.manifest import Manifest, read_manifest
 from dataset.speech import SpeechDataset
 from evaluation.features import hidden_states, shortest_input
-from training.pairs import check_pair, make_projections
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.checkpoint import load_state, read_model_file
 from wav2vec2.errors import UserError, short_repr

@@ -17,7 +17,6 @@ from training import callbacks
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
-os.environ["DPHUBERT_REPORT"] = "0"  # stages write no report, unless a test is about that
 for name in [name for name in os.environ if name.startswith("SLURM_")]:
     del os.environ[name]  # scripts behave differently inside a SLURM job, which a run of the tests may be
 
@@ -61,13 +60,13 @@ class Disturbance:
 @pytest.fixture
 def disturb(monkeypatch) -> Disturbance:
     disturbance = Disturbance()
-    original = callbacks.Watch.on_train_batch_start
+    original = callbacks.RunCheckpoints.on_train_batch_start
 
-    def on_train_batch_start(self: callbacks.Watch, trainer: Any, *rest: Any) -> None:
+    def on_train_batch_start(self: callbacks.RunCheckpoints, trainer: Any, *rest: Any) -> None:
         original(self, trainer, *rest)
         disturbance.at.pop(trainer.global_step + 1, lambda: None)()
 
-    monkeypatch.setattr(callbacks.Watch, "on_train_batch_start", on_train_batch_start)
+    monkeypatch.setattr(callbacks.RunCheckpoints, "on_train_batch_start", on_train_batch_start)
     return disturbance
 
 

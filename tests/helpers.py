@@ -27,7 +27,7 @@ from lightning import (
     DistillModule,
     make_projections,
 )
-from training import throughput
+from training import speed
 from wav2vec2 import checkpoint
 from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, masked_units, wav2vec2_model, with_masks
 from wav2vec2.paths import plain_paths
@@ -213,10 +213,27 @@ def error_line(capsys: pytest.CaptureFixture) -> str:
     return lines[0].removeprefix("error: ")
 
 
+def _versions(exp_dir: Path) -> list[list[dict[str, str]]]:
+    """The rows of each version of a run's log: each start of the run writes one."""
+    versions = sorted((exp_dir / "csv").iterdir(), key=lambda version: int(version.name.removeprefix("version_")))
+    return [list(csv.DictReader((version / "metrics.csv").read_text().splitlines())) for version in versions]
+
+
 def logged(exp_dir: Path) -> list[dict[str, str]]:
-    """The rows of a run's log, without its speed, which no two runs share."""
-    with (exp_dir / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
-        return [{name: row[name] for name in row if name not in throughput.COLUMNS} for row in csv.DictReader(file)]
+    """The rows of a run's log, without its speed, which no two runs share.
+
+    A version takes the place of what the one before logged after its last checkpoint.
+    """
+    rows: list[dict[str, str]] = []
+    for version in _versions(exp_dir):
+        new = [{name: row[name] for name in row if name not in speed.COLUMNS and row[name]} for row in version]
+        rows = [row for row in rows if int(row["step"]) < int(new[0]["step"])] + [row for row in new if len(row) > 1]
+    return rows
+
+
+def logged_speed(exp_dir: Path) -> list[dict[str, str]]:
+    """The rows of a run's log that say how fast it was."""
+    return [row for version in _versions(exp_dir) for row in version if row.get("updates_per_second")]
 
 
 def read_reference(name: str) -> dict[str, Any]:
@@ -246,7 +263,7 @@ def make_module(cls: type = DistillModule, **changes: Any) -> DistillModule:
 
 
 def train_on(module: DistillModule, batch: Any) -> torch.Tensor:
-    return module.loss(batch, module.targets(batch), "train")
+    return module.loss(batch, "train")[0]
 
 
 def last_checkpoint(exp_dir: Path) -> dict[str, Any]:

@@ -1,41 +1,38 @@
-"""What watches over a run: its checkpoints, how it stops, continues, and meets trouble.
+"""What watches over a run: who judges an update, when to save, how to stop, what the terminal shows.
 
-A run is a sequence of updates. Batches, crops and noise are pure functions of the seed and the update
-(``dataset.batches.TrainingSampler``), so a checkpoint at the end of an update is all that a run needs to go on as
-if nothing had happened. :class:`Watch` writes these checkpoints; between updates it also finds out, for all
-processes together, whether someone asked the run to stop, whether loss and gradient are finite, and which
-audio files had to be replaced.
+Batches, crops and noise are pure functions of the seed and the update (``dataset.batches``), so a checkpoint at the end
+of an update is all that a run needs to go on as if nothing had happened.
 """
 
-import csv
 import math
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from tqdm import tqdm
 
 from cli import AllProcessesError, Interrupted
-from dataset.speech import Batch
-from training.checkpoints import CHECKPOINTS, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, print_line
+from training.checkpoints import CHECKPOINTS, CONTINUE, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, print_line
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
-from wav2vec2.files import atomic_path
 
-LISTED_FILES = 20
+_LISTED_FILES = 20
+
+
+# ---------------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------------
 
 
 class StopRequest:
@@ -92,6 +89,184 @@ def requeue_slurm_job() -> str:
     return f"job {job} requeued"
 
 
+# ---------------------------------------------------------------------------------------------------
+# An update
+# ---------------------------------------------------------------------------------------------------
+
+
+class UpdateGuard(pl.Callback):
+    """Judges every update before it changes a weight, clips its gradient, and logs it.
+
+    It decides for all processes alike, after one small exchange per update: whether loss and gradient are finite,
+    which audio files had to be replaced, and whether someone asked the run to stop.
+
+    Args:
+        stop: noted signals.
+        clip_norm: the largest norm of the gradient; 0 switches clipping off.
+        skip_nonfinite: updates with a loss or gradient that is not finite to pass over before the run ends.
+        max_bad_files: audio files to replace before the run ends.
+
+    Attributes:
+        signum: the signal that all processes have agreed to stop for; 0 for none.
+        skipped: updates that were passed over.
+        bad_files: path to reason, of the audio files that were replaced.
+    """
+
+    def __init__(self, stop: StopRequest, *, clip_norm: float, skip_nonfinite: int, max_bad_files: int) -> None:
+        self._stop = stop
+        self._clip_norm = clip_norm
+        self._skip_nonfinite = skip_nonfinite
+        self._max_bad_files = max_bad_files
+        self.signum = 0
+        self.skipped = 0
+        self.bad_files: dict[str, str] = {}
+        self._new_bad_files: dict[str, str] = {}
+        self._batches: list[dict[str, Tensor]] = []  # the scalars of each batch since the last update
+        self._paths: list[str] = []  # of these batches
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "bad_files": dict(self.bad_files)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]
+        self.bad_files = state_dict["bad_files"]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        # The noise of a batch (masks, dropout) is its own, wherever and whenever it runs.
+        if (seed := getattr(batch, "seed", None)) is not None:
+            torch.manual_seed(seed)
+        self._paths += getattr(batch, "paths", [])
+        self._note_bad_files(batch)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any
+    ) -> None:
+        self._note_bad_files(batch)
+
+    def _note_bad_files(self, batch: Any) -> None:
+        found = getattr(batch, "bad_files", {})
+        self._new_bad_files |= {path: reason for path, reason in found.items() if path not in self.bad_files}
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._batches.append(pl_module.scalars)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Lightning calls this with the gradient of the whole update, unscaled.
+
+        Raises:
+            AllProcessesError: loss or gradient is not finite, or too many audio files were replaced.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        losses = torch.stack([scalars["train_loss"] for scalars in self._batches])
+        means = torch.stack(
+            [torch.stack(values).float().mean() for values in zip(*(s.values() for s in self._batches), strict=True)]
+        )
+        names, paths = list(self._batches[0]), self._paths
+        self._batches, self._paths = [], []
+
+        noted = [self._stop.signum == signum for signum in StopRequest.SIGNALS]
+        notes = torch.tensor([len(self._new_bad_files), *noted], dtype=means.dtype, device=means.device)
+        is_bad = torch.stack([~losses.isfinite().all(), ~norm.isfinite()])
+        exchanged = torch.cat([is_bad.to(notes), notes, means])
+        if distributed.is_initialized():
+            distributed.all_reduce(exchanged)
+        bad_loss, bad_gradient, num_bad_files, *signals = exchanged[: -len(means)].tolist()
+        self.signum = max(
+            signum for signum, count in zip((*StopRequest.SIGNALS, 0), (*signals, 1), strict=True) if count
+        )
+        pl_module.log("grad_norm", norm)
+        pl_module.log_dict(dict(zip(names, exchanged[-len(means) :] / trainer.world_size, strict=True)))
+        if num_bad_files:
+            self._count_bad_files()
+        if bad_loss or (bad_gradient and not _is_scaler_overflow(trainer)):
+            self._pass_over(trainer, losses, norm, paths)
+            optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser changes nothing
+        elif self._clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+
+    def _pass_over(self, trainer: pl.Trainer, losses: Tensor, norm: Tensor, paths: list[str]) -> None:
+        """Count an update that must not be made, or end the run with all that is known about it."""
+        self.skipped += 1
+        is_bad = not bool(losses.isfinite().all())
+        reports = _gather((is_bad, losses.tolist(), paths))
+        # Only a loss tells which process its batch was on: gradients are averaged.
+        chosen = [report for report in reports if report[0]] or reports
+        what = f"the loss is {chosen[0][1]}" if chosen[0][0] else f"the gradient's norm is {float(norm)}"
+        files = _listed([path for _, _, paths in chosen for path in paths])
+        message = f"update {trainer.global_step}: {what}; its files: {files}"
+        if self.skipped > self._skip_nonfinite:
+            allowed = f" ({self._skip_nonfinite} skipped before)" if self._skip_nonfinite else ""
+            raise AllProcessesError(
+                f"{message}{allowed}; look at these files, lower --learning_rate, or pass over such updates with "
+                f"--skip_nonfinite {max(10, 2 * self.skipped)}; then {CONTINUE}"
+            )
+        if trainer.is_global_zero:
+            print_line(f"skipped {self.skipped} of at most {self._skip_nonfinite} updates: {message}")
+
+    def _count_bad_files(self) -> None:
+        for found in _gather(self._new_bad_files):
+            for path, reason in found.items():
+                if path not in self.bad_files:
+                    self.bad_files[path] = reason
+                    if not distributed.is_initialized() or distributed.get_rank() == 0:
+                        count = f"bad file {len(self.bad_files)} (at most {self._max_bad_files})"
+                        print_line(f"{count}, replaced by another: {reason}")
+        self._new_bad_files = {}
+        if len(self.bad_files) > self._max_bad_files:
+            raise AllProcessesError(too_many_bad_files(self.bad_files, self._max_bad_files))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._skip_nonfinite:
+            pl_module.log("skipped_updates", float(self.skipped))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and self.bad_files:
+            print_line(
+                f"{len(self.bad_files)} bad files were replaced by others; prepare_data.py leaves such files out"
+            )
+        if trainer.is_global_zero and self.skipped:
+            print_line(f"{self.skipped} updates were skipped because loss or gradient was not finite")
+
+
+def too_many_bad_files(bad_files: dict[str, str], limit: int) -> str:
+    """The message that ends a run."""
+    return (
+        f"--max_bad_files: at most {limit} bad audio files are allowed, found {len(bad_files)}: "
+        f"{_listed(list(bad_files.values()))}; mend them, run prepare_data.py again, or raise --max_bad_files"
+    )
+
+
+def _listed(items: list[str]) -> str:
+    more = len(items) - _LISTED_FILES
+    return ", ".join(items[:_LISTED_FILES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _is_scaler_overflow(trainer: pl.Trainer) -> bool:
+    """Whether a gradient that is not finite is the loss scaler's business, which lowers its scale and goes on.
+
+    A scale below one means that it has been lowered for many updates in vain.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and scaler.get_scale() >= 1.0
+
+
+def _gather(value: Any) -> list[Any]:
+    """The value of every process, in order of rank."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------
+# Saving
+# ---------------------------------------------------------------------------------------------------
+
+
 class CheckpointIO(TorchCheckpointIO):
     """Writes checkpoints whole or not at all, and keeps the one before; reads plain data only.
 
@@ -132,114 +307,51 @@ class CheckpointIO(TorchCheckpointIO):
 
 def _keep_as(path: Path, name: Path) -> None:
     """Give the file at ``path`` a second name, or copy it where the file system cannot do that."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{name.name}.", dir=path.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{name.name}.", dir=path.parent) as folder:
+        temporary = Path(folder) / name.name
         try:
-            os.link(path, temporary / name.name)
+            os.link(path, temporary)
         except OSError:
-            shutil.copyfile(path, temporary / name.name)
-        os.replace(temporary / name.name, name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, name)
 
 
-class ContinuedCSVLogger(CSVLogger):
-    """One ``csv/version_0/metrics.csv`` for the whole run, however often it was interrupted.
+class RunCheckpoints(pl.Callback):
+    """Saves ``ckpts/last.ckpt``, and ends the run where a signal asks for it.
 
     Args:
         exp_dir: of the run.
-        start: updates done so far; rows from there on, which the interrupted run wrote after its last
-            checkpoint, are dropped.
-    """
-
-    def __init__(self, exp_dir: Path, start: int) -> None:
-        super().__init__(exp_dir, name="csv", version=0, flush_logs_every_n_steps=1)
-        self._start = start
-
-    @property
-    def experiment(self) -> ExperimentWriter:
-        if self._experiment is None:
-            path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
-            if path.is_file():
-                with path.open(newline="") as file:
-                    reader = csv.DictReader(file)
-                    columns = list(reader.fieldnames or ())
-                    rows = [
-                        row for row in reader if (row.get("step") or "").isdecimal() and int(row["step"]) < self._start
-                    ]
-                with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, columns)
-                    writer.writeheader()
-                    writer.writerows(rows)
-            self._experiment = _ContinuedWriter(self.log_dir)
-        return self._experiment
-
-
-class _ContinuedWriter(ExperimentWriter):
-    """Lightning's writer, which would delete the file that is there."""
-
-    def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or ())
-
-
-class Watch(pl.Callback):
-    """Saves, stops, and judges every update before it changes a weight.
-
-    What it decides it decides for all processes alike, after one small exchange per update, so that
-    no process waits for one that has left.
-
-    Args:
-        exp_dir: of the run; checkpoints go to ``ckpts/last.ckpt`` in it.
+        guard: knows of signals.
         io: the trainer's checkpoint writer.
-        stop: noted signals.
+        settings: of the run, recorded in each checkpoint.
+        round_to: recorded for prune.py.
         save_interval: updates between checkpoints.
         updates_per_epoch: an epoch's end is saved too.
-        skip_nonfinite: updates with a loss or gradient that is not finite to pass over before the run ends.
-        max_bad_files: audio files to replace before the run ends.
     """
 
     def __init__(
         self,
         exp_dir: Path,
+        guard: UpdateGuard,
         io: CheckpointIO,
-        stop: StopRequest,
         *,
+        settings: dict[str, Any],
+        round_to: int | None,
         save_interval: int,
         updates_per_epoch: int,
-        skip_nonfinite: int,
-        max_bad_files: int,
     ) -> None:
         self.path = exp_dir / CHECKPOINTS / LAST_CHECKPOINT
+        self._guard = guard
         self._io = io
-        self._stop = stop
+        self._settings = settings
+        self._round_to = round_to
         self._save_interval = save_interval
-        self.updates_per_epoch = updates_per_epoch
-        self._skip_nonfinite = skip_nonfinite
-        self._max_bad_files = max_bad_files
-        self.skipped = 0
-        self.bad_files: dict[str, str] = {}
-        self._new_bad_files: dict[str, str] = {}
-        self._update_files: list[str] = []
-        self._last_saved: int | None = None
+        self._updates_per_epoch = updates_per_epoch
         self._updates_done = 0
-        self._agreed_signal = 0
+        self._last_saved: int | None = None
         self._save_after_validation = False
-        self.started = False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "bad_files": dict(self.bad_files)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped = int(state_dict["skipped"])
-        self.bad_files = {str(path): str(reason) for path, reason in state_dict["bad_files"].items()}
-
-    # --- an update ---------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.started = True
         self._updates_done = trainer.global_step
         self._last_saved = trainer.global_step if trainer.ckpt_path else None
         starts = _gather(trainer.global_step)
@@ -249,103 +361,11 @@ class Watch(pl.Callback):
                 f"{self.path}; give its path to --resume_checkpoint on a file system that all nodes share"
             )
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         # Not at the end of the batch before: its row of the log is written in between.
-        if self._agreed_signal:
+        if self._guard.signum:
             self._leave(trainer)
-        pl_module.log("epoch", float(trainer.global_step // self.updates_per_epoch))
-        self._note_files(batch)
-        if isinstance(batch, Batch):
-            self._update_files += batch.paths
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any
-    ) -> None:
-        self._note_files(batch)
-
-    def _note_files(self, batch: Any) -> None:
-        if isinstance(batch, Batch):
-            self._new_bad_files |= {p: r for p, r in batch.bad_files.items() if p not in self.bad_files}
-
-    def before_update(
-        self,
-        module: pl.LightningModule,
-        optimizer: torch.optim.Optimizer,
-        norm: Tensor,
-        logs: list[dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
-        """Called by the module before the optimiser uses the gradient.
-
-        Args:
-            module: that trains.
-            optimizer: its optimiser; loses the gradient of an update that must not be made.
-            norm: of the gradient, over all processes' batches.
-            logs: scalars of each of this process's batches, ``train_loss`` among them.
-
-        Returns:
-            Their means over the update's batches of all processes.
-
-        Raises:
-            UserError: loss or gradient is not finite, or too many audio files were replaced.
-        """
-        files, self._update_files = self._update_files, []
-        losses = torch.stack([values["train_loss"] for values in logs])
-        columns = zip(*(values.values() for values in logs), strict=True)
-        means = torch.stack([torch.stack(column).float().mean() for column in columns])
-        noted = [self._stop.signum == signum for signum in StopRequest.SIGNALS]
-        notes = torch.tensor([len(self._new_bad_files), *noted], dtype=means.dtype, device=means.device)
-        infinite = torch.stack([~losses.isfinite().all(), ~norm.isfinite()])
-        exchanged = torch.cat([infinite.to(notes), notes, means])
-        num_processes = 1
-        if distributed.is_initialized():
-            distributed.all_reduce(exchanged)
-            num_processes = distributed.get_world_size()
-        num_notes = len(infinite) + len(notes)
-        bad_loss, bad_gradient, num_bad_files, *signals = exchanged[:num_notes].tolist()
-        self._agreed_signal = max(n for n, count in zip((*StopRequest.SIGNALS, 0), (*signals, 1), strict=True) if count)
-        if num_bad_files:
-            self._count_bad_files()
-        if bad_loss or (bad_gradient and not _is_scaler_overflow(module.trainer)):
-            self._pass_over(module, losses, norm, files)
-            optimizer.zero_grad(set_to_none=True)
-        return dict(zip(logs[0], exchanged[num_notes:] / num_processes, strict=True))
-
-    def _pass_over(self, module: pl.LightningModule, losses: Tensor, norm: Tensor, files: list[str]) -> None:
-        """Count an update that must not be made, or end the run with all that is known about it."""
-        self.skipped += 1
-        is_bad = not bool(losses.isfinite().all())
-        reports = _gather((is_bad, losses.tolist(), files))
-        # Only a loss tells which process its batch was on: gradients are averaged.
-        chosen = [report for report in reports if report[0]] or reports
-        what = f"the loss is {chosen[0][1]}" if chosen[0][0] else f"the gradient's norm is {float(norm)}"
-        paths = [path for _, _, paths in chosen for path in paths]
-        kept = f"{self.path} (update {self._last_saved})" if self._last_saved is not None else "none yet"
-        message = f"update {module.global_step}: {what}; its files: {_listed(paths)}; last good checkpoint: {kept}"
-        if self.skipped > self._skip_nonfinite:
-            allowed = f" ({self._skip_nonfinite} skipped before)" if self._skip_nonfinite else ""
-            raise AllProcessesError(
-                f"{message}{allowed}; look at these files, lower --learning_rate, or pass over such updates with "
-                f"--skip_nonfinite {max(10, 2 * self.skipped)}"
-            )
-        if module.trainer.is_global_zero:
-            print_line(f"skipped {self.skipped} of at most {self._skip_nonfinite} updates: {message}")
-
-    def _count_bad_files(self) -> None:
-        gathered: dict[str, str] = {}
-        for found in _gather(self._new_bad_files):
-            gathered |= found
-        self._new_bad_files = {}
-        for path, reason in gathered.items():
-            if path not in self.bad_files:
-                self.bad_files[path] = reason
-                if _is_first_process():
-                    print_line(
-                        f"bad file {len(self.bad_files)} (at most {self._max_bad_files}), replaced by another: {reason}"
-                    )
-        if len(self.bad_files) > self._max_bad_files:
-            raise AllProcessesError(too_many_bad_files(self.bad_files, self._max_bad_files))
-
-    # --- saving and stopping -----------------------------------------------------------------------
+        pl_module.log("epoch", float(trainer.global_step // self._updates_per_epoch))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -353,12 +373,10 @@ class Watch(pl.Callback):
         if trainer.global_step == self._updates_done:
             return  # in the middle of an update
         self._updates_done = trainer.global_step
-        if self._skip_nonfinite:
-            pl_module.log("skipped_updates", float(self.skipped))
         is_due = (
-            self._agreed_signal
+            self._guard.signum
             or trainer.global_step % self._save_interval == 0
-            or trainer.global_step % self.updates_per_epoch == 0
+            or trainer.global_step % self._updates_per_epoch == 0
             or trainer.global_step == trainer.max_steps
         )
         # A run continued from before a validation would not make up for it.
@@ -372,7 +390,20 @@ class Watch(pl.Callback):
             self._save(trainer)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.log("epoch", float(max(trainer.global_step - 1, 0) // self.updates_per_epoch))
+        pl_module.log("epoch", float(max(trainer.global_step - 1, 0) // self._updates_per_epoch))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say what the checkpoint is of; prune.py and the report read it."""
+        budget = pl_module.budget
+        checkpoint["distillation"] = {
+            "student_config": pl_module.student_model.config,
+            "target_sparsity": budget.target_sparsity if budget else None,
+            "original_num_params": budget.original_num_params if budget else None,
+            "settings": self._settings,
+            "round_to": self._round_to,
+        }
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)
@@ -381,13 +412,13 @@ class Watch(pl.Callback):
             return
         kept = f"that of update {self._last_saved} stays" if self._last_saved is not None else "there is none before it"
         message = f"{self.path}: update {trainer.global_step} could not be saved ({self._io.error}); {kept}"
-        if self._agreed_signal or trainer.global_step == trainer.max_steps:
-            raise UserError(f"{message}; make room, then continue with --resume_checkpoint auto")
+        if self._guard.signum or trainer.global_step == trainer.max_steps:
+            raise UserError(f"{message}; make room, then {CONTINUE}")
         print_line(f"warning: {message}; training goes on")
 
     def _leave(self, trainer: pl.Trainer) -> None:
-        signum = signal.Signals(self._agreed_signal)
-        then = "continue with --resume_checkpoint auto"
+        signum = signal.Signals(self._guard.signum)
+        then = CONTINUE
         if signum == signal.SIGUSR1 and trainer.is_global_zero:
             then = f"{requeue_slurm_job()}; {then}"
         raise Interrupted(signum, f"{signum.name}: saved update {trainer.global_step} in {self.path}; {then}")
@@ -395,90 +426,44 @@ class Watch(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self.path.with_name(PREVIOUS_CHECKPOINT).unlink(missing_ok=True)
-            if self.bad_files:
-                print_line(
-                    f"{len(self.bad_files)} bad files were replaced by others; prepare_data.py leaves such files out"
-                )
-            if self.skipped:
-                print_line(f"{self.skipped} updates were skipped because loss or gradient was not finite")
 
 
-def too_many_bad_files(bad_files: dict[str, str], limit: int) -> str:
-    """The message that ends a run."""
-    return (
-        f"--max_bad_files: at most {limit} bad audio files are allowed, found {len(bad_files)}: "
-        f"{_listed(list(bad_files.values()))}; mend them, run prepare_data.py again, or raise --max_bad_files"
-    )
+# ---------------------------------------------------------------------------------------------------
+# The terminal
+# ---------------------------------------------------------------------------------------------------
 
 
-def _listed(items: list[str]) -> str:
-    more = len(items) - LISTED_FILES
-    return ", ".join(items[:LISTED_FILES]) + (f" and {more} more" if more > 0 else "")
+class UpdateProgressBar(pl.Callback):
+    """One bar over all updates: loss, expected sparsity and its target, time left."""
 
+    _SHOWN = (("loss", "train_loss"), ("sparsity", "sparsity_expected"), ("target", "sparsity_target"))
 
-def _is_scaler_overflow(trainer: pl.Trainer) -> bool:
-    """Whether a gradient that is not finite is the loss scaler's business, which lowers its scale and goes on.
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._bar: tqdm | None = None
 
-    A scale below one means that it has been lowered for many updates in vain.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and scaler.get_scale() >= 1.0
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            # A log file gets a line now and then; a terminal gets a moving bar.
+            self._bar = tqdm(
+                desc=self._stage,
+                total=trainer.max_steps,
+                initial=trainer.global_step,
+                unit="update",
+                mininterval=0.5 if sys.stderr.isatty() else 30.0,
+                dynamic_ncols=sys.stderr.isatty(),
+            )
 
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._bar is not None and self._bar.n < trainer.global_step:
+            metrics = trainer.callback_metrics
+            shown = {label: f"{metrics[name]:.3f}" for label, name in self._SHOWN if name in metrics}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(trainer.global_step - self._bar.n)
 
-def _gather(value: Any) -> list[Any]:
-    """The value of every process, in order of rank."""
-    if not distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
-
-def _is_first_process() -> bool:
-    return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
-@contextmanager
-def plain_failures(watch: Watch, resumed_from: Path | None) -> Iterator[None]:
-    """Around a whole training: failures that users can do something about become one line.
-
-    Raises:
-        UserError: out of memory, a lost process, a lost loader process, a training state that does not fit.
-    """
-    go_on = "continue with --resume_checkpoint auto"
-    try:
-        yield
-    except (UserError, Interrupted):
-        raise
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory ({str(error).splitlines()[0][:200]}); lower --seconds_per_batch "
-            f"(--accum_grad keeps the total batch), then {go_on}"
-        ) from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        text = str(error)
-        if "DataLoader worker" in text:
-            raise UserError(
-                f"a loader process was lost ({text.splitlines()[0]}), often for want of memory; "
-                f"lower --num_workers, then {go_on}"
-            ) from error
-        if "DataLoader timed out" in text:
-            raise UserError(
-                f"no batch came from the loader processes ({text.splitlines()[0]}): the disk hangs, or one of them did "
-                f"not start; {go_on}"
-            ) from error
-        if any(word in text for word in _LOST_PEER) and distributed.is_initialized():
-            raise UserError(
-                f"another process of this run was lost ({text.splitlines()[0][:200]}); look for its error above, "
-                f"then {go_on}"
-            ) from error
-        if resumed_from is not None and not watch.started:
-            raise UserError(
-                f"{resumed_from}: its training state cannot be restored ({type(error).__name__}: "
-                f"{text.splitlines()[0][:200] if text else ''}); it was damaged, or made with other settings"
-            ) from error
-        raise
-
-
-# What gloo and NCCL say when the other side is gone.
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)

@@ -14,25 +14,140 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wav2vec2 import checkpoint as ckpt
-from wav2vec2.errors import UserError, short_repr
+from wav2vec2.errors import UserError
 
 CHECKPOINTS = "ckpts"
-
 LAST_CHECKPOINT = "last.ckpt"
-
 # What last.ckpt was before, while a run is going on: should the disk damage one, the other is there.
 PREVIOUS_CHECKPOINT = "previous.ckpt"
-
-AUTO = "auto"
-
 # The published name of what prune.py and save_final_ckpt.py write, whatever the model.
 PRUNED_MODEL = "pruned_hubert_base.pth"
+# The value of --resume_checkpoint that finds the checkpoint by itself, and what messages advise.
+AUTO = "auto"
+CONTINUE = f"continue with --resume_checkpoint {AUTO}"
 
 
 def print_line(message: str) -> None:
     """Print a line on stderr without breaking the progress bar."""
     tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """A digest of a checkpoint's contents, whatever its name.
+
+    ``torch.save`` keeps a CRC-32 of every record in the archive's directory, so the tensors need not be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in sorted(archive.infolist(), key=lambda record: record.filename.partition("/")[2]):
+                name = record.filename.partition("/")[2]  # before it: the name that the file was saved under
+                digest.update(f"{name} {record.file_size} {record.CRC}\n".encode())
+    except zipfile.BadZipFile:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+    return digest.hexdigest()[:16]
+
+
+def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a ``.ckpt`` of one of the distillations, of this program or the published one.
+
+    What this program's say of their run is a dict under ``distillation``; it is empty for the published one's.
+
+    Raises:
+        UserError: it is something else; a model file is named as such.
+    """
+    contents = ckpt.read(path)
+    state_dict = contents.get("state_dict")
+    if not isinstance(state_dict, dict) or not any(key.startswith("student_model.") for key in state_dict):
+        kind = "a model file (.pth)" if "config" in contents else "neither a training checkpoint nor a model file"
+        raise UserError(
+            f"{path}: {kind} where a training checkpoint (.ckpt) of distill.py or final_distill.py is wanted"
+        )
+    for key, value in state_dict.items():
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.isfinite().all()):
+            raise UserError(f"{path}: state_dict: {key} is not a tensor of finite floats; the file is damaged")
+    contents.setdefault("distillation", {})
+    for name, kind in (("global_step", int), ("distillation", dict)):
+        if type(contents.get(name)) is not kind:
+            raise UserError(
+                f"{path}: {name}: expected {kind.__name__}, found {contents.get(name)!r:.80}; it is damaged"
+            )
+    return contents
+
+
+def choose_checkpoint(choice: str | None, exp_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a run continues from and its contents; None starts afresh.
+
+    Args:
+        choice: a path; "auto" for the newest whole checkpoint of ``exp_dir`` if there is one; None for a fresh run.
+        exp_dir: of the run.
+
+    Raises:
+        UserError: no such file, or not a training checkpoint; with "auto", all that there are are damaged;
+            with None or a path from elsewhere, ``exp_dir`` has a checkpoint, which would be overwritten.
+    """
+    found = [
+        path for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT) if (path := exp_dir / CHECKPOINTS / name).is_file()
+    ]
+    # A checkpoint from elsewhere would start another run here, as none does.
+    is_own = choice == AUTO or (
+        choice is not None and Path(choice).resolve().parent == (exp_dir / CHECKPOINTS).resolve()
+    )
+    if found and not is_own:
+        raise UserError(
+            f"--exp_dir {exp_dir}: holds a run already ({found[0]}), which would be overwritten; add "
+            "--resume_checkpoint auto to continue it, or give another --exp_dir"
+        )
+    if choice is None:
+        return None
+    if choice != AUTO:
+        return Path(choice), read_training_checkpoint(choice)
+    damaged = []
+    for path in found:
+        try:
+            return path, read_training_checkpoint(path)
+        except UserError as error:
+            damaged.append(str(error))
+            print_line(f"passed over: {error}")
+    if damaged:
+        raise UserError(
+            f"--resume_checkpoint auto: no checkpoint of {exp_dir / CHECKPOINTS} can be read ({damaged[0]}); "
+            "move them away to start afresh"
+        )
+    return None
+
+
+def changed_settings(recorded: dict[str, Any] | None, current: dict[str, Any]) -> list[str]:
+    """The settings that differ from those that a checkpoint records, each as ``name: there, now``."""
+    if not isinstance(recorded, dict):
+        return ["its settings are not recorded there"]
+    return [
+        f"{name}: {recorded.get(name)} there, {current.get(name)} now"
+        for name in sorted(current.keys() | recorded.keys())
+        if recorded.get(name) != current.get(name)
+    ]
+
+
+def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The student's and the projections' parts of a training checkpoint's state dict, without their prefixes."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+
+    return part("student_model."), part("distill_linear_projs.")
+
+
+def made_before(out: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
+    """The contents of a model file if it is whole and was made by the same script from the same input; else None."""
+    if not out.is_file():
+        return None
+    try:
+        contents = ckpt.read_model_file(out)
+    except UserError:
+        return None
+    return contents if contents.get("made_by") == made_by else None
 
 
 @contextmanager
@@ -63,130 +178,3 @@ def exclusive(exp_dir: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {os.uname().nodename}{job}\n")
         file.flush()
         yield
-
-
-def fingerprint(path: str | os.PathLike) -> str:
-    """A digest of a checkpoint's contents, whatever its name.
-
-    ``torch.save`` keeps a CRC-32 of every record in the archive's directory, so the tensors need not be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for record in sorted(archive.infolist(), key=lambda record: record.filename.partition("/")[2]):
-                name = record.filename.partition("/")[2]  # before it: the name that the file was saved under
-                digest.update(f"{name} {record.file_size} {record.CRC}\n".encode())
-    except zipfile.BadZipFile:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-    return digest.hexdigest()[:16]
-
-
-def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a ``.ckpt`` of one of the distillations.
-
-    Raises:
-        UserError: it is something else; a model file is named as such.
-    """
-    contents = ckpt.read(path)
-    state_dict = contents.get("state_dict")
-    if not isinstance(state_dict, dict) or not any(str(key).startswith("student_model.") for key in state_dict):
-        kind = "a model file (.pth)" if "config" in contents else "neither a training checkpoint nor a model file"
-        raise UserError(
-            f"{path}: {kind} where a training checkpoint (.ckpt) of distill.py or final_distill.py is wanted"
-        )
-    for key, value in state_dict.items():
-        if not (isinstance(value, Tensor) and value.is_floating_point() and value.isfinite().all()):
-            raise UserError(
-                f"{path}: state_dict: {short_repr(key)} is {short_repr(value)}, expected finite floats; it is damaged"
-            )
-    about = contents.get("distillation", {})
-    for place, name, is_valid, expected in (
-        (contents, "global_step", lambda value: type(value) is int and value >= 0, "a number of updates"),
-        (contents, "distillation", lambda value: isinstance(value, dict), "a dict"),
-        (about, "target_sparsity", lambda value: type(value) is float and 0 < value < 1, "a number between 0 and 1"),
-        (about, "original_num_params", lambda value: type(value) is int and value > 0, "a number of parameters"),
-    ):
-        value = place.get(name) if isinstance(place, dict) else None
-        # Another program's checkpoint says nothing of its distillation, that of final_distill.py nothing of sparsity.
-        if not is_valid(value) and (value is not None or name == "global_step"):
-            raise UserError(f"{path}: {name} is {short_repr(value)}, expected {expected}; it is damaged")
-    return contents
-
-
-def choose_checkpoint(choice: str | None, exp_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that ``--resume_checkpoint`` asks for and its contents; None starts afresh.
-
-    Args:
-        choice: a path; "auto" for the newest whole checkpoint of ``exp_dir`` if there is one; None for a fresh run.
-        exp_dir: of the run.
-
-    Raises:
-        UserError: no such file, or not a training checkpoint; with "auto", all that there are are damaged;
-            with None or a path from elsewhere, ``exp_dir`` has a checkpoint, which would be overwritten.
-    """
-    found = [
-        path for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT) if (path := exp_dir / CHECKPOINTS / name).is_file()
-    ]
-    # A checkpoint from elsewhere would start another run here, as none does.
-    is_own = choice is not None and (
-        choice == AUTO or Path(choice).resolve().parent == (exp_dir / CHECKPOINTS).resolve()
-    )
-    if found and not is_own:
-        raise UserError(
-            f"--exp_dir {exp_dir}: holds a run already ({found[0]}), which would be overwritten; add "
-            "--resume_checkpoint auto to continue it, or give another --exp_dir"
-        )
-    if choice is None:
-        return None
-    if choice != AUTO:
-        return Path(choice), read_training_checkpoint(choice)
-    damaged = []
-    for path in found:
-        try:
-            return path, read_training_checkpoint(path)
-        except UserError as error:
-            damaged.append(str(error))
-            print_line(f"passed over: {error}")
-    if damaged:
-        raise UserError(
-            f"--resume_checkpoint auto: no checkpoint of {exp_dir / CHECKPOINTS} can be read ({damaged[0]}); "
-            "move them away to start afresh"
-        )
-    return None
-
-
-def compare_settings(distillation: Any, current: dict[str, Any]) -> list[str]:
-    """The settings that differ from those in a checkpoint's ``distillation``, each as ``--name: there, now``."""
-    recorded = distillation.get("settings") if isinstance(distillation, dict) else None
-    if not isinstance(recorded, dict):
-        return ["its settings: not recorded there"]
-
-    def words(value: Any) -> str:
-        return str(value.get("fingerprint")) if isinstance(value, dict) else str(value)
-
-    return [
-        f"--{name}: {words(recorded.get(name))} there, {words(current.get(name))} now"
-        for name in sorted(current.keys() | recorded.keys())
-        if recorded.get(name) != current.get(name)
-    ]
-
-
-def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The student's and the projections' parts of a training checkpoint's state dict, without their prefixes."""
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-
-    return part("student_model."), part("distill_linear_projs.")
-
-
-def made_before(out: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
-    """The contents of a model file if it is whole and was made by the same script from the same input; else None."""
-    if not out.is_file():
-        return None
-    try:
-        contents = ckpt.read_model_file(out)
-    except UserError:
-        return None
-    return contents if contents.get("made_by") == made_by else None

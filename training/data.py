@@ -1,19 +1,14 @@
-"""The data of a distillation: the manifests of two subsets, their batches, and who of the processes gets which."""
+"""The data of a distillation: the manifests of two subsets, their batches, and which process gets which."""
 
-import os
-from pathlib import Path
-
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from dataset import packed
-from dataset.batches import BatchSampler, TrainingSampler, choose_crop_lengths, make_batches
-from dataset.manifest import Manifest, parse_max_bad_files, read_manifest
+from dataset.batches import BatchSampler, TrainingSampler, make_batches
+from dataset.manifest import Manifest, read_manifest
 from dataset.speech import SpeechDataset, check_files
-from training import callbacks
-from training.batch_size import AUTO
+from training.arguments import DataSettings
+from training.callbacks import ignore_stop_signals, too_many_bad_files
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.errors import UserError
 
@@ -28,150 +23,93 @@ WORKER_TIMEOUT = 600
 class SpeechDataModule(pl.LightningDataModule):
     """Batches of ``TSV_DIR/TRAIN_SUBSET.tsv`` and ``TSV_DIR/valid.tsv``, bucketed and cropped.
 
-    Manifests are read and batches are made here and now, so that bad input ends the run before any
-    model is built.
+    Manifests are read and batches are made here and now, so that bad input ends the run before any model is built.
 
     Args:
-        tsv_dir: where prepare_data.py wrote its manifests.
-        train_subset: name of the training manifest without ``.tsv``.
-        seconds_per_batch: audio of one batch of one process, before cropping to the shortest; None where
-            :meth:`fill_batches` will say it.
-        num_workers: loader processes.
-        min_seconds, max_seconds: utterances outside these lengths are left out.
-        max_crop_seconds: crop every utterance to at most this length; None means to the batch's shortest only.
-        seed: of the batches' order and the crops.
-        max_bad_files: audio files that may be bad, "1%" of the training manifest or a number.
-        use_pack: read samples from the pack beside the manifests if there is one (``prepare_data.py --pack``).
-        crop_lengths: crop training batches to so many lengths at most, or to the fewest that lose little ("auto");
-            None for each to its shortest utterance. See :func:`dataset.batches.choose_crop_lengths`.
+        settings: of the data.
+
+    Attributes:
+        manifests, batches: of each of the two subsets.
+        max_bad_files: audio files that may be bad.
 
     Raises:
-        UserError: see :func:`read_manifest`, :func:`make_batches` and :func:`check_files`.
+        UserError: a manifest is wrong, its utterances do not make batches, or too many of its files are bad.
     """
 
-    def __init__(
-        self,
-        tsv_dir: str | os.PathLike,
-        train_subset: str,
-        seconds_per_batch: float | None,
-        num_workers: int,
-        min_seconds: float,
-        max_seconds: float,
-        max_crop_seconds: float | None,
-        seed: int,
-        max_bad_files: str = "1%",
-        use_pack: bool = True,
-        crop_lengths: int | str | None = None,
-    ) -> None:
+    def __init__(self, settings: DataSettings) -> None:
         super().__init__()
-        self.train_subset = train_subset
-        self.num_workers = num_workers
-        self.seed = seed
-        self.max_crop = None if max_crop_seconds is None else round(max_crop_seconds * SAMPLE_RATE)
-        self.limits = (round(min_seconds * SAMPLE_RATE), round(max_seconds * SAMPLE_RATE))
+        self.settings = settings
         self.manifests: dict[str, Manifest] = {}
         self.batches: dict[str, list[list[int]]] = {}
-        for subset in (train_subset, VALID_SUBSET):
-            manifest = read_manifest(Path(tsv_dir) / f"{subset}.tsv")
-            self.manifests[subset] = packed.attach(manifest) if use_pack else manifest
-        num_samples = {subset: self._num_samples(subset) for subset in self.manifests}
-        self.longest_crop = max(int(counts.max(initial=1)) for counts in num_samples.values())
-        self.train_seconds = float(num_samples[train_subset].sum() / SAMPLE_RATE)
-        self.crop_lengths: list[int] | None = None
-        if crop_lengths is not None and num_samples[train_subset].size:
-            number = None if crop_lengths == AUTO else crop_lengths
-            self.crop_lengths = choose_crop_lengths(num_samples[train_subset], number)
-        # Short batches show what is wrong with the manifests as well.
-        self.fill_batches(self.longest_crop / SAMPLE_RATE if seconds_per_batch is None else seconds_per_batch)
-        self.max_bad_files = parse_max_bad_files(max_bad_files, len(self.manifests[train_subset].paths))
+        self._max_crop = None if settings.max_crop_seconds is None else round(settings.max_crop_seconds * SAMPLE_RATE)
+        for subset in (settings.train_subset, VALID_SUBSET):
+            self.manifests[subset] = read_manifest(settings.tsv_dir / f"{subset}.tsv")
+            self.batches[subset] = self._make_batches(subset)
+        self.max_bad_files = settings.max_bad_files_of(len(self.manifests[settings.train_subset].paths))
         bad_files: dict[str, str] = {}
         for manifest in self.manifests.values():
             bad_files |= check_files(manifest, self.max_bad_files)
         if len(bad_files) > self.max_bad_files:
-            raise UserError(callbacks.too_many_bad_files(bad_files, self.max_bad_files))
+            raise UserError(too_many_bad_files(bad_files, self.max_bad_files))
 
-    def _num_samples(self, subset: str) -> np.ndarray:
-        """(N,) of the utterances within the limits, as far as the longest crop allows."""
-        lengths = self.manifests[subset].lengths
-        lengths = lengths[(lengths >= self.limits[0]) & (lengths <= self.limits[1])]
-        return lengths if self.max_crop is None else np.minimum(lengths, self.max_crop)
-
-    def fill_batches(self, seconds_per_batch: float) -> None:
-        """Make the batches of both subsets.
-
-        Raises:
-            UserError: no utterance is within the limits, or the longest does not fit into a batch.
-        """
-        for subset, manifest in self.manifests.items():
-            is_training = subset == self.train_subset
-            try:
-                self.batches[subset] = make_batches(
-                    manifest.lengths,
-                    num_buckets=NUM_BUCKETS,
-                    max_tokens=seconds_per_batch * SAMPLE_RATE,
-                    min_len=self.limits[0],
-                    max_len=self.limits[1],
-                    max_crop=self.max_crop,
-                    generator=torch.Generator().manual_seed(self.seed) if is_training else None,
-                    crop_lengths=self.crop_lengths if is_training else None,
-                )
-            except UserError as error:
-                raise UserError(f"{manifest.path}: {error}") from None
-
-    @property
-    def num_shapes(self) -> int:
-        """Different shapes (utterances, samples) of training batches."""
-        sampler = self.sampler(self.train_subset, 1, 0)
-        return len({(len(batch), sampler.num_samples(batch)) for batch in sampler.batches})
-
-    @property
-    def lost_share(self) -> float:
-        """Share of the training subset's audio that cropping cuts off."""
-        sampler = self.sampler(self.train_subset, 1, 0)
-        kept = sum(len(batch) * sampler.num_samples(batch) for batch in sampler.batches)
-        return 1 - kept / SAMPLE_RATE / self.train_seconds
+    def _make_batches(self, subset: str) -> list[list[int]]:
+        manifest, settings = self.manifests[subset], self.settings
+        is_training = subset == settings.train_subset
+        try:
+            return make_batches(
+                manifest.lengths,
+                num_buckets=NUM_BUCKETS,
+                max_tokens=settings.seconds_per_batch * SAMPLE_RATE,
+                min_len=round(settings.min_seconds * SAMPLE_RATE),
+                max_len=round(settings.max_seconds * SAMPLE_RATE),
+                max_crop=self._max_crop,
+                generator=torch.Generator().manual_seed(settings.seed) if is_training else None,
+            )
+        except UserError as error:
+            raise UserError(
+                f"{manifest.path}: {error}; see --seconds_per_batch, --min_seconds and --max_seconds"
+            ) from None
 
     def sampler(self, subset: str, num_replicas: int, rank: int, accum_grad: int = 1) -> BatchSampler:
         """The batches of one process; those of the training subset are shuffled and cropped at random."""
-        is_training = subset == self.train_subset
+        is_training = subset == self.settings.train_subset
         return BatchSampler(
             self.manifests[subset].lengths,
             self.batches[subset],
             num_replicas=num_replicas,
             rank=rank,
             shuffle=is_training,
-            seed=self.seed,
+            seed=self.settings.seed,
             # Validation on one process needs no batch twice to make the processes even.
             drop_last=not is_training and num_replicas == 1,
-            max_crop=self.max_crop,
+            max_crop=self._max_crop,
             accum_grad=accum_grad,
-            crop_lengths=self.crop_lengths if is_training else None,
         )
 
     def _loader(self, subset: str, sampler: BatchSampler | TrainingSampler) -> DataLoader:
+        num_workers = self.settings.num_workers
         # batch_size=None: the sampler's entries are whole batches already.
         return DataLoader(
             SpeechDataset(self.manifests[subset]),
             sampler=sampler,
             batch_size=None,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
             # Lightning copies what is pinned to the GPU without waiting for the end of it.
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
-            timeout=WORKER_TIMEOUT if self.num_workers else 0,
-            worker_init_fn=callbacks.ignore_stop_signals,
+            timeout=WORKER_TIMEOUT if num_workers else 0,
+            worker_init_fn=ignore_stop_signals,
             # Its own, so that the global one, which makes masks and dropout, does not depend on the loader.
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=torch.Generator().manual_seed(self.settings.seed),
         )
 
     def train_dataloader(self) -> DataLoader:
         """All batches of the run that are left, one epoch after the other."""
-        trainer = self.trainer
+        trainer, subset = self.trainer, self.settings.train_subset
         accum_grad = trainer.accumulate_grad_batches
-        batches = self.sampler(self.train_subset, trainer.world_size, trainer.global_rank, accum_grad)
+        batches = self.sampler(subset, trainer.world_size, trainer.global_rank, accum_grad)
         return self._loader(
-            self.train_subset,
-            TrainingSampler(batches, end=trainer.max_steps * accum_grad, start=trainer.global_step * accum_grad),
+            subset, TrainingSampler(batches, end=trainer.max_steps * accum_grad, start=trainer.global_step * accum_grad)
         )
 
     def val_dataloader(self) -> DataLoader:

@@ -20,6 +20,7 @@ from helpers import (
     save_small_model,
     small_config,
 )
+from training.pairs import make_projections
 
 from dataset.speech import load_audio
 from evaluation import cost, probes
@@ -27,7 +28,6 @@ from evaluation.architecture import conv_channels, ffn_size, num_heads
 from evaluation.features import hidden_states, shortest_input
 from evaluation.fidelity import HeldOutSpeech, LinearCKA, make_student, measure_fidelity
 from lightning import DistillLoss
-from training.pairs import make_projections
 from wav2vec2 import checkpoint, flops
 from wav2vec2.errors import UserError
 from wav2vec2.model import hubert_base, wav2vec2_model

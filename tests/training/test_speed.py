@@ -1,0 +1,247 @@
+"""What makes a run fast gives the same numbers, and what it logs of its speed adds up."""
+
+import signal
+
+import pytest
+import torch
+from helpers import (
+    FAMILIES,
+    PRUNING,
+    assert_same_run,
+    error_line,
+    hubert_base_flops,
+    last_checkpoint,
+    logged_speed,
+    make_module,
+    random_model,
+    random_waveforms,
+    run_script,
+    run_to_exit,
+    send,
+    small_config,
+    small_run,
+)
+from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
+
+from lightning import DistillModule
+from training import speed
+from training.speed import COLUMNS, FetchTimer, forward_flops, peak_flops, update_flops
+from wav2vec2.errors import UserError
+from wav2vec2.model import PRUNING_UNITS, hubert_base, with_masks
+
+NOISE = {"encoder_dropout": 0.1, "encoder_attention_dropout": 0.1, "encoder_ff_interm_dropout": 0.1}
+
+
+def noisy_module(family: str, size: str) -> DistillModule:
+    """A module with every kind of mask and dropout."""
+    config = small_config(family, size, **NOISE)
+    return make_module(
+        teacher_model=random_model(config),
+        student_model=random_model(with_masks(config, PRUNING_UNITS), seed=1),
+    )
+
+
+def update(module: DistillModule, *num_samples: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Loss, gradients, and the bytes that the forward pass keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    torch.manual_seed(0)  # masks and dropout
+    module.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = module.loss((random_waveforms(*num_samples)[0], None), "train")
+    loss.backward()
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, sum(size for place, size in kept.items() if place not in weights)
+
+
+# --- activations and the teacher -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+def test_recomputed_activations_are_the_same(family, size, bfloat16):
+    """Loss and gradients to the last bit, with every mask and dropout, for a fraction of the memory."""
+    module = noisy_module(family, size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        loss, gradients, kept = update(module, 16000, 16000)
+        module.student_model.recompute_activations()
+        again, others, kept_now = update(module, 16000, 16000)
+    assert torch.equal(loss, again) and gradients.keys() == others.keys() and len(gradients) > 50
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, others[name]), name
+    assert kept_now < 0.6 * kept
+
+
+def test_a_run_with_recomputed_activations(manifests, small_teacher, tmp_path, monkeypatch):
+    flags = (*small_run(manifests, small_teacher, max_updates=3), *PRUNING)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "kept")
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "recomputed", "--checkpoint_activations")
+    assert_same_run(tmp_path / "kept", tmp_path / "recomputed")
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+def test_only_wanted_layers_are_kept(family):
+    model = random_model(small_config(family))
+    waveforms = random_waveforms(1200, 1200)[0]
+    with torch.no_grad():
+        every, some = (model.extract_features(waveforms, kept=kept)[0] for kept in (None, [0, 2]))
+    assert len(some) == len(every) == 4 and [x.numel() > 0 for x in some] == [True, False, True, False]
+    assert all(torch.equal(some[layer], every[layer]) for layer in (0, 2))
+
+
+def test_the_teacher_stays_as_it_was_prepared():
+    """Neither training nor validation undoes its folded weight norm or its mode."""
+    module = make_module()
+    module.teacher_model.fold_weight_norm()
+    for mode in (False, True):
+        module.train(mode)
+        assert module.teacher_model.encoder.transformer.pos_conv_embed.conv.folded_weight is not None
+        assert not any(part.training for part in module.teacher_model.modules())
+        assert all(part.training == mode for part in module.student_model.modules()) and module.training == mode
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+def test_a_forward_pass_does_not_wait_for_a_gpu(family, size, half):
+    """On a pretended GPU, whose tensors have no values: whatever asks for one raises an error."""
+    with FakeTensorMode(), torch.device("cuda"):
+        config = small_config(family, size, **NOISE)
+        module = make_module(
+            teacher_model=random_model(config), student_model=random_model(with_masks(config, PRUNING_UNITS))
+        )
+        if half:
+            speed.cast_products(module.teacher_model, torch.float16)
+        module.teacher_model.fold_weight_norm()
+        for mode in (True, False):
+            module.train(mode)
+            with torch.autocast("cuda", torch.float16, enabled=half):
+                loss, _ = module.loss((torch.randn(2, 1600), None), "train")
+            assert loss.device.type == "cuda" and loss.requires_grad
+
+
+# --- torch.compile ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def count_graphs(monkeypatch):
+    """Counts compiled graphs from zero; without Inductor, whose code takes minutes to build on a small machine."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(speed, "COMPILER", "aot_eager")
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "size", "recompute"), [("hubert", "base", True), ("wavlm", "large", False)])
+def test_compiled_steps_have_the_same_numbers_for_twenty_lengths(count_graphs, family, size, recompute):
+    """Losses and gradients under noise; one graph (``fullgraph``) of the teacher, one of the student."""
+    plain, module = noisy_module(family, size), noisy_module(family, size)
+    names = list(module.state_dict())
+    module.student_model.recompute_activations(recompute)
+    speed.compile_steps(module)
+    for number in range(20):
+        lengths = [1200 + 45 * number] * (2 + number % 3)
+        loss, gradients, _ = update(module, *lengths)
+        expected, others, _ = update(plain, *lengths)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+        assert gradients.keys() == others.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert count_graphs() == 2  # of the teacher and of the student
+    assert list(module.state_dict()) == names
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes(manifests, small_teacher, tmp_path, monkeypatch, disturb, count_graphs):
+    """Stopped and continued it is the same run; one without --compile may continue it too."""
+    monkeypatch.setattr(speed, "COMPILER", "eager")
+    flags = (*small_run(manifests, small_teacher, max_crop_seconds=None, max_updates=9), *PRUNING)
+    run_script(monkeypatch, "distill", *flags, "--compile", "--exp_dir", tmp_path / "whole")
+    numbers = [float(row["compiled_graphs"]) for row in logged_speed(tmp_path / "whole")]
+    assert len(numbers) == 9 and numbers[-1] == count_graphs() <= 6  # teacher and student; validation; single rows
+
+    for name, compiles in (("stopped", ["--compile"]), ("plain", [])):
+        stopped = (*flags, "--exp_dir", tmp_path / name, "--resume_checkpoint", "auto")
+        torch._dynamo.reset()  # a process of its own would have compiled nothing
+        disturb.at[6] = send(signal.SIGTERM)
+        assert run_to_exit(monkeypatch, "distill", *stopped, "--compile") == 143
+        torch._dynamo.reset()
+        run_script(monkeypatch, "distill", *stopped, *compiles)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    ours, theirs = (last_checkpoint(tmp_path / name)["state_dict"] for name in ("plain", "whole"))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=2e-4)
+
+
+def test_what_cannot_be_compiled(manifests, small_teacher, tmp_path, monkeypatch, capsys):
+    flags = (*small_run(manifests, small_teacher), *PRUNING, "--exp_dir", tmp_path, "--compile")
+    assert run_to_exit(monkeypatch, "distill", *flags, "--plain") == 1
+    assert "--compile and --plain" in error_line(capsys)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+    assert run_to_exit(monkeypatch, "distill", *flags) == 1
+    message = error_line(capsys)
+    assert "--compile: torch.compile needs a C++ compiler" in message and "install g++" in message
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    with pytest.raises(UserError, match="needs Triton"):
+        speed.check_compiler("gpu")
+
+
+# --- throughput ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [1, 5, 15])
+def test_operations_of_hubert_base(seconds):
+    with torch.device("meta"):
+        model = hubert_base()
+    counted = forward_flops(model, 12)(seconds * 16000)
+    assert counted == pytest.approx(hubert_base_flops(seconds * 16000), rel=2e-3)
+
+
+def test_an_update_costs_the_teacher_once_and_the_student_three_times():
+    module = make_module()
+    teacher, student = (forward_flops(model, 3)(16000) for model in (module.teacher_model, module.student_model))
+    assert update_flops(module)(16000) == pytest.approx(teacher + 3 * student)
+    assert teacher == student > forward_flops(module.teacher_model, 1)(16000)  # masks cost nothing, layers count
+
+
+def test_peaks():
+    assert peak_flops("NVIDIA H200", "bf16") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "32") == 19.5e12
+    assert peak_flops("NVIDIA L40S", "16") == 362e12
+    assert peak_flops("a device of the future", "16") is None
+
+
+def test_only_fetching_counts_as_waiting(monkeypatch):
+    clock = iter([1.0, 3.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    timer = FetchTimer()
+    timer.start("[_TrainingEpochLoop].train_dataloader_next")
+    timer.start("run_training_batch")
+    timer.stop("run_training_batch")
+    timer.stop("[_TrainingEpochLoop].train_dataloader_next")
+    assert timer.seconds == 2.0
+
+
+def test_a_run_logs_its_speed(manifests, small_teacher, tmp_path, monkeypatch):
+    flags = small_run(manifests, small_teacher, max_updates=6, log_interval=3, seconds_per_batch=0.6, accum_grad=2)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path)
+    rows = logged_speed(tmp_path)
+    assert [int(row["step"]) for row in rows] == [2, 5]
+    for row in rows:
+        values = {name: float(row[name]) for name in COLUMNS if row.get(name)}
+        # There is no data sheet of this machine's CPU.
+        assert values.keys() == set(COLUMNS) - {"share_of_peak", "compiled_graphs"}
+        assert 0 <= values["data_wait"] < 1 and values["tflops_per_second"] > 0 and values["peak_memory_gb"] > 0.1
+        # Each update has two batches of up to three crops of 0.2 s.
+        ratio = values["audio_seconds_per_second"] / values["updates_per_second"]
+        assert 0.4 <= ratio <= 1.2 + 1e-6

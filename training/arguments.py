@@ -1,0 +1,355 @@
+"""What the flags of the two distillations mean: typed settings, each documented and checked where it is declared.
+
+The flags are made from the fields below. A field says with ``recorded`` whether it decides what comes out of a run:
+checkpoints record these, and a run is continued only with the same.
+"""
+
+import argparse
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from lightning import COS_TYPES, DISTILL_MODES, parse_distill_layers
+from training.checkpoints import AUTO
+from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
+from wav2vec2.errors import UserError
+from wav2vec2.model import PRUNING_UNITS
+
+# The published number of GPUs of one node (run.sh).
+DEFAULT_GPUS = 4
+PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+def _above_zero(value: float) -> str | None:
+    return None if value > 0 else "a number above 0"
+
+
+def _not_negative(value: float) -> str | None:
+    return None if value >= 0 else "0 or more"
+
+
+def _between_zero_and_one(value: float) -> str | None:
+    return None if 0 < value < 1 else "a number between 0 and 1"
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    recorded: bool = False,
+    check: Callable[[Any], str | None] = lambda value: None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """A field that is a flag.
+
+    Args:
+        default: MISSING makes the flag required.
+        help: of the flag.
+        recorded: it decides what comes out of a run.
+        check: says what is expected where a value other than None is wrong, else None.
+        choices: the only values.
+    """
+    return field(default=default, metadata={"help": help, "recorded": recorded, "check": check, "choices": choices})
+
+
+class _Settings:
+    """What the groups of settings below share: flags from fields, and fields from flags."""
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        """Add one flag for each field."""
+        group = parser.add_argument_group(cls.__doc__.partition(".")[0].lower())
+        for name, kind in typing.get_type_hints(cls).items():
+            option = cls.__dataclass_fields__[name]
+            if isinstance(kind, types.UnionType):
+                kind = kind.__args__[0]
+            options = {"type": kind, "choices": option.metadata["choices"], "help": option.metadata["help"]}
+            if kind is bool:
+                options = {"action": "store_true", "help": option.metadata["help"]}
+            elif option.default is MISSING:
+                options["required"] = True
+            else:
+                options["default"] = option.default
+            group.add_argument(f"--{name}", **options)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Self:
+        """The settings that parsed flags give.
+
+        Raises:
+            UserError: names the option, what was found and what is expected.
+        """
+        return cls(**{option.name: getattr(args, option.name) for option in dataclasses.fields(cls)})
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if value is not None and (expected := option.metadata["check"](value)):
+                raise UserError(f"--{option.name}: expected {expected}, found {value}")
+
+    def recorded(self) -> dict[str, Any]:
+        """The values that decide what comes out of a run."""
+        return {
+            option.name: getattr(self, option.name)
+            for option in dataclasses.fields(self)
+            if option.metadata["recorded"]
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(_Settings):
+    """Data."""
+
+    tsv_dir: Path = _option(MISSING, "directory of the manifests from prepare_data.py")
+    train_subset: str = _option("train100", "train on TSV_DIR/NAME.tsv")
+    seconds_per_batch: float = _option(87.5, "seconds of audio per batch and process", recorded=True, check=_above_zero)
+    num_workers: int = _option(1, "data loading processes per training process", check=_not_negative)
+    min_seconds: float = _option(MIN_SECONDS, "leave out shorter utterances", recorded=True)
+    max_seconds: float = _option(MAX_SECONDS, "leave out longer utterances", recorded=True)
+    max_crop_seconds: float | None = _option(
+        None,
+        "crop utterances to at most this length (default: only to the shortest of their batch)",
+        recorded=True,
+        check=_above_zero,
+    )
+    max_bad_files: str = _option(
+        "1%", "audio files that may be unreadable and replaced by others, a number or a share of the training manifest"
+    )
+    seed: int = _option(2022, "of batches, crops and noise", recorded=True, check=_not_negative)
+
+    def max_bad_files_of(self, num_files: int) -> int:
+        """``"5"`` is 5 files, ``"1%"`` that share of ``num_files``, rounded down.
+
+        Raises:
+            UserError: neither a whole number nor a share of 0% to 100%.
+        """
+        match = re.fullmatch(r"([0-9]{1,18})|([0-9]{1,3}(?:\.[0-9]{1,9})?)%", self.max_bad_files)
+        if match and match[1]:
+            return int(match[1])
+        # A fraction, not a float: 0.7% of 1000 files are 7.
+        if match and (share := Fraction(match[2]) / 100) <= 1:
+            return int(share * num_files)
+        raise UserError(
+            f"--max_bad_files {self.max_bad_files}: expected a number of files such as 5, or a share of them such as 1%"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(_Settings):
+    """Models."""
+
+    teacher_ckpt: Path = _option(MISSING, "teacher .pth from a converter")
+    student_ckpt: Path = _option(MISSING, ".pth that the student starts from")
+    distill_layers: str = _option("0.4,8,12", "groups by period, layers in a group by comma", recorded=True)
+    distill_mode: str = _option("layer2layer", "see the README", recorded=True, choices=DISTILL_MODES)
+    l2_weight: float = _option(0.0, "of the mean squared error", recorded=True)
+    l1_weight: float = _option(1.0, "of the mean absolute error", recorded=True)
+    cos_weight: float = _option(1.0, "of the cosine similarity", recorded=True)
+    cos_type: str = _option("raw", "the cosine, or the log of its sigmoid", recorded=True, choices=COS_TYPES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.l2_weight or self.l1_weight or self.cos_weight):
+            raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: nothing would be distilled")
+        try:
+            parse_distill_layers(self.distill_layers)
+        except UserError as error:
+            raise UserError(f"--distill_layers: {error}") from None
+
+    @property
+    def layer_groups(self) -> list[list[int]]:
+        """The distilled layers, by group."""
+        return parse_distill_layers(self.distill_layers)
+
+    @property
+    def layers(self) -> list[int]:
+        """The distilled layers, all groups together."""
+        return [layer for group in self.layer_groups for layer in group]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationSettings(_Settings):
+    """Optimisation. The three defaults without a number are each stage's own."""
+
+    learning_rate: float = _option(MISSING, "of weights and projections", recorded=True, check=_above_zero)
+    weight_decay: float = _option(0.0, "of weights and projections", recorded=True, check=_not_negative)
+    warmup_updates: int = _option(MISSING, "the learning rate rises over these", recorded=True, check=_not_negative)
+    max_updates: int = _option(MISSING, "updates of the whole run", recorded=True, check=_above_zero)
+    clip_norm: float = _option(10.0, "clip the gradient's norm; 0 switches it off", recorded=True, check=_not_negative)
+    accum_grad: int = _option(1, "batches per update", check=_above_zero)  # recorded times the processes
+    skip_nonfinite: int = _option(
+        0, "updates with a loss or gradient that is not finite to pass over", check=_not_negative
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_updates > self.max_updates:
+            raise UserError(f"--warmup_updates {self.warmup_updates} is above --max_updates {self.max_updates}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningSettings(_Settings):
+    """Pruning."""
+
+    pruning_units: str = _option(",".join(PRUNING_UNITS), "units to put masks on", recorded=True)
+    reg_learning_rate: float = _option(0.02, "of masks and multipliers", recorded=True, check=_not_negative)
+    target_sparsity: float = _option(
+        0.75, "share of the parameters to remove", recorded=True, check=_between_zero_and_one
+    )
+    sparsity_warmup_updates: int = _option(
+        5000, "the target rises over these updates", recorded=True, check=_not_negative
+    )
+    round_to: int | None = _option(
+        None, "recorded for prune.py: keep conv and feed-forward widths in multiples of this", check=_above_zero
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := [unit for unit in self.units if unit not in PRUNING_UNITS]:
+            raise UserError(
+                f"--pruning_units: {', '.join(map(repr, unknown))} unknown; choose from {', '.join(PRUNING_UNITS)}"
+            )
+
+    @property
+    def units(self) -> list[str]:
+        return self.pruning_units.split(",")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings(_Settings):
+    """Machine. Of these only the precision changes what comes out of a run."""
+
+    exp_dir: Path = _option(Path("./exp"), "where checkpoints and logs go")
+    resume_checkpoint: str | None = _option(
+        None,
+        f"a .ckpt to continue from, or '{AUTO}': the newest whole one of --exp_dir, a fresh start if there is none",
+    )
+    save_interval: int = _option(500, "save every this many updates, and each epoch", check=_above_zero)
+    log_interval: int = _option(50, "log every this many updates", check=_above_zero)
+    valid_interval: int | None = _option(
+        None, "validate every this many batches (default: at the end of each epoch)", check=_above_zero
+    )
+    accelerator: str = _option("auto", "what to train on", choices=("auto", "cpu", "gpu"))
+    num_nodes: int = _option(1, "nodes", check=_above_zero)
+    gpus: int | None = _option(
+        None,
+        f"GPUs per node (default: {DEFAULT_GPUS}); with --accelerator cpu, processes per node (default: 1)",
+        check=_above_zero,
+    )
+    precision: str = _option("32", "bits of the matrix products", recorded=True, choices=tuple(PRECISIONS))
+    plain: bool = _option(False, "take the plain paths: slower, the same numbers")
+    compile: bool = _option(
+        False,
+        "compile teacher, student and loss with torch.compile: the same numbers up to rounding, after some minutes of "
+        "compiling",
+    )
+    checkpoint_activations: bool = _option(
+        False,
+        "keep only the input of each of the student's layers and run the layer again for the backward pass: far less "
+        "memory, about a quarter more time, the same numbers",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        resumed = self.resume_checkpoint
+        if resumed not in (None, AUTO) and not Path(resumed).is_file():
+            raise UserError(f"--resume_checkpoint: {resumed} does not exist; give a .ckpt of a run, or {AUTO}")
+        if self.precision == "16" and self.devices[0] == "cpu":
+            raise UserError(
+                "--precision 16 needs a GPU (its small gradients need a loss scaler); use 32 or bf16 on a CPU"
+            )
+        if self.compile and self.plain:
+            raise UserError("--compile and --plain: the plain paths are there to be read and compared with; give one")
+
+    @property
+    def devices(self) -> tuple[str, int]:
+        """The accelerator ("gpu" or "cpu") and the number of processes per node.
+
+        Raises:
+            UserError: more GPUs are asked for than there are.
+        """
+        available = torch.cuda.device_count()
+        if self.accelerator == "cpu" or (self.accelerator == "auto" and not (available or self.gpus)):
+            return "cpu", self.gpus or 1
+        wanted = self.gpus or DEFAULT_GPUS
+        if wanted > available:
+            advice = (
+                f"give --gpus {available} (and --accum_grad to keep the total batch)"
+                if available
+                else "use --accelerator cpu to train without one"
+            )
+            given = "asked for" if self.gpus else "are the default"
+            raise UserError(f"--gpus: {wanted} GPUs {given}, {available} found on this machine; {advice}")
+        return "gpu", wanted
+
+    @property
+    def num_processes(self) -> int:
+        return self.devices[1] * self.num_nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """All settings of a distillation.
+
+    Attributes:
+        stage: its name, for people.
+        pruning: None in the final distillation.
+    """
+
+    stage: str
+    data: DataSettings
+    models: ModelSettings
+    optimisation: OptimisationSettings
+    machine: MachineSettings
+    pruning: PruningSettings | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that decide what comes out of the run."""
+        groups = [self.data, self.models, self.optimisation, self.machine, *([self.pruning] if self.pruning else [])]
+        settings = {name: value for group in groups for name, value in group.recorded().items()}
+        # Four processes, or one with --accum_grad 4: the same updates.
+        num_batches = self.machine.num_processes * self.optimisation.accum_grad
+        return {"stage": self.stage, **settings, "gpus x accum_grad": num_batches}
+
+
+_SHARED = {
+    "data": DataSettings,
+    "models": ModelSettings,
+    "optimisation": OptimisationSettings,
+    "machine": MachineSettings,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, prunes: bool, **defaults: Any) -> None:
+    """Add the flags of a distillation.
+
+    Args:
+        parser: of the script.
+        prunes: whether it trains masks.
+        defaults: of the flags whose default is the stage's own.
+    """
+    groups = [*_SHARED.values(), *([PruningSettings] if prunes else [])]
+    for group in groups:
+        group.add_to(parser)
+    for action in parser._actions:
+        if action.dest in defaults:
+            action.required = False
+    parser.set_defaults(**defaults)
+
+
+def read_arguments(args: argparse.Namespace, stage: str, *, prunes: bool) -> RunSettings:
+    """The settings that parsed flags give, checked as far as they can be without reading a file.
+
+    Raises:
+        UserError: names the option, what was found and what is expected.
+    """
+    groups = {**_SHARED, **({"pruning": PruningSettings} if prunes else {})}
+    return RunSettings(stage=stage, **{name: group.from_args(args) for name, group in groups.items()})

@@ -1,0 +1,256 @@
+"""What makes a run fast, and what it logs of its speed."""
+
+import ctypes
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.profilers import Profiler
+from torch import nn
+
+from lightning import DistillModule
+from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.errors import UserError
+from wav2vec2.flops import count_flops
+from wav2vec2.model import Wav2Vec2Model
+
+# glibc's names in <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees for its next allocation; for work on a CPU, where it is not undone.
+
+    By default glibc gives large blocks back to the system at once and asks for them anew, page by page: a training
+    update of HuBERT Base on 2 x 8 s spends almost half of its time on that. The process stays as large as it once was.
+
+    Returns:
+        Whether the C library can do it (glibc).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights of the layers that autocast runs in ``dtype``; norms stay as they are."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
+            module.to(dtype)
+
+
+class FastTeacher(pl.Callback):
+    """Computes once what a frozen teacher needs at every step: weights in autocast's precision, folded weight norm."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: DistillModule, stage: str) -> None:
+        dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(trainer.precision)
+        if dtype is not None:
+            cast_products(pl_module.teacher_model, dtype)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: DistillModule) -> None:
+        pl_module.teacher_model.fold_weight_norm()  # here, as loading a checkpoint undoes it
+
+
+# ---------------------------------------------------------------------------------------------------
+# torch.compile
+# ---------------------------------------------------------------------------------------------------
+
+COMPILER = "inductor"
+
+
+def check_compiler(accelerator: str) -> None:
+    """Check that the machine has what Inductor needs, which would otherwise fail in the first update.
+
+    Args:
+        accelerator: "gpu" or "cpu".
+
+    Raises:
+        UserError: it has not.
+    """
+    if accelerator == "gpu":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise UserError(
+                "--compile: torch.compile needs Triton and a GPU that it supports (compute capability 7.0 or above), "
+                "which this installation has not; leave out --compile"
+            )
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # of several kinds, none of them public
+        raise UserError(
+            f"--compile: torch.compile needs a C++ compiler, which is not found ({type(error).__name__}); install g++, "
+            "name one in CXX, or leave out --compile"
+        ) from error
+
+
+def compile_steps(module: DistillModule) -> None:
+    """Compile what an update computes of the teacher and of the student, each as one graph for batches of any shape.
+
+    Noise (masks, dropout) stays torch's own, so that results are the same up to rounding, and a run may go on with
+    compiled code or without. The module and its parameters keep their names.
+    """
+    # It would cut the graph for the sake of DDP's buckets, which cannot be done where activations are recomputed.
+    torch._dynamo.config.optimize_ddp = False
+    options = {"fallback_random": True} if COMPILER == "inductor" else None
+    for name in ("targets", "distillation"):
+        step = torch.compile(getattr(module, name), fullgraph=True, dynamic=True, backend=COMPILER, options=options)
+        setattr(module, name, step)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Throughput
+# ---------------------------------------------------------------------------------------------------
+
+# Dense matrix products, 1e12 operations a second, from the makers' data sheets: (16 bit, 32 bit without TF32). The
+# first name that is part of the device's is taken.
+PEAK_TFLOPS = {
+    "H200": (989, 67),
+    "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H100": (989, 67),
+    "A100": (312, 19.5),
+    "A40": (149.7, 37.4),
+    "A10": (125, 31.2),
+    "L40S": (362, 91.6),
+    "L40": (181, 90.5),
+    "L4": (121, 30.3),
+    "V100": (125, 15.7),
+    "T4": (65, 8.1),
+    "RTX 4090": (165, 82.6),
+    "RTX 3090": (71, 35.6),
+}
+# What is logged; these differ from run to run.
+COLUMNS = (
+    "audio_seconds_per_second",
+    "updates_per_second",
+    "data_wait",
+    "tflops_per_second",
+    "share_of_peak",
+    "peak_memory_gb",
+    "compiled_graphs",
+)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Operations a second that a device can do in "32", "16" or "bf16"; None for one that is not known."""
+    for name, (half, single) in PEAK_TFLOPS.items():
+        if name in device_name:
+            return 1e12 * (single if precision == "32" else half)
+    return None
+
+
+def forward_flops(model: Wav2Vec2Model, num_layers: int) -> Callable[[int], float]:
+    """Operations of the first ``num_layers`` layers' forward pass over one waveform, by its samples.
+
+    Counted for three lengths: attention makes it a quadratic function of the length.
+    """
+    seconds = np.array([2, 8, 16])
+    counts = [sum(count_flops(model.config, int(n), num_layers)) for n in seconds * SAMPLE_RATE]
+    polynomial = np.poly1d(np.polyfit(seconds, counts, 2))
+    return lambda num_samples: float(polynomial(num_samples / SAMPLE_RATE))
+
+
+def update_flops(module: DistillModule) -> Callable[[int], float]:
+    """Operations that one waveform costs in an update, by its samples; a backward pass counts as two forward."""
+    teacher = forward_flops(module.teacher_model, module.teacher_depth)
+    student = forward_flops(module.student_model, module.student_depth)
+    return lambda num_samples: teacher(num_samples) + 3 * student(num_samples)
+
+
+class FetchTimer(Profiler):
+    """Lightning's profiler interface, for the one thing that only it can see: the wait for the next batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._since: float | None = None
+
+    def start(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self._since = time.perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        if self._since is not None and action_name.endswith("train_dataloader_next"):
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
+
+
+class Throughput(pl.Callback):
+    """Logs :data:`COLUMNS` of this process, each over the updates since they were logged last.
+
+    ``data_wait`` is the share of the time that training waited for a batch; ``tflops_per_second`` counts the teacher's
+    forward pass once and the student's three times (its backward pass is about two); ``share_of_peak`` is that of the
+    device's data sheet, and missing for devices that are not in :data:`PEAK_TFLOPS`; ``compiled_graphs`` ends its rise
+    when no new kind of batch comes. Validation is left out.
+
+    Args:
+        timer: the trainer's profiler.
+        flops: operations of one update's share of one waveform, by its samples.
+        precision: "32", "16" or "bf16".
+        compiled: count graphs.
+    """
+
+    def __init__(
+        self, timer: FetchTimer, flops: Callable[[int], float], precision: str, compiled: bool = False
+    ) -> None:
+        self._timer = timer
+        self._flops = flops
+        self._precision = precision
+        self._compiled = compiled
+        self._restart(0)
+        self._validation_since = 0.0
+
+    def _restart(self, update: int) -> None:
+        self._since, self._first_update = time.perf_counter(), update
+        self._timer.seconds = 0.0
+        self._audio_seconds, self._operations, self._left_out = 0.0, 0.0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restart(trainer.global_step)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validation_since = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._left_out += time.perf_counter() - self._validation_since
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        num_rows, num_samples = batch[0].shape
+        self._audio_seconds += num_rows * num_samples / SAMPLE_RATE
+        self._operations += num_rows * self._flops(num_samples)
+        updates = trainer.global_step - self._first_update
+        if not updates or trainer.global_step % trainer.log_every_n_steps:
+            return
+        seconds = time.perf_counter() - self._since - self._left_out
+        values = {
+            "audio_seconds_per_second": self._audio_seconds / seconds,
+            "updates_per_second": updates / seconds,
+            "data_wait": self._timer.seconds / seconds,
+            "tflops_per_second": self._operations / seconds / 1e12,
+        }
+        if self._compiled:
+            values["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(device), self._precision)
+            if peak is not None:
+                values["share_of_peak"] = self._operations / seconds / peak
+            values["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+            values["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        pl_module.log_dict({name: float(value) for name, value in values.items()})
+        self._restart(trainer.global_step)

@@ -1,0 +1,310 @@
+"""A run of a distillation, from its settings to its last checkpoint."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy
+from torch import nn
+
+from lightning import DistillLoss, DistillModule, check_pair, linear_warmup_decay, make_projections
+from training.arguments import PRECISIONS, RunSettings
+from training.callbacks import CheckpointIO, RunCheckpoints, StopRequest, UpdateGuard, UpdateProgressBar
+from training.checkpoints import (
+    AUTO,
+    CONTINUE,
+    changed_settings,
+    choose_checkpoint,
+    exclusive,
+    fingerprint,
+    print_line,
+    split_state_dict,
+)
+from training.data import SpeechDataModule
+from training.speed import (
+    FastTeacher,
+    FetchTimer,
+    Throughput,
+    check_compiler,
+    compile_steps,
+    keep_freed_memory,
+    update_flops,
+)
+from wav2vec2 import checkpoint as ckpt
+from wav2vec2.errors import UserError
+from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.paths import fast_paths, plain_paths
+
+
+def new_projections(settings: RunSettings, teacher: Wav2Vec2Model, student: Wav2Vec2Model) -> nn.ModuleList:
+    """Freshly initialised projections from a student to its teacher.
+
+    Raises:
+        UserError: the two do not fit, see :func:`lightning.check_pair`.
+    """
+    models = settings.models
+    try:
+        check_pair(teacher, student, models.layers, models.distill_mode)
+    except UserError as error:
+        raise UserError(
+            f"--student_ckpt {models.student_ckpt}, --distill_layers {models.distill_layers}: {error}"
+        ) from None
+    dims = [model.config["encoder_embed_dim"] for model in (student, teacher)]
+    return make_projections(models.distill_mode, models.layer_groups, *dims)
+
+
+def train(
+    settings: RunSettings,
+    data: SpeechDataModule,
+    teacher: Wav2Vec2Model,
+    student: Wav2Vec2Model,
+    projections: nn.ModuleList,
+) -> None:
+    """Train ``student`` for ``--max_updates`` and say where the result is.
+
+    Raises:
+        UserError: the checkpoint to continue from is not of this run, or the run cannot go on.
+        Interrupted: a signal stopped the run; its last update is saved.
+    """
+    machine, stage = settings.machine, settings.stage
+    module = make_module(settings, teacher, student, projections)
+    recorded = {**settings.recorded(), **_fingerprints(settings, data)}
+    resumed = choose_checkpoint(machine.resume_checkpoint, machine.exp_dir)
+    start = 0
+    if resumed is not None:
+        start = check_resumed(*resumed, settings, recorded, module)
+        if start >= settings.optimisation.max_updates:
+            print(f"{stage}: complete already, {start} updates done: {resumed[0]}")
+            return
+
+    student.recompute_activations(machine.checkpoint_activations)
+    _quiet_lightning()
+    with StopRequest() as stop, plain_paths(machine.plain), contextlib.ExitStack() as stack:
+        if fast_paths() and machine.devices[0] == "cpu":
+            keep_freed_memory()
+        if machine.compile:
+            check_compiler(machine.devices[0])
+            compile_steps(module)
+        trainer, checkpoints = make_trainer(settings, data, module, recorded, stop, CheckpointIO(resumed), start)
+        if trainer.is_global_zero:
+            stack.enter_context(exclusive(machine.exp_dir))
+            _print_start(settings, data, module)
+        resumed_from = None
+        if resumed is not None:
+            resumed_from = resumed[0]
+            if trainer.is_global_zero:
+                print(f"{stage}: continuing {resumed_from} after update {start}", flush=True)
+            _adapt(resumed[1], module, settings.optimisation.accum_grad)
+        resumed = None  # Lightning frees it once it is restored
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resumed_from, weights_only=True)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of GPU memory ({str(error).splitlines()[0][:200]}); lower --seconds_per_batch (--accum_grad "
+                f"keeps the total batch), or add --checkpoint_activations, then {CONTINUE}"
+            ) from error
+    if trainer.is_global_zero:
+        print(f"{stage}: {trainer.global_step} updates done: {checkpoints.path}")
+
+
+def make_module(
+    settings: RunSettings, teacher: Wav2Vec2Model, student: Wav2Vec2Model, projections: nn.ModuleList
+) -> DistillModule:
+    """The module that trains ``student``."""
+    models, optimisation, pruning = settings.models, settings.optimisation, settings.pruning
+    sparsity: dict[str, Any] = {}
+    if pruning is not None:
+        sparsity = {
+            "use_reg": True,
+            "reg_learning_rate": pruning.reg_learning_rate,
+            "target_sparsity": pruning.target_sparsity,
+            "sparsity_warmup_updates": pruning.sparsity_warmup_updates,
+        }
+    return DistillModule(
+        teacher_model=teacher,
+        student_model=student,
+        distill_mode=models.distill_mode,
+        distill_layers=models.layers,
+        distill_linear_projs=projections,
+        distill_loss=DistillLoss(models.l2_weight, models.l1_weight, models.cos_weight, models.cos_type),
+        learning_rate=optimisation.learning_rate,
+        weight_decay=optimisation.weight_decay,
+        warmup_updates=optimisation.warmup_updates,
+        max_updates=optimisation.max_updates,
+        **sparsity,
+    )
+
+
+def make_trainer(
+    settings: RunSettings,
+    data: SpeechDataModule,
+    module: DistillModule,
+    recorded: dict[str, Any],
+    stop: StopRequest,
+    io: CheckpointIO,
+    start: int,
+) -> tuple[pl.Trainer, RunCheckpoints]:
+    """The trainer of a run, and its callback that saves.
+
+    Args:
+        settings, data, module: of the run.
+        recorded: settings that checkpoints record.
+        stop: notes signals.
+        io: writes the checkpoints.
+        start: updates done before.
+    """
+    machine, optimisation = settings.machine, settings.optimisation
+    accelerator, devices = machine.devices
+    batches = data.sampler(settings.data.train_subset, machine.num_processes, 0, optimisation.accum_grad)
+    timer = FetchTimer()
+    guard = UpdateGuard(
+        stop,
+        clip_norm=optimisation.clip_norm,
+        skip_nonfinite=optimisation.skip_nonfinite,
+        max_bad_files=data.max_bad_files,
+    )
+    checkpoints = RunCheckpoints(
+        machine.exp_dir,
+        guard,
+        io,
+        settings=recorded,
+        round_to=settings.pruning.round_to if settings.pruning else None,
+        save_interval=machine.save_interval,
+        updates_per_epoch=len(batches) // optimisation.accum_grad,
+    )
+    plugins: list[Any] = [io]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # RunCheckpoints requeues, from the end of an update
+    trainer = pl.Trainer(
+        default_root_dir=machine.exp_dir,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=machine.num_nodes,
+        # No process needs another's buffers: they are constants.
+        strategy=DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+        if machine.num_processes > 1
+        else "auto",
+        precision=PRECISIONS[machine.precision],
+        max_steps=optimisation.max_updates,
+        max_epochs=-1,
+        accumulate_grad_batches=optimisation.accum_grad,
+        # To Lightning the whole run is one epoch, which can be left and entered at any update.
+        val_check_interval=machine.valid_interval or len(batches),
+        check_val_every_n_epoch=None,
+        use_distributed_sampler=False,  # the batch sampler deals to the ranks itself
+        log_every_n_steps=machine.log_interval,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,  # RunCheckpoints does it
+        plugins=plugins,
+        logger=[
+            TensorBoardLogger(machine.exp_dir, name="tensorboard", version=0, purge_step=start),
+            # A version for each start of the run.
+            CSVLogger(machine.exp_dir, name="csv", flush_logs_every_n_steps=machine.log_interval),
+        ],
+        profiler=timer,
+        callbacks=[
+            *([FastTeacher()] if fast_paths() else []),
+            LearningRateMonitor(logging_interval="step"),
+            guard,
+            Throughput(timer, update_flops(module), machine.precision, machine.compile),
+            UpdateProgressBar(settings.stage),
+            checkpoints,
+        ],
+    )
+    # Its handlers would answer SIGTERM with a collective in the middle of an update, and it would exchange after every
+    # batch what UpdateGuard exchanges once an update.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer, checkpoints
+
+
+def _fingerprints(settings: RunSettings, data: SpeechDataModule) -> dict[str, str]:
+    """What the files of a run are, wherever they lie."""
+    manifest = data.manifests[settings.data.train_subset]
+    utterances = hashlib.sha256(manifest.lengths.tobytes())
+    utterances.update("\0".join(manifest.paths).encode(errors="surrogateescape"))
+    return {
+        "train_subset": utterances.hexdigest()[:16],
+        "teacher_ckpt": fingerprint(settings.models.teacher_ckpt),
+        "student_ckpt": fingerprint(settings.models.student_ckpt),
+    }
+
+
+def check_resumed(
+    path: Path, contents: dict[str, Any], settings: RunSettings, recorded: dict[str, Any], module: DistillModule
+) -> int:
+    """Check that a checkpoint can be continued with these settings; returns the updates done in it.
+
+    ``auto`` continues the same run only; a path given by the user may be continued with other settings, which are
+    printed.
+
+    Raises:
+        UserError: it is of another stage or model, or (with ``auto``) of a run with other settings.
+    """
+    changes = changed_settings(contents["distillation"].get("settings"), recorded)
+    if changes and settings.machine.resume_checkpoint == AUTO:
+        raise UserError(
+            f"{path}: made with other settings: {'; '.join(changes)}. Give the same settings; or another --exp_dir for "
+            f"a new run; or --resume_checkpoint {path} to continue it with these"
+        )
+    student, projections = split_state_dict(contents["state_dict"])
+    ckpt.load_state(module.student_model, student, f"{path} in the model of --student_ckpt")
+    ckpt.load_state(module.distill_linear_projs, projections, f"{path} (projections; see --distill_layers)")
+    if changes:
+        print_line(f"warning: {path} is continued with other settings: {'; '.join(changes)}")
+    return contents["global_step"]
+
+
+def _adapt(checkpoint: dict[str, Any], module: DistillModule, accum_grad: int) -> None:
+    """Count the batches of a checkpoint by this run's ``accum_grad``, and start from this run's learning rates.
+
+    With the settings that the checkpoint was made with, this changes nothing.
+    """
+    step = checkpoint["global_step"]
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        shift = step * accum_grad - counts["ready"]
+        counts.update({name: count + shift for name, count in counts.items()})
+    factor = linear_warmup_decay(module.warmup_updates, module.max_updates)(step)
+    groups = module.parameter_groups()
+    checkpoint["lr_schedulers"][0]["base_lrs"] = [group["lr"] for group in groups]
+    for saved, group in zip(checkpoint["optimizer_states"][0]["param_groups"], groups, strict=True):
+        saved.update(lr=group["lr"] * factor, initial_lr=group["lr"], weight_decay=group["weight_decay"])
+        saved["fused"] = fast_paths()
+
+
+def _print_start(settings: RunSettings, data: SpeechDataModule, module: DistillModule) -> None:
+    machine, batches = settings.machine, data.batches[settings.data.train_subset]
+    num_params = [sum(p.numel() for p in model.parameters()) for model in (module.teacher_model, module.student_model)]
+    print(
+        f"{settings.stage}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; layers "
+        f"{settings.models.distill_layers}; {sum(map(len, batches))} utterances in {len(batches)} batches; "
+        f"{machine.num_processes} x {machine.devices[0]}, precision {machine.precision}"
+        f"{', compiled' if machine.compile else ''}",
+        flush=True,
+    )
+
+
+def _quiet_lightning() -> None:
+    """Keep Lightning's hints that do not concern users of this program off their terminal."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        "does not have many workers",
+        "number of training batches .* is smaller than the logging interval",
+        "module.s. in eval mode at the start of training",  # the teacher, on purpose
+        "isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's own use of torch
+        "resuming from a checkpoint that ended before the epoch ended",  # TrainingSampler starts where it should
+    ):
+        warnings.filterwarnings("ignore", f".*{message}.*")
+    if "SLURM_JOB_ID" not in os.environ:
+        warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # outside a job it is of no use
