@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import REPOSITORY, load_as_others_do, run_command, run_script, save_small_model, small_run
 
+from training.arguments import DataSettings
 from training.data import SpeechDataModule
 from wav2vec2 import checkpoint
 
@@ -132,16 +133,6 @@ def test_prune_without_correction_is_the_published_rounding(manifests, small_tea
     assert all(torch.equal(value, pruned["state_dict"][key]) for key, value in masked.state_dict().items())
 
 
-def test_resume_continues_where_the_checkpoint_ends(manifests, small_teacher, tmp_path, monkeypatch):
-    exp_dir = tmp_path / "exp"
-    last = exp_dir / "ckpts" / "last.ckpt"
-    run_script(monkeypatch, "distill", *small_run(manifests, small_teacher, max_updates=4), "--exp_dir", exp_dir)
-    assert torch.load(last, weights_only=True)["global_step"] == 4
-    flags = small_run(manifests, small_teacher, max_updates=9, resume_checkpoint=last)
-    run_script(monkeypatch, "distill", *flags, "--exp_dir", exp_dir)
-    assert torch.load(last, weights_only=True)["global_step"] == 9
-
-
 def test_same_seed_same_weights(manifests, small_teacher, tmp_path, monkeypatch):
     states = []
     for run, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -154,7 +145,7 @@ def test_same_seed_same_weights(manifests, small_teacher, tmp_path, monkeypatch)
 
 def test_validation_counts_each_batch_once(manifests):
     """One process needs no topping up, which would weigh one batch twice in the validation loss."""
-    data = SpeechDataModule(manifests, "train100", 4, 0, 2.0, 15.625, max_crop_seconds=None, seed=0)
+    data = SpeechDataModule(DataSettings(tsv_dir=manifests, seconds_per_batch=4, num_workers=0))
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(world_size=1, global_rank=0, strategy=strategy)
     indices = [index for crop in data.val_dataloader().sampler for index in crop.indices]
@@ -166,16 +157,6 @@ def test_bf16(manifests, small_teacher, tmp_path, monkeypatch):
     run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp")
     state = torch.load(tmp_path / "exp" / "ckpts" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in state.values())
-
-
-def test_two_processes_train_a_pre_norm_model(manifests, tmp_path):
-    """DDP on two CPU processes: a final LayerNorm that gets no gradient does not stop it."""
-    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "large")
-    flags = small_run(manifests, teacher, gpus=2)
-    result = run_command(sys.executable, "distill.py", *flags, "--exp_dir", tmp_path / "exp")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "2 x cpu" in result.stdout
-    assert torch.load(tmp_path / "exp" / "ckpts" / "last.ckpt", weights_only=True)["global_step"] == 6
 
 
 # --- bad input -------------------------------------------------------------------------------------
@@ -208,9 +189,9 @@ def damaged(flags: dict[str, object], tmp_path: Path, case: str) -> dict[str, ob
 
 BAD_FLAGS = [
     ({"min_seconds": 10}, "no utterance is left"),
-    ({"seconds_per_batch": 0.1}, "--seconds_per_batch 0.1 is too small"),
+    ({"seconds_per_batch": 0.1}, "see --seconds_per_batch"),
     ({"seconds_per_batch": 0}, "--seconds_per_batch: expected a number above 0"),
-    ({"distill_layers": "0.4"}, "--distill_layers: layer 4 is wanted, but the teacher has 3 layers"),
+    ({"distill_layers": "0.4"}, "--distill_layers 0.4: layer 4 is to be distilled, but the teacher has 3 layers"),
     ({"distill_layers": "first"}, "--distill_layers: expected layers"),
     ({"pruning_units": "conv,neuron"}, "--pruning_units: 'neuron' unknown; choose from conv, head"),
     ({"pruning_units": ""}, "--pruning_units: '' unknown"),
@@ -225,7 +206,7 @@ BAD_FLAGS = [
     ({"resume_checkpoint": "no/such.ckpt"}, "--resume_checkpoint: no/such.ckpt does not exist"),
     ("empty manifest", "train100.tsv: no utterance is listed"),
     ("missing manifest", "train460.tsv"),
-    ("other frames", "--student_ckpt: its frames do not fit"),
+    ("other frames", "the student's frames do not fit"),
     ("weights of another shape", "odd.pth: weights do not fit the model"),
     ("training checkpoint as teacher", "a training checkpoint (.ckpt) where a model file (.pth) is wanted"),
     ("text as teacher", "notes.pth: not a checkpoint"),

@@ -27,8 +27,8 @@ def weights(exp_dir: Path) -> dict[str, torch.Tensor]:
     return torch.load(exp_dir / "ckpts" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-def compare(one: Path, other: Path) -> str:
-    """Hold two runs together; says by how much losses, all that is logged, and weights differ at most.
+def compare(one: Path, other: Path) -> None:
+    """Hold two runs together.
 
     Losses are held to rounding. Adam makes full steps of gradients that are nothing but rounding, so single weights
     drift further, and with them the gradient's norm.
@@ -43,7 +43,6 @@ def compare(one: Path, other: Path) -> str:
     assert mine.keys() == theirs.keys()
     in_weights = max(float((value - theirs[key]).abs().max()) for key, value in mine.items())
     assert in_losses < 5e-6 and in_log < 1e-4 and in_weights < 2e-4
-    return f"losses {in_losses:.0e}, all that is logged {in_log:.0e}, weights {in_weights:.0e}"
 
 
 def run_processes(*command: object, timeout: int = 300) -> None:
@@ -72,7 +71,6 @@ def test_two_processes_train_as_one(manifests, tmp_path, monkeypatch, family, si
 
     run_script(monkeypatch, "distill", *flags("one", accum_grad=2 * accum_grad))
     run_processes(sys.executable, "distill.py", *flags("two", gpus=2, accum_grad=accum_grad))
-    f"2 processes x --accum_grad {accum_grad} against 1 x {2 * accum_grad}, 9 updates"
     compare(tmp_path / "one", tmp_path / "two")
 
 
@@ -101,7 +99,7 @@ def test_torchrun_on_one_and_two_nodes(manifests, tmp_path, monkeypatch):
         for rank in "01"
     ]
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
-    for name, _started in (("local", "torchrun, 1 node x 2 processes"), ("nodes", "torchrun, 2 nodes x 1 process")):
+    for name in ("local", "nodes"):
         compare(tmp_path / "one", tmp_path / name)
 
 
@@ -147,5 +145,5 @@ def test_a_lost_process_ends_the_run(manifests, small_teacher, tmp_path):
         before = time.monotonic()
         errors = process.communicate(timeout=120)[1]
     assert process.returncode != 0 and time.monotonic() - before < 60
-    assert "error: another process of this run was lost" in errors or "Child process with PID" in errors
+    assert "Connection closed by peer" in errors or "Child process with PID" in errors or "reset by peer" in errors
     assert torch.load(exp_dir / "ckpts" / "last.ckpt", weights_only=True)["global_step"] > 0

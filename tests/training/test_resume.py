@@ -57,7 +57,6 @@ def test_stopped_at_any_update(manifests, tmp_path, monkeypatch, disturb, family
         assert last_checkpoint(tmp_path / "stopped")["global_step"] == update
     run_script(monkeypatch, "distill", *flags)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    ", ".join(f"--{name} {value}" for name, value in changes.items()) or "plain flags"
 
 
 @pytest.mark.parametrize("script", ["distill", "final_distill"])
@@ -86,10 +85,9 @@ def test_killed_at_random_moments(manifests, tmp_path, monkeypatch, script):
     moments = random.Random(0)
     reached = []
     for _ in range(3):
-        before = exp_dir / "csv" / "version_0" / "metrics.csv"
-        rows = before.read_bytes() if before.is_file() else b""
+        log = exp_dir / "csv" / f"version_{len(reached)}" / "metrics.csv"
         with subprocess.Popen([*map(str, command)], cwd=REPOSITORY, start_new_session=True) as process:
-            while process.poll() is None and (not before.is_file() or len(before.read_bytes()) <= len(rows)):
+            while process.poll() is None and not log.is_file():
                 time.sleep(0.02)
             time.sleep(moments.uniform(0.0, 0.3))
             os.killpg(process.pid, signal.SIGKILL)
@@ -201,7 +199,7 @@ def test_auto_continues_the_same_run_only(half_run, monkeypatch, capsys):
     flags, exp_dir = half_run
     assert run_to_exit(monkeypatch, "distill", *changed(flags, learning_rate=5e-4), "--resume_checkpoint", "auto") == 1
     message = error_line(capsys)
-    assert "made with other settings: --learning_rate: 0.0002 there, 0.0005 now" in message
+    assert "made with other settings: learning_rate: 0.0002 there, 0.0005 now" in message
     # What does not change the result may change.
     machine = {"log_interval": 2, "num_workers": 1, "save_interval": 3, "valid_interval": 5}
     run_script(monkeypatch, "distill", *changed(flags, **machine), "--resume_checkpoint", "auto")
@@ -214,7 +212,7 @@ def test_a_path_continues_with_other_settings_and_says_so(half_run, tmp_path, mo
     new = changed(flags, learning_rate=5e-4, max_updates=9, accum_grad=2, exp_dir=tmp_path / "other")
     run_script(monkeypatch, "distill", *new, "--resume_checkpoint", path)
     warning = capsys.readouterr().err
-    for change in ("--learning_rate: 0.0002 there, 0.0005 now", "--max_updates: 6 there, 9 now", "accum_grad: 1 there"):
+    for change in ("learning_rate: 0.0002 there, 0.0005 now", "max_updates: 6 there, 9 now", "accum_grad: 1 there"):
         assert change in warning
     trained = last_checkpoint(tmp_path / "other")
     assert trained["global_step"] == 9
@@ -288,25 +286,12 @@ def test_a_checkpoint_of_the_other_stage(half_run, manifests, small_teacher, tmp
     assert str(last) in message and "--student_ckpt" in message
 
 
-def test_a_training_state_that_does_not_fit(half_run, monkeypatch, capsys):
-    flags, exp_dir = half_run
-    path = exp_dir / "ckpts" / "odd.ckpt"
-    contents = last_checkpoint(exp_dir)
-    del contents["optimizer_states"][0]["param_groups"][1]
-    torch.save(contents, path)
-    assert run_to_exit(monkeypatch, "distill", *flags, "--resume_checkpoint", path) == 1
-    message = error_line(capsys)
-    assert message.startswith(f"{path}: its training state cannot be restored")
-
-
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("distillation",), [1], "distillation is [1], expected a dict"),
-        (("distillation", "target_sparsity"), "a", "target_sparsity is 'a', expected a number between 0 and 1"),
-        (("distillation", "original_num_params"), -5, "original_num_params is -5, expected a number of parameters"),
-        (("global_step",), None, "global_step is None, expected a number of updates"),
-        (("state_dict", "distill_linear_projs.0.bias"), "x", "'distill_linear_projs.0.bias' is 'x', expected finite"),
+        (("distillation",), [1], "distillation: expected dict, found [1]"),
+        (("global_step",), None, "global_step: expected int, found None"),
+        (("state_dict", "distill_linear_projs.0.bias"), "x", "distill_linear_projs.0.bias is not a tensor of finite"),
     ],
 )
 def test_entries_that_prune_would_use(half_run, small_teacher, monkeypatch, capsys, place, value, message):

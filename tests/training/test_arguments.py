@@ -1,0 +1,114 @@
+"""Settings: their flags, their checks, and which of them decide what comes out of a run."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+import distill
+import final_distill
+from training.arguments import DataSettings, MachineSettings, add_arguments, read_arguments
+from wav2vec2.errors import UserError
+
+REQUIRED = ["--tsv_dir", "data", "--teacher_ckpt", "teacher.pth", "--student_ckpt", "student.pth"]
+
+# The released program's defaults (paper's settings of step 1).
+PUBLISHED = {
+    "train_subset": "train100",
+    "seconds_per_batch": 87.5,
+    "num_workers": 1,
+    "resume_checkpoint": None,
+    "exp_dir": Path("exp"),
+    "log_interval": 50,
+    "learning_rate": 2e-4,
+    "weight_decay": 0.0,
+    "warmup_updates": 15000,
+    "max_updates": 50000,
+    "clip_norm": 10.0,
+    "num_nodes": 1,
+    "accum_grad": 1,
+    "precision": "32",
+    "distill_layers": "0.4,8,12",
+    "distill_mode": "layer2layer",
+    "l2_weight": 0.0,
+    "l1_weight": 1.0,
+    "cos_weight": 1.0,
+    "cos_type": "raw",
+    "pruning_units": "conv,head,interm,attlayer,ffnlayer",
+    "reg_learning_rate": 0.02,
+    "target_sparsity": 0.75,
+    "sparsity_warmup_updates": 5000,
+}
+
+
+def parse(script, monkeypatch, *flags: str) -> argparse.Namespace:
+    monkeypatch.setattr("sys.argv", ["script", *REQUIRED, *flags])
+    return script.parse_args()
+
+
+def test_published_flags_and_defaults(monkeypatch):
+    joint, final = (vars(parse(script, monkeypatch)) for script in (distill, final_distill))
+    assert {name: joint[name] for name in PUBLISHED} == PUBLISHED
+    own = {"learning_rate": 1e-4, "warmup_updates": 5000, "max_updates": 25000}
+    pruning = {"pruning_units", "reg_learning_rate", "target_sparsity", "sparsity_warmup_updates", "round_to"}
+    assert final == {name: value for name, value in joint.items() if name not in pruning} | own
+
+
+def test_every_flag_arrives_in_a_typed_field(monkeypatch):
+    args = parse(distill, monkeypatch, "--max_crop_seconds", "2", "--gpus", "2", "--accelerator", "cpu", "--plain")
+    settings = read_arguments(args, "a stage", prunes=True)
+    assert settings.data.max_crop_seconds == 2.0 and settings.machine.plain and not settings.machine.compile
+    assert settings.machine.devices == ("cpu", 2) and settings.models.layer_groups == [[0], [4, 8, 12]]
+    groups = (settings.data, settings.models, settings.optimisation, settings.machine, settings.pruning)
+    fields = [name for group in groups for name in vars(group)]
+    assert sorted(fields) == sorted(set(vars(args)) - {"debug"})
+    assert settings.recorded()["gpus x accum_grad"] == 2
+
+
+def test_only_what_decides_the_result_is_recorded(monkeypatch):
+    def recorded(*flags: str) -> dict:
+        return read_arguments(parse(distill, monkeypatch, "--accelerator", "cpu", *flags), "a", prunes=True).recorded()
+
+    same = ["--num_workers", "3", "--exp_dir", "x", "--compile", "--skip_nonfinite", "2", "--round_to", "8"]
+    assert recorded(*same) == recorded()
+    for flags in (["--seed", "1"], ["--precision", "bf16"], ["--target_sparsity", "0.5"], ["--accum_grad", "2"]):
+        assert recorded(*flags) != recorded()
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("5", 5), ("0", 0), ("1%", 10), ("0.7%", 7), ("100%", 1000), ("0.05%", 0)]
+)
+def test_max_bad_files(text, number):
+    assert DataSettings(tsv_dir=Path(), max_bad_files=text).max_bad_files_of(1000) == number
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "101%", "one", "1 %", "%"])
+def test_max_bad_files_that_cannot_be(text):
+    with pytest.raises(UserError, match="--max_bad_files"):
+        DataSettings(tsv_dir=Path(), max_bad_files=text).max_bad_files_of(1000)
+
+
+def test_devices(monkeypatch):
+    def devices(accelerator: str, gpus: int | None) -> tuple[str, int]:
+        return MachineSettings(accelerator=accelerator, gpus=gpus).devices
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices("auto", 1) == ("gpu", 1)
+    assert devices("cpu", None) == ("cpu", 1)
+    assert devices("cpu", 2) == ("cpu", 2)
+    for gpus in (None, 3):  # the published default is 4
+        with pytest.raises(UserError, match=r"--gpus: \d GPUs .* 2 found .* --gpus 2"):
+            devices("auto", gpus)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert devices("auto", None) == ("cpu", 1)
+    for accelerator in ("auto", "gpu"):
+        with pytest.raises(UserError, match=r"--gpus: 1 GPUs asked for, 0 found .* --accelerator cpu"):
+            devices(accelerator, 1)
+
+
+def test_required_flags():
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser, prunes=False, learning_rate=1.0, warmup_updates=1, max_updates=1)
+    required = {action.dest for action in parser._actions if action.required}
+    assert required == {"tsv_dir", "teacher_ckpt", "student_ckpt"}
