@@ -1,4 +1,4 @@
-"""Every command and code block of the README is one that works."""
+"""Every command and code block of the README and of the pages in docs/ is one that works."""
 
 import importlib
 import os
@@ -15,10 +15,11 @@ from helpers import REPOSITORY, random_model, random_waveforms, small_config
 from wav2vec2 import checkpoint
 
 README = (REPOSITORY / "README.md").read_text()
+PAGES = README + "".join(path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md")))
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", PAGES, flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -42,26 +43,27 @@ def starting_with(*first: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("command", starting_with("python"), ids=lambda command: " ".join(command)[:60])
 def test_script_flags(command, monkeypatch):
-    monkeypatch.setattr(sys, "argv", command[1:])
-    script = importlib.import_module(command[1].removesuffix(".py").replace("/", "."))
-    script.parse_args()
+    is_module = command[1] == "-m"
+    monkeypatch.setattr(sys, "argv", command[1 + is_module :])
+    if command[1:3] != ["-m", "venv"]:
+        importlib.import_module(command[1 + is_module].removesuffix(".py")).parse_args()
 
 
 @pytest.mark.parametrize("command", starting_with("bash", "sbatch"), ids=" ".join)
 def test_run_sh_commands(command):
     settings = dict(word.split("=", 1) for word in command[: len(command) - len(without_settings(command))])
-    words = without_settings(command)
-    assert words[1] == "run.sh"
+    words = [word for word in without_settings(command)[1:] if word != "--print"]
+    words = words[words.index("run.sh") + 1 :]  # sbatch has options of its own before it
     result = subprocess.run(
-        ["bash", "run.sh", "--print", *(word for word in words[2:] if word != "--print")],
+        ["bash", "run.sh", "--print", *words],
         cwd=REPOSITORY,
         env=os.environ | settings,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    for name, value in settings.items():
-        assert f"'--{name}' '{value}'" in result.stdout
+    for word in (*settings.values(), *words[1:]):
+        assert f"'{word}'" in result.stdout
 
 
 @pytest.mark.parametrize("command", starting_with("make"), ids=" ".join)
@@ -78,7 +80,7 @@ def test_every_command_is_covered():
 
 def test_paths_exist():
     folders = "conf|demo|tests|benchmarks|wav2vec2|evaluation|examples|s3prl_upstream|docs"
-    for path in re.findall(rf"`((?:{folders})/[\w./-]*|[\w-]+\.(?:py|sh))`", README):
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*|[\w-]+\.(?:py|sh))`", PAGES):
         assert (REPOSITORY / path).exists() or (REPOSITORY / "wav2vec2" / path).exists(), path
 
 
