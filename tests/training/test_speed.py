@@ -107,22 +107,18 @@ def test_the_teacher_stays_as_it_was_prepared():
         assert all(part.training == mode for part in module.student_model.modules()) and module.training == mode
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 @pytest.mark.parametrize(("family", "size"), FAMILIES)
-def test_a_forward_pass_does_not_wait_for_a_gpu(family, size, half):
+def test_a_forward_pass_does_not_wait_for_a_gpu(family, size):
     """On a pretended GPU, whose tensors have no values: whatever asks for one raises an error."""
     with FakeTensorMode(), torch.device("cuda"):
         config = small_config(family, size, **NOISE)
         module = make_module(
             teacher_model=random_model(config), student_model=random_model(with_masks(config, PRUNING_UNITS))
         )
-        if half:
-            speed.cast_products(module.teacher_model, torch.float16)
         module.teacher_model.fold_weight_norm()
         for mode in (True, False):
             module.train(mode)
-            with torch.autocast("cuda", torch.float16, enabled=half):
-                loss, _ = module.loss((torch.randn(2, 1600), None), "train")
+            loss, _ = module.loss((torch.randn(2, 1600), None), "train")
             assert loss.device.type == "cuda" and loss.requires_grad
 
 
@@ -144,6 +140,7 @@ def count_graphs(monkeypatch):
 def test_compiled_steps_have_the_same_numbers_for_twenty_lengths(count_graphs, family, size, recompute):
     """Losses and gradients under noise; one graph (``fullgraph``) of the teacher, one of the student."""
     plain, module = noisy_module(family, size), noisy_module(family, size)
+    module.load_state_dict(plain.state_dict())  # masks start at random
     names = list(module.state_dict())
     module.student_model.recompute_activations(recompute)
     speed.compile_steps(module)
