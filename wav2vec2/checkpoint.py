@@ -7,7 +7,6 @@ Files hold plain tensors, lists, tuples and numbers, so that they load with
 import math
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +16,7 @@ from .components import published_name
 from .errors import UserError, short_repr, single_line
 from .files import atomic_path
 from .model import Wav2Vec2Model, wav2vec2_model, with_masks
-from .utils.archive import UnreadableFileError, read_archive
+from .utils.unpickling import read_torch_file
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -35,14 +34,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged, or holds more than plain data.
     """
-    path = Path(path)
-    try:
-        contents = read_archive(path)
-    except UnreadableFileError as error:
-        raise UserError(
-            f"{path}: not a checkpoint that can be read safely ({error}); "
-            "convert foreign files with convert_hubert_from_hf.py or convert_wavlm_from_fairseq.py"
-        ) from error
+    contents = read_torch_file(path)
     if not isinstance(contents, dict):
         raise UserError(f"{path}: expected a dict of tensors and settings, found {type(contents).__name__}")
     for place in (contents, contents.get("state_dict"), contents.get("config")):

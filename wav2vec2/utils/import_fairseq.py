@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UserError, short_repr, single_line
 from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
-from .restricted_unpickler import read_foreign_file, to_plain
+from .unpickling import read_torch_file, to_plain
 
 # (our prefix, fairseq's prefix); {} is a layer index.
 _ENCODER_NAMES = [
@@ -108,7 +108,7 @@ def import_fairseq_model(
         UserError: the file is damaged, asks for foreign code, or holds a model of another architecture.
     """
     source = str(path)
-    contents = read_foreign_file(path)
+    contents = read_torch_file(path)
     weights = contents.get("model") if isinstance(contents, dict) else None
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         found = f"keys {short_repr([*contents])}" if isinstance(contents, dict) else type(contents).__name__

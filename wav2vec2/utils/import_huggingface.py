@@ -13,7 +13,7 @@ from ..errors import UserError, short_repr
 from ..files import one_line, read_json, read_safetensors
 from ..model import normalize_waveforms
 from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
-from .restricted_unpickler import read_foreign_file
+from .unpickling import read_torch_file
 
 # (our prefix, transformers' prefix); below these, transformers' names are torchaudio's.
 NAMES = [
@@ -273,7 +273,7 @@ def _shard_paths(index: Path) -> Iterator[Path]:
 def _read_weight_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    weights = read_foreign_file(path)
+    weights = read_torch_file(path)
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise UserError(f"{path}: expected a dict of tensors by name, found {type(weights).__name__}")
     return weights

@@ -31,7 +31,7 @@ from wav2vec2 import checkpoint
 from wav2vec2.errors import UserError
 from wav2vec2.model import with_masks
 from wav2vec2.utils.import_fairseq import import_fairseq_model
-from wav2vec2.utils.restricted_unpickler import read_foreign_file
+from wav2vec2.utils.unpickling import read_torch_file
 
 # --- payloads --------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ def training_contents() -> dict[str, Any]:
 
 
 def fairseq_contents() -> dict[str, Any]:
-    contents = read_foreign_file(FIXTURES / "fairseq/hubert_base/checkpoint.pt")
+    contents = read_torch_file(FIXTURES / "fairseq/hubert_base/checkpoint.pt")
     return {key: contents[key] for key in ("cfg", "model")}
 
 

@@ -7,9 +7,11 @@ import os
 import pickle
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -28,7 +30,7 @@ from safetensors.torch import load_file
 from wav2vec2.errors import UserError
 from wav2vec2.utils.import_fairseq import import_fairseq_model, parse_conv_layers
 from wav2vec2.utils.import_huggingface import import_huggingface_model
-from wav2vec2.utils.restricted_unpickler import read_foreign_file
+from wav2vec2.utils.unpickling import read_torch_file
 
 CHECKPOINTS = {
     path.parent.relative_to(FIXTURES).as_posix(): path for path in sorted(FIXTURES.glob("*/*/checkpoint.pt"))
@@ -40,7 +42,7 @@ WAVLM = CHECKPOINTS["wavlm/wavlm_base"]
 
 def read(path: Path) -> dict[str, Any]:
     """A fixture's contents, without what only training needs."""
-    contents = read_foreign_file(path)
+    contents = read_torch_file(path)
     return {key: value for key, value in contents.items() if key in ("args", "cfg", "model")}
 
 
@@ -196,6 +198,24 @@ def test_dictconfig(zip_format: bool, tmp_path: Path, omegaconf_classes: dict[st
         del sys.modules[module]
     check_same_model(import_fairseq_model(path), import_fairseq_model(WAV2VEC2_LARGE))
     assert "omegaconf" not in sys.modules
+
+
+@pytest.mark.parametrize("core", ["numpy._core", "numpy.core"])
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_numpy_in_the_training_state(core: str, zip_format: bool, tmp_path: Path) -> None:
+    """Numbers and arrays that are never looked at, under the module names of numpy 2 and of numpy 1."""
+    state = {"best": np.float32(3.5), "epoch": np.int64(3), "shuffle": np.arange(4), "type": np.dtype("f8")}
+    contents = read(HUBERT) | {"extra_state": state, "optimizer_history": [{"lr_scheduler_state": np.float64(1)}]}
+    path = save(tmp_path / "checkpoint.pt", contents, _use_new_zipfile_serialization=zip_format)
+    if zip_format:
+        with zipfile.ZipFile(path) as archive:
+            records = {record.filename: archive.read(record) for record in archive.infolist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in records.items():
+                archive.writestr(name, re.sub(rb"cnumpy\._?core\.", f"c{core}.".encode(), data))
+    else:
+        path.write_bytes(re.sub(rb"cnumpy\._?core\.", f"c{core}.".encode(), path.read_bytes()))
+    check_same_model(import_fairseq_model(path), import_fairseq_model(HUBERT))
 
 
 @pytest.mark.parametrize("w2v_args", ["cfg", "namespace", None])
