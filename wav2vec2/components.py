@@ -35,7 +35,7 @@ _DROP_RATE_DENSE = 0.01
 _DROP_RATE_INTERMEDIATE = 0.5
 
 # Weight norm's names as a parametrization -> the published ones.
-_WEIGHT_NORM_NAMES = {
+WEIGHT_NORM_NAMES = {
     "parametrizations.weight.original0": "weight_g",
     "parametrizations.weight.original1": "weight_v",
 }
@@ -43,7 +43,7 @@ _WEIGHT_NORM_NAMES = {
 
 def published_name(key: str) -> str:
     """The published name of a state dict key, where torch's newer weight norm has given it another."""
-    for name, published in _WEIGHT_NORM_NAMES.items():
+    for name, published in WEIGHT_NORM_NAMES.items():
         if key.endswith("." + name):
             return key.removesuffix(name) + published
     return key
@@ -372,7 +372,7 @@ class WeightNormConv1d(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.folded_weight = None
-        for name, published in _WEIGHT_NORM_NAMES.items():
+        for name, published in WEIGHT_NORM_NAMES.items():
             if prefix + name in state_dict:
                 state_dict[prefix + published] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -35,3 +35,14 @@ def short_repr(value: Any) -> str:
 def single_line(text: str, most: int = 200) -> str:
     """The first ``most`` characters of ``text`` on one line; what would steer a terminal becomes a question mark."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text[: 2 * most].split()))[:most]
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line, or its class if it says nothing."""
+    return single_line(str(error)) or type(error).__name__
+
+
+def listed(label: str, names: list[str], most: int = 8) -> str:
+    """``"9 missing (a, b, ...)"``: how many, what is wrong with them and the first names."""
+    shown = ", ".join(single_line(name, 80) for name in names[:most]) + (", ..." if len(names) > most else "")
+    return f"{len(names)} {label}" + (f" ({shown})" if names else "")

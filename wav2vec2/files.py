@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, single_line
+from .errors import UserError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,8 +83,3 @@ def read_safetensors(path: Path, advice: str = "download it again") -> "dict[str
         return load_file(path)
     except Exception as error:  # the file decides which
         raise UserError(f"{path}: not readable as safetensors ({one_line(error)}); {advice}") from error
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, or its class if it says nothing."""
-    return single_line(str(error)) or type(error).__name__

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import check_weights, expected_state
-from .errors import UserError
-from .files import atomic_path, one_line, read_json, read_safetensors
+from .errors import UserError, one_line
+from .files import atomic_path, read_json, read_safetensors
 from .model import Wav2Vec2Model
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

@@ -17,16 +17,6 @@ from wav2vec2.model import PRUNING_UNITS, with_masks
 FAMILIES = ["hubert", "wavlm"]
 
 
-class Payload:
-    """Runs a command when unpickled."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (self.command,)
-
-
 class Unwritable:
     """Stops ``torch.save`` half-way."""
 
@@ -103,17 +93,6 @@ def test_permissions_are_those_of_any_file(tmp_path: Path) -> None:
 # --- reading
 
 
-def test_payload_is_not_run(tmp_path: Path) -> None:
-    path, trace = tmp_path / "model.pth", tmp_path / "trace"
-    contents = {**model_contents(), "extra": Payload(f"touch {trace}")}
-    torch.save(contents, path)
-    check_refused(lambda: checkpoint.read(path), path, "asks for posix.system")
-    check_refused(lambda: checkpoint.load_model(path), path)
-    assert not trace.exists()
-    torch.load(path, weights_only=False)
-    assert trace.exists(), "the payload is harmless, and the test shows nothing"
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -156,8 +135,6 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_file_of_another_kind(contents: Any, parts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save(contents, path)
-    with pytest.raises(UserError):
-        checkpoint.load_model(path)
     check_refused(lambda: checkpoint.load_model(path), path, *parts)
     check_refused(lambda: checkpoint.load_masked_model(path, ["head"]), path, *parts)
 
@@ -229,12 +206,8 @@ def test_impossible_config(changes: dict[str, Any], message: str, tmp_path: Path
     family = "wavlm" if changes.keys() & {"encoder_remaining_heads", "encoder_total_num_heads"} else "hubert"
     path, contents = tmp_path / "model.pth", model_contents(family)
     contents["config"] |= changes
-    check_refused(lambda: checkpoint.build_model(contents["config"], path), path, message)
     checkpoint.save(path, contents)
-    with pytest.raises(UserError) as error:
-        checkpoint.load_model(path)
-    assert message in str(error.value) and "\n" not in str(error.value)
-    ", ".join(f"{key} {value!r}" for key, value in changes.items())
+    check_refused(lambda: checkpoint.load_model(path), path, message)
 
 
 # --- weights
@@ -258,6 +231,10 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a tensor without data": (lambda state: state.update({NORM: state[NORM].to("meta")}), f"{NORM} is meta"),
     "a string": (lambda state: state.update({NORM: "ones"}), f"{NORM} is 'ones', expected a tensor of floats"),
     "a list": (lambda state: state.update({NORM: [1.0] * 16}), f"{NORM} is [1.0, 1.0"),
+    "one number with strides of 0": (
+        lambda state: state.update({NORM: torch.zeros(1).expand(16)}),
+        f"{NORM} has shape [16], more than the numbers stored for it",
+    ),
     "NaN": (lambda state: state[NORM].fill_(torch.nan), f"{NORM} holds NaN or infinite values"),
     "infinity": (lambda state: state[NORM][3].fill_(torch.inf), f"{NORM} holds NaN or infinite values"),
     "a number as a name": (lambda state: state.update({5: torch.zeros(1)}), "expected names as keys, found 5"),
@@ -272,8 +249,6 @@ def test_weights_that_do_not_fit(case: str, tmp_path: Path) -> None:
     checkpoint.save(path, contents)
     check_refused(lambda: checkpoint.load_model(path), path, message)
     check_refused(lambda: checkpoint.load_masked_model(path, ["conv", "head"]), path, message)
-    with pytest.raises(UserError):
-        checkpoint.load_model(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

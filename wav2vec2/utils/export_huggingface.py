@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import expected_state
-from ..components import published_name
+from ..components import WEIGHT_NORM_NAMES, published_name
 from ..config import is_wavlm
 from ..errors import UserError, short_repr
 from ..hub import CONFIG, WEIGHTS, write_safetensors, write_text
 from ..model import wav2vec2_model
 from .import_huggingface import ACCEPTED, EXTRACTOR_MODES, FAMILIES, NAMES, SAMPLE_RATE
-from .importing import WEIGHT_NORM_ALIASES, source_name
+from .importing import source_name
 
 PREPROCESSOR = "preprocessor_config.json"
 _DUMMY_WEIGHT = "feature_extractor.dummy_weight"
@@ -145,8 +145,8 @@ def _check_scale(scale: Tensor) -> None:
 def _their_name(name: str) -> str:
     """transformers' name of a parameter, as its current version writes it."""
     name = source_name(name, NAMES)
-    for published, theirs in WEIGHT_NORM_ALIASES.items():
-        if name.endswith(published):
+    for theirs, published in WEIGHT_NORM_NAMES.items():
+        if name.endswith("." + published):
             return name.removesuffix(published) + theirs
     return name
 

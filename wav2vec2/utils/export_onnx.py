@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..files import one_line
+from ..errors import UserError, one_line
 from ..model import Wav2Vec2Model
 from .export_torch import Difference, Run, check_difference, compare, min_samples, quiet, trace
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, short_repr
-from ..files import one_line, read_json, read_safetensors
+from ..errors import UserError, one_line, short_repr
+from ..files import read_json, read_safetensors
 from ..model import normalize_waveforms
 from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
 from .unpickling import read_torch_file

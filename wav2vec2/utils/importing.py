@@ -11,18 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from ..components import published_name
 from ..config import MAX_LAYERS
-from ..errors import UserError, short_repr, single_line
+from ..errors import UserError, listed, short_repr
 from ..model import Wav2Vec2Model
 
 # Created here: no source has the extractor's output scale (it keeps the last conv's soft mask after pruning).
 _DUMMY_WEIGHT = "feature_extractor.dummy_weight"
-
-# torch names weight normalisation's two parts in two ways; published files use either.
-WEIGHT_NORM_ALIASES = {
-    ".weight_g": ".parametrizations.weight.original0",
-    ".weight_v": ".parametrizations.weight.original1",
-}
 
 
 @dataclass(frozen=True)
@@ -180,30 +175,28 @@ def import_weights(
     """
     config = architecture.to_config(dropouts, source)
     expected = checkpoint.expected_state(config, source)
-    remaining = dict(weights)
+    spelled = {published_name(key): key for key in weights}  # torch names weight normalisation's parts in two ways
     sources, missing = {}, []  # our name -> the source's
     for name in expected:
         if name == _DUMMY_WEIGHT:
             continue
         wanted = backbone.prefix + source_name(name, names)
-        found = next((key for key in _spellings(wanted) if key in remaining), None)
-        if found is None:
+        if wanted in spelled:
+            sources[name] = spelled[wanted]
+        else:
             missing.append(wanted)
-        else:
-            sources[name] = found
-            del remaining[found]
 
-    dropped, left_over = {}, []
-    for name in remaining:
-        known = backbone.reason_to_drop(name)
-        if known is None:
-            left_over.append(name)
-        else:
+    used, dropped, left_over = set(sources.values()), {}, []
+    for name in weights:
+        known = None if name in used else backbone.reason_to_drop(name)
+        if known:
             dropped[known[0]] = known[1]
+        elif name not in used:
+            left_over.append(name)
     if missing or left_over:
         raise UserError(
             f"{source}: the weights are not those of a {architecture.family} model with the config beside them: "
-            f"{_listed('missing', missing)}; {_listed('left over', left_over)}; "
+            f"{listed('missing', missing)}; {listed('left over', left_over)}; "
             "nothing was converted, because the result would not be the same model"
         )
     # Before there is memory for the model: its size is what the source claims.
@@ -226,17 +219,6 @@ def source_name(name: str, names: Iterable[tuple[str, str]]) -> str:
         if match:
             return theirs.format(*match.groups()) + name[match.end() :]
     raise KeyError(f"the importer's table has no entry for {name}")
-
-
-def _spellings(name: str) -> list[str]:
-    """``name`` and, for a weight-normalised weight, its other published name."""
-    return [name] + [name.removesuffix(old) + new for old, new in WEIGHT_NORM_ALIASES.items() if name.endswith(old)]
-
-
-def _listed(label: str, names: list[str], most: int = 8) -> str:
-    listed = ", ".join(single_line(name, 80) for name in names[:most])
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} {label}" + (f" ({listed}{more})" if names else "")
 
 
 def add_converter_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,37 +1,36 @@
-"""Files that would run code, and damaged ones, for every option of every entry point that takes a file.
-
-Nothing of a hostile file is run, and each ends with one line that names the file.
-"""
+"""Files that would run code, and damaged ones, by every reader: nothing is run, and one line names the file."""
 
 import argparse
 import ast
 import collections
 import functools
+import io
 import json
 import operator
 import os
 import pickle
 import runpy
+import shutil
 import subprocess
-import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from helpers import FIXTURES, REPOSITORY, random_model, run_command, run_script, small_config, small_run, to_omegaconf
+from helpers import FIXTURES, REPOSITORY, random_model, small_config, to_omegaconf
+from safetensors.torch import load_file
 
-from lightning import make_projections, parse_distill_layers
 from wav2vec2 import checkpoint
 from wav2vec2.errors import UserError
-from wav2vec2.model import with_masks
 from wav2vec2.utils.import_fairseq import import_fairseq_model
+from wav2vec2.utils.import_huggingface import import_huggingface_model
 from wav2vec2.utils.unpickling import read_torch_file
+
+HUGGINGFACE = FIXTURES / "hf" / "hubert_base"
 
 # --- payloads --------------------------------------------------------------------------------------
 
@@ -129,7 +128,7 @@ def numpy_file(marker: Path) -> str:
     return str(marker.parent / "inner.npy")
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files and readers -----------------------------------------------------------------------------
 
 
 def model_contents() -> dict[str, Any]:
@@ -137,35 +136,29 @@ def model_contents() -> dict[str, Any]:
     return {"state_dict": model.state_dict(), "config": model.config}
 
 
-def training_contents() -> dict[str, Any]:
-    """What a Lightning checkpoint of distill.py holds, as far as it is read."""
-    model = random_model(with_masks(small_config("hubert"), ["interm"]))
-    return {
-        "epoch": 0,
-        "global_step": 4,
-        "pytorch-lightning_version": "2.6.6",
-        "state_dict": {f"student_model.{key}": value for key, value in model.state_dict().items()},
-        "loops": {},
-        "callbacks": {},
-        "optimizer_states": [{"state": {}, "param_groups": []}],
-        "lr_schedulers": [],
-        "distillation": {},
-    }
-
-
 def fairseq_contents() -> dict[str, Any]:
     contents = read_torch_file(FIXTURES / "fairseq/hubert_base/checkpoint.pt")
     return {key: contents[key] for key in ("cfg", "model")}
 
 
-def placed(contents: dict[str, Any], place: str, payload: Any) -> dict[str, Any]:
-    """``contents`` with the payload at ``place``: names of nested entries, joined by dots."""
-    *outer, last = place.split(".")
-    inner = contents
-    for name in outer:
-        inner = inner.setdefault(name, {})
-    inner[last] = payload
-    return contents
+def huggingface_contents() -> dict[str, Any]:
+    return load_file(HUGGINGFACE / "model.safetensors")
+
+
+def read_huggingface(path: Path) -> Any:
+    """The file as the weights of a directory; the readers of its other files find nothing wrong."""
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(HUGGINGFACE / name, path.parent)
+    return import_huggingface_model(path.parent)
+
+
+# What reads a file, and what the file holds where it is good.
+READERS: dict[str, tuple[Callable[[Path], Any], Callable[[], dict[str, Any]]]] = {
+    "load_model": (checkpoint.load_model, model_contents),
+    "import_fairseq_model": (import_fairseq_model, fairseq_contents),
+    "import_huggingface_model": (read_huggingface, huggingface_contents),
+}
+readers = pytest.mark.parametrize("reader", READERS)
 
 
 def write_pickle(contents: Any, path: Path, protocol: int = 2) -> None:
@@ -176,37 +169,38 @@ FORMATS: dict[str, Callable[[Any, Path], None]] = {
     "zip": torch.save,
     "zip, protocol 4": functools.partial(torch.save, pickle_protocol=4),
     "older format": functools.partial(torch.save, _use_new_zipfile_serialization=False),
-    "pickle": write_pickle,
     "pickle, protocol 0": functools.partial(write_pickle, protocol=0),
+    "pickle, protocol 2": write_pickle,
     "pickle, protocol 5": functools.partial(write_pickle, protocol=5),
 }
 
-READERS: dict[str, Callable[[Path], Any]] = {
-    "load_model": checkpoint.load_model,
-    "read": checkpoint.read,
-    "import_fairseq_model": import_fairseq_model,
-}
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the file goes; every reader takes this name."""
+    return tmp_path / "pytorch_model.bin"
 
 
-def one_line(error: UserError, path: Path) -> str:
-    message = str(error)
+def check_refused(read: Callable[[Path], Any], path: Path, match: str | None = None) -> None:
+    """One line that names the file; the payloads' file is not there."""
+    with pytest.raises(UserError, match=match) as error:
+        read(path)
+    message = str(error.value)
     assert str(path) in message and "\n" not in message and message.isprintable(), message
-    return message
+    assert not (path.parent / "marker").exists()
+
+
+# --- payloads are not run --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_payloads_are_not_run(payload: str, tmp_path: Path) -> None:
+def test_payloads_are_not_run(payload: str, path: Path) -> None:
     """In every format, by every reader; a plain unpickler runs each of them."""
-    path, marker = tmp_path / "model.pth", tmp_path / "marker"
-    for contents in (model_contents(), training_contents(), fairseq_contents()):
-        contents["extra"] = PAYLOADS[payload](marker)
+    marker = path.parent / "marker"
+    for read, _ in READERS.values():
         for write in FORMATS.values():
-            write(contents, path)
-            for reader in READERS.values():
-                with pytest.raises(UserError) as error:
-                    reader(path)
-                one_line(error.value, path)
-                assert not marker.exists()
+            write({"extra": PAYLOADS[payload](marker)}, path)
+            check_refused(read, path, "asks for|damaged, or not a checkpoint")
     torch.save(PAYLOADS[payload](marker), path)
     try:
         torch.load(path, weights_only=False)
@@ -215,269 +209,154 @@ def test_payloads_are_not_run(payload: str, tmp_path: Path) -> None:
     assert marker.exists(), "the payload is harmless, and the test shows nothing"
 
 
-PLACES = {
-    "a model file": (
-        model_contents,
-        ["extra", "state_dict.encoder.transformer.layer_norm.weight", "config.encoder_dropout", "distill_linear_projs"],
-    ),
-    "a training checkpoint": (
-        training_contents,
-        ["state_dict.extra", "optimizer_states", "callbacks.extra", "hyper_parameters.extra", "loops", "distillation"],
-    ),
-    "a fairseq checkpoint": (
-        fairseq_contents,
-        ["cfg", "args", "cfg.model", "cfg.task.normalize", "model.extra", "optimizer_history", "last_optimizer_state"],
-    ),
-}
+@readers
+def test_payloads_are_not_run_wherever_they_are(reader: str, path: Path) -> None:
+    read, make = READERS[reader]
+    for place in [(), *((key,) for key in list(make())[:3]), ("extra",), ("state_dict", "extra"), ("model", "extra")]:
+        contents: Any = make()
+        inner = contents
+        for name in place[:-1]:
+            inner = inner.setdefault(name, {})
+        if place:
+            inner[place[-1]] = touch(path.parent / "marker")
+        else:
+            contents = touch(path.parent / "marker")
+        for form in ("zip", "older format"):
+            FORMATS[form](contents, path)
+            check_refused(read, path, r"asks for posix\.system")
 
 
-@pytest.mark.parametrize("kind", PLACES)
-def test_payloads_are_not_run_wherever_they_are(kind: str, tmp_path: Path) -> None:
-    path, marker = tmp_path / "model.pth", tmp_path / "marker"
-    make, places = PLACES[kind]
-    for place in places:
-        contents = placed(make(), place, touch(marker))
-        for write in (FORMATS["zip"], FORMATS["older format"]):
-            write(contents, path)
-            for reader in READERS.values():
-                with pytest.raises(UserError, match=r"asks for posix\.system") as error:
-                    reader(path)
-                one_line(error.value, path)
-                assert not marker.exists()
+def test_payloads_in_stand_ins(path: Path, omegaconf_classes: dict[str, type]) -> None:
+    """Nested in what the reader lets through: Namespace, omegaconf's containers, defaultdict, numpy's arrays."""
+    poison = touch(path.parent / "marker")
+    node = to_omegaconf({"model": {"layers": [1, 2]}}, omegaconf_classes)
+    node._content["model"]._content["layers"]._content[0]._val = poison
+    metadata = to_omegaconf({"model": {}}, omegaconf_classes)
+    metadata._metadata.resolver_cache = collections.defaultdict(dict, {"x": poison})
+    for settings in (
+        argparse.Namespace(arch=poison),
+        argparse.Namespace(w2v_args=argparse.Namespace(arch=[{"x": (poison,)}])),
+        node,
+        metadata,
+        collections.defaultdict(list, {"x": poison}),
+        np.array([1, poison], dtype=object),
+    ):
+        torch.save({"cfg": settings, "model": {}}, path)
+        check_refused(import_fairseq_model, path, r"asks for posix\.system")
 
 
-def test_payloads_in_stand_ins(tmp_path: Path, omegaconf_classes: dict[str, type]) -> None:
-    """Nested in what the fairseq reader lets through: Namespace, omegaconf's containers, defaultdict."""
-    path, marker = tmp_path / "checkpoint.pt", tmp_path / "marker"
-    for payload in PAYLOADS.values():
-        poison = payload(marker)
-        node = to_omegaconf({"model": {"layers": [1, 2]}}, omegaconf_classes)
-        node._content["model"]._content["layers"]._content[0]._val = poison
-        metadata = to_omegaconf({"model": {}}, omegaconf_classes)
-        metadata._metadata.resolver_cache = collections.defaultdict(dict, {"x": poison})
-        for settings in (
-            argparse.Namespace(arch=poison),
-            argparse.Namespace(w2v_args=argparse.Namespace(arch=[{"x": (poison,)}])),
-            node,
-            metadata,
-            collections.defaultdict(list, {"x": poison}),
-        ):
-            torch.save({"cfg": settings, "model": {}}, path)
-            with pytest.raises(UserError, match=r"asks for|damaged, or not a checkpoint") as error:
-                import_fairseq_model(path)
-            one_line(error.value, path)
-            assert not marker.exists()
-
-
-def test_allowed_names_do_nothing_by_themselves(tmp_path: Path) -> None:
+def test_allowed_names_do_nothing_by_themselves(path: Path) -> None:
     """What the readers may call cannot be led to call something else, nor to set attributes of shared classes."""
-    path, marker = tmp_path / "checkpoint.pt", tmp_path / "marker"
     # GLOBAL argparse.Namespace, BUILD with a dict: on the class itself, not on an instance.
     on_class = b"\x80\x02cargparse\nNamespace\n}X\x05\x00\x00\x00stateK\x01sb."
     # A codec that decodes code.
     codec = Call(__import__("_codecs").encode, "print(1)", "rot13")
     for contents in (on_class, pickle.dumps(codec, protocol=2), pickle.dumps(Call(int, "9" * 5000), protocol=2)):
         path.write_bytes(contents)
-        with pytest.raises(UserError) as error:
-            import_fairseq_model(path)
-        one_line(error.value, path)
-    assert not marker.exists()
+        check_refused(import_fairseq_model, path)
 
 
-# --- entry points ----------------------------------------------------------------------------------
+# --- damaged files ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tsv_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Manifests of a few seconds of noise."""
-    root = tmp_path_factory.mktemp("corpus")
-    samples = 0.1 * np.random.default_rng(0).standard_normal(40_000)
-    for split, count in (("train100", 4), ("valid", 2)):
-        rows = [f"{split}-{number}.wav\t{len(samples)}" for number in range(count)]
-        for row in rows:
-            soundfile.write(root / row.split("\t")[0], samples, 16_000)
-        (root / f"{split}.tsv").write_text("\n".join([str(root), *rows]))
-    return root
+@readers
+@pytest.mark.parametrize("form", ["zip", "older format"])
+def test_truncated_at_many_lengths(form: str, reader: str, path: Path) -> None:
+    read, make = READERS[reader]
+    FORMATS[form](make(), path)
+    whole = path.read_bytes()
+    for length in sorted({*range(0, 300, 50), *range(0, len(whole), len(whole) // 10), len(whole) - 1}):
+        path.write_bytes(whole[:length])
+        check_refused(read, path)
 
 
-def good_files(folder: Path) -> SimpleNamespace:
-    """Files that the scripts accept, for the options that are not under test."""
-    files = SimpleNamespace(teacher=folder / "teacher.pth", last=folder / "exp" / "ckpts" / "last.ckpt", out=folder)
-    files.pruned = files.last.with_name("pruned_hubert_base.pth")
-    files.final = folder / "exp" / "final" / "ckpts" / "pruned_hubert_base.pth"
-    model = model_contents()
-    checkpoint.save(files.teacher, model)
-    checkpoint.save(files.last, training_contents() | {"distillation": {"target_sparsity": 0.5}})
-    for path in (files.pruned, files.final):
-        projections = make_projections("layer2layer", parse_distill_layers("0.1,3"), 16, 16)
-        checkpoint.save(path, model | {"distill_linear_projs": projections.state_dict()})
-    files.student = {"distill": files.teacher, "final_distill": files.pruned}
-    return files
+def test_flipped_bits_are_noticed(path: Path) -> None:
+    """Of any weight, which torch.load alone does not notice."""
+    torch.save(model_contents(), path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        records = [record for record in archive.infolist() if "/data/" in record.filename and record.file_size]
+    for record in records[::5]:
+        # The record's bytes follow its local header, whose length it says itself, and the padding in it.
+        extra = int.from_bytes(whole[record.header_offset + 28 : record.header_offset + 30], "little")
+        damaged = bytearray(whole)
+        damaged[record.header_offset + 30 + len(record.filename) + extra + record.file_size // 2] ^= 1
+        path.write_bytes(damaged)
+        check_refused(checkpoint.load_model, path, f"the checksum of {record.filename} is wrong")
 
 
-Command = tuple[str, list[object]]
-
-# "script --option" -> the command with ``hostile`` for that option.
-ENTRY_POINTS: dict[str, Callable[[SimpleNamespace, Path], Command]] = {
-    **{
-        f"{script} --{option}": lambda files, hostile, script=script, option=option: (
-            script,
-            [
-                *small_run(
-                    files.tsv_dir,
-                    files.teacher,
-                    **{"student_ckpt": files.student[script], "min_seconds": 1, option: hostile},
-                ),
-                *("--exp_dir", files.out / "new"),
-            ],
-        )
-        for script in ("distill", "final_distill")
-        for option in ("teacher_ckpt", "student_ckpt", "resume_checkpoint")
-    },
-    "prune --distilled_ckpt": lambda files, hostile: (
-        "prune",
-        ["--distilled_ckpt", hostile, "--original_ckpt", files.teacher],
-    ),
-    "prune --original_ckpt": lambda files, hostile: (
-        "prune",
-        ["--distilled_ckpt", files.last, "--original_ckpt", hostile],
-    ),
-    "save_final_ckpt --config_path": lambda files, hostile: (
-        "save_final_ckpt",
-        ["--config_path", hostile, "--ckpt_after_final_distill", files.last],
-    ),
-    "save_final_ckpt --ckpt_after_final_distill": lambda files, hostile: (
-        "save_final_ckpt",
-        ["--config_path", files.pruned, "--ckpt_after_final_distill", hostile],
-    ),
-    "convert_wavlm_from_fairseq --ckpt": lambda files, hostile: (
-        "convert_wavlm_from_fairseq",
-        ["--ckpt", hostile, "--out", files.out / "new.pth"],
-    ),
-    "convert_hubert_from_hf --model": lambda files, hostile: (
-        "convert_hubert_from_hf",
-        ["--model", as_huggingface_model(hostile), "--out", files.out / "new.pth"],
-    ),
-    "evaluate --teacher": lambda files, hostile: evaluate(files, hostile, files.final),
-    "evaluate --models": lambda files, hostile: evaluate(files, files.teacher, hostile),
-    "report --teacher_ckpt": lambda files, hostile: report(files, teacher=hostile),
-    "report --exp_dir (last.ckpt)": lambda files, hostile: report(files, last=hostile),
-    "report --exp_dir (pruned model)": lambda files, hostile: report(files, pruned=hostile),
-    "report --exp_dir (final model)": lambda files, hostile: report(files, final=hostile),
-}
+def test_files_without_checksums_load(path: Path) -> None:
+    """As torch writes them where it is told to."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(model_contents(), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    checkpoint.load_model(path)
 
 
-def as_huggingface_model(weights: Path) -> Path:
-    """A model directory whose weights are this file."""
-    for name in ("config.json", "preprocessor_config.json"):
-        (weights.parent / name).write_bytes((FIXTURES / "hf" / "hubert_base" / name).read_bytes())
-    return weights.parent
+def test_records_that_are_not_what_they_claim(path: Path) -> None:
+    torch.save(model_contents(), path)
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+
+    def rewrite(changes: dict[str, bytes | None], **options: Any) -> None:
+        with zipfile.ZipFile(path, "w", **options) as archive:
+            for name, data in records.items():
+                changed = changes.get(name.partition("/")[2], data)
+                if changed is not None:
+                    archive.writestr(name, changed)
+
+    rewrite({})
+    checkpoint.load_model(path)
+    for changes in ({"data.pkl": None}, {"data/7": None}, {"data/7": b"short"}, {"data.pkl": b""}):
+        rewrite(changes)
+        check_refused(checkpoint.load_model, path)
+    rewrite({"data/7": bytes(10**7)}, compression=zipfile.ZIP_DEFLATED)
+    check_refused(checkpoint.load_model, path, "larger than the file")
 
 
-def evaluate(files: SimpleNamespace, teacher: Path, model: Path) -> Command:
-    return "evaluate", [
-        *("--teacher", teacher, "--models", model, "--names", "model", "--tsv", files.tsv_dir / "valid.tsv"),
-        *("--distill_layers", "0.1,3", "--speed_seconds", 0.1, "--device", "cpu", "--out", files.out / "new.json"),
-    ]
+def test_shapes_larger_than_the_file(path: Path) -> None:
+    """A file of some kB that claims a terabyte is refused before there is memory for it."""
+    contents = model_contents()
+    contents["config"] |= {"encoder_ff_interm_features": [2**20] * 3}
+    for key, value in contents["state_dict"].items():
+        if "intermediate_dense" in key or key.endswith("output_dense.weight"):
+            shape = [2**20 if size == 20 else size for size in value.shape]
+            contents["state_dict"][key] = torch.zeros(1).expand(shape)
+    torch.save(contents, path)
+    check_refused(checkpoint.load_model, path, "more than the numbers stored for it")
 
 
-def report(files: SimpleNamespace, **hostile: Path) -> Command:
-    for name, path in hostile.items():
-        getattr(files, name).write_bytes(path.read_bytes())
-        path.unlink()
-        path.symlink_to(getattr(files, name))
-    return "report", [
-        *("--exp_dir", files.last.parents[1], "--teacher_ckpt", files.teacher),
-        *("--tsv", files.tsv_dir / "valid.tsv", "--distill_layers", "0.1,3"),
-    ]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit itself
-def write_torchscript(contents: Any, path: Path) -> None:
+def write_torchscript(path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
 
 
-def truncated(contents: Any, path: Path) -> None:
-    torch.save(contents, path)
-    path.write_bytes(path.read_bytes()[:-5000])
+def write_tar(path: Path) -> None:
+    with tarfile.open(path, "w") as file:
+        member = tarfile.TarInfo("storages")
+        member.size = 3
+        file.addfile(member, io.BytesIO(b"abc"))
 
 
-def flipped(contents: dict[str, Any], path: Path) -> None:
-    """One bit of one weight is another."""
-    torch.save(contents, path)
-    weight = next(value for value in contents.get("state_dict", contents.get("model", {})).values() if value.numel())
-    data = bytearray(path.read_bytes())
-    data[data.index(weight.numpy().tobytes())] ^= 1
-    path.write_bytes(data)
-
-
-def with_payload(place: str, write: Callable[[Any, Path], None]) -> Callable[[Any, Path], None]:
-    return lambda contents, path: write(placed(contents, place, touch(path.parent / "marker")), path)
-
-
-HOSTILE = {
-    "a payload in a zip": with_payload("extra", FORMATS["zip"]),
-    "a payload in the older format": with_payload("extra", FORMATS["older format"]),
-    "a payload in a bare pickle": with_payload("extra", FORMATS["pickle"]),
-    "a payload in its state_dict": with_payload("state_dict.extra", FORMATS["zip"]),
-    "a payload in its optimizer states": with_payload("optimizer_states", FORMATS["zip"]),
-    "a TorchScript archive": write_torchscript,
-    "its end cut off": truncated,
-    "one bit of a weight flipped": flipped,
-    "an empty file": lambda contents, path: path.write_bytes(b""),
-    "a text": lambda contents, path: path.write_text("not a model"),
-    "a folder": lambda contents, path: path.mkdir(),
-    "another dict": lambda contents, path: torch.save({"weights": torch.zeros(3)}, path),
-}
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
-def test_entry_points(
-    entry_point: str,
-    tsv_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Exit status 1, one line that names the file, nothing run, nothing written."""
-    messages = {}
-    for number, (name, write) in enumerate(HOSTILE.items()):
-        folder = tmp_path / str(number)
-        files = good_files(folder)
-        files.tsv_dir = tsv_dir
-        if entry_point.startswith("report") and name == "a folder":
-            continue
-        hostile = folder / "hostile" / "pytorch_model.bin"
-        hostile.parent.mkdir()
-        trains = any(part in entry_point for part in ("resume", "distilled", "after", "last.ckpt"))
-        make = training_contents if trains else fairseq_contents if "convert" in entry_point else model_contents
-        write(make(), hostile)
-        script, arguments = ENTRY_POINTS[entry_point](files, hostile)
-        before = sorted(folder.rglob("*"))
-        with pytest.raises(SystemExit) as stop:
-            run_script(monkeypatch, script, *arguments)
-        captured = capsys.readouterr()
-        assert stop.value.code == 1
-        lines = captured.err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: "), (name, captured.err)
-        whole_folder = "--model" in entry_point and name in ("a folder", "another dict")
-        assert str(hostile.parent if whole_folder else hostile.resolve()) in lines[0], (name, lines[0])
-        assert sorted(folder.rglob("*")) == before, name
-        messages[name] = lines[0]
-    assert not list(tmp_path.rglob("marker"))
-
-
-def test_real_processes(tmp_path: Path) -> None:
-    """Two of them as a user starts them."""
-    files, hostile = good_files(tmp_path), tmp_path / "hostile.pt"
-    torch.save({"cfg": touch(tmp_path / "marker"), "model": {}}, hostile)
-    for entry_point in ("prune --distilled_ckpt", "convert_wavlm_from_fairseq --ckpt"):
-        script, arguments = ENTRY_POINTS[entry_point](files, hostile)
-        result = run_command(sys.executable, f"{script}.py", *arguments)
-        assert result.returncode == 1
-        assert result.stderr.count("\n") == 1 and result.stderr.startswith(f"error: {hostile}: ")
-    assert not (tmp_path / "marker").exists()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit itself
+@readers
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_torchscript,
+        write_tar,
+        lambda path: path.write_text("not a model"),
+        lambda path: torch.save({"weights": torch.zeros(3)}, path),
+        lambda path: torch.save([1, 2], path),
+    ],
+    ids=["TorchScript", "tar", "a text", "another dict", "a list"],
+)
+def test_files_of_another_kind(write: Callable[[Path], Any], reader: str, path: Path) -> None:
+    write(path)
+    with pytest.raises(UserError) as error:
+        READERS[reader][0](path)
+    assert str(path.parent) in str(error.value) and "\n" not in str(error.value)
 
 
 # --- Hugging Face directories ----------------------------------------------------------------------
@@ -527,158 +406,14 @@ HUGGINGFACE_FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
 
 
 @pytest.mark.parametrize("case", HUGGINGFACE_FILES)
-def test_huggingface_directories(
-    case: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    directory = tmp_path / "model"
-    directory.mkdir()
-    for source in (FIXTURES / "hf" / "hubert_base").iterdir():
-        (directory / source.name).write_bytes(source.read_bytes())
+def test_huggingface_directories(case: str, tmp_path: Path) -> None:
+    directory = shutil.copytree(HUGGINGFACE, tmp_path / "model")
     name, edit = HUGGINGFACE_FILES[case]
     edit(directory / name)
-    with pytest.raises(SystemExit) as stop:
-        run_script(monkeypatch, "convert_hubert_from_hf", "--model", directory, "--out", tmp_path / "new.pth")
-    assert stop.value.code == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"error: {directory}")
-    assert not (tmp_path / "new.pth").exists() and not (directory / "marker").exists()
-
-
-# --- damaged files ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", ["zip", "older format", "pickle"])
-def test_truncated_at_many_lengths(form: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.pth"
-    for contents in (model_contents(), fairseq_contents()):
-        FORMATS[form](contents, path)
-        whole = path.read_bytes()
-        lengths = {*range(0, 300, 11), *range(0, len(whole), len(whole) // 50), *range(len(whole) - 20, len(whole))}
-        for length in sorted(lengths):
-            path.write_bytes(whole[:length])
-            for reader in READERS.values():
-                with pytest.raises(UserError) as error:
-                    reader(path)
-                one_line(error.value, path)
-
-
-def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    """Of any weight, which torch.load alone does not notice, and of the zip's own tables."""
-    path = tmp_path / "model.pth"
-    contents = model_contents()
-    torch.save(contents, path)
-    whole = path.read_bytes()
-    rng = np.random.default_rng(0)
-    with zipfile.ZipFile(path) as archive:
-        records = [record for record in archive.infolist() if "/data/" in record.filename and record.file_size]
-    for record in records:
-        # The record's bytes follow its local header, whose length it says itself, and the padding in it.
-        extra = int.from_bytes(whole[record.header_offset + 28 : record.header_offset + 30], "little")
-        start = record.header_offset + 30 + len(record.filename) + extra
-        damaged = bytearray(whole)
-        damaged[start + int(rng.integers(record.file_size))] ^= 1 << int(rng.integers(8))
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match="Bad CRC-32") as error:
-            checkpoint.load_model(path)
-        one_line(error.value, path)
-
-
-def test_records_that_are_not_what_they_claim(tmp_path: Path) -> None:
-    path = tmp_path / "model.pth"
-    torch.save(model_contents(), path)
-    with zipfile.ZipFile(path) as archive:
-        records = {record.filename: archive.read(record) for record in archive.infolist()}
-
-    def rewrite(kept: Callable[[str], bool], **options: Any) -> None:
-        with zipfile.ZipFile(path, "w", **options) as archive:
-            for name, data in records.items():
-                if kept(name):
-                    archive.writestr(name, data)
-
-    def refused(tried: str) -> None:
-        with pytest.raises(UserError):
-            checkpoint.load_model(path)
-
-    rewrite(lambda name: True)
-    checkpoint.load_model(path)
-    rewrite(lambda name: not name.endswith("data.pkl"))
-    refused("a zip without its data.pkl")
-    rewrite(lambda name: not name.endswith("data/7"))
-    refused("a zip without one of its tensors")
-    rewrite(lambda name: True, compression=zipfile.ZIP_DEFLATED)
-    refused("a zip of compressed records (which could be a bomb)")
-    for name in records:
-        if name.endswith("data/7"):
-            records[name] = records[name][:-4]
-    rewrite(lambda name: True)
-    refused("a zip with a tensor shorter than it says")
-
-
-def shared_memory(contents: dict[str, Any]) -> None:
-    """All square weights are one."""
-    state_dict = contents["state_dict"]
-    shared = next(value for key, value in state_dict.items() if key.endswith("k_proj.weight"))
-    for key in state_dict:
-        if key.endswith("_proj.weight") and state_dict[key].shape == shared.shape:
-            state_dict[key] = shared
-
-
-@pytest.mark.parametrize("claim", ["strides of 0", "one record for many weights"])
-def test_shapes_larger_than_the_file(claim: str, tmp_path: Path) -> None:
-    """A file of some kB that claims a terabyte is refused before there is memory for it."""
-    path, contents = tmp_path / "model.pth", model_contents()
-    if claim == "strides of 0":
-        contents["config"] |= {"encoder_ff_interm_features": [2**20] * 3}
-        for key, value in contents["state_dict"].items():
-            if "intermediate_dense" in key or key.endswith("output_dense.weight"):
-                shape = [2**20 if size == 20 else size for size in value.shape]
-                contents["state_dict"][key] = torch.zeros(1).expand(shape)
-    else:
-        shared_memory(contents)
-    checkpoint.save(path, contents)
-    with pytest.raises(UserError, match="more than the numbers stored for it"):
-        checkpoint.load_model(path)
-
-
-def nested_tuples(levels: int, wide: bool) -> bytes:
-    """A pickled dict whose key is a tuple in a tuple and so on; a wide one holds each twice."""
-    level = b"q\x00h\x00\x86" if wide else b"\x85"
-    return b"\x80\x02}K\x01" + level * levels + b"K\x01s."
-
-
-@pytest.mark.parametrize("wide", [True, False])
-def test_endless_nesting(wide: bool, tmp_path: Path) -> None:
-    """A few bytes a level, and the hash of the whole would take years, or overflow the stack."""
-    path = tmp_path / "model.pth"
-    contents = nested_tuples(60 if wide else 1_000_000, wide)
-    torch.save({}, path)
-    with zipfile.ZipFile(path) as archive:
-        records = {record.filename: archive.read(record) for record in archive.infolist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in records.items():
-            archive.writestr(name, contents if name.endswith("data.pkl") else data)
-    in_zip = path.read_bytes()
-    for data in (in_zip, contents):
-        path.write_bytes(data)
-        for reader in READERS.values():
-            with pytest.raises(UserError, match="a tuple in it is nested") as error:
-                reader(path)
-            one_line(error.value, path)
-
-
-def test_files_without_checksums_load(tmp_path: Path) -> None:
-    """As torch writes them where it is told to."""
-    path, contents = tmp_path / "model.pth", model_contents()
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(contents, path)
-    finally:
-        torch.serialization.set_crc32_options(True)
-    state_dict = checkpoint.load_model(path).state_dict()
-    assert all(torch.equal(value, contents["state_dict"][key]) for key, value in state_dict.items())
+    with pytest.raises(UserError) as error:
+        import_huggingface_model(directory)
+    assert str(error.value).startswith(str(directory)) and "\n" not in str(error.value)
+    assert not (directory / "marker").exists()
 
 
 # --- the sources -----------------------------------------------------------------------------------
