@@ -32,13 +32,14 @@ from training import callbacks, checkpoints, compiling
 from training.batch_size import AUTO, FillMemory, seconds_or_auto
 from training.data import SpeechDataModule
 from training.pairs import DISTILL_MODES, check_pair, make_projections, parse_distill_layers
+from training.speed import keep_freed_memory
 from training.throughput import FetchTimer, Throughput
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
 from wav2vec2.errors import UserError
+from wav2vec2.fast import fast_paths, plain_paths
 from wav2vec2.flops import forward_flops
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.paths import fast_paths, keep_freed_memory, plain_paths
 
 # The published number of GPUs of one node (run.sh).
 DEFAULT_GPUS = 4

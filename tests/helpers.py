@@ -29,8 +29,8 @@ from lightning import (
 )
 from training import throughput
 from wav2vec2 import checkpoint
+from wav2vec2.fast import plain_paths
 from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, masked_units, wav2vec2_model, with_masks
-from wav2vec2.paths import plain_paths
 from wav2vec2.utils.import_huggingface import import_huggingface_model
 from wav2vec2.utils.importing import ImportedModel
 

@@ -5,6 +5,8 @@ the audio: linearly, since a batch of shorter utterances and the same audio need
 take :data:`SHARE` of the memory that is free.
 """
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,15 @@ from torch import distributed
 from cli import AllProcessesError
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.errors import UserError
-from wav2vec2.paths import give_back_freed_memory
 
 AUTO = "auto"
+
+
+def give_back_freed_memory() -> None:
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 # The rest is for what varies: fragments, the loader, the libraries' own memory.
 SHARE = 0.9
 # The second trial's audio, so that what is measured is more than noise.

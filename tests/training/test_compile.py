@@ -28,8 +28,8 @@ from dataset.batches import BatchSampler, choose_crop_lengths, make_batches
 from lightning import DistillModule
 from training import compiling
 from wav2vec2.errors import UserError
+from wav2vec2.fast import plain_paths
 from wav2vec2.model import PRUNING_UNITS, with_masks
-from wav2vec2.paths import plain_paths
 
 NOISE = {"encoder_dropout": 0.1, "encoder_attention_dropout": 0.1, "encoder_ff_interm_dropout": 0.1}
 

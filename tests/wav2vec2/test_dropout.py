@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch.nn import functional as F
-
 from wav2vec2.dropout import Dropout, dropout
-from wav2vec2.paths import plain_paths
+
+from wav2vec2.fast import plain_paths
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

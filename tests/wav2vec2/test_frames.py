@@ -7,12 +7,12 @@ import torch
 from helpers import num_elements, random_model, random_waveforms, small_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from wav2vec2.frames import NormalizedConv, conv_channels_last, conv_frames, norm_over_time
 
 from wav2vec2 import components, products
 from wav2vec2.components import FeatureExtractor
-from wav2vec2.frames import NormalizedConv, conv_channels_last, conv_frames, norm_over_time
+from wav2vec2.fast import plain_paths
 from wav2vec2.model import PRUNING_UNITS, with_masks
-from wav2vec2.paths import plain_paths
 
 # Kernels above, at and below the stride, and frames that no window covers.
 WINDOWS = [(3, 2, 11), (3, 2, 12), (2, 2, 9), (10, 5, 33), (5, 1, 5), (2, 3, 12), (1, 1, 4)]

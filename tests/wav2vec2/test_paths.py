@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from lightning import DistillLoss, DistillModule, clip_gradients
 from wav2vec2 import components, dropout
+from wav2vec2.fast import fast_paths, plain_paths
 from wav2vec2.model import PRUNING_UNITS, with_masks
-from wav2vec2.paths import fast_paths, plain_paths
 
 LENGTHS = {"no lengths": None, "padded": (1200, 1000, 700), "lengths without padding": (1200, 1200, 1200)}
 
