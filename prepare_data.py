@@ -45,8 +45,8 @@ from wav2vec2.audio import (
     seeks_exactly,
 )
 from wav2vec2.errors import UserError
+from wav2vec2.fast import fast_paths
 from wav2vec2.files import atomic_path
-from wav2vec2.paths import fast_paths
 
 if TYPE_CHECKING:
     from dataset.packed import Writer

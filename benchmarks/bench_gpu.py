@@ -42,8 +42,8 @@ from benchmarks.results import Result, write_results  # noqa: E402
 from lightning import cast_products  # noqa: E402
 from training import compiling  # noqa: E402
 from wav2vec2.errors import UserError  # noqa: E402
+from wav2vec2.fast import plain_paths  # noqa: E402
 from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model, wavlm_base  # noqa: E402
-from wav2vec2.paths import plain_paths  # noqa: E402
 
 # Seconds of each section; with starting up they stay below eight minutes.
 SECTION_SECONDS = {"hubert": 125, "wavlm": 125, "recompute": 45, "channels": 45, "inference": 100}

@@ -46,8 +46,9 @@ from dataset.batches import Crop  # noqa: E402
 from dataset.manifest import read_manifest  # noqa: E402
 from dataset.speech import SpeechDataset  # noqa: E402
 from lightning import DistillLoss, DistillModule, cast_products, clip_gradients, make_projections  # noqa: E402
+from training.speed import keep_freed_memory  # noqa: E402
+from wav2vec2.fast import plain_paths  # noqa: E402
 from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model, wavlm_base, with_masks  # noqa: E402
-from wav2vec2.paths import keep_freed_memory, plain_paths  # noqa: E402
 
 # The dropouts that converters write into a teacher's config, for every model: the published training's.
 DROPOUTS = {

@@ -9,11 +9,7 @@ from wav2vec2.model import Wav2Vec2Model
 
 def shortest_input(model: Wav2Vec2Model) -> int:
     """Samples that make one frame."""
-    num_samples = 1
-    for layer in reversed(model.feature_extractor.conv_layers):
-        _, kernel, stride = layer.shape
-        num_samples = (num_samples - 1) * stride + kernel
-    return num_samples
+    return model.feature_extractor.receptive_field
 
 
 @torch.inference_mode()

@@ -6,7 +6,8 @@ from typing import Any, Self
 
 from huggingface_hub import PyTorchModelHubMixin
 
-from .checkpoint import build_model
+from .config import check_config
+from .errors import UserError
 from .hub import download, read_folder, save_folder
 from .model import Wav2Vec2Model
 
@@ -24,8 +25,10 @@ class HubModel(Wav2Vec2Model, PyTorchModelHubMixin):
     """
 
     def __init__(self, **config: Any) -> None:
-        model = build_model(config)
-        super().__init__(model.normalize_waveform, model.feature_extractor, model.encoder, model.aux, model.config)
+        try:
+            super().__init__(check_config(config))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"no model can be built from its config: {error}") from error
 
     @classmethod
     def from_pretrained(

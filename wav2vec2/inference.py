@@ -28,7 +28,7 @@ from . import checkpoint
 from .audio import SAMPLE_RATE, read_audio, resample_to_16k
 from .components import FeatureExtractor
 from .errors import UserError, short_repr
-from .frames import norm_over_time
+from .fast import norm_over_time
 from .model import Wav2Vec2Model, normalize_waveforms
 
 BATCH_SECONDS = 60.0
@@ -288,11 +288,7 @@ class _Chunking:
 
     @classmethod
     def of(cls, extractor: FeatureExtractor, max_seconds: float | None, context_seconds: float) -> "_Chunking":
-        stride, receptive_field = 1, 1
-        for layer in extractor.conv_layers:
-            _, kernel, layer_stride = layer.shape
-            receptive_field += (kernel - 1) * stride
-            stride *= layer_stride
+        stride, receptive_field = extractor.stride, extractor.receptive_field
         if max_seconds is None:
             return cls(stride, receptive_field, math.inf, 0, 0)
         if not context_seconds >= 0:

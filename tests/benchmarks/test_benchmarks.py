@@ -61,7 +61,7 @@ def test_memory_is_kept():
     """
     code = (
         "import resource, sys, torch\n"
-        "from wav2vec2.paths import keep_freed_memory\n"
+        "from training.speed import keep_freed_memory\n"
         "if len(sys.argv) > 1 and not keep_freed_memory():\n    sys.exit(3)\n"
         "def work():\n    x = torch.ones(16 << 20)\n    y = x * 2\n    del x, y\n"
         "for _ in range(20):\n    work()\n"

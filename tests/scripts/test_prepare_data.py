@@ -23,7 +23,7 @@ from prepare_data import LIBRISPEECH_SPLITS, count_samples, find_audio, hold_out
 from wav2vec2 import audio
 from wav2vec2.audio import SAMPLE_RATE, length_of_flac
 from wav2vec2.errors import UserError
-from wav2vec2.paths import plain_paths
+from wav2vec2.fast import plain_paths
 
 
 def write_audio(path: Path, num_samples: int = 1600, sample_rate: int = SAMPLE_RATE, num_channels: int = 1) -> Path:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..fast import plain_paths
 from ..files import atomic_path
 from ..model import Wav2Vec2Model
-from ..paths import plain_paths
 
 OUTPUTS = ("last", "all")
 
@@ -68,11 +68,7 @@ class Outputs(nn.Module):
 
 def min_samples(model: Wav2Vec2Model, num_frames: int) -> int:
     """The samples that ``num_frames`` frames take at least."""
-    length = num_frames
-    for layer in reversed(model.feature_extractor.conv_layers):
-        _, kernel, stride = layer.shape
-        length = (length - 1) * stride + kernel
-    return length
+    return model.feature_extractor.num_samples(num_frames)
 
 
 def trace(model: Wav2Vec2Model, outputs: str, plain: bool) -> "torch.export.ExportedProgram":

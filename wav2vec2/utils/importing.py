@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from ..components import WEIGHT_NORM_NAMES
 from ..config import MAX_LAYERS
 from ..errors import UserError, short_repr, single_line
 from ..model import Wav2Vec2Model
@@ -19,10 +20,7 @@ from ..model import Wav2Vec2Model
 _DUMMY_WEIGHT = "feature_extractor.dummy_weight"
 
 # torch names weight normalisation's two parts in two ways; published files use either.
-WEIGHT_NORM_ALIASES = {
-    ".weight_g": ".parametrizations.weight.original0",
-    ".weight_v": ".parametrizations.weight.original1",
-}
+WEIGHT_NORM_ALIASES = {f".{published}": f".{name}" for name, published in WEIGHT_NORM_NAMES.items()}
 
 
 @dataclass(frozen=True)

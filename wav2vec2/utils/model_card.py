@@ -1,7 +1,6 @@
 """The README.md of an exported model: what it is, how to load it, what was measured, where it comes from."""
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,7 +198,7 @@ class Card:
             numbers["multiply-accumulates"] = (
                 f"{self.macs_per_second / 1e9:.3g} G for each second of audio, in waveforms of {self.macs_seconds:g} s"
             )
-        stride = math.prod(layer.shape[2] for layer in model.feature_extractor.conv_layers)
+        stride = model.feature_extractor.stride
         numbers["frames"] = f"{_SAMPLE_RATE / stride:g} a second, of {self.config['encoder_embed_dim']} dimensions"
         numbers["waveforms"] = (
             "normalised inside of the model" if model.normalize_waveform else "taken as they are, full scale 1"
