@@ -1,4 +1,4 @@
-"""Pruning: masked equals pruned and counts are exact, for random architectures, units, masks and multiples of widths."""
+"""Pruning: masked equals pruned, counts are exact, widths in multiples; random architectures, units and masks."""
 
 import copy
 import json
