@@ -271,6 +271,7 @@ def test_download_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> No
         hub.download("someone/small")
 
 
+@pytest.mark.slow
 def test_loads_without_training_packages(tmp_path: Path) -> None:
     """Reading needs torch and safetensors, by the class too."""
     model = pruned_model()

@@ -353,6 +353,14 @@ def test_file_cut_short(tmp_path):
     with pytest.raises(UserError, match=r"a.flac: (is cut short|expected audio)"):
         audio.read_audio(path)
 
+    class BadFile(UserError):
+        pass
+
+    with pytest.raises(BadFile, match="no such file"), audio.checked_audio(tmp_path / "gone.flac", BadFile):
+        pass
+    with pytest.raises(BadFile, match="cannot be decoded"), audio.checked_audio(path, BadFile) as file:
+        file.seek(49_000)
+
 
 # What it needs
 
@@ -371,6 +379,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_torch_alone(tmp_path):
     path = save_small_model(tmp_path / "model.pth", "hubert", "base")
     result = subprocess.run(
@@ -382,6 +391,7 @@ def test_torch_alone(tmp_path):
     assert error == f"{path}: reading audio needs soundfile, which is missing; pip install soundfile"
 
 
+@pytest.mark.slow
 def test_docstrings():
     result = doctest.testmod(inference)
     assert result.attempted > 5
