@@ -91,8 +91,8 @@ class UpstreamExpert(nn.Module):
             ``hidden_states``: num_layers + 1 tensors (B, frames, D), the projected extractor output and the output of
             every layer (of pre-norm models without the final LayerNorm); ``last_hidden_state``: the last of them.
         """
-        fewest_samples = self.model.feature_extractor.receptive_field
-        lengths = [max(len(wav), fewest_samples) for wav in wavs]  # shorter ones are padded to one frame
+        # Shorter ones are padded to one frame.
+        lengths = [max(len(wav), self.model.feature_extractor.receptive_field) for wav in wavs]
         waveforms = pad_sequence(wavs, batch_first=True)
         waveforms = F.pad(waveforms, (0, max(lengths) - waveforms.size(1)))
         if len(set(lengths)) == 1:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,29 @@ def open_audio(path: str | os.PathLike) -> "SoundFile":
 
     # As bytes: soundfile insists on UTF-8 in a str, which a file name on Linux need not be.
     return SoundFile(os.fsencode(path))
+
+
+@contextmanager
+def checked_audio(path: str | os.PathLike, error_class: type[UserError] = UserError) -> "Iterator[SoundFile]":
+    """Open a file to read audio from; what goes wrong, inside the ``with`` too, becomes an ``error_class``.
+
+    Raises:
+        UserError: the file is missing or cannot be read, or a package that reads it is not installed.
+    """
+    if not os.path.isfile(path):
+        raise error_class(f"{path}: no such file, expected audio; check the path")
+    try:
+        from soundfile import LibsndfileError
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: reading audio needs soundfile, which is missing; pip install soundfile") from error
+    try:
+        with open_audio(path) as file:
+            yield file
+    except LibsndfileError as error:
+        reason = f"{error.error_string.rstrip('.')}; {os.path.getsize(path)} bytes"
+        raise error_class(f"{path}: expected audio, but it cannot be decoded ({reason}); get the file again") from error
+    except OSError as error:  # a disk that fails, a network folder that went away
+        raise error_class(f"{path}: expected audio, but reading it fails ({error.strerror}); check the disk") from error
 
 
 def length_of_flac(path: str | os.PathLike) -> tuple[int, int] | None:
@@ -97,11 +121,19 @@ def _read_mono(file: "SoundFile", num_frames: int) -> "Tensor":
 
 
 def resample_to_16k(waveform: "Tensor", sample_rate: int) -> "Tensor":
-    """(T,) at ``sample_rate`` to (``num_samples_at_16k(T, sample_rate)``,) at 16 kHz."""
+    """(T,) at ``sample_rate`` to (``num_samples_at_16k(T, sample_rate)``,) at 16 kHz.
+
+    Raises:
+        UserError: torchaudio is missing.
+    """
     if sample_rate == SAMPLE_RATE:
         return waveform
     from torch.nn.functional import pad
-    from torchaudio.functional import resample  # imported late: a corpus at 16 kHz does without torchaudio
+
+    try:
+        from torchaudio.functional import resample  # imported late: a corpus at 16 kHz does without torchaudio
+    except ModuleNotFoundError as error:
+        raise UserError(f"audio at {sample_rate} Hz: resampling to 16 kHz needs torchaudio; install it") from error
 
     # torchaudio rounds the length in float32, which can lose the last sample; a few zeros more prevent it.
     padded = pad(waveform, (0, sample_rate // 100))
@@ -116,26 +148,12 @@ def read_audio(path: str | os.PathLike) -> "Tensor":
     Raises:
         UserError: the file is missing, unreadable or cut short, or a package that reads it is not installed.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file, expected audio; check the path")
-    try:
-        from soundfile import LibsndfileError
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}: reading audio needs soundfile, which is missing; pip install soundfile") from error
-    try:
-        with open_audio(path) as file:
-            blocks = list(_blocks_at_16k(file))
-            if seeks_exactly(file) and file.frames != UNKNOWN_LENGTH and file.tell() != file.frames:
-                raise UserError(
-                    f"{path}: is cut short: {file.tell()} of {file.frames} samples can be read; get the file again"
-                )
-    except LibsndfileError as error:
-        reason = error.error_string.rstrip(".")
-        raise UserError(f"{path}: expected audio, but it cannot be decoded ({reason}); get the file again") from error
-    except OSError as error:  # a disk that fails, a network folder that went away
-        raise UserError(f"{path}: expected audio, but reading it fails ({error.strerror}); check the disk") from error
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}: other rates than 16 kHz need torchaudio, which is missing; install it") from error
+    with checked_audio(path) as file:
+        blocks = list(_blocks_at_16k(file))
+        if seeks_exactly(file) and file.frames != UNKNOWN_LENGTH and file.tell() != file.frames:
+            raise UserError(
+                f"{path}: is cut short: {file.tell()} of {file.frames} samples can be read; get the file again"
+            )
     import torch
 
     return torch.cat(blocks) if blocks else torch.empty(0)

@@ -172,7 +172,7 @@ def test_huggingface_conv_channels_may_differ(tmp_path: Path) -> None:
 
 def test_huggingface_model_type(tmp_path: Path) -> None:
     model = unpruned_model("wavlm", "base")
-    with pytest.raises(UserError, match="--model_type: expected wavlm, by the model's config, found hubert"):
+    with pytest.raises(UserError, match="model_type: expected wavlm, by the model's config, found hubert"):
         export_huggingface(model.state_dict(), model.config, tmp_path, "hubert")
 
 
