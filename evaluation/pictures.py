@@ -32,7 +32,8 @@ _STYLE = {
     "grid.color": INK,
     "grid.alpha": 0.12,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    "figure.constrained_layout.use": True,
+    "figure.figsize": (4.8, 2.6),
+    **{f"figure.subplot.{side}": place for side, place in (("left", 0.14), ("right", 0.97), ("bottom", 0.19))},
     "svg.fonttype": "none",
     "svg.hashsalt": "dphubert",
 }
@@ -87,7 +88,7 @@ def curves(log: Mapping[str, Column]) -> list[Picture]:
 
 def _curve(panel: Panel, lines: Mapping[str, Column]) -> Picture:
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.8, 2.6))
+        figure = Figure()
         axes = figure.subplots()
         ends = []
         for colour, (name, column) in zip(COLOURS, lines.items(), strict=False):
@@ -102,7 +103,7 @@ def _curve(panel: Panel, lines: Mapping[str, Column]) -> Picture:
         axes.set_xlabel("update")
         if len(lines) > 1:
             axes.legend()
-        return Picture(f"{panel.title}: {', '.join(ends)} in the end", _svg(figure))
+        return Picture(f"{', '.join(ends)} in the end", _svg(figure))
 
 
 def _thinned(column: Column) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +116,7 @@ def _thinned(column: Column) -> tuple[np.ndarray, np.ndarray]:
 def kept_units(unit: str, before: Sequence[int], after: Sequence[int], first_layer: int) -> Picture:
     """The units of each layer after pruning, in the outline of those before it; a cross marks a block that is gone."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.8, 2.6))
+        figure = Figure()
         axes = figure.subplots()
         layers = np.arange(first_layer, first_layer + len(before))
         axes.bar(layers, before, color="none", edgecolor=INK, linewidth=0.8, alpha=0.6)
@@ -127,7 +128,7 @@ def kept_units(unit: str, before: Sequence[int], after: Sequence[int], first_lay
         axes.grid(axis="x", visible=False)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(12 if axis is axes.xaxis else 4, integer=True))
-        return Picture(f"{unit}: {sum(after):,} of {sum(before):,} kept", _svg(figure))
+        return Picture(f"{sum(after):,} of {sum(before):,} {unit} kept", _svg(figure))
 
 
 def _svg(figure: Figure) -> Markup:

@@ -32,7 +32,11 @@ def size_table(experiment: Experiment) -> Table | None:
     measured = [
         {"name": name, "is_teacher": name == "original", "cost": cost(shape, path)} for name, shape, path in rows
     ]
-    return cost_table(measured, counted_on()) if measured else None
+    if not measured:
+        return None
+    target = experiment.target_sparsity
+    wanted = "Cost" if target is None else f"Cost, where a sparsity of {target:.2%} was wanted"
+    return cost_table(measured, counted_on())._replace(title=wanted)
 
 
 def kept_pictures(before: dict[str, Any], after: dict[str, Any]) -> list[Picture]:
@@ -81,6 +85,7 @@ def write_report(exp_dir: Path, evaluation: dict[str, Any] | None = None) -> Pat
         UserError: there is no run in ``exp_dir``, or the evaluation is none.
         OSError: the page cannot be written.
     """
+    evaluated = [] if evaluation is None else evaluation_tables(evaluation)
     experiment = read_experiment(exp_dir)
     before, after = experiment.original, experiment.models[-1].shape if experiment.models else None
     has_both = before is not None and after is not None
@@ -96,14 +101,13 @@ def write_report(exp_dir: Path, evaluation: dict[str, Any] | None = None) -> Pat
         name=experiment.name,
         notes=experiment.notes,
         sizes=size_table(experiment),
-        target=None if experiment.target_sparsity is None else f"{experiment.target_sparsity:.2%}",
         kept=kept_pictures(before.config, after.config) if has_both else [],
         architecture=architecture_tables(before.config, after.config) if has_both else [],
         stages=[
             {"title": stage.title, "progress": progress(stage), "curves": curves(stage.log)}
             for stage in experiment.stages
         ],
-        evaluation=[] if evaluation is None else evaluation_tables(evaluation),
+        evaluation=evaluated,
         settings=setting_tables(experiment, evaluation or {}),
     )
     out = exp_dir / PAGE

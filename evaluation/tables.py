@@ -141,13 +141,13 @@ def architecture_tables(before: dict[str, Any], after: dict[str, Any]) -> list[T
     layers = zip(cells["heads"], cells["FFN dimensions"], strict=True)
     return [
         Table(
-            "Transformer, kept units of the original's",
+            "Kept units of the transformer",
             ["layer", "heads", "FFN dimensions"],
             [[str(layer), *row] for layer, row in enumerate(layers, start=1)],
             [],
         ),
         Table(
-            "Extractor, kept units of the original's",
+            "Kept channels of the extractor",
             ["conv layer", "channels"],
             [[str(layer), row] for layer, row in enumerate(cells["conv channels"])],
             [],
