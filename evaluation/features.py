@@ -7,11 +7,6 @@ from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
 
 
-def shortest_input(model: Wav2Vec2Model) -> int:
-    """Samples that make one frame."""
-    return model.feature_extractor.receptive_field
-
-
 @torch.inference_mode()
 def hidden_states(
     model: Wav2Vec2Model, waveform: Tensor, num_layers: int | None, model_source: str, audio_source: str
@@ -27,7 +22,7 @@ def hidden_states(
     Raises:
         UserError: the waveform is too short for a frame, or a hidden state is not finite.
     """
-    needed = shortest_input(model)
+    needed = model.feature_extractor.receptive_field
     if waveform.numel() < needed:
         raise UserError(
             f"{audio_source}: has {waveform.numel()} samples at 16 kHz, expected at least {needed}, which make one "
