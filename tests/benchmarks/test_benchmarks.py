@@ -10,7 +10,7 @@ from helpers import error_line, run_command, run_script, run_to_exit, small_conf
 
 from benchmarks import bench_data, bench_gpu, bench_model
 from benchmarks.results import Result, write_results
-from training import compiling
+from training import speed
 from wav2vec2.model import wav2vec2_model
 
 
@@ -94,7 +94,7 @@ def test_both_ways_to_load_read_the_same_crops(tmp_path):
 def test_gpu_code_on_a_cpu(tiny, monkeypatch, tmp_path, capsys):
     """It must not fail where a GPU costs money; CPUs have no loss scaler."""
     torch._dynamo.reset()
-    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setattr(speed, "COMPILER", "eager")
     monkeypatch.setattr(bench_gpu, "SHAPE", (2, 1600))
     monkeypatch.setattr(bench_gpu, "TEACHERS", bench_model.TEACHERS)
     monkeypatch.setitem(bench_gpu.VARIANTS, "published", ("plain", "32"))
