@@ -514,14 +514,6 @@ def add_arguments(
         help="crop utterances to at most this length (default: only to the shortest of their batch)",
     )
     group.add_argument(
-        "--crop_lengths",
-        type=int,
-        help="crop to at most this many different lengths, chosen to lose the least audio, with equally many "
-        "utterances in all batches of a length (default: to the shortest utterance of each batch; with --compile: as "
-        "few lengths as lose less than 2%% of the audio)",
-    )
-    group.add_argument("--no_pack", action="store_true", help="read the audio files even if TSV_DIR has a packed copy")
-    group.add_argument(
         "--max_bad_files",
         default="1%",
         help="audio files that may be unreadable and replaced by others, a number or a share of the training manifest",
@@ -577,7 +569,7 @@ def add_arguments(
         "--compile",
         action="store_true",
         help="compile teacher, student and loss with torch.compile: the same numbers up to rounding, after some "
-        "minutes of compiling for each shape of batches (see --crop_lengths)",
+        "minutes of compiling for each shape of batches",
     )
     group.add_argument(
         "--checkpoint_activations",
@@ -604,7 +596,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name in ("warmup_updates", "num_workers", "weight_decay", "clip_norm", "skip_nonfinite"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name}: expected 0 or more, found {getattr(args, name)}")
-    for name in ("valid_interval", "max_crop_seconds", "crop_lengths"):
+    for name in ("valid_interval", "max_crop_seconds"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name}: expected a number above 0, found {getattr(args, name)}")
     if args.warmup_updates > args.max_updates:
@@ -786,11 +778,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         args.max_crop_seconds,
         args.seed,
         args.max_bad_files,
-        not args.no_pack,
-        AUTO if args.compile and args.crop_lengths is None else args.crop_lengths,
     )
-    if data.crop_lengths is not None and args.crop_lengths is None:
-        args.crop_lengths = len(data.crop_lengths)  # for the run's settings
     pl.seed_everything(args.seed, verbose=False)
     return Setup(data, ckpt.load_model(args.teacher_ckpt), layer_groups)
 
@@ -799,7 +787,7 @@ def prepare(args: argparse.Namespace) -> Setup:
 _NOT_SETTINGS = {
     *("tsv_dir", "train_subset", "teacher_ckpt", "student_ckpt", "gpus", "num_nodes", "accum_grad"),
     *("debug", "exp_dir", "resume_checkpoint", "save_interval", "log_interval", "valid_interval", "num_workers"),
-    *("no_pack", "skip_nonfinite", "max_bad_files", "accelerator", "plain", "round_to"),
+    *("skip_nonfinite", "max_bad_files", "accelerator", "plain", "round_to"),
     *("compile", "checkpoint_activations"),
 }
 
@@ -952,12 +940,6 @@ def use_batches(
     if seconds_per_batch is not None:
         per_update = seconds_per_batch * trainer.world_size * args.accum_grad
         words.append(f"--seconds_per_batch {seconds_per_batch:g} fills the memory, {per_update:g} s an update")
-    if data.crop_lengths is not None:
-        words.append(
-            f"--crop_lengths {len(data.crop_lengths)}: {data.num_shapes} shapes, {data.lost_share:.1%} of audio lost"
-        )
-    if data.manifests[args.train_subset].pack is not None:
-        words.append("packed")
     print(f"{description}: {'; '.join(words)}", flush=True)
 
 

@@ -6,8 +6,8 @@
 Sections:
 
     prepare   prepare_data.py on 20,000 files of 1 to 2 s, beside parallel calls of soundfile.info
-    loader    an epoch and more of batches of 87.5 s from files of 2 to 15 s, and from the pack of the same files,
-              beside soundfile reading the same crops in the same number of processes
+    loader    an epoch and more of batches of 87.5 s from files of 2 to 15 s, beside soundfile reading the same crops
+              in the same number of processes
     manifest  reading a manifest of 300,000 lines
 
 Files are made for the purpose, and have been read once before anything is timed. What is compared takes turns, so
@@ -41,7 +41,6 @@ sys.path.insert(0, str(REPOSITORY))
 import cli  # noqa: E402
 import prepare_data  # noqa: E402
 from benchmarks.results import Result, take_turns, write_results  # noqa: E402
-from dataset import packed  # noqa: E402
 from dataset.batches import BatchSampler, Crop, TrainingSampler, make_batches  # noqa: E402
 from dataset.manifest import Manifest, read_manifest  # noqa: E402
 from dataset.speech import SpeechDataset  # noqa: E402
@@ -169,13 +168,10 @@ def bench_loader(args: argparse.Namespace, size: Size, folder: Path) -> list[Res
     """Seconds of audio and batches per second, of one loader process after the other."""
     corpus, out = folder / "long", folder / "long_manifests"
     make_corpus(corpus, size.num_utterances, 2, 15)
-    arguments = ["--data", str(corpus), "--out", str(out), "--splits", "train=train,valid", "--pack"]
-    packing = seconds(
-        lambda: prepare_data.main(prepare_data.parse_args([*arguments, "--num_workers", str(args.num_processes)]))
-    )
+    arguments = ["--data", str(corpus), "--out", str(out), "--splits", "train=train,valid"]
+    seconds(lambda: prepare_data.main(prepare_data.parse_args([*arguments, "--num_workers", str(args.num_processes)])))
     manifest = read_manifest(out / "train.tsv")
-    audio_seconds = manifest.lengths.sum() / SAMPLE_RATE
-    results = [Result("loader", "prepare_data.py --pack", audio_seconds / packing, "audio s/s", None, 1)]
+    results: list[Result] = []
     batches = make_batches(manifest.lengths, max_tokens=SECONDS_PER_BATCH * SAMPLE_RATE)
     crops = list(TrainingSampler(BatchSampler(manifest.lengths, batches, 1, 0, True, seed=0), end=size.num_batches))
     # The first batch waits for the processes to start.
@@ -183,7 +179,6 @@ def bench_loader(args: argparse.Namespace, size: Size, folder: Path) -> list[Res
     datasets = {
         "soundfile.read (baseline)": BareReads(manifest),
         "files": SpeechDataset(manifest),
-        "pack": SpeechDataset(packed.attach(manifest)),
     }
 
     def measure(dataset: Dataset, num_workers: int) -> float:

@@ -1,8 +1,8 @@
 """``--compile``: torch.compile for what an update computes.
 
-Compiled code is made for one batch shape at a time, so training with it has batches of few shapes
-(``choose_crop_lengths``), and no shape is compiled twice. It draws the noise (masks, dropout) that the plain
-code draws, and on GPUs the fast code too: results are the same up to rounding, and a run may go on with it or without.
+Compiled code is made for one batch shape at a time, and no shape is compiled twice. It draws the noise (masks,
+dropout) that the plain code draws, and on GPUs the fast code too: results are the same up to rounding, and a run may
+go on with it or without.
 """
 
 from collections.abc import Callable

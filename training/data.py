@@ -8,12 +8,11 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from dataset import packed
-from dataset.batches import BatchSampler, TrainingSampler, choose_crop_lengths, make_batches
-from dataset.manifest import Manifest, parse_max_bad_files, read_manifest
+from dataset.batches import BatchSampler, TrainingSampler, make_batches
+from dataset.manifest import Manifest, read_manifest
 from dataset.speech import SpeechDataset, check_files
 from training import callbacks
-from training.batch_size import AUTO
+from training.arguments import parse_max_bad_files
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.errors import UserError
 
@@ -41,9 +40,6 @@ class SpeechDataModule(pl.LightningDataModule):
         max_crop_seconds: crop every utterance to at most this length; None means to the batch's shortest only.
         seed: of the batches' order and the crops.
         max_bad_files: audio files that may be bad, "1%" of the training manifest or a number.
-        use_pack: read samples from the pack beside the manifests if there is one (``prepare_data.py --pack``).
-        crop_lengths: crop training batches to so many lengths at most, or to the fewest that lose little ("auto");
-            None for each to its shortest utterance. See :func:`dataset.batches.choose_crop_lengths`.
 
     Raises:
         UserError: see :func:`read_manifest`, :func:`make_batches` and :func:`check_files`.
@@ -60,8 +56,6 @@ class SpeechDataModule(pl.LightningDataModule):
         max_crop_seconds: float | None,
         seed: int,
         max_bad_files: str = "1%",
-        use_pack: bool = True,
-        crop_lengths: int | str | None = None,
     ) -> None:
         super().__init__()
         self.train_subset = train_subset
@@ -72,15 +66,10 @@ class SpeechDataModule(pl.LightningDataModule):
         self.manifests: dict[str, Manifest] = {}
         self.batches: dict[str, list[list[int]]] = {}
         for subset in (train_subset, VALID_SUBSET):
-            manifest = read_manifest(Path(tsv_dir) / f"{subset}.tsv")
-            self.manifests[subset] = packed.attach(manifest) if use_pack else manifest
+            self.manifests[subset] = read_manifest(Path(tsv_dir) / f"{subset}.tsv")
         num_samples = {subset: self._num_samples(subset) for subset in self.manifests}
         self.longest_crop = max(int(counts.max(initial=1)) for counts in num_samples.values())
         self.train_seconds = float(num_samples[train_subset].sum() / SAMPLE_RATE)
-        self.crop_lengths: list[int] | None = None
-        if crop_lengths is not None and num_samples[train_subset].size:
-            number = None if crop_lengths == AUTO else crop_lengths
-            self.crop_lengths = choose_crop_lengths(num_samples[train_subset], number)
         # Short batches show what is wrong with the manifests as well.
         self.fill_batches(self.longest_crop / SAMPLE_RATE if seconds_per_batch is None else seconds_per_batch)
         self.max_bad_files = parse_max_bad_files(max_bad_files, len(self.manifests[train_subset].paths))
@@ -113,23 +102,17 @@ class SpeechDataModule(pl.LightningDataModule):
                     max_len=self.limits[1],
                     max_crop=self.max_crop,
                     generator=torch.Generator().manual_seed(self.seed) if is_training else None,
-                    crop_lengths=self.crop_lengths if is_training else None,
                 )
             except UserError as error:
-                raise UserError(f"{manifest.path}: {error}") from None
+                advice = "see --seconds_per_batch, --min_seconds and --max_seconds"
+                raise UserError(f"{manifest.path}: {error}; {advice}") from None
 
     @property
     def num_shapes(self) -> int:
         """Different shapes (utterances, samples) of training batches."""
-        sampler = self.sampler(self.train_subset, 1, 0)
-        return len({(len(batch), sampler.num_samples(batch)) for batch in sampler.batches})
-
-    @property
-    def lost_share(self) -> float:
-        """Share of the training subset's audio that cropping cuts off."""
-        sampler = self.sampler(self.train_subset, 1, 0)
-        kept = sum(len(batch) * sampler.num_samples(batch) for batch in sampler.batches)
-        return 1 - kept / SAMPLE_RATE / self.train_seconds
+        lengths = self.manifests[self.train_subset].lengths
+        longest = self.max_crop or self.limits[1]
+        return len({(len(batch), min(int(lengths[batch].min()), longest)) for batch in self.batches[self.train_subset]})
 
     def sampler(self, subset: str, num_replicas: int, rank: int, accum_grad: int = 1) -> BatchSampler:
         """The batches of one process; those of the training subset are shuffled and cropped at random."""
@@ -145,7 +128,6 @@ class SpeechDataModule(pl.LightningDataModule):
             drop_last=not is_training and num_replicas == 1,
             max_crop=self.max_crop,
             accum_grad=accum_grad,
-            crop_lengths=self.crop_lengths if is_training else None,
         )
 
     def _loader(self, subset: str, sampler: BatchSampler | TrainingSampler) -> DataLoader:

@@ -1,11 +1,9 @@
 """``--compile`` computes what the plain code computes, for few shapes of batches, each compiled once."""
 
 import csv
-import re
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -24,7 +22,6 @@ from helpers import (
 )
 from torch._dynamo.utils import counters
 
-from dataset.batches import BatchSampler, choose_crop_lengths, make_batches
 from lightning import DistillModule
 from training import compiling
 from wav2vec2.errors import UserError
@@ -93,73 +90,16 @@ def test_validation_does_without(graphs):
     assert graphs() == 0
 
 
-# ---------------------------------------------------------------------------------------------- crops
-
-
-def speech_like_lengths(num: int = 3000) -> np.ndarray:
-    """Lengths as LibriSpeech's: most of 12 to 16 s."""
-    generator = np.random.default_rng(0)
-    return np.clip(16000 * (17 - generator.gamma(1.5, 3.0, num)), 32000, 250000).astype(np.int64)
-
-
-def lost(lengths: np.ndarray, crop_lengths: list[int]) -> float:
-    crops = np.asarray(crop_lengths)[np.searchsorted(crop_lengths, lengths, side="right") - 1]
-    return 1 - crops.sum() / lengths.sum()
-
-
-def test_few_crop_lengths_lose_little():
-    lengths = speech_like_lengths()
-    chosen = choose_crop_lengths(lengths)
-    assert chosen == sorted(set(chosen)) and chosen[0] == lengths.min() and len(chosen) <= 32
-    assert lost(lengths, chosen) <= 0.02
-    fewer = choose_crop_lengths(lengths, len(chosen) - 1)
-    assert len(fewer) == len(chosen) - 1 and 0.02 < lost(lengths, fewer) < 0.03
-    # 8 frames of the published extractors, the ends apart.
-    assert all((length - 80) % 2560 == 0 or length in (lengths.min(), lengths.max()) for length in chosen)
-
-
-def test_crop_lengths_are_the_best_there_are():
-    """Against every choice of three."""
-    lengths = np.array([2000, 9000, 9500, 14000, 18000, 18500, 19000, 26000])
-    candidates = [2000, 2640, 5200, 7760, 10320, 12880, 15440, 18000, 20560, 23120, 25680, 26000]
-    best = min(
-        lost(lengths, sorted({2000, one, other})) for one in candidates for other in candidates if 2000 < one < other
-    )
-    assert lost(lengths, choose_crop_lengths(lengths, 3)) == pytest.approx(best)
-    assert choose_crop_lengths(lengths, 1) == [2000]
-    assert choose_crop_lengths(np.array([3200, 3200])) == [3200]
-
-
-def test_batches_have_as_many_shapes_as_crop_lengths():
-    lengths = speech_like_lengths()
-    crop_lengths = choose_crop_lengths(lengths, 6)
-    generator = torch.Generator().manual_seed(0)
-    batches = make_batches(lengths, max_tokens=80 * 16000, generator=generator, crop_lengths=crop_lengths)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    shapes = set()
-    for replicas in (1, 3):
-        sampler = BatchSampler(lengths, batches, replicas, 0, shuffle=True, seed=1, crop_lengths=crop_lengths)
-        for crop in sampler:
-            shapes.add((len(crop.indices), crop.num_samples))
-            assert crop.num_samples in crop_lengths and len(crop.indices) * crop.num_samples <= 80 * 16000
-            ends = np.array(crop.offsets) + crop.num_samples
-            assert (ends <= lengths[list(crop.indices)]).all() and min(crop.offsets) >= 0
-    assert len(shapes) <= 7
-    assert {int(80 * 16000 // length) for length in crop_lengths} <= {rows for rows, _ in shapes}
-
-
 # ---------------------------------------------------------------------------------------------- a run
 
 
 def compiled_run(manifests: Path, teacher: Path, **changes: object) -> list[object]:
-    """Whole utterances of 2.1 to 4 s, cropped to two lengths."""
-    settings = {"max_crop_seconds": None, "seconds_per_batch": 9, "crop_lengths": 2, "max_updates": 9, **changes}
+    """Batches of five crops of 0.2 s, and what is left of 16 utterances: two shapes."""
+    settings = {"seconds_per_batch": 1, "max_updates": 9, **changes}
     return [*small_run(manifests, teacher, **settings), *PRUNING]
 
 
-def test_a_run_compiles_each_shape_once_and_resumes(
-    manifests, small_teacher, tmp_path, monkeypatch, disturb, capsys, graphs
-):
+def test_a_run_compiles_each_shape_once_and_resumes(manifests, small_teacher, tmp_path, monkeypatch, disturb, graphs):
     """Stopped in the second epoch and continued it is the same run; one without --compile may continue it too.
 
     With --plain, as the dropout of the fast paths has other noise on CPUs.
@@ -167,9 +107,6 @@ def test_a_run_compiles_each_shape_once_and_resumes(
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     flags = compiled_run(manifests, small_teacher)
     run_script(monkeypatch, "distill", *flags, "--compile", "--exp_dir", tmp_path / "whole")
-    said = re.search(r"--crop_lengths 2: (\d) shapes, (\d+\.\d)% of audio lost", capsys.readouterr().out)
-    assert 2 <= int(said[1]) <= 3 and 0 < float(said[2]) < 40
-    assert graphs() == 2 * int(said[1])  # teacher and student
     with (tmp_path / "whole" / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
         numbers = [float(row["compiled_graphs"]) for row in csv.DictReader(file) if row["compiled_graphs"]]
     assert len(numbers) == 9 and numbers[-3:] == [graphs()] * 3  # an epoch has six batches
@@ -185,14 +122,6 @@ def test_a_run_compiles_each_shape_once_and_resumes(
     ours, theirs = (last_checkpoint(tmp_path / name)["state_dict"] for name in ("plain", "whole"))
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=2e-4)
-
-
-def test_crop_lengths_are_a_setting(manifests, small_teacher, tmp_path, monkeypatch, capsys):
-    flags = (*compiled_run(manifests, small_teacher, max_updates=2), "--exp_dir", tmp_path)
-    run_script(monkeypatch, "distill", *flags)
-    other = compiled_run(manifests, small_teacher, max_updates=2, crop_lengths=3)
-    assert run_to_exit(monkeypatch, "distill", *other, "--exp_dir", tmp_path, "--resume_checkpoint", "auto") == 1
-    assert "--crop_lengths: 2 there, 3 now" in error_line(capsys)
 
 
 def test_what_cannot_be_compiled(manifests, small_teacher, tmp_path, monkeypatch, capsys):
