@@ -3,8 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import UserError
 
@@ -20,9 +19,6 @@ MAX_SECONDS = 15.625
 
 # Seconds that read_audio decodes at once: what a file has beyond mono at 16 kHz never fills the memory.
 _BLOCK_SECONDS = 60
-
-# <sndfile.h>
-_FORMAT_FLAC = 0x170000
 
 # What libsndfile makes of a FLAC file whose encoder wrote to a pipe.
 UNKNOWN_LENGTH = 2**63 - 1
@@ -62,36 +58,6 @@ def checked_audio(path: str | os.PathLike, error_class: type[UserError] = UserEr
         raise error_class(f"{path}: expected audio, but it cannot be decoded ({reason}); get the file again") from error
     except OSError as error:  # a disk that fails, a network folder that went away
         raise error_class(f"{path}: expected audio, but reading it fails ({error.strerror}); check the disk") from error
-
-
-def length_of_flac(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Samples a channel and rate of a FLAC file whose last sample can be decoded; None for any other file.
-
-    By libsndfile itself: of many small files, Python's object around each would cost a third of the time.
-    """
-    library, ffi = _libsndfile()
-    if library is None:
-        return None
-    about = ffi.new("SF_INFO *")
-    file = library.sf_open(os.fsencode(path), library.SFM_READ, about)
-    if file == ffi.NULL:
-        return None
-    try:
-        is_flac = about.format & library.SF_FORMAT_TYPEMASK == _FORMAT_FLAC
-        if not is_flac or not 0 < about.frames < UNKNOWN_LENGTH:
-            return None
-        last = about.frames - 1  # to go there is to decode it
-        return (about.frames, about.samplerate) if library.sf_seek(file, last, os.SEEK_SET) == last else None
-    finally:
-        library.sf_close(file)
-
-
-@cache
-def _libsndfile() -> tuple[Any, Any]:
-    """libsndfile as soundfile has it, and what makes its structures; (None, None) for a soundfile without."""
-    import soundfile
-
-    return getattr(soundfile, "_snd", None), getattr(soundfile, "_ffi", None)
 
 
 def decode(file: "SoundFile", offset: int = 0, num_samples: int | None = None) -> "Tensor":
