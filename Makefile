@@ -13,18 +13,18 @@ demo: $(VENV)/installed $(VENV)/installed-demo
 	PYTHON=$(BIN)/python bash demo/run.sh
 
 test: $(VENV)/installed $(addprefix $(VENV)/installed-,demo dev export s3prl) lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-fast: $(VENV)/installed $(addprefix $(VENV)/installed-,demo dev export s3prl) lint
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n auto -m 'not slow'
 
 test-slurm: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -rs tests/slurm
 
 bench: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
-	$(BIN)/python benchmarks/bench_model.py --out results/bench_update.csv --sections update
-	$(BIN)/python benchmarks/bench_model.py --out results/bench_inference.csv --sections inference
-	$(BIN)/python benchmarks/bench_data.py --out results/bench_data.csv
+	$(BIN)/python -m benchmarks.bench_model --out results/bench_update.csv --sections update
+	$(BIN)/python -m benchmarks.bench_model --out results/bench_inference.csv --sections inference
+	$(BIN)/python -m benchmarks.bench_data --out results/bench_data.csv
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -13,8 +13,10 @@ Every file is loaded again and compared with the model before it is kept; the ca
 
 import argparse
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,22 @@ from wav2vec2.errors import UserError
 from wav2vec2.hub import CARD, WEIGHTS, read_folder, write_folder, write_text
 from wav2vec2.model import Wav2Vec2Model, masked_units, wav2vec2_model
 from wav2vec2.utils.export_huggingface import check_exportable, export_huggingface
-from wav2vec2.utils.export_onnx import DEFAULT_OPSET, MODEL, check_opset, export_onnx
-from wav2vec2.utils.export_torch import (
+from wav2vec2.utils.export_traced import (
     CHECKED_BATCHES,
+    DEFAULT_OPSET,
     LARGEST_DIFFERENCE,
+    ONNX_INT8,
     OUTPUTS,
-    Difference,
-    export_torch,
+    Exported,
+    Program,
+    check_onnx,
     min_samples,
+    trace,
+    write_onnx,
+    write_pt2,
 )
 from wav2vec2.utils.import_huggingface import FAMILIES, compare_with_source, import_huggingface_model
-from wav2vec2.utils.model_card import FORMATS, Card, state_words
+from wav2vec2.utils.model_card import FORMATS, Card
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,15 +72,20 @@ def parse_args() -> argparse.Namespace:
 
 
 def chosen_formats(args: argparse.Namespace) -> list[str]:
-    """The formats of --formats, once each, after a look at the options that belong to one of them."""
+    """The formats of --formats, once each, after a look at the other options."""
     formats = list(dict.fromkeys(name.strip() for name in args.formats.split(",")))
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise UserError(f"--formats: expected some of {', '.join(FORMATS)}, separated by commas, found {unknown[0]!r}")
     if "onnx" in formats:
-        check_opset(args.opset)
+        check_onnx(args.opset)
     elif args.int8:
         raise UserError("--int8: it is a second file of the onnx format; add onnx to --formats, or leave it out")
+    if args.licence and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.licence):
+        raise UserError(
+            f"--licence {args.licence}: expected one of the hub's identifiers, in small letters: mit, apache-2.0, "
+            "cc-by-4.0, other, ..."
+        )
     return formats
 
 
@@ -111,6 +123,11 @@ class Job:
     card: Card
     args: argparse.Namespace
 
+    @cached_property
+    def program(self) -> Program:
+        """The model as torch.export traces it, once for all formats."""
+        return trace(self.model, self.args.outputs)
+
 
 def write_hub(job: Job, folder: Path) -> None:
     measured = ["the weights are those of the model file, bit for bit, in its precision"]
@@ -131,24 +148,36 @@ def check_weights_written(model: Wav2Vec2Model, found: Wav2Vec2Model, folder: Pa
             raise UserError(f"{folder}: {name} is not what was written; try again, or check the disk")
 
 
-def write_onnx(job: Job, folder: Path) -> None:
-    files = export_onnx(job.model, folder, job.args.outputs, job.args.opset, job.args.int8)
-    measured = [
-        f"{file.path.name}: {file.num_bytes:,} bytes, opset {job.args.opset}; "
-        + measured_difference(file.difference, has_limit=file.path.name == MODEL)
-        for file in files
-    ]
-    words = {**state_words(job.args.outputs), "min_samples": min_samples(job.model, 1)}
-    write_text(job.card.text("onnx", measured, words), folder / CARD)
-    report(folder, measured)
+def write_onnx_format(job: Job, folder: Path) -> None:
+    files = write_onnx(job.program, job.model, job.args.outputs, folder, job.args.opset, job.args.int8)
+    write_traced_card(job, "onnx", files, min_frames=1)
 
 
 def write_torch_export(job: Job, folder: Path) -> None:
-    path = folder / "model.pt2"
-    difference = export_torch(job.model, path, job.args.outputs)
-    measured = [f"{path.name}: {path.stat().st_size:,} bytes; {measured_difference(difference)}"]
-    words = {**state_words(job.args.outputs), "min_samples": min_samples(job.model, 2)}
-    write_text(job.card.text("torch_export", measured, words), folder / CARD)
+    file = write_pt2(job.program, job.model, job.args.outputs, folder)
+    write_traced_card(job, "torch_export", [file], min_frames=2)
+
+
+def write_traced_card(job: Job, format_name: str, files: list[Exported], min_frames: int) -> None:
+    frames = [frames for batch in CHECKED_BATCHES for frames in batch]
+    measured = []
+    for path, num_bytes, difference in files:
+        limit = "" if path.name == ONNX_INT8 else f" (at most {LARGEST_DIFFERENCE:.0e} is accepted)"
+        measured.append(
+            f"{path.name}: {num_bytes:,} bytes; hidden states differ from PyTorch's by at most "
+            f"{difference.largest:.1e}{limit}, relative to the largest value where that is above 1; cosine of a frame "
+            f"{difference.mean_cosine:.6f} on average, {difference.lowest_cosine:.6f} at least; noise in "
+            f"{len(CHECKED_BATCHES)} batches that were not traced, with and without padding, {min(frames)} to "
+            f"{max(frames)} frames"
+        )
+    text = job.card.text(
+        format_name,
+        measured,
+        output="last_hidden_state" if job.args.outputs == "last" else "hidden_states",
+        min_samples=min_samples(job.model, min_frames),
+    )
+    folder = files[0].path.parent
+    write_text(text, folder / CARD)
     report(folder, measured)
 
 
@@ -161,29 +190,17 @@ def write_huggingface(job: Job, folder: Path) -> None:
         "the weights are those of the model file, bit for bit, in its precision",
         f"largest difference of transformers' hidden states from ours on a second of noise: {difference:.1e}",
     ]
-    words = {"model_class": FAMILIES[model_type].model_class}
-    write_text(job.card.text("huggingface", measured, words), folder / CARD)
+    card = job.card.text("huggingface", measured, model_class=FAMILIES[model_type].model_class)
+    write_text(card, folder / CARD)
     report(folder / WEIGHTS, measured)
 
 
 WRITERS: dict[str, Callable[[Job, Path], None]] = {
     "hub": write_hub,
-    "onnx": write_onnx,
+    "onnx": write_onnx_format,
     "torch_export": write_torch_export,
     "huggingface": write_huggingface,
 }
-
-
-def measured_difference(difference: Difference, has_limit: bool = True) -> str:
-    """How a traced model differs from PyTorch's, in words."""
-    frames = [frames for batch in CHECKED_BATCHES for frames in batch]
-    limit = f" (at most {LARGEST_DIFFERENCE:.0e} is accepted)" if has_limit else ""
-    return (
-        f"hidden states differ from PyTorch's by at most {difference.largest:.1e}{limit}, relative to the largest "
-        f"value where that is above 1; cosine of a frame {difference.mean_cosine:.6f} on average, "
-        f"{difference.lowest_cosine:.6f} at least; noise in {len(CHECKED_BATCHES)} batches that were not traced, with "
-        f"and without padding, {min(frames)} to {max(frames)} frames"
-    )
 
 
 def report(path: Path, measured: Sequence[str]) -> None:

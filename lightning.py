@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wav2vec2.errors import UserError
+from wav2vec2.fast import fast_paths
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.paths import fast_paths
 
 DISTILL_MODES = ("layer2layer", "predlayer")
 COS_TYPES = ("raw", "log_sig")

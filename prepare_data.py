@@ -11,26 +11,22 @@ Any other corpus of FLAC, WAV, OGG or MP3 files is split by folder name, or by h
 
 Only folders below --data decide about splits. Links to folders are followed. Files that cannot be
 read are left out and listed with the reason in rejected.tsv.
-
-With --pack, the samples themselves are written to OUT/packed, where training with --tsv_dir OUT finds
-them and need not decode anything: 115 MB per hour, exact for 16-bit mono files at 16 kHz (see packed.py).
 """
 
 import argparse
+import contextlib
 import hashlib
 import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from soundfile import LibsndfileError, SoundFile
+from soundfile import LibsndfileError
 from tqdm import tqdm
 
 import cli
@@ -39,25 +35,18 @@ from wav2vec2.audio import (
     MIN_SECONDS,
     SAMPLE_RATE,
     UNKNOWN_LENGTH,
-    length_of_flac,
     num_samples_at_16k,
     open_audio,
     seeks_exactly,
 )
 from wav2vec2.errors import UserError
 from wav2vec2.files import atomic_path
-from wav2vec2.paths import fast_paths
-
-if TYPE_CHECKING:
-    from dataset.packed import Writer
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
 LIBRISPEECH_SPLITS = {"train100": ["train-clean-100"], "train960": ["train-*"], "valid": ["dev-*"]}
 DEFAULT_VALID_FRACTION = 0.05
 REJECTED = "rejected"
 LINE_BREAK = re.compile(r"[\r\n]")  # either would end a manifest's row
-NOT_FINITE = "NaN or infinite samples"
-PACKED = "packed"  # packed.FOLDER; that module needs torch, and is imported only where there is a pack
 
 FolderPatterns = dict[str, list[str]]  # split name to its folders
 Splits = dict[str, list[str]]  # split name to its files
@@ -81,31 +70,30 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         f"{DEFAULT_VALID_FRACTION} if --splits is not given and the corpus is not LibriSpeech",
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses the files that --valid_fraction holds out")
-    parser.add_argument("--pack", action="store_true", help="write the samples too, so that training decodes nothing")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read files")
     return parser.parse_args(arguments)
 
 
-def find_audio(root: str) -> list[str]:
-    """Every audio file below ``root`` by its suffix in either case, as sorted relative paths with ``/``."""
-    return sorted(_walk(root, "", frozenset()))
+def find_audio(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> list[str]:
+    """Every audio file below ``folder`` by its suffix in either case, as sorted paths from there with ``/``.
 
-
-def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Audio files below ``folder``, each with ``prefix`` before its path from there.
-
-    ``above`` identifies the folders around it, so that no link leads in a circle.
+    Args:
+        folder: where to look.
+        prefix: of the paths.
+        above: device and inode of the folders around ``folder``, so that no link leads in a circle.
     """
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
+    found: list[str] = []
     if identity in above:
-        return
+        return found
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {identity})
+                found += find_audio(entry.path, f"{prefix}{entry.name}/", above | {identity})
             elif entry.name.lower().endswith(AUDIO_SUFFIXES):
-                yield prefix + entry.name
+                found.append(prefix + entry.name)
+    return sorted(found)
 
 
 def parse_splits(options: list[str]) -> FolderPatterns:
@@ -127,7 +115,7 @@ def parse_splits(options: list[str]) -> FolderPatterns:
     return splits
 
 
-def split_by_folder(paths: list[str], splits: FolderPatterns) -> Splits:
+def split_by_folder(paths: Iterable[str], splits: FolderPatterns) -> Splits:
     """Sort relative paths into splits: the outermost folder that any pattern matches decides.
 
     A folder may belong to several splits, as train-clean-100 does to train100 and train960.
@@ -163,108 +151,77 @@ def hold_out(paths: list[str], fraction: float, seed: int) -> Splits:
 
 def choose_rule(
     paths: list[str], split_options: list[str] | None, valid_fraction: float | None, seed: int
-) -> tuple[Callable[[list[str]], Splits], str]:
-    """Choose from the options and the corpus how to split.
-
-    Returns:
-        The rule as a function from paths to splits, and in words.
+) -> Callable[[list[str]], Splits]:
+    """Choose from the options and the corpus how to split, and say so.
 
     Raises:
         UserError: both options, or one that cannot be followed.
     """
     if split_options and valid_fraction is not None:
         raise UserError("--splits and --valid_fraction are two ways to split; give one of them")
-    if split_options:
-        patterns = parse_splits(split_options)
-        return partial(split_by_folder, splits=patterns), f"by folder, {_in_words(patterns)}"
-    if valid_fraction is None:
+    rule = "by folder"
+    splits = parse_splits(split_options) if split_options else {}
+    if not split_options and valid_fraction is None:
         members = split_by_folder(paths, LIBRISPEECH_SPLITS)
-        present = {name: patterns for name, patterns in LIBRISPEECH_SPLITS.items() if members[name]}
-        absent = {name: patterns for name, patterns in LIBRISPEECH_SPLITS.items() if not members[name]}
-        if present:
-            words = f"LibriSpeech's, {_in_words(present)}" + (f" (not there: {_in_words(absent)})" if absent else "")
-            return partial(split_by_folder, splits=present), words
-        valid_fraction = DEFAULT_VALID_FRACTION
-    if not 0 < valid_fraction < 1:
-        raise UserError(f"--valid_fraction {valid_fraction:g}: expected a number between 0 and 1, such as 0.05")
-    words = f"{valid_fraction:g} of the files, chosen by --seed {seed}, held out as valid"
-    return partial(hold_out, fraction=valid_fraction, seed=seed), words
-
-
-def _in_words(splits: FolderPatterns) -> str:
-    """``train = a, b; valid = c``."""
-    return "; ".join(f"{name} = {', '.join(patterns)}" for name, patterns in splits.items())
+        absent = ", ".join(name for name in members if not members[name])
+        rule = "LibriSpeech's" + (f" (not there: {absent})" if absent else "")
+        splits = {name: patterns for name, patterns in LIBRISPEECH_SPLITS.items() if members[name]}
+    if splits:
+        in_words = "; ".join(f"{name} = {', '.join(patterns)}" for name, patterns in splits.items())
+        print(f"splits: {rule}, {in_words}")
+        return partial(split_by_folder, splits=splits)
+    fraction = DEFAULT_VALID_FRACTION if valid_fraction is None else valid_fraction
+    if not 0 < fraction < 1:
+        raise UserError(f"--valid_fraction {fraction:g}: expected a number between 0 and 1, such as 0.05")
+    print(f"splits: {fraction:g} of the files, chosen by --seed {seed}, held out as valid")
+    return partial(hold_out, fraction=fraction, seed=seed)
 
 
 def count_samples(path: str) -> tuple[int, str]:
     """Samples that a file gives at 16 kHz and ``""``, or 0 and the reason why it cannot be used.
 
-    The last frame is looked at too: a file that was cut short still has the whole count in its header.
+    The last sample is read too: a file that was cut short still has the whole count in its header.
     """
     if LINE_BREAK.search(path):
         return 0, "a line break in its path"
-    if fast_paths() and (flac := length_of_flac(path)) is not None:
-        return num_samples_at_16k(*flac), ""
+    if not os.path.isfile(path):
+        return 0, "not a file, or a link to nothing"
     try:
         with open_audio(path) as file:
             if seeks_exactly(file):
-                num_frames = file.frames
+                num_frames, frames = file.frames, []
                 if num_frames == UNKNOWN_LENGTH:
                     return 0, "its header does not state its length; encode it again, to a file instead of a pipe"
-                reason = _look_at_last_frame(file)
+                with contextlib.suppress(LibsndfileError):
+                    file.seek(max(num_frames - 1, 0))
+                    frames = file.read(1, dtype="float32")
+                if len(frames) < min(num_frames, 1):
+                    return 0, f"cut short: its header promises {num_frames} samples, the last cannot be read"
             else:
                 frames = file.read(dtype="float32")
                 num_frames = len(frames)
-                reason = "" if np.isfinite(frames).all() else NOT_FINITE
             if num_frames == 0:
                 return 0, "no samples"
-            if reason:
-                return 0, reason
+            if not np.isfinite(frames).all():
+                return 0, "NaN or infinite samples"
             return num_samples_at_16k(num_frames, file.samplerate), ""
     except LibsndfileError as error:
-        if not os.path.isfile(path):
-            return 0, "not a file, or a link to nothing"
-        size = os.path.getsize(path)
-        if size == 0:
-            return 0, "empty (0 bytes)"
-        return 0, f"cannot be decoded ({error.error_string.rstrip('.')}; {size} bytes)"
+        return 0, f"cannot be decoded ({error.error_string.rstrip('.')}; {os.path.getsize(path)} bytes)"
 
 
-def _look_at_last_frame(file: SoundFile) -> str:
-    """Why the last frame that the header promises cannot be used, or "" if it can."""
-    try:
-        file.seek(max(file.frames - 1, 0))
-        # To go to a frame of a FLAC file is to decode it, and its numbers are finite.
-        frames = None if file.format == "FLAC" else file.read(1, dtype="float32")
-    except LibsndfileError:
-        frames = []
-    if frames is not None and len(frames) < min(file.frames, 1):
-        return f"cut short: its header promises {file.frames} samples, the last cannot be read"
-    return "" if frames is None or np.isfinite(frames).all() else NOT_FINITE
-
-
-def count_all(root: str, paths: list[str], num_workers: int) -> list[tuple[int, str]]:
+def count_all(root: str, paths: list[str], num_workers: int) -> dict[str, tuple[int, str]]:
     """:func:`count_samples` of every file, in order, with a progress bar.
 
     In processes: in threads the short calls wait for Python's lock and are slower than one alone.
     """
+    full_paths = [os.path.join(root, path) for path in paths]
     # Many files at a time, as the main process would otherwise slow down the others; enough parts to share out.
     size = max(1, min(256, len(paths) // (8 * num_workers)))
-    parts = [paths[start : start + size] for start in range(0, len(paths), size)]
-    counts: list[tuple[int, str]] = []
     # Ctrl-C is left to the main process, which ends the workers.
-    with (
-        multiprocessing.Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
-        tqdm(desc="reading headers", total=len(paths), unit=" files", disable=None) as bar,
-    ):
-        for part in pool.imap(partial(_count_part, root), parts):
-            counts += part
-            bar.update(len(part))
-    return counts
-
-
-def _count_part(root: str, paths: list[str]) -> list[tuple[int, str]]:
-    return [count_samples(os.path.join(root, path)) for path in paths]
+    with multiprocessing.Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        counts = pool.imap(count_samples, full_paths, chunksize=size)
+        shown = tqdm(counts, "reading headers", len(paths), unit=" files", disable=None)
+        return dict(zip(paths, shown, strict=True))
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -293,10 +250,10 @@ def describe(name: str, lengths: list[int]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Find, split, count, pack, write.
+    """Find, split, count, write.
 
     Raises:
-        UserError: no such folder, no audio in it, a split without a file that can be read, or no room for the pack.
+        UserError: no such folder, no audio in it, or a split without a file that can be read.
     """
     root = os.path.abspath(args.data)
     out = Path(args.out)
@@ -310,61 +267,29 @@ def main(args: argparse.Namespace) -> None:
     if not found:
         raise UserError(f"--data {root}: no {', '.join(AUDIO_SUFFIXES)} file in it or below; give the corpus folder")
 
-    split, rule = choose_rule(found, args.splits, args.valid_fraction, args.seed)
-    print(f"splits: {rule}")
+    split = choose_rule(found, args.splits, args.valid_fraction, args.seed)
     candidates = split(found)
     chosen = sorted(set().union(*candidates.values()))
     if len(chosen) < len(found):
         print(f"{len(found) - len(chosen)} of {len(found)} files are in no split")
 
-    counts = dict(zip(chosen, count_all(root, chosen, args.num_workers), strict=True))
-    with packing(out / PACKED) if args.pack else nullcontext() as pack:
-        lengths = {path: length for path, (length, reason) in counts.items() if not reason}
-        if pack and lengths:
-            rejected = pack.add(root, lengths, args.num_workers)
-            counts |= {path: (0, reason) for path, reason in rejected.items()}
-        write_rejected(out / f"{REJECTED}.tsv", {path: reason for path, (_, reason) in counts.items() if reason})
-        usable = [path for path, (_, reason) in counts.items() if not reason]
-        splits = candidates if len(usable) == len(counts) else split(usable)
-        for name, paths in splits.items():
-            if not paths:
-                num_files = len(candidates[name])
-                found_instead = f"none of its {num_files} files can be used" if num_files else "no file falls into it"
-                raise UserError(
-                    f"{name}.tsv would be empty: {found_instead}; {_folders_below(root)}; "
-                    "change --splits or --valid_fraction"
-                )
-        if pack:
-            pack.commit()
+    counts = count_all(root, chosen, args.num_workers)
+    write_rejected(out / f"{REJECTED}.tsv", {path: reason for path, (_, reason) in counts.items() if reason})
+    splits = split([path for path, (_, reason) in counts.items() if not reason])
+    for name, paths in splits.items():
+        if not paths:
+            num_files = len(candidates[name])
+            unusable = f"none of its {num_files} files can be used" if num_files else "no file falls into it"
+            folders = ", ".join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())[:10]) or "none"
+            raise UserError(
+                f"{name}.tsv would be empty: {unusable}; folders in {root}: {folders}; "
+                "change --splits or --valid_fraction"
+            )
     for name, paths in splits.items():
         lengths = [counts[path][0] for path in paths]
         write_lines(out / f"{name}.tsv", [root, *map("{}\t{}".format, paths, lengths)])
         print(describe(name, lengths))
-    print(f"written to {out}: " + ", ".join([f"{name}.tsv" for name in splits] + [PACKED] * args.pack))
-    if not args.pack and holds_pack(out / PACKED):
-        print(f"{out / PACKED} is of an earlier run, and training reads it: remove it, or give --pack")
-
-
-def packing(folder: Path) -> "AbstractContextManager[Writer]":
-    """See :func:`packed.writing`."""
-    from dataset import packed
-
-    return packed.writing(folder)
-
-
-def holds_pack(folder: Path) -> bool:
-    """See :func:`packed.is_there`."""
-    if not folder.is_dir():
-        return False
-    from dataset import packed
-
-    return packed.is_there(folder)
-
-
-def _folders_below(root: str) -> str:
-    """The first few folders below the root, in words."""
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    return f"folders in {root}: " + (", ".join(folders[:10]) + (", ..." if len(folders) > 10 else "") or "none")
+    print(f"written to {out}: {', '.join(f'{name}.tsv' for name in splits)}")
 
 
 if __name__ == "__main__":

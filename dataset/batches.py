@@ -1,6 +1,5 @@
 """From lengths to batches (data section of the paper): buckets, batches, random crops, and who gets which."""
 
-import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,15 +11,6 @@ from torch.utils.data import Sampler
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.errors import UserError
 
-# Crop lengths are sought in steps of 8 of the published extractors' frames (320 samples each, and 80 more for the first
-# one's window): tensor cores and fused attention like that.
-CROP_STEP, CROP_START = 8 * 320, 80
-
-# Audio that a few crop lengths may lose, and how many there may be for that.
-MAX_LOST = 0.02
-
-MAX_CROP_LENGTHS = 32
-
 
 def make_batches(
     lengths: Sequence[int] | np.ndarray,
@@ -31,13 +21,10 @@ def make_batches(
     max_len: int | None = None,
     generator: torch.Generator | None = None,
     max_crop: int | None = None,
-    crop_lengths: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Sort utterances into even buckets by length and fill batches bucket after bucket.
 
-    A batch takes utterances until the next one would push it past its budget, and may span buckets. With
-    ``crop_lengths`` there is a bucket for each, and all batches of a bucket have the same number of utterances, so
-    that batches have ``len(crop_lengths)`` shapes, and one more for the last, which takes what is left.
+    A batch takes utterances until the next one would push it past its budget, and may span buckets.
 
     Args:
         lengths: (N,) samples of each utterance.
@@ -48,7 +35,6 @@ def make_batches(
         max_len: longer utterances are left out; None keeps all.
         generator: shuffles the utterances inside each bucket; None leaves them from short to long.
         max_crop: an utterance counts at most this many samples of the budget, as :class:`BatchSampler` crops it.
-        crop_lengths: from :func:`choose_crop_lengths`; needs ``max_tokens``.
 
     Returns:
         Indices into ``lengths``, one list per batch.
@@ -62,21 +48,18 @@ def make_batches(
     upper = max_len if max_len is not None else int(lengths.max(initial=0))
     (kept,) = np.nonzero((lengths >= min_len) & (lengths <= upper))
     if kept.size == 0:
-        raise UserError(_nothing_left(lengths, min_len, max_len))
+        found = f": they last {_seconds(lengths.min())} to {_seconds(lengths.max())}" if lengths.size else ""
+        raise UserError(
+            f"none of {lengths.size} utterances lasts {_seconds(min_len)} to {_seconds(upper)}, the limits{found}"
+        )
     counted = lengths if max_crop is None else np.minimum(lengths, max_crop)
     if max_tokens is not None and (longest := int(counted[kept].max())) > max_tokens:
-        needed_seconds = math.ceil(longest / SAMPLE_RATE * 1000) / 1000
-        raise UserError(
-            f"--seconds_per_batch {max_tokens / SAMPLE_RATE:g} is too small: the longest utterance lasts "
-            f"{needed_seconds:.3f} s; give at least {needed_seconds:.3f}, or leave it out with --max_seconds"
-        )
+        raise UserError(f"the longest utterance lasts {_seconds(longest)}, a batch holds {_seconds(max_tokens)}")
 
-    if crop_lengths is not None:
-        return _even_batches(kept, counted[kept], crop_lengths, max_tokens, generator)
     kept = kept[np.argsort(lengths[kept], kind="stable")]
-    boundaries = torch.linspace(min_len - 1, upper + 1, num_buckets + 1)
-    bucket_ids = torch.bucketize(torch.from_numpy(lengths[kept]), boundaries)
     if generator is not None:
+        boundaries = torch.linspace(min_len - 1, upper + 1, num_buckets + 1)
+        bucket_ids = torch.bucketize(torch.from_numpy(lengths[kept]), boundaries)
         # A stable sort by bucket of a random order: shuffled inside each bucket, buckets still in order.
         order = torch.randperm(kept.size, generator=generator)
         kept = kept[order[torch.argsort(bucket_ids[order], stable=True)].numpy()]
@@ -94,87 +77,9 @@ def make_batches(
     return batches
 
 
-def _even_batches(
-    utterances: np.ndarray,
-    lengths: np.ndarray,
-    crop_lengths: Sequence[int],
-    max_tokens: float,
-    generator: torch.Generator | None,
-) -> list[list[int]]:
-    """Batches of as many utterances as fit at their crop length, see :func:`make_batches`.
-
-    From long to short: what does not fill a batch of one crop length begins the first of the next shorter.
-
-    Args:
-        utterances: (N,) indices.
-        lengths: (N,) samples of each, none shorter than ``crop_lengths[0]``.
-        crop_lengths: ascending.
-        max_tokens: budget of a batch in samples, not less than the longest crop.
-        generator: shuffles the utterances of each crop length.
-    """
-    chosen = np.searchsorted(crop_lengths, lengths, side="right") - 1
-    batches: list[list[int]] = []
-    left: list[int] = []
-    for number in reversed(range(len(crop_lengths))):
-        members = utterances[chosen == number]
-        if generator is not None:
-            members = members[torch.randperm(len(members), generator=generator).numpy()]
-        left += members.tolist()
-        size = int(max_tokens // crop_lengths[number])
-        num_full = len(left) // size
-        batches += [left[start * size : (start + 1) * size] for start in range(num_full)]
-        left = left[num_full * size :]
-    return batches + ([left] if left else [])
-
-
-def choose_crop_lengths(lengths: np.ndarray, number: int | None = None) -> list[int]:
-    """The crop lengths that lose the least audio when each utterance is cropped to the longest that it has.
-
-    Args:
-        lengths: (N,) samples of the utterances, N > 0.
-        number: how many crop lengths at most; None for the fewest that lose no more than :data:`MAX_LOST` of the
-            samples, at most :data:`MAX_CROP_LENGTHS`.
-
-    Returns:
-        Samples, ascending; the first is the shortest utterance's length.
-    """
-    shortest, longest = int(lengths.min()), int(lengths.max())
-    candidates = np.unique([shortest, longest, *range(CROP_START, longest, CROP_STEP)])
-    candidates = candidates[candidates >= shortest]
-    num_as_long = len(lengths) - np.searchsorted(np.sort(lengths), candidates)
-    # What going on from candidate h to the longer candidate i adds to the samples that are kept.
-    steps = candidates - candidates[:, None]
-    gains = np.where(steps > 0, steps * num_as_long, -np.inf)
-    # The most samples kept by 1, 2, ... crop lengths that end with candidate i, and the candidate before it.
-    kept = np.where(candidates == shortest, float(shortest * len(lengths)), -np.inf)
-    best, paths = kept.max(), [np.zeros(len(candidates), dtype=int)]
-    limit = number if number is not None else MAX_CROP_LENGTHS
-    while len(paths) < min(limit, len(candidates)) and not (
-        number is None and best >= (1 - MAX_LOST) * lengths.sum(dtype=np.int64)
-    ):
-        totals = kept[:, None] + gains
-        paths.append(totals.argmax(axis=0))
-        kept = totals.max(axis=0)
-        best = kept.max()
-    last = int(kept.argmax())
-    chosen = []
-    for before in reversed(paths):
-        chosen.append(int(candidates[last]))
-        last = int(before[last])
-    return chosen[::-1]
-
-
-def _nothing_left(lengths: np.ndarray, min_len: int, max_len: int | None) -> str:
-    """The message for limits that no utterance meets."""
-    if lengths.size == 0:
-        return "no utterance was given; run prepare_data.py on a folder that holds audio"
-    limits = f"--min_seconds {min_len / SAMPLE_RATE:g}"
-    if max_len is not None:
-        limits += f" and --max_seconds {max_len / SAMPLE_RATE:g}"
-    return (
-        f"no utterance is left of {lengths.size}: they last {lengths.min() / SAMPLE_RATE:.2f} s to "
-        f"{lengths.max() / SAMPLE_RATE:.2f} s, and {limits} keep none; widen the limits"
-    )
+def _seconds(num_samples: float) -> str:
+    """In words, rounded up: a limit of so many seconds is long enough."""
+    return f"{math.ceil(num_samples / SAMPLE_RATE * 1000) / 1000:.3f} s"
 
 
 @dataclass(frozen=True)
@@ -217,8 +122,6 @@ class BatchSampler(Sampler[Crop]):
         drop_last: drop the batches that do not make up a whole update, instead of topping up.
         max_crop: longest crop in samples; None for no limit.
         accum_grad: batches of one rank per update; an epoch is a whole number of updates.
-        crop_lengths: the only lengths to crop to, ascending, the first not above the shortest utterance's; None
-            for the batch's shortest utterance's.
 
     Raises:
         UserError: a negative seed, or ``drop_last`` leaves no update.
@@ -235,17 +138,13 @@ class BatchSampler(Sampler[Crop]):
         drop_last: bool = False,
         max_crop: int | None = None,
         accum_grad: int = 1,
-        crop_lengths: Sequence[int] | None = None,
     ) -> None:
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank {rank} is not one of {num_replicas} ranks")
         if seed < 0:
-            raise UserError(f"--seed {seed}: expected 0 or a positive number")
+            raise UserError(f"seed {seed}: expected 0 or a positive number")
         if len(batches) < (num_replicas * accum_grad if drop_last else 1):
-            raise UserError(
-                f"{len(batches)} batches do not give each of {num_replicas} processes {accum_grad}; "
-                "lower --seconds_per_batch or --accum_grad, or use fewer GPUs"
-            )
+            raise UserError(f"{len(batches)} batches do not give each of {num_replicas} processes {accum_grad}")
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batches = batches
         self.num_replicas = num_replicas
@@ -255,14 +154,8 @@ class BatchSampler(Sampler[Crop]):
         self.drop_last = drop_last
         self.max_crop = max_crop
         self.accum_grad = accum_grad
-        self.crop_lengths = crop_lengths
-        self.epoch = 0
         self._ordered_epoch = None
         self._order = list(range(len(batches)))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the crops of the next pass; Lightning calls this before each epoch."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         """Batches a rank gets in an epoch.
@@ -273,19 +166,10 @@ class BatchSampler(Sampler[Crop]):
         num_updates = len(self.batches) // (self.num_replicas * self.accum_grad) + (0 if self.drop_last else 1)
         return self.accum_grad * num_updates
 
-    def num_samples(self, batch: Sequence[int]) -> int:
-        """The samples that each utterance of a batch is cropped to."""
-        num_samples = int(self.lengths[batch].min())
-        if self.max_crop is not None:
-            num_samples = min(num_samples, self.max_crop)
-        if self.crop_lengths is not None:
-            num_samples = self.crop_lengths[bisect.bisect_right(self.crop_lengths, num_samples) - 1]
-        return num_samples
-
     def __iter__(self) -> Iterator[Crop]:
-        epoch = self.epoch
+        """The first epoch's; :class:`TrainingSampler` goes on to the others."""
         for index in range(len(self)):
-            yield self.crop(epoch, index)
+            yield self.crop(0, index)
 
     def crop(self, epoch: int, index: int) -> Crop:
         """This rank's batch number ``index`` of an epoch, both from 0, cropped to its shortest utterance."""
@@ -299,7 +183,7 @@ class BatchSampler(Sampler[Crop]):
         # Past the end the order starts again: these are the batches that top up.
         batch = self.batches[self._order[position % len(self.batches)]]
         lengths = self.lengths[batch]
-        num_samples = self.num_samples(batch)
+        num_samples = int(min(lengths.min(), self.max_crop or math.inf))
         offsets = np.zeros_like(lengths)
         if self.shuffle:
             draws = np.random.default_rng([self.seed, epoch, position])

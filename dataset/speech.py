@@ -9,14 +9,14 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import torch
+from soundfile import SoundFile
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.batches import Crop
 from dataset.manifest import Manifest
-from wav2vec2.audio import decode, num_samples_at_16k, open_audio, seeks_exactly
+from wav2vec2.audio import checked_audio, decode, num_samples_at_16k, seeks_exactly
 from wav2vec2.errors import UserError
 
 # Files tried in place of a bad one before giving up: as many in a row point to a lost disk, not to bad files.
@@ -35,52 +35,21 @@ class AudioError(UserError):
         super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
 
 
-def check_files(manifest: Manifest, max_bad: int, sample: int = 256) -> dict[str, str]:
-    """Read the headers of some utterances before training starts, evenly from the whole manifest.
+@contextmanager
+def _opened(path: str | os.PathLike, length: int | None) -> Iterator[SoundFile]:
+    """Open a file to read audio from; what goes wrong, inside the ``with`` too, is an :class:`AudioError`.
 
-    With a pack there is nothing to do: opening it has compared it with the manifest, and the files are not needed.
-
-    Args:
-        manifest: from :func:`read_manifest`.
-        max_bad: bad files that are tolerated.
-        sample: utterances to look at; all if the manifest has fewer.
-
-    Returns:
-        Path to reason, one line, of each that is missing, no audio, or not as long as the manifest says.
-
-    Raises:
-        UserError: the root folder does not exist, more than half of the files looked at are bad, or more than
-            ``max_bad`` are.
+    ``length`` is the number of samples at 16 kHz that its header must state; None accepts any.
     """
-    if manifest.pack is not None:
-        return {}
-    if not manifest.root.is_dir():
-        raise UserError(
-            f"{manifest.path}: its root folder {manifest.root} does not exist; run prepare_data.py on the "
-            "corpus where it is now, or put its folder on the first line"
-        )
-    num_files = len(manifest.paths)
-    chosen = np.linspace(0, num_files - 1, min(sample, num_files)).round().astype(int).tolist()
-    bad_files: dict[str, str] = {}
-    for index in chosen:
-        path = manifest.full_path(index)
-        try:
-            with _opened(path, int(manifest.lengths[index])):
-                pass
-        except AudioError as error:
-            bad_files[path] = str(error)
-    if len(bad_files) <= min(max_bad, len(chosen) // 2):
-        return bad_files
-    found = f"{len(bad_files)} of {len(chosen)} files looked at cannot be used ({_some(list(bad_files))})"
-    reason = next(iter(bad_files.values()))
-    if len(bad_files) > len(chosen) // 2:
-        raise UserError(f"{manifest.path}: the corpus has moved or changed: {found}; the first: {reason}")
-    raise UserError(f"{manifest.path}: {found}, expected at most {max_bad} (--max_bad_files); the first: {reason}")
-
-
-def _some(names: list[str]) -> str:
-    """The first three of some names, in words."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    with checked_audio(path, AudioError) as file:
+        # An MP3's count is a claim only, see seeks_exactly.
+        found = num_samples_at_16k(file.frames, file.samplerate) if seeks_exactly(file) else length
+        if length is not None and found != length:
+            raise AudioError(
+                f"{path}: is {found} samples long (at 16 kHz), expected the manifest's {length}: "
+                "it has changed since the manifest was written"
+            )
+        yield file
 
 
 def load_audio(
@@ -102,41 +71,46 @@ def load_audio(
     if num_samples is not None and waveform.numel() < num_samples:
         raise AudioError(
             f"{path}: ends at sample {offset + waveform.numel()} (at 16 kHz), expected {offset + num_samples} or more: "
-            "it has changed since the manifest was written; run prepare_data.py again"
+            "it is cut short, or has changed since the manifest was written"
         )
     return waveform
 
 
-@contextmanager
-def _opened(path: str | os.PathLike, length: int | None) -> Iterator[soundfile.SoundFile]:
-    """Open a file to read audio from; what goes wrong, inside the ``with`` too, is an :class:`AudioError`.
+def check_files(manifest: Manifest, max_bad: int, sample: int = 256) -> dict[str, str]:
+    """Read the headers of some utterances before training starts, evenly from the whole manifest.
 
-    ``length`` is the number of samples at 16 kHz that its header must state; None accepts any.
+    Args:
+        manifest: from :func:`read_manifest`.
+        max_bad: bad files that are tolerated.
+        sample: utterances to look at; all if the manifest has fewer.
+
+    Returns:
+        Path to reason, one line, of each that is missing, no audio, or not as long as the manifest says.
+
+    Raises:
+        UserError: the root folder does not exist, more than half of the files looked at are bad, or more than
+            ``max_bad`` are.
     """
-    if not os.path.isfile(path):
-        raise AudioError(f"{path}: no such file, though the manifest lists it; run prepare_data.py again")
-    try:
-        if os.path.getsize(path) == 0:
-            raise AudioError(f"{path}: is empty (0 bytes), expected audio; run prepare_data.py again")
-        with open_audio(path) as file:
-            # An MP3's count is a claim only, see seeks_exactly.
-            found = num_samples_at_16k(file.frames, file.samplerate) if seeks_exactly(file) else length
-            if length is not None and found != length:
-                raise AudioError(
-                    f"{path}: is {found} samples long (at 16 kHz), expected the manifest's {length}: "
-                    "it has changed since the manifest was written; run prepare_data.py again"
-                )
-            yield file
-    except soundfile.LibsndfileError as error:
-        reason = error.error_string.rstrip(".")
-        raise AudioError(
-            f"{path}: expected audio, but it cannot be decoded ({reason}); run prepare_data.py again"
-        ) from error
-    except OSError as error:  # a disk that fails, a network folder that went away
-        raise AudioError(
-            f"{path}: expected audio, but reading it fails ({error.strerror}); check the disk, "
-            "then run prepare_data.py again"
-        ) from error
+    if not manifest.root.is_dir():
+        raise UserError(f"{manifest.path}: its root folder {manifest.root} (line 1) does not exist")
+    num_files = len(manifest.paths)
+    chosen = np.linspace(0, num_files - 1, min(sample, num_files)).round().astype(int).tolist()
+    bad_files: dict[str, str] = {}
+    for index in chosen:
+        path = manifest.full_path(index)
+        try:
+            with _opened(path, int(manifest.lengths[index])):
+                pass
+        except AudioError as error:
+            bad_files[path] = str(error)
+    num_bad, has_moved = len(bad_files), len(bad_files) > len(chosen) // 2
+    if num_bad > max_bad or has_moved:
+        expected = "the corpus has moved or changed" if has_moved else f"expected at most {max_bad}"
+        raise UserError(
+            f"{manifest.path}: {num_bad} of {len(chosen)} files looked at cannot be used, {expected}; the first: "
+            f"{next(iter(bad_files.values()))}"
+        )
+    return bad_files
 
 
 class Batch(NamedTuple):
@@ -144,7 +118,7 @@ class Batch(NamedTuple):
 
     Attributes:
         waveforms: (B, T) float32.
-        lengths: (B,) int64, all equal to T.
+        lengths: None: crops have no padding, and a model on a GPU would have to wait to see that.
         paths: the B files that were read.
         seed: the crop's.
         weight: utterances that count, B, or 0 in a batch that only tops up.
@@ -152,7 +126,7 @@ class Batch(NamedTuple):
     """
 
     waveforms: Tensor
-    lengths: Tensor
+    lengths: None
     paths: list[str]
     seed: int
     weight: int
@@ -166,7 +140,7 @@ class SpeechDataset(Dataset):
     long enough; if that is bad too, to the one after. So the batch keeps its shape and every run reads the same.
 
     Args:
-        manifest: from :func:`read_manifest`, and with a pack if :func:`packed.attach` has added one.
+        manifest: from :func:`read_manifest`.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -194,8 +168,7 @@ class SpeechDataset(Dataset):
             row.copy_(waveform)
             paths.append(path)
             bad_files.update(bad)
-        lengths = torch.full((len(crop.indices),), crop.num_samples, dtype=torch.int64)
-        return Batch(waveforms, lengths, paths, crop.seed, 0 if crop.tops_up else len(crop.indices), bad_files)
+        return Batch(waveforms, None, paths, crop.seed, 0 if crop.tops_up else len(crop.indices), bad_files)
 
     def _read_or_replace(self, index: int, offset: int, num_samples: int) -> tuple[str, Tensor, dict[str, str]]:
         """The path that was read in the end, (T,) of it, and path to reason of those that were bad."""
@@ -220,19 +193,18 @@ class SpeechDataset(Dataset):
         """(T,) of one utterance.
 
         Raises:
-            AudioError: see :func:`load_audio` and :meth:`packed.Pack.read`; or what was read cannot be trained on.
+            AudioError: see :func:`load_audio`; or what was read cannot be trained on.
         """
-        if self.manifest.pack is not None:  # what cannot be trained on is not packed
-            return self.manifest.pack.read(index, offset, num_samples)
         path = self.manifest.full_path(index)
         waveform = load_audio(path, offset, num_samples, int(self.manifest.lengths[index]))
-        where = f"of samples {offset} to {offset + num_samples} (at 16 kHz)"
-        remedy = f"mend the file or take its line out of {self.manifest.path}"
         low, high = (float(value) for value in waveform.aminmax())  # NaN if any sample is
         if not (math.isfinite(low) and math.isfinite(high)):
             num_bad = int((~waveform.isfinite()).sum())
-            raise AudioError(f"{path}: {num_bad} {where} are NaN or infinite, expected numbers; {remedy}")
+            raise AudioError(
+                f"{path}: {num_bad} of samples {offset} to {offset + num_samples} (at 16 kHz) are NaN or infinite, "
+                "expected numbers"
+            )
         # A crop may fall into a pause of digital silence; only a file without any sound is bad.
         if low == high == 0 and not load_audio(path).any():
-            raise AudioError(f"{path}: all of its samples are zero, expected sound; {remedy}")
+            raise AudioError(f"{path}: all of its samples are zero, expected sound")
         return waveform

@@ -1,8 +1,8 @@
 """Write the features of many audio files to disk, one .npy file for each.
 
-  python examples/extract_features.py --model exp/hubert-base_sp0.75/final/ckpts/pruned_hubert_base.pth \\
+  python -m examples.extract_features --model exp/hubert-base_sp0.75/final/ckpts/pruned_hubert_base.pth \\
       --audio data/librispeech/valid.tsv --out features/valid --layers 4,8,12 --device cuda
-  python examples/extract_features.py --model pruned_hubert_base.pth --audio /corpora/mine --out features/mine
+  python -m examples.extract_features --model pruned_hubert_base.pth --audio /corpora/mine --out features/mine
 
 --audio is a manifest of prepare_data.py, a folder that is searched for FLAC, WAV, OGG and MP3, or a list of files. An
 array is (layers, frames, D), or (frames, D) for one layer, and lies where its audio lies below the corpus. Each is
@@ -15,23 +15,20 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from the checkout, not installed
-
 import cli
 import wav2vec2
 from dataset.manifest import read_manifest
-from prepare_data import find_audio
 from wav2vec2.errors import UserError, short_repr
 from wav2vec2.files import atomic_path, read_json
 from wav2vec2.inference import BATCH_SECONDS, MAX_SECONDS
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
 SETTINGS, FAILED = "settings.json", "failed.tsv"
 
 
@@ -65,25 +62,21 @@ def parse_layers(text: str) -> int | list[int] | str | None:
     return numbers if "," in text else numbers[0]
 
 
-class Job(NamedTuple):
-    audio: Path
-    out: Path
-
-
-def find_jobs(audio: list[Path], out: Path) -> list[Job]:
-    """All audio files and where their features go.
+def find_jobs(audio: list[Path], out: Path) -> dict[Path, Path]:
+    """Where features go, and the audio file of each.
 
     Raises:
         UserError: there is no audio, or two files would be written to one place.
     """
     if len(audio) == 1 and audio[0].is_dir():
-        root, names = audio[0], find_audio(str(audio[0]))
+        root = audio[0]
+        names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
     elif len(audio) == 1 and audio[0].suffix == ".tsv":
         manifest = read_manifest(audio[0])
         root, names = manifest.root, manifest.paths
     else:
         root, names = Path(), [str(path) for path in audio]
-    jobs: dict[Path, Job] = {}
+    jobs: dict[Path, Path] = {}
     for name in names:
         # A file given by its whole path keeps its name only.
         relative = Path(name).name if not root.parts else name
@@ -91,11 +84,11 @@ def find_jobs(audio: list[Path], out: Path) -> list[Job]:
             raise UserError(f"--audio: {short_repr(name)} lies outside of the corpus, expected a path below {root}")
         target = (out / relative).with_suffix(".npy")
         if target in jobs:
-            raise UserError(f"--audio: {jobs[target].audio} and {root / name} would both become {target}; rename one")
-        jobs[target] = Job(root / name, target)
+            raise UserError(f"--audio: {jobs[target]} and {root / name} would both become {target}; rename one")
+        jobs[target] = root / name
     if not jobs:
         raise UserError(f"--audio {audio[0]}: holds no FLAC, WAV, OGG or MP3 file; give another folder")
-    return list(jobs.values())
+    return jobs
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -123,31 +116,32 @@ def save_array(path: Path, features: torch.Tensor) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def extract_all(args: argparse.Namespace, jobs: list[Job]) -> Iterator[tuple[Path, str]]:
-    """Write the features of all jobs; yields each file that cannot be used, with the reason."""
+def extract_all(args: argparse.Namespace, jobs: dict[Path, Path]) -> Iterator[tuple[Path, str]]:
+    """Write the features of all jobs; yields each audio file that cannot be used, with the reason."""
     model = wav2vec2.load(args.model, device=args.device, dtype=DTYPES[args.precision])
     reasons: dict[int, str] = {}
     results = wav2vec2.extract_iter(
         model,
-        [job.audio for job in jobs],
+        jobs.values(),
         layers=parse_layers(args.layers),
         batch_seconds=args.batch_seconds,
         max_seconds=args.max_seconds,
         on_error=lambda number, error: reasons.update({number: str(error)}),
     )
-    for number, (job, features) in enumerate(zip(jobs, tqdm(results, "extracting", len(jobs)), strict=True)):
+    progress = tqdm(results, "extracting", len(jobs))
+    for number, ((out, audio), features) in enumerate(zip(jobs.items(), progress, strict=True)):
         if features is None:
             tqdm.write(reasons[number], file=sys.stderr)
-            yield job.audio, reasons[number]
+            yield audio, reasons[number]
         else:
-            save_array(job.out, features)
+            save_array(out, features)
 
 
 def main(args: argparse.Namespace) -> None:
     parse_layers(args.layers)
     jobs = find_jobs(args.audio, args.out)
     check_settings(args)
-    missing = [job for job in jobs if not job.out.exists()]
+    missing = {out: audio for out, audio in jobs.items() if not out.exists()}
     failed = list(extract_all(args, missing)) if missing else []
     print(f"{len(missing) - len(failed)} files written, {len(jobs) - len(missing)} were there: {args.out}")
     report = args.out / FAILED

@@ -1,8 +1,8 @@
 """Speech recognition with a compressed model as encoder: fine-tuning with CTC, in plain PyTorch.
 
-  python examples/finetune_ctc.py --model exp/hubert-base_sp0.75/final/ckpts/pruned_hubert_base.pth \\
+  python -m examples.finetune_ctc --model exp/hubert-base_sp0.75/final/ckpts/pruned_hubert_base.pth \\
       --tsv data/commands.tsv --out exp/commands.pth
-  python examples/finetune_ctc.py --model exp/commands.pth --transcribe recording.flac
+  python -m examples.finetune_ctc --model exp/commands.pth --transcribe recording.flac
 
 The TSV's header names its columns: path (from the TSV's folder) and text, or label. A third, split, says "train" or
 "test"; without it each tenth row is test. The model learns the characters of the training texts. Written is a model
@@ -11,20 +11,18 @@ file like all others, whose config has aux_num_out, with the characters under "v
 
 import argparse
 import csv
-import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
+from torchaudio.functional import edit_distance
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from the checkout, not installed
 
 import cli
 import wav2vec2
@@ -87,47 +85,25 @@ def read_labels(tsv: Path) -> list[Utterance]:
     return utterances
 
 
-class Labelled(Dataset):
-    """Utterances as waveforms and the indices of their characters."""
+class Batches(Dataset):
+    """Batches of utterances of about the same length; all files are read once, which finds the ones that cannot be."""
 
-    def __init__(self, utterances: Sequence[Utterance], vocabulary: Sequence[str]) -> None:
+    def __init__(self, utterances: Sequence[Utterance], vocabulary: Sequence[str], seconds_per_batch: float) -> None:
         self.utterances = utterances
         self.index = {character: number for number, character in enumerate(vocabulary)}
+        lengths = [len(read_audio(utterance.path)) for utterance in tqdm(utterances, "reading")]
+        self.batches = make_batches(lengths, max_tokens=seconds_per_batch * SAMPLE_RATE)
 
     def __len__(self) -> int:
-        return len(self.utterances)
+        return len(self.batches)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        path, text, _ = self.utterances[number]
-        return read_audio(path), torch.tensor([self.index[character] for character in text])
-
-
-class LengthBatches(Sampler[list[int]]):
-    """Batches of utterances of about the same length, drawn anew in each epoch."""
-
-    def __init__(self, lengths: Sequence[int], seconds_per_batch: float, seed: int) -> None:
-        self.lengths, self.max_tokens = lengths, seconds_per_batch * SAMPLE_RATE
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        batches = make_batches(self.lengths, 10, self.max_tokens, generator=self.generator)
-        for number in torch.randperm(len(batches), generator=self.generator).tolist():
-            yield batches[number]
-
-
-def collate(utterances: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Waveforms (B, T), their lengths (B,), the characters of all texts (N,), and how many each has (B,)."""
-    waveforms, labels = zip(*utterances, strict=True)
-    lengths, num_labels = (torch.tensor([len(row) for row in rows]) for rows in (waveforms, labels))
-    return pad_sequence(waveforms, batch_first=True), lengths, torch.cat(labels), num_labels
-
-
-def loader_of(utterances: Sequence[Utterance], vocabulary: Sequence[str], args: argparse.Namespace) -> DataLoader:
-    """Batches to train on; all files are read once, which finds the ones that cannot be."""
-    data = Labelled(utterances, vocabulary)
-    lengths = [len(waveform) for waveform, _ in tqdm(map(data.__getitem__, range(len(data))), "reading", len(data))]
-    batches = LengthBatches(lengths, args.seconds_per_batch, args.seed)
-    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers)
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Waveforms (B, T), their lengths (B,), the characters of all texts (N,), and how many each has (B,)."""
+        chosen = [self.utterances[index] for index in self.batches[number]]
+        waveforms = [read_audio(utterance.path) for utterance in chosen]
+        labels = [[self.index[character] for character in utterance.text] for utterance in chosen]
+        lengths, num_labels = (torch.tensor([len(row) for row in rows]) for rows in (waveforms, labels))
+        return pad_sequence(waveforms, batch_first=True), lengths, torch.tensor([*chain(*labels)]), num_labels
 
 
 def with_head(path: Path, num_outputs: int) -> Wav2Vec2Model:
@@ -154,7 +130,7 @@ def train(model: Wav2Vec2Model, loader: DataLoader, args: argparse.Namespace) ->
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: rate(update, args.updates))
     autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
     interval, losses = max(1, args.updates // 10), []
-    for update, batch in enumerate(tqdm(endless(loader), "training", args.updates), start=1):
+    for update, batch in enumerate(tqdm(chain.from_iterable(repeat(loader)), "training", args.updates), start=1):
         waveforms, lengths, labels, num_labels = (tensor.to(args.device) for tensor in batch)
         with autocast:
             scores, num_frames = model(waveforms, lengths)
@@ -174,11 +150,6 @@ def train(model: Wav2Vec2Model, loader: DataLoader, args: argparse.Namespace) ->
             return
 
 
-def endless(loader: DataLoader) -> Iterator[Any]:
-    while True:
-        yield from loader
-
-
 def transcribe(model: Wav2Vec2Model, vocabulary: Sequence[str], paths: Sequence[str | Path]) -> Iterator[str]:
     """Greedy decoding: the best character of each frame, repetitions joined, blanks dropped."""
     for scores in wav2vec2.extract_iter(model, paths, layers="output"):  # (frames, characters)
@@ -186,24 +157,9 @@ def transcribe(model: Wav2Vec2Model, vocabulary: Sequence[str], paths: Sequence[
         yield "".join(vocabulary[index] for index in best if index != 0)
 
 
-def distance(wanted: Sequence[str], found: Sequence[str]) -> int:
-    """Insertions, deletions and substitutions between two sequences."""
-    row = list(range(len(found) + 1))
-    for i, symbol in enumerate(wanted, start=1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(found, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (symbol != other))
-    return row[-1]
-
-
-def error_rates(wanted: Sequence[str], found: Sequence[str]) -> tuple[float, float]:
-    """Character and word error rate of transcripts: errors by the number of wanted characters or words."""
-    words = [([*a.split()], [*b.split()]) for a, b in zip(wanted, found, strict=True)]
-    characters = zip(wanted, found, strict=True)
-    return (
-        sum(distance(a, b) for a, b in characters) / sum(map(len, wanted)),
-        sum(distance(a, b) for a, b in words) / sum(len(a) for a, _ in words),
-    )
+def error_rate(wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> float:
+    """Insertions, deletions and substitutions, by the number of wanted characters, or words."""
+    return sum(map(edit_distance, wanted, found)) / sum(map(len, wanted))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -222,11 +178,13 @@ def main(args: argparse.Namespace) -> None:
     training, test = ([u for u in utterances if u.is_test == is_test] for is_test in (False, True))
     vocabulary = [BLANK, *sorted({character for utterance in training for character in utterance.text})]
     model = with_head(args.model, len(vocabulary)).to(args.device).train()
-    train(model, loader_of(training, vocabulary, args), args)
+    batches = Batches(training, vocabulary, args.seconds_per_batch)
+    train(model, DataLoader(batches, batch_size=None, shuffle=True, num_workers=args.num_workers), args)
     state_dict = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     checkpoint.save(args.out, {"state_dict": state_dict, "config": model.config, "vocabulary": vocabulary})
+    wanted = [utterance.text for utterance in test]
     found = list(transcribe(model.eval(), vocabulary, [utterance.path for utterance in test]))
-    cer, wer = error_rates([utterance.text for utterance in test], found)
+    cer, wer = error_rate(wanted, found), error_rate([*map(str.split, wanted)], [*map(str.split, found)])
     print(f"test: {len(test)} utterances, character error rate {cer:.2%}, word error rate {wer:.2%}: {args.out}")
 
 

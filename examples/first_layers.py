@@ -1,6 +1,6 @@
 """A student of the teacher's first layers, to compare with: distilled without pruning, as DistilHuBERT is.
 
-  python examples/first_layers.py --teacher_ckpt pretrained/hubert-base-ls960.hf.pth --num_layers 2 \\
+  python -m examples.first_layers --teacher_ckpt pretrained/hubert-base-ls960.hf.pth --num_layers 2 \\
       --distill_layers 4,8,12 --out exp/distilhubert/student.pth
   python final_distill.py --distill_mode predlayer --distill_layers 4,8,12 --exp_dir exp/distilhubert \\
       --teacher_ckpt pretrained/hubert-base-ls960.hf.pth --student_ckpt exp/distilhubert/student.pth ...
@@ -12,13 +12,10 @@ section 3.1) and fresh prediction heads, one for each of --distill_layers.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from the checkout, not installed
 
 import cli
 from lightning import make_projections, parse_distill_layers

@@ -1,6 +1,7 @@
 """s3prl's run_downstream.py with this upstream in its list: ``python PATH/s3prl_upstream -u dphubert_local ...``."""
 
 import sys
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
@@ -11,7 +12,11 @@ upstream = import_module(folder.name)
 del sys.path[0]
 
 if __name__ == "__main__":
+    import torch
+
     upstream.register()
+    # s3prl's checkpoints hold its command line; PyTorch 2.6 and newer otherwise refuse to read it back.
+    torch.serialization.add_safe_globals([Namespace])
     from s3prl.run_downstream import main
 
     main()

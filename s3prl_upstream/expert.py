@@ -4,7 +4,6 @@ Works inside this repository, and copied or linked into ``s3prl/upstream``. Need
 is a module that takes a list of waveforms and returns a dict with ``hidden_states``.
 """
 
-import math
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -44,14 +43,6 @@ def _checkpoint_module() -> ModuleType:
             sys.path.remove(str(_REPOSITORY))
 
 
-def _fewest_samples(conv_layers: list[list[int]]) -> int:
-    """The samples that the first frame is made of: 400 in all published models."""
-    samples = 1
-    for _, kernel, stride in reversed(conv_layers):
-        samples = (samples - 1) * stride + kernel
-    return samples
-
-
 def _hold_last_frame(x: Tensor, frames: Tensor) -> Tensor:
     """(B, T, D) with what is behind the (B,) valid frames of each row replaced by its last valid frame."""
     index = torch.arange(x.size(1), device=x.device).minimum(frames[:, None] - 1)  # (B, T)
@@ -81,13 +72,10 @@ class UpstreamExpert(nn.Module):
             raise ValueError(f"-g {model_config}: a model file holds its config; leave -g out")
         self.model = _checkpoint_module().load_model(ckpt)
         self.model.feature_extractor.requires_grad_(False)  # as in s3prl's own wav2vec 2.0, HuBERT and WavLM
-        conv_layers = self.model.config["extractor_conv_layer_config"]
-        self._samples_per_frame = math.prod(stride for _, _, stride in conv_layers)
-        self._fewest_samples = _fewest_samples(conv_layers)
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples per frame, the same for every ``key``: 320 in all published models."""
-        return self._samples_per_frame
+        return self.model.feature_extractor.stride
 
     def forward(self, wavs: list[Tensor]) -> dict[str, Tensor | list[Tensor]]:
         """Hidden states of waveforms of any lengths.
@@ -103,7 +91,8 @@ class UpstreamExpert(nn.Module):
             ``hidden_states``: num_layers + 1 tensors (B, frames, D), the projected extractor output and the output of
             every layer (of pre-norm models without the final LayerNorm); ``last_hidden_state``: the last of them.
         """
-        lengths = [max(len(wav), self._fewest_samples) for wav in wavs]  # shorter ones are padded to one frame
+        # Shorter ones are padded to one frame.
+        lengths = [max(len(wav), self.model.feature_extractor.receptive_field) for wav in wavs]
         waveforms = pad_sequence(wavs, batch_first=True)
         waveforms = F.pad(waveforms, (0, max(lengths) - waveforms.size(1)))
         if len(set(lengths)) == 1:

@@ -1,7 +1,6 @@
 """What several test files share: small models with no parameter at a trivial value, short runs, comparisons."""
 
 import collections
-import copy
 import csv
 import importlib
 import os
@@ -16,9 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import assume, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import cli
 from hardconcrete import HardConcrete
@@ -29,8 +26,8 @@ from lightning import (
 )
 from training import speed
 from wav2vec2 import checkpoint
-from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, masked_units, wav2vec2_model, with_masks
-from wav2vec2.paths import plain_paths
+from wav2vec2.fast import plain_paths
+from wav2vec2.model import Wav2Vec2Model, wav2vec2_model, with_masks
 from wav2vec2.utils.import_huggingface import import_huggingface_model
 from wav2vec2.utils.importing import ImportedModel
 
@@ -323,181 +320,6 @@ def hubert_base_flops(num_samples: int) -> int:
     return 2 * macs
 
 
-CERTAIN = 40.0  # sigmoid(40) is 1 in float32
-
-
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-
-
-UNIT_SETS = st.sets(st.sampled_from(sorted(PRUNING_UNITS)), min_size=1)
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> dict[str, Any]:
-    """Small architectures of all families and shapes, some of them already irregular; no masks yet."""
-    use_block = st.sampled_from([True, True, True, False])
-    num_layers = draw(st.integers(1, 4))
-    num_heads = draw(st.integers(1, 4))
-    head_dim = draw(st.sampled_from([2, 3]))
-    pos_conv_groups = draw(st.sampled_from([1, 2]))
-
-    def per_layer(values: st.SearchStrategy) -> list[Any]:
-        return draw(st.lists(values, min_size=num_layers, max_size=num_layers))
-
-    changes = {
-        "extractor_conv_layer_config": [
-            [draw(st.integers(1, 7)), kernel, stride] for kernel, stride in [(10, 5), (3, 2), (2, 2)]
-        ],
-        "extractor_conv_bias": draw(st.booleans()),
-        "encoder_embed_dim": 2 * num_heads * head_dim,
-        "encoder_pos_conv_kernel": draw(st.sampled_from([3, 4])),
-        "encoder_pos_conv_groups": pos_conv_groups,
-        "encoder_num_layers": num_layers,
-        "encoder_use_attention": per_layer(use_block),
-        "encoder_use_feed_forward": per_layer(use_block),
-        "encoder_ff_interm_features": per_layer(st.integers(1, 9)),
-    }
-    family = draw(st.sampled_from(["hubert", "wavlm"]))
-    if family == "wavlm":
-        heads = st.sets(st.integers(0, num_heads - 1), min_size=1).map(sorted)
-        changes["encoder_total_num_heads"] = [num_heads] * num_layers
-        changes["encoder_remaining_heads"] = per_layer(heads)
-        changes["encoder_num_buckets"] = 8
-    else:
-        changes["encoder_num_heads"] = per_layer(st.integers(1, num_heads))
-        changes["encoder_head_dim"] = head_dim
-    return small_config(family, draw(st.sampled_from(["base", "large"])), **changes)
-
-
-def scattered(size: int, generator: torch.Generator) -> Tensor:
-    return 3 * torch.randn(size, generator=generator)
-
-
-def one_left(size: int, generator: torch.Generator) -> Tensor:
-    survivor = torch.randint(size, (), generator=generator)
-    return torch.where(torch.arange(size) == survivor, CERTAIN, -CERTAIN)
-
-
-# What a mask can look like; the names say what happens to its units.
-LOG_ALPHAS = {
-    "scattered": scattered,
-    "undecided": lambda size, generator: 0.3 * torch.randn(size, generator=generator),
-    "one left": one_left,
-    "some certainly gone": lambda size, generator: CERTAIN * scattered(size, generator).sign(),
-    "all kept": lambda size, generator: torch.full((size,), CERTAIN),
-    "all gone": lambda size, generator: torch.randn(size, generator=generator) - 15,
-}
-
-
-@st.composite
-def masked_models(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(LOG_ALPHAS)) -> Wav2Vec2Model:
-    """Models in eval mode with random weights, masks on any non-empty set of units, each of any of the kinds."""
-    config = with_masks(draw(configs()), draw(UNIT_SETS))
-    seed = draw(st.integers(0, 999))
-    model, generator = random_model(config, seed), torch.Generator().manual_seed(seed)
-    assume(masks_of(model))  # none where every layer lacks the block that the units belong to
-    with torch.no_grad():
-        for mask in masks_of(model).values():
-            mask.log_alpha.copy_(LOG_ALPHAS[draw(st.sampled_from(kinds))](mask.n_in, generator))
-    return model
-
-
-class KeptChannelsLayerNorm(nn.Module):
-    """A LayerNorm over conv channels that sees only the kept ones, and gives zero for the others.
-
-    It is what makes a masked model comparable with its pruned self: LayerNorms over conv channels
-    are the one place where a dropped channel counts although it is zero.
-    """
-
-    def __init__(self, norm: nn.LayerNorm, mask: HardConcrete, channel_dim: int) -> None:
-        super().__init__()
-        self.norm, self.mask, self.channel_dim = norm, mask, channel_dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = self.mask().nonzero().flatten()
-        x = x.movedim(self.channel_dim, -1)
-        normalized = torch.zeros_like(x)
-        normalized[..., kept] = nn.functional.layer_norm(
-            x[..., kept], (len(kept),), self.norm.weight[kept], self.norm.bias[kept], self.norm.eps
-        )
-        return normalized.movedim(-1, self.channel_dim)
-
-
-def with_norms_over_kept_channels(model: Wav2Vec2Model) -> Wav2Vec2Model:
-    """A copy of a masked model whose LayerNorms over masked conv channels see the kept ones only."""
-    model = copy.deepcopy(model)
-    for layer in model.feature_extractor.conv_layers:
-        if layer.hard_concrete is not None and isinstance(layer.layer_norm, nn.LayerNorm):
-            layer.layer_norm = KeptChannelsLayerNorm(layer.layer_norm, layer.hard_concrete, channel_dim=1)
-    if layer.hard_concrete is not None:
-        projection = model.encoder.feature_projection
-        projection.layer_norm = KeptChannelsLayerNorm(projection.layer_norm, layer.hard_concrete, channel_dim=-1)
-    return model
-
-
-@torch.no_grad()
-def outputs(model: Wav2Vec2Model, lengths: Tensor | None, waveforms: Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """Everything ``extract_features`` and ``forward`` return, and the valid frames."""
-    hidden_states, frame_lengths = model.extract_features(waveforms, lengths)
-    return [*hidden_states, model(waveforms, lengths)[0]], frame_lengths
-
-
-def check_pruning(masked: Wav2Vec2Model) -> Wav2Vec2Model:
-    """Prune a copy of the model and check all that must hold; returns the pruned copy.
-
-    In double precision: a LayerNorm over two or three channels can enlarge rounding errors a hundred times.
-    """
-    masked = copy.deepcopy(masked).double()
-    reference, pruned = with_norms_over_kept_channels(masked), copy.deepcopy(masked)
-    config = pruned.prune()
-
-    assert not masks_of(pruned)
-    assert masked_units(pruned.state_dict()) == []
-    assert pruned.get_num_params() == num_elements(pruned)
-    assert config == pruned.config
-
-    rebuilt = wav2vec2_model(**config).double().eval()
-    rebuilt.load_state_dict(pruned.state_dict(), strict=True)
-    assert rebuilt.config == config
-    assert rebuilt.get_num_params() == num_elements(rebuilt) == num_elements(pruned)
-    trained = {name for name, parameter in pruned.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, parameter in rebuilt.named_parameters() if parameter.requires_grad}
-
-    waveforms, lengths = random_waveforms(400, 260, 330)
-    waveforms = waveforms.double()
-    for given_lengths in (None, lengths):
-        expected, frame_lengths = outputs(reference, given_lengths, waveforms)
-        for model in (pruned, rebuilt):
-            found, found_lengths = outputs(model, given_lengths, waveforms)
-            assert_same_frames(found, expected, frame_lengths, tolerance=1e-6)
-            if frame_lengths is not None:
-                assert found_lengths.tolist() == frame_lengths.tolist()
-    return pruned
-
-
-def blocks_of(model: Wav2Vec2Model) -> list[tuple[bool, bool]]:
-    return [(layer.attention is not None, layer.feed_forward is not None) for layer in model.encoder.transformer.layers]
-
-
-def edge_model(family: str, size: str, units: list[str]) -> Wav2Vec2Model:
-    """Three small layers whose masks are all undecided at first."""
-    model = random_model(with_masks(small_config(family, size), units))
-    for number, mask in enumerate(masks_of(model).values()):
-        mask.log_alpha.data.copy_(scattered(mask.n_in, torch.Generator().manual_seed(number)).abs() + 3)
-    return model
-
-
-def decide(model: Wav2Vec2Model, name: str, *kept: int, size: float = 15.0) -> None:
-    """Keep only these units of the mask whose module name ends in ``name``."""
-    (mask,) = [mask for module, mask in masks_of(model).items() if module.endswith(name)]
-    mask.log_alpha.data.fill_(-size)
-    mask.log_alpha.data[list(kept)] = size
-
-
-def log_alphas(model: Wav2Vec2Model) -> list[Tensor]:
-    return [mask.log_alpha.detach().clone() for mask in masks_of(model).values()]
-
-
 def to_omegaconf(value: Any, classes: dict[str, type], parent: Any = None) -> Any:
     """Wrap plain settings as omegaconf 2.0 does."""
 
@@ -646,7 +468,12 @@ def make_pair(family: str, size: str, directory: Path) -> tuple[torch.nn.Module,
     }
     if family == "wavlm":
         settings |= {"num_buckets": 16, "max_bucket_distance": 40}
-    config_class, model_class = FAMILIES[family]
+    classes = {
+        "hubert": (transformers.HubertConfig, transformers.HubertModel),
+        "wav2vec2": (transformers.Wav2Vec2Config, transformers.Wav2Vec2Model),
+        "wavlm": (transformers.WavLMConfig, transformers.WavLMModel),
+    }
+    config_class, model_class = classes[family]
     theirs = model_class(config_class(**settings)).eval()
     randomize(theirs, seed=1)
     theirs.save_pretrained(directory)

@@ -24,8 +24,8 @@ from lightning import (
 )
 from training.callbacks import StopRequest, UpdateGuard
 from wav2vec2.errors import UserError
+from wav2vec2.fast import plain_paths
 from wav2vec2.model import wav2vec2_model, with_masks
-from wav2vec2.paths import plain_paths
 
 TRACES = ["trace_hubert_final", "trace_hubert_prune", "trace_hubert_large_prune", "trace_wavlm_prune"]
 # The trace's names -> ours.

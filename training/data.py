@@ -1,5 +1,8 @@
 """The data of a distillation: the manifests of two subsets, their batches, and which process gets which."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
@@ -18,6 +21,15 @@ NUM_BUCKETS = 1000
 # Seconds without a batch after which the loader processes count as hanging: a disk may, and a process that is forked
 # while another thread calls into Python may never start (seen with Python 3.11.7 and gloo).
 WORKER_TIMEOUT = 600
+
+
+@contextmanager
+def advice(text: str) -> Iterator[None]:
+    """Add to an error of ``dataset/``, which states facts, what users can do about it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; {text}") from error
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -43,12 +55,16 @@ class SpeechDataModule(pl.LightningDataModule):
         self.batches: dict[str, list[list[int]]] = {}
         self._max_crop = None if settings.max_crop_seconds is None else round(settings.max_crop_seconds * SAMPLE_RATE)
         for subset in (settings.train_subset, VALID_SUBSET):
-            self.manifests[subset] = read_manifest(settings.tsv_dir / f"{subset}.tsv")
-            self.batches[subset] = self._make_batches(subset)
+            path = settings.tsv_dir / f"{subset}.tsv"
+            with advice("write it with prepare_data.py, or change --tsv_dir and --train_subset"):
+                self.manifests[subset] = read_manifest(path)
+            with advice("see --seconds_per_batch, --min_seconds and --max_seconds"):
+                self.batches[subset] = self._make_batches(subset)
         self.max_bad_files = settings.max_bad_files_of(len(self.manifests[settings.train_subset].paths))
         bad_files: dict[str, str] = {}
         for manifest in self.manifests.values():
-            bad_files |= check_files(manifest, self.max_bad_files)
+            with advice("run prepare_data.py again, or see --max_bad_files"):
+                bad_files |= check_files(manifest, self.max_bad_files)
         if len(bad_files) > self.max_bad_files:
             raise UserError(too_many_bad_files(bad_files, self.max_bad_files))
 
@@ -66,25 +82,24 @@ class SpeechDataModule(pl.LightningDataModule):
                 generator=torch.Generator().manual_seed(settings.seed) if is_training else None,
             )
         except UserError as error:
-            raise UserError(
-                f"{manifest.path}: {error}; see --seconds_per_batch, --min_seconds and --max_seconds"
-            ) from None
+            raise UserError(f"{manifest.path}: {error}") from None
 
     def sampler(self, subset: str, num_replicas: int, rank: int, accum_grad: int = 1) -> BatchSampler:
         """The batches of one process; those of the training subset are shuffled and cropped at random."""
         is_training = subset == self.settings.train_subset
-        return BatchSampler(
-            self.manifests[subset].lengths,
-            self.batches[subset],
-            num_replicas=num_replicas,
-            rank=rank,
-            shuffle=is_training,
-            seed=self.settings.seed,
-            # Validation on one process needs no batch twice to make the processes even.
-            drop_last=not is_training and num_replicas == 1,
-            max_crop=self._max_crop,
-            accum_grad=accum_grad,
-        )
+        with advice("lower --seconds_per_batch or --accum_grad, or use fewer GPUs"):
+            return BatchSampler(
+                self.manifests[subset].lengths,
+                self.batches[subset],
+                num_replicas=num_replicas,
+                rank=rank,
+                shuffle=is_training,
+                seed=self.settings.seed,
+                # Validation on one process needs no batch twice to make the processes even.
+                drop_last=not is_training and num_replicas == 1,
+                max_crop=self._max_crop,
+                accum_grad=accum_grad,
+            )
 
     def _loader(self, subset: str, sampler: BatchSampler | TrainingSampler) -> DataLoader:
         num_workers = self.settings.num_workers

@@ -41,8 +41,8 @@ from training.speed import (
 )
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
+from wav2vec2.fast import fast_paths, plain_paths
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.paths import fast_paths, plain_paths
 
 
 def new_projections(settings: RunSettings, teacher: Wav2Vec2Model, student: Wav2Vec2Model) -> nn.ModuleList:

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from .errors import UserError
 
@@ -19,9 +19,6 @@ MAX_SECONDS = 15.625
 
 # Seconds that read_audio decodes at once: what a file has beyond mono at 16 kHz never fills the memory.
 _BLOCK_SECONDS = 60
-
-# <sndfile.h>
-_FORMAT_FLAC = 0x170000
 
 # What libsndfile makes of a FLAC file whose encoder wrote to a pipe.
 UNKNOWN_LENGTH = 2**63 - 1
@@ -40,34 +37,27 @@ def open_audio(path: str | os.PathLike) -> "SoundFile":
     return SoundFile(os.fsencode(path))
 
 
-def length_of_flac(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Samples a channel and rate of a FLAC file whose last sample can be decoded; None for any other file.
+@contextmanager
+def checked_audio(path: str | os.PathLike, error_class: type[UserError] = UserError) -> "Iterator[SoundFile]":
+    """Open a file to read audio from; what goes wrong, inside the ``with`` too, becomes an ``error_class``.
 
-    By libsndfile itself: of many small files, Python's object around each would cost a third of the time.
+    Raises:
+        UserError: the file is missing or cannot be read, or a package that reads it is not installed.
     """
-    library, ffi = _libsndfile()
-    if library is None:
-        return None
-    about = ffi.new("SF_INFO *")
-    file = library.sf_open(os.fsencode(path), library.SFM_READ, about)
-    if file == ffi.NULL:
-        return None
+    if not os.path.isfile(path):
+        raise error_class(f"{path}: no such file, expected audio; check the path")
     try:
-        is_flac = about.format & library.SF_FORMAT_TYPEMASK == _FORMAT_FLAC
-        if not is_flac or not 0 < about.frames < UNKNOWN_LENGTH:
-            return None
-        last = about.frames - 1  # to go there is to decode it
-        return (about.frames, about.samplerate) if library.sf_seek(file, last, os.SEEK_SET) == last else None
-    finally:
-        library.sf_close(file)
-
-
-@cache
-def _libsndfile() -> tuple[Any, Any]:
-    """libsndfile as soundfile has it, and what makes its structures; (None, None) for a soundfile without."""
-    import soundfile
-
-    return getattr(soundfile, "_snd", None), getattr(soundfile, "_ffi", None)
+        from soundfile import LibsndfileError
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: reading audio needs soundfile, which is missing; pip install soundfile") from error
+    try:
+        with open_audio(path) as file:
+            yield file
+    except LibsndfileError as error:
+        reason = f"{error.error_string.rstrip('.')}; {os.path.getsize(path)} bytes"
+        raise error_class(f"{path}: expected audio, but it cannot be decoded ({reason}); get the file again") from error
+    except OSError as error:  # a disk that fails, a network folder that went away
+        raise error_class(f"{path}: expected audio, but reading it fails ({error.strerror}); check the disk") from error
 
 
 def decode(file: "SoundFile", offset: int = 0, num_samples: int | None = None) -> "Tensor":
@@ -97,11 +87,19 @@ def _read_mono(file: "SoundFile", num_frames: int) -> "Tensor":
 
 
 def resample_to_16k(waveform: "Tensor", sample_rate: int) -> "Tensor":
-    """(T,) at ``sample_rate`` to (``num_samples_at_16k(T, sample_rate)``,) at 16 kHz."""
+    """(T,) at ``sample_rate`` to (``num_samples_at_16k(T, sample_rate)``,) at 16 kHz.
+
+    Raises:
+        UserError: torchaudio is missing.
+    """
     if sample_rate == SAMPLE_RATE:
         return waveform
     from torch.nn.functional import pad
-    from torchaudio.functional import resample  # imported late: a corpus at 16 kHz does without torchaudio
+
+    try:
+        from torchaudio.functional import resample  # imported late: a corpus at 16 kHz does without torchaudio
+    except ModuleNotFoundError as error:
+        raise UserError(f"audio at {sample_rate} Hz: resampling to 16 kHz needs torchaudio; install it") from error
 
     # torchaudio rounds the length in float32, which can lose the last sample; a few zeros more prevent it.
     padded = pad(waveform, (0, sample_rate // 100))
@@ -116,26 +114,12 @@ def read_audio(path: str | os.PathLike) -> "Tensor":
     Raises:
         UserError: the file is missing, unreadable or cut short, or a package that reads it is not installed.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file, expected audio; check the path")
-    try:
-        from soundfile import LibsndfileError
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}: reading audio needs soundfile, which is missing; pip install soundfile") from error
-    try:
-        with open_audio(path) as file:
-            blocks = list(_blocks_at_16k(file))
-            if seeks_exactly(file) and file.frames != UNKNOWN_LENGTH and file.tell() != file.frames:
-                raise UserError(
-                    f"{path}: is cut short: {file.tell()} of {file.frames} samples can be read; get the file again"
-                )
-    except LibsndfileError as error:
-        reason = error.error_string.rstrip(".")
-        raise UserError(f"{path}: expected audio, but it cannot be decoded ({reason}); get the file again") from error
-    except OSError as error:  # a disk that fails, a network folder that went away
-        raise UserError(f"{path}: expected audio, but reading it fails ({error.strerror}); check the disk") from error
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}: other rates than 16 kHz need torchaudio, which is missing; install it") from error
+    with checked_audio(path) as file:
+        blocks = list(_blocks_at_16k(file))
+        if seeks_exactly(file) and file.frames != UNKNOWN_LENGTH and file.tell() != file.frames:
+            raise UserError(
+                f"{path}: is cut short: {file.tell()} of {file.frames} samples can be read; get the file again"
+            )
     import torch
 
     return torch.cat(blocks) if blocks else torch.empty(0)

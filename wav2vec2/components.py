@@ -12,7 +12,7 @@ dimension, H heads, K the head dimension, F the intermediate dimension of the fe
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -22,19 +22,19 @@ from torch.utils.checkpoint import checkpoint
 
 from hardconcrete import HardConcrete
 
-from .compat import HAS_AMX, autocast_dtype, is_compiling
-from .dropout import Dropout, dropout
-from .frames import NormalizedConv, conv_channels_last, conv_frames
-from .paths import fast_paths
-from .products import apply_linear
+from .config import PRUNING_UNITS, ModelConfig, WavLMConfig
+from .fast import (
+    NormalizedConv,
+    autocast_dtype,
+    conv_channels_last,
+    conv_frames,
+    fast_paths,
+    on_cpu,
+    prefers_fused_attention,
+)
 from .pruning_utils import prune_conv1d, prune_linear, prune_norm
 
-# Initial drop rates of the units (released settings): everything starts nearly dense, except the
-# feed-forward's intermediate dimensions.
-_DROP_RATE_DENSE = 0.01
-_DROP_RATE_INTERMEDIATE = 0.5
-
-# Weight norm's names as a parametrization -> the published ones.
+# The two parts of a weight under weight norm, as torch's newer parametrization calls them -> the published names.
 WEIGHT_NORM_NAMES = {
     "parametrizations.weight.original0": "weight_g",
     "parametrizations.weight.original1": "weight_v",
@@ -49,38 +49,23 @@ def published_name(key: str) -> str:
     return key
 
 
-# Samples that the extractor takes at once on a CPU, without gradient.
+# Samples that the extractor takes at once on a CPU, without gradient: its first layers make by far the most of a
+# forward pass, and two seconds of them fit a cache.
 _SAMPLES_AT_ONCE = 32_000
 
 # Added to the attention scores of padded frames; a finite number survives half precision.
 _PADDING_SCORE = -10000.0
 
 
+def _make_mask(config: ModelConfig, unit: str, num_units: int = 1, min_kept: int = 0) -> HardConcrete | None:
+    """The mask over a block's units of one kind (a key of ``PRUNING_UNITS``), or None where the config has none."""
+    switch, _, drop_rate = PRUNING_UNITS[unit]
+    return HardConcrete(num_units, drop_rate, min_kept=min_kept) if getattr(config, switch) else None
+
+
 def _expected_size(mask: HardConcrete | None, size: int) -> Tensor | int:
     """Number of units a mask is expected to keep, or all of them where there is no mask."""
     return size if mask is None else mask.l0_norm()
-
-
-def _prefers_frames(x: Tensor) -> bool:
-    """Whether convolutions of ``x`` are faster with a frame's channels side by side (frames.py) than one by one."""
-    return x.device.type == "cpu" and not is_compiling()
-
-
-def _prefers_fused_attention(query: Tensor, probability: float) -> bool:
-    """Whether torch's fused attention of ``query`` (B, H, T, K) is faster than its single steps.
-
-    With dropout torch has no fused kernel for CPUs, and what it does instead takes twice the time; in bfloat16 its
-    kernel pays with AMX only. And it divides by the number of heads, which may be none.
-    """
-    if query.numel() == 0 or query.device.type != "cpu":
-        return query.numel() > 0
-    return probability == 0.0 and (HAS_AMX or query.dtype == torch.float32)
-
-
-def _blocks(number: int, at_once: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of stretches of ``number`` things, ``at_once`` of them each, the last one less."""
-    for start in range(0, number, at_once):
-        yield start, min(start + at_once, number)
 
 
 def _mask_for(x: Tensor, mask: Tensor) -> Tensor:
@@ -98,15 +83,14 @@ def _run(function: Callable[..., Tensor], recompute: bool, *inputs: Any) -> Tens
     return function(*inputs)
 
 
-def _layer_mask(enabled: bool) -> HardConcrete | None:
-    """The mask of one unit that switches a whole attention or feed-forward block."""
-    return HardConcrete(n_in=1, init_mean=_DROP_RATE_DENSE) if enabled else None
-
-
-def _scale_output(layer: nn.Linear, scale: Tensor) -> None:
-    """Multiply a block's last layer, and with it the block's whole output, by ``scale`` (1,)."""
-    layer.weight.mul_(scale)
-    layer.bias.mul_(scale)
+def _prune_whole_block(block: "SelfAttention | FeedForward", last: nn.Linear) -> bool:
+    """Move the mask of a whole block into its last layer; returns whether the mask keeps the block."""
+    if block.hard_concrete_for_layer is None:
+        return True
+    mask, block.hard_concrete_for_layer = block.hard_concrete_for_layer(), None
+    last.weight.mul_(mask)
+    last.bias.mul_(mask)
+    return bool(mask.any())
 
 
 class LayerNorm(nn.LayerNorm):
@@ -119,23 +103,19 @@ class LayerNorm(nn.LayerNorm):
 class ConvLayerBlock(nn.Module):
     """One layer of the extractor: Conv1d, an optional norm, GELU, and the mask over its output channels."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int,
-        bias: bool,
-        layer_norm: nn.Module | None,
-        prune_conv_channels: bool = False,
-    ) -> None:
+    def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
-        self.layer_norm = layer_norm
-        self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, bias=bias)
+        layers = config.extractor_conv_layer_config
+        channels, kernel, stride = layers[number]
+        self.layer_norm = None
+        if config.extractor_mode == "layer_norm":
+            self.layer_norm = LayerNorm(channels)
+        elif number == 0:
+            self.layer_norm = nn.GroupNorm(channels, channels)  # one group per channel
+        in_channels = layers[number - 1][0] if number else 1
+        self.conv = nn.Conv1d(in_channels, channels, kernel, stride=stride, bias=config.extractor_conv_bias)
         # At least one channel stays: the layers behind have nothing to work on otherwise.
-        self.hard_concrete = (
-            HardConcrete(n_in=out_channels, init_mean=_DROP_RATE_DENSE, min_kept=1) if prune_conv_channels else None
-        )
+        self.hard_concrete = _make_mask(config, "conv", channels, min_kept=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, T) -> (B, C_out, num_frames(T))"""
@@ -202,17 +182,16 @@ class FeatureExtractor(nn.Module):
 
     Attributes:
         recompute: keep each layer's input only and run the layer again in the backward pass.
-        channels_last: how the fast path lays memory out; None means where it is known to pay (CPUs).
     """
 
-    def __init__(self, conv_layers: nn.ModuleList) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.conv_layers = conv_layers
+        numbers = range(len(config.extractor_conv_layer_config))
+        self.conv_layers = nn.ModuleList(ConvLayerBlock(config, number) for number in numbers)
         self.recompute = False
-        self.channels_last: bool | None = None
         # A non-trained scale that keeps the last conv's soft mask after pruning: the projection's
         # LayerNorm behind it could not absorb the mask into its weights.
-        self.dummy_weight = nn.Parameter(torch.ones(conv_layers[-1].conv.out_channels), requires_grad=False)
+        self.dummy_weight = nn.Parameter(torch.ones(self.conv_layers[-1].conv.out_channels), requires_grad=False)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, T) and (B,) samples -> (B, frames, C) and (B,) frames."""
@@ -223,23 +202,22 @@ class FeatureExtractor(nn.Module):
         shape = waveforms.size(0), self.num_frames(waveforms.size(1)), len(self.dummy_weight)
         if 0 in shape[:2]:  # no waveform, or each shorter than the receptive field
             return waveforms.new_zeros(shape), lengths
-        by_frames = _prefers_frames(waveforms) if self.channels_last is None else self.channels_last
-        if not (fast_paths() and by_frames):
-            return self._convolve(waveforms).transpose(1, 2) * self.dummy_weight, lengths
-        masks = [None if layer.hard_concrete is None else layer.hard_concrete() for layer in self.conv_layers]
-        scale = self.dummy_weight if masks[-1] is None else self.dummy_weight * masks[-1]
-        if waveforms.device.type == "cpu" and not torch.is_grad_enabled() and not is_compiling():
-            x = torch.cat([self._frames_in_blocks(waveform[None], masks) for waveform in waveforms])
-        else:
-            x = self._frames(waveforms, self._first_layer(waveforms), masks)
-        return x * _mask_for(x, scale), lengths
-
-    def _convolve(self, waveforms: Tensor) -> Tensor:
-        """(B, T) -> (B, C, frames)"""
+        if fast_paths() and on_cpu(waveforms):
+            return self._by_frames(waveforms), lengths
         x = waveforms[:, None]  # (B, 1, T)
         for layer in self.conv_layers:
             x = _run(layer, self.recompute, x)
-        return x
+        return x.transpose(1, 2) * self.dummy_weight, lengths
+
+    def _by_frames(self, waveforms: Tensor) -> Tensor:
+        """(B, T) -> (B, frames, C) with a frame's channels side by side in memory; in blocks where nothing is kept."""
+        masks = [None if layer.hard_concrete is None else layer.hard_concrete() for layer in self.conv_layers]
+        scale = self.dummy_weight if masks[-1] is None else self.dummy_weight * masks[-1]
+        if torch.is_grad_enabled():
+            x = self._convolve(waveforms, self._first_layer(waveforms), masks)
+        else:
+            x = torch.cat([self._convolve_in_blocks(waveform[None], masks) for waveform in waveforms])
+        return x * _mask_for(x, scale)
 
     def _first_layer(self, waveforms: Tensor) -> Callable[[Tensor], Tensor]:
         """The first layer, (B, T) -> (B, T', C), for any stretch of ``waveforms``; its norm needs all of them."""
@@ -249,26 +227,25 @@ class FeatureExtractor(nn.Module):
         normalized = NormalizedConv(waveforms, first.conv, first.layer_norm)
         return lambda stretch: F.gelu(normalized(stretch))
 
-    def _frames(self, waveforms: Tensor, first_layer: Callable[[Tensor], Tensor], masks: list[Tensor | None]) -> Tensor:
+    def _convolve(
+        self, waveforms: Tensor, first_layer: Callable[[Tensor], Tensor], masks: list[Tensor | None]
+    ) -> Tensor:
         """(B, T) -> (B, frames, C) without the last layer's mask"""
         x = _run(first_layer, self.recompute, waveforms)
-        for layer, scale in zip(self.conv_layers[1:], masks[:-1], strict=True):
-            x = _run(layer.forward_frames, self.recompute, x, scale)
+        for layer, mask in zip(self.conv_layers[1:], masks[:-1], strict=True):
+            x = _run(layer.forward_frames, self.recompute, x, mask)
         return x
 
-    def _frames_in_blocks(self, waveforms: Tensor, masks: list[Tensor | None]) -> Tensor:
-        """:meth:`_frames`, a stretch of frames at a time: the first layers make by far the most of a forward pass."""
+    def _convolve_in_blocks(self, waveforms: Tensor, masks: list[Tensor | None]) -> Tensor:
+        """:meth:`_convolve`, a stretch of frames at a time."""
         first_layer = self._first_layer(waveforms)
-        num_frames = self.num_frames(waveforms.size(1))
-        hop = math.prod(layer.conv.stride[0] for layer in self.conv_layers)
-        field = self.receptive_field
-        return torch.cat(
-            [
-                self._frames(waveforms[:, start * hop : (end - 1) * hop + field], first_layer, masks)
-                for start, end in _blocks(num_frames, max(1, _SAMPLES_AT_ONCE // hop))
-            ],
-            dim=1,
-        )
+        num_frames, at_once = self.num_frames(waveforms.size(1)), max(1, _SAMPLES_AT_ONCE // self.stride)
+        blocks = []
+        for start in range(0, num_frames, at_once):
+            samples = self.num_samples(min(at_once, num_frames - start))
+            stretch = waveforms[:, start * self.stride :][:, :samples]
+            blocks.append(self._convolve(stretch, first_layer, masks))
+        return torch.cat(blocks, dim=1)
 
     def num_frames(self, length: Any) -> Any:
         """Frames made of ``length`` samples (an int or an integer tensor)."""
@@ -276,13 +253,21 @@ class FeatureExtractor(nn.Module):
             length = layer.num_frames(length)
         return length
 
+    def num_samples(self, num_frames: int) -> int:
+        """The samples that ``num_frames`` frames are made of, at least."""
+        for layer in reversed(self.conv_layers):
+            num_frames = (num_frames - 1) * layer.conv.stride[0] + layer.conv.kernel_size[0]
+        return num_frames
+
     @property
     def receptive_field(self) -> int:
         """Samples that one frame is made of."""
-        samples = 1
-        for layer in reversed(self.conv_layers):
-            samples = (samples - 1) * layer.conv.stride[0] + layer.conv.kernel_size[0]
-        return samples
+        return self.num_samples(1)
+
+    @property
+    def stride(self) -> int:
+        """Samples from one frame to the next."""
+        return math.prod(layer.conv.stride[0] for layer in self.conv_layers)
 
     def get_num_params(self) -> tuple[Tensor | int, Tensor | int]:
         """Expected parameters, and the expected number of output channels."""
@@ -312,15 +297,16 @@ class FeatureExtractor(nn.Module):
 class FeatureProjection(nn.Module):
     """LayerNorm, Linear and dropout between extractor and transformer."""
 
-    def __init__(self, in_features: int, out_features: int, dropout: float = 0.1) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        in_features = config.extractor_conv_layer_config[-1][0]
         self.layer_norm = nn.LayerNorm(in_features)
-        self.projection = nn.Linear(in_features, out_features)
-        self.dropout = Dropout(dropout)
+        self.projection = nn.Linear(in_features, config.encoder_embed_dim)
+        self.dropout = nn.Dropout(config.encoder_projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, frames, C) -> (B, frames, D)"""
-        return self.dropout(apply_linear(self.projection, self.layer_norm(x)))
+        return self.dropout(self.projection(self.layer_norm(x)))
 
     def get_num_params(self, in_features: Tensor | int) -> Tensor | int:
         """Expected parameters given the extractor's expected output channels."""
@@ -363,27 +349,28 @@ class WeightNormConv1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, T) -> (B, D, T), one more frame if the kernel is even"""
-        # Who asks for gradients again (requires_grad_) means to change the weight.
+        # Requiring gradients again invalidates the folded weight.
         is_folded = self.folded_weight is not None and not self.weight_v.requires_grad
         weight = self.folded_weight if is_folded and fast_paths() else self.weight
-        if fast_paths() and _prefers_frames(x):
+        if fast_paths() and on_cpu(x):
             return conv_channels_last(x, weight, self.bias, padding=self.padding, groups=self.groups)
         return F.conv1d(x, weight, self.bias, padding=self.padding, groups=self.groups)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.folded_weight = None
-        for name, published in WEIGHT_NORM_NAMES.items():
-            if prefix + name in state_dict:
-                state_dict[prefix + published] = state_dict.pop(prefix + name)
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[published_name(key)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class ConvolutionalPositionalEmbedding(nn.Module):
     """Relative position from a wide grouped convolution over time."""
 
-    def __init__(self, embed_dim: int, kernel_size: int, groups: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.conv = WeightNormConv1d(embed_dim, kernel_size, groups)
+        self.conv = WeightNormConv1d(
+            config.encoder_embed_dim, config.encoder_pos_conv_kernel, config.encoder_pos_conv_groups
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
@@ -397,26 +384,18 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention of HuBERT and wav2vec 2.0, with masks over heads and over the whole block."""
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int,
-        dropout: float = 0.0,
-        prune_heads: bool = False,
-        prune_layer: bool = False,
-    ) -> None:
+    def __init__(self, config: ModelConfig, num_heads: int, head_dim: int) -> None:
         super().__init__()
-        self.embed_dim = embed_dim
+        self.embed_dim = config.encoder_embed_dim
         self.num_heads = num_heads
         self.head_dim = head_dim
-        self.dropout = dropout
-        self.k_proj = nn.Linear(embed_dim, num_heads * head_dim)
-        self.v_proj = nn.Linear(embed_dim, num_heads * head_dim)
-        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim)
-        self.out_proj = nn.Linear(num_heads * head_dim, embed_dim)
-        self.hard_concrete_for_heads = HardConcrete(n_in=num_heads, init_mean=_DROP_RATE_DENSE) if prune_heads else None
-        self.hard_concrete_for_layer = _layer_mask(prune_layer)
+        self.dropout = config.encoder_attention_dropout
+        self.k_proj = nn.Linear(self.embed_dim, num_heads * head_dim)
+        self.v_proj = nn.Linear(self.embed_dim, num_heads * head_dim)
+        self.q_proj = nn.Linear(self.embed_dim, num_heads * head_dim)
+        self.out_proj = nn.Linear(num_heads * head_dim, self.embed_dim)
+        self.hard_concrete_for_heads = _make_mask(config, "head", num_heads)
+        self.hard_concrete_for_layer = _make_mask(config, "attlayer")
 
     def forward(self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)
@@ -431,26 +410,24 @@ class SelfAttention(nn.Module):
         def split_heads(projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
             return projected.view(batch, frames, self.num_heads, self.head_dim).transpose(1, 2)
 
-        query, key, value = (
-            split_heads(apply_linear(projection, x)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (split_heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         bias = padding_scores if position_bias is None else self._gate(x, position_bias)
         if position_bias is not None and padding_scores is not None:
             bias = bias + padding_scores
         probability = self.dropout if self.training else 0.0
-        if fast_paths() and _prefers_fused_attention(query, probability):
+        if fast_paths() and prefers_fused_attention(query, probability):
             heads = F.scaled_dot_product_attention(query, key, value, bias, probability)  # scales by K ** -0.5
         else:
             scores = (query * self.head_dim**-0.5) @ key.transpose(-2, -1)  # (B, H, T, T)
             if bias is not None:
                 scores = scores + bias
-            heads = dropout(scores.softmax(dim=-1), probability) @ value  # (B, H, T, K)
+            heads = F.dropout(scores.softmax(dim=-1), probability) @ value  # (B, H, T, K)
 
         mask = None if self.hard_concrete_for_heads is None else self.hard_concrete_for_heads()
         if mask is not None:
             heads = heads * _mask_for(heads, mask[:, None, None])
         heads = heads.transpose(1, 2).reshape(batch, frames, self.num_heads * self.head_dim)
-        output = apply_linear(self.out_proj, heads)
+        output = self.out_proj(heads)
         if mask is not None and not self.training:
             output = output * (mask != 0).any()  # no head left: the block is dropped, its output bias with it
         if self.hard_concrete_for_layer is not None:
@@ -471,12 +448,7 @@ class SelfAttention(nn.Module):
 
     def prune(self) -> bool:
         """Drop masked heads; returns whether anything of the block is left."""
-        kept = True
-        if self.hard_concrete_for_layer is not None:
-            layer_mask = self.hard_concrete_for_layer()
-            _scale_output(self.out_proj, layer_mask)
-            kept = bool(layer_mask.any())
-            self.hard_concrete_for_layer = None
+        is_kept = _prune_whole_block(self, self.out_proj)
         if self.hard_concrete_for_heads is not None:
             mask = self.hard_concrete_for_heads()
             self.out_proj.weight.mul_(mask.repeat_interleave(self.head_dim))
@@ -487,7 +459,7 @@ class SelfAttention(nn.Module):
             prune_linear(self.out_proj, columns, "input")
             self._keep_heads(head_index)
             self.hard_concrete_for_heads = None
-        return kept and self.num_heads > 0
+        return is_kept and self.num_heads > 0
 
     def _keep_heads(self, head_index: Tensor) -> None:
         self.num_heads = len(head_index)
@@ -501,37 +473,24 @@ class SelfAttention(nn.Module):
 class WavLMSelfAttention(SelfAttention):
     """Self-attention with WavLM's gated relative position bias (arXiv 2110.13900, section 3.2).
 
-    Args:
-        embed_dim: D.
+    Attributes:
         total_num_heads: heads of the unpruned layer; gates and bucket table always cover all of them.
         remaining_heads: indices of the heads that this layer still has.
-        holds_table: whether this layer owns the bucket table that all layers share.
-        num_buckets, max_distance: of the table.
+        rel_attn_embed: the bucket table that all layers share; in the first attention of the model, None in the others.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        total_num_heads: int,
-        remaining_heads: list[int],
-        dropout: float = 0.0,
-        holds_table: bool = False,
-        num_buckets: int = 320,
-        max_distance: int = 800,
-        prune_heads: bool = False,
-        prune_layer: bool = False,
-    ) -> None:
-        head_dim = embed_dim // total_num_heads
-        super().__init__(embed_dim, len(remaining_heads), head_dim, dropout, prune_heads, prune_layer)
-        self.total_num_heads = total_num_heads
-        self.num_buckets = num_buckets
-        self.max_distance = max_distance
-        self.remaining_heads = list(remaining_heads)
+    def __init__(self, config: WavLMConfig, layer: int) -> None:
+        self.total_num_heads = config.encoder_total_num_heads[layer]
+        self.remaining_heads = list(config.encoder_remaining_heads[layer])
+        super().__init__(config, len(self.remaining_heads), config.encoder_embed_dim // self.total_num_heads)
+        self.num_buckets = config.encoder_num_buckets
+        self.max_distance = config.encoder_max_distance
         # The same on the model's device, so that selecting them waits for nothing.
-        self.register_buffer("head_index", torch.tensor(remaining_heads, dtype=torch.long), persistent=False)
-        self.rel_attn_embed = nn.Embedding(num_buckets, total_num_heads) if holds_table else None
-        self.gru_rel_pos_linear = nn.Linear(head_dim, 8)
-        self.gru_rel_pos_const = nn.Parameter(torch.ones(1, total_num_heads, 1, 1))
+        self.register_buffer("head_index", torch.tensor(self.remaining_heads, dtype=torch.long), persistent=False)
+        holds_table = not any(config.encoder_use_attention[:layer])
+        self.rel_attn_embed = nn.Embedding(self.num_buckets, self.total_num_heads) if holds_table else None
+        self.gru_rel_pos_linear = nn.Linear(self.head_dim, 8)
+        self.gru_rel_pos_const = nn.Parameter(torch.ones(1, self.total_num_heads, 1, 1))
 
     def position_bias(self, num_frames: int) -> Tensor:
         """The shared, ungated bias (H_total, T, T); only the layer that holds the table has it."""
@@ -585,32 +544,23 @@ class WavLMSelfAttention(SelfAttention):
 class FeedForward(nn.Module):
     """The feed-forward block, with masks over intermediate dimensions and over the whole block."""
 
-    def __init__(
-        self,
-        io_features: int,
-        intermediate_features: int,
-        intermediate_dropout: float = 0.0,
-        output_dropout: float = 0.0,
-        prune_intermediate: bool = False,
-        prune_layer: bool = False,
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.intermediate_dense = nn.Linear(io_features, intermediate_features)
-        self.intermediate_dropout = Dropout(intermediate_dropout)
-        self.output_dense = nn.Linear(intermediate_features, io_features)
-        self.output_dropout = Dropout(output_dropout)
-        self.hard_concrete_for_intermediate = (
-            HardConcrete(n_in=intermediate_features, init_mean=_DROP_RATE_INTERMEDIATE) if prune_intermediate else None
-        )
-        self.hard_concrete_for_layer = _layer_mask(prune_layer)
+        width = config.encoder_ff_interm_features[layer]
+        self.intermediate_dense = nn.Linear(config.encoder_embed_dim, width)
+        self.intermediate_dropout = nn.Dropout(config.encoder_ff_interm_dropout)
+        self.output_dense = nn.Linear(width, config.encoder_embed_dim)
+        self.output_dropout = nn.Dropout(config.encoder_dropout)
+        self.hard_concrete_for_intermediate = _make_mask(config, "interm", width)
+        self.hard_concrete_for_layer = _make_mask(config, "ffnlayer")
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
-        x = self.intermediate_dropout(F.gelu(apply_linear(self.intermediate_dense, x)))  # (B, T, F)
+        x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))  # (B, T, F)
         mask = None if self.hard_concrete_for_intermediate is None else self.hard_concrete_for_intermediate()
         if mask is not None:
             x = x * _mask_for(x, mask)
-        x = self.output_dropout(apply_linear(self.output_dense, x))
+        x = self.output_dropout(self.output_dense(x))
         if mask is not None and not self.training:
             x = x * (mask != 0).any()  # nothing left: the block is dropped, its output bias with it
         if self.hard_concrete_for_layer is not None:
@@ -626,12 +576,7 @@ class FeedForward(nn.Module):
 
     def prune(self) -> bool:
         """Drop masked intermediate dimensions; returns whether anything of the block is left."""
-        kept = True
-        if self.hard_concrete_for_layer is not None:
-            layer_mask = self.hard_concrete_for_layer()
-            _scale_output(self.output_dense, layer_mask)
-            kept = bool(layer_mask.any())
-            self.hard_concrete_for_layer = None
+        is_kept = _prune_whole_block(self, self.output_dense)
         if self.hard_concrete_for_intermediate is not None:
             mask = self.hard_concrete_for_intermediate()
             index = mask.nonzero().squeeze(-1)
@@ -639,7 +584,7 @@ class FeedForward(nn.Module):
             prune_linear(self.intermediate_dense, index, "output")
             prune_linear(self.output_dense, index, "input")
             self.hard_concrete_for_intermediate = None
-        return kept and self.intermediate_dense.out_features > 0
+        return is_kept and self.intermediate_dense.out_features > 0
 
     @property
     def shape(self) -> dict[str, int]:
@@ -647,35 +592,24 @@ class FeedForward(nn.Module):
         return {"encoder_ff_interm_features": self.intermediate_dense.out_features}
 
 
+def _make_attention(config: ModelConfig, layer: int) -> SelfAttention:
+    if isinstance(config, WavLMConfig):
+        return WavLMSelfAttention(config, layer)
+    return SelfAttention(config, config.encoder_num_heads[layer], config.encoder_head_dim)
+
+
 class EncoderLayer(nn.Module):
-    """Attention and feed-forward with residuals, pre-norm or post-norm; either block may be absent.
+    """Attention and feed-forward with residuals, pre-norm or post-norm; either block may be absent."""
 
-    Args:
-        attention, feed_forward: the blocks, None where the config switches one off.
-        dropout: of the attention's output.
-        layer_norm_first: pre-norm.
-        embed_dim: D.
-        block_shapes: this layer's entries of the config's list-valued keys, which also give the shape
-            that a switched-off block would have.
-    """
-
-    def __init__(
-        self,
-        attention: SelfAttention | None,
-        feed_forward: FeedForward | None,
-        dropout: float,
-        layer_norm_first: bool,
-        embed_dim: int,
-        block_shapes: dict[str, Any],
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention = attention
-        self.dropout = Dropout(dropout)
-        self.layer_norm = nn.LayerNorm(embed_dim)
-        self.layer_norm_first = layer_norm_first
-        self.feed_forward = feed_forward
-        self.final_layer_norm = nn.LayerNorm(embed_dim)
-        self._block_shapes = block_shapes
+        self.attention = _make_attention(config, layer) if config.encoder_use_attention[layer] else None
+        self.dropout = nn.Dropout(config.encoder_dropout)
+        self.layer_norm = nn.LayerNorm(config.encoder_embed_dim)
+        self.layer_norm_first = config.encoder_layer_norm_first
+        self.feed_forward = FeedForward(config, layer) if config.encoder_use_feed_forward[layer] else None
+        self.final_layer_norm = nn.LayerNorm(config.encoder_embed_dim)
+        self._absent_shape = config.of_layer(layer)  # with the shape of a block that is not there
 
     def forward(self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None) -> Tensor:
         """(B, T, D) -> (B, T, D); see :meth:`SelfAttention.forward` for the other arguments."""
@@ -707,18 +641,16 @@ class EncoderLayer(nn.Module):
         for name in ("attention", "feed_forward"):
             block = getattr(self, name)
             if block is not None and not block.prune():
-                self._block_shapes |= block.shape
+                self._absent_shape |= block.shape
                 setattr(self, name, None)
 
     @property
     def shape(self) -> dict[str, Any]:
-        """This layer's entries of the list-valued keys of the config."""
-        shape = {
-            "encoder_use_attention": self.attention is not None,
-            "encoder_use_feed_forward": self.feed_forward is not None,
-            **self._block_shapes,
-        }
-        for block in (self.attention, self.feed_forward):
+        """This layer's entries of the config's keys that have one for each layer."""
+        shape = dict(self._absent_shape)
+        for name in ("attention", "feed_forward"):
+            block = getattr(self, name)
+            shape[f"encoder_use_{name}"] = block is not None
             if block is not None:
                 shape |= block.shape
         return shape
@@ -734,21 +666,14 @@ class Transformer(nn.Module):
         recompute: keep each layer's input only and run the layer again in the backward pass.
     """
 
-    def __init__(
-        self,
-        pos_conv_embed: ConvolutionalPositionalEmbedding,
-        dropout: float,
-        layers: nn.ModuleList,
-        layer_norm_first: bool,
-        layer_drop: float,
-        embed_dim: int,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.pos_conv_embed = pos_conv_embed
-        self.layer_norm = nn.LayerNorm(embed_dim)
-        self.layer_norm_first = layer_norm_first
-        self.layer_drop = layer_drop
-        self.dropout = Dropout(dropout)
+        layers = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.encoder_num_layers))
+        self.pos_conv_embed = ConvolutionalPositionalEmbedding(config)
+        self.layer_norm = nn.LayerNorm(config.encoder_embed_dim)
+        self.layer_norm_first = config.encoder_layer_norm_first
+        self.layer_drop = config.encoder_layer_drop
+        self.dropout = nn.Dropout(config.encoder_dropout)
         self.layers = layers
         self.recompute = False
 
@@ -845,9 +770,10 @@ class Transformer(nn.Module):
 class Encoder(nn.Module):
     """Projection of the extractor's frames, padding, and the transformer."""
 
-    def __init__(self, feature_projection: FeatureProjection, transformer: Transformer) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.feature_projection = feature_projection
+        transformer = Transformer(config)
+        self.feature_projection = FeatureProjection(config)
         self.transformer = transformer
 
     def _preprocess(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,117 +1,234 @@
-"""What a config may hold: one rule per key, checked before anything is built from it."""
+"""What a config holds, stated once: the fields of :class:`HubertConfig` and :class:`WavLMConfig`.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+Each field says what it means and what it may be. The arguments of ``wav2vec2_model``, their checks,
+``Wav2Vec2Model.config`` and the table of pruning units follow from these fields.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, NamedTuple
 
 from .errors import short_repr
 
 # Far beyond any model that there is, and small enough that lists of this length do no harm.
 MAX_LAYERS = 256
-_MAX_CONV_LAYERS = 64
+MAX_CONV_LAYERS = 64
 _MAX_SIZE = 2**20
 
+# (channels, kernel, stride) of every published model's extractor: 320 samples (20 ms) per frame.
+CONV_LAYERS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
 
-@dataclass(frozen=True)
-class _Rule:
-    """What one key may hold.
 
-    Attributes:
-        expected: in words, for errors.
-        accepts: whether a value is that.
-        per_layer: the value may be a list with one entry per encoder layer.
-        default: whether the key may be absent.
-    """
+class _Rule(NamedTuple):
+    """What one key may hold; ``expected`` says it in errors."""
 
     expected: str
     accepts: Callable[[Any], bool]
-    per_layer: bool = False
-    default: bool = False
+
+    def check(self, key: str, value: Any) -> None:
+        if not self.accepts(value):
+            raise ValueError(f"{key}: expected {self.expected}, found {short_repr(value)}")
+
+    def or_none(self) -> "_Rule":
+        return _Rule(f"{self.expected}, or None", lambda value: value is None or self.accepts(value))
 
 
-def _is_whole(value: Any, lowest: int, highest: int) -> bool:
-    return type(value) is int and lowest <= value <= highest
-
-
-def _whole(lowest: int, highest: int = _MAX_SIZE, **options: bool) -> _Rule:
+def _whole(lowest: int, highest: int = _MAX_SIZE) -> _Rule:
     expected = f"a whole number from {lowest} to {highest}"
-    return _Rule(expected, lambda value: _is_whole(value, lowest, highest), **options)
+    return _Rule(expected, lambda value: type(value) is int and lowest <= value <= highest)
 
 
-def _flag(**options: bool) -> _Rule:
-    return _Rule("True or False", lambda value: type(value) is bool, **options)
-
-
-def _are_conv_layers(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, (list, tuple))
-        and 0 < len(value) <= _MAX_CONV_LAYERS
-        and all(
-            isinstance(layer, (list, tuple)) and len(layer) == 3 and all(_is_whole(n, 1, _MAX_SIZE) for n in layer)
-            for layer in value
-        )
-    )
-
-
-def _are_heads(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and all(_is_whole(head, 0, _MAX_SIZE) for head in value)
-        and all(first < second for first, second in zip(value, value[1:], strict=False))
-    )
-
-
+_SIZE = _whole(1)
+_FLAG = _Rule("True or False", lambda value: type(value) is bool)
 _PROBABILITY = _Rule("a number from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value <= 1)
+_MODE = _Rule(
+    "'group_norm' or 'layer_norm'", lambda value: type(value) is str and value in ("group_norm", "layer_norm")
+)
+_HEADS = _Rule(
+    "ascending indices of heads",
+    lambda value: (
+        isinstance(value, (list, tuple))
+        and all(map(_whole(0).accepts, value))
+        and all(first < second for first, second in zip(value, value[1:], strict=False))
+    ),
+)
+_CONV_LAYERS = _Rule(
+    f"a list of 1 to {MAX_CONV_LAYERS} layers [channels, kernel, stride], each {_SIZE.expected}",
+    lambda value: (
+        isinstance(value, (list, tuple))
+        and 0 < len(value) <= MAX_CONV_LAYERS
+        and all(isinstance(x, (list, tuple)) and len(x) == 3 and all(map(_SIZE.accepts, x)) for x in value)
+    ),
+)
 
-_SHARED_RULES = {
-    "extractor_mode": _Rule(
-        "'group_norm' or 'layer_norm'", lambda value: isinstance(value, str) and value in ("group_norm", "layer_norm")
-    ),
-    "extractor_conv_layer_config": _Rule(
-        f"a list of 1 to {_MAX_CONV_LAYERS} layers [channels, kernel, stride], each a whole number from 1 to "
-        f"{_MAX_SIZE}, or None",
-        _are_conv_layers,
-    ),
-    "extractor_conv_bias": _flag(),
-    "encoder_embed_dim": _whole(1),
-    "encoder_projection_dropout": _PROBABILITY,
-    "encoder_pos_conv_kernel": _whole(1),
-    "encoder_pos_conv_groups": _whole(1),
-    "encoder_num_layers": _whole(1, MAX_LAYERS),
-    "encoder_use_attention": _flag(per_layer=True, default=True),
-    "encoder_use_feed_forward": _flag(per_layer=True, default=True),
-    "encoder_attention_dropout": _PROBABILITY,
-    "encoder_ff_interm_features": _whole(0, per_layer=True),
-    "encoder_ff_interm_dropout": _PROBABILITY,
-    "encoder_dropout": _PROBABILITY,
-    "encoder_layer_norm_first": _flag(),
-    "encoder_layer_drop": _PROBABILITY,
-    "aux_num_out": _Rule(
-        f"a whole number from 1 to {_MAX_SIZE}, or None",
-        lambda value: value is None or _is_whole(value, 1, _MAX_SIZE),
-        default=True,
-    ),
-    "normalize_waveform": _flag(default=True),
-    "extractor_prune_conv_channels": _flag(default=True),
-    "encoder_prune_attention_heads": _flag(default=True),
-    "encoder_prune_attention_layer": _flag(default=True),
-    "encoder_prune_feed_forward_intermediate": _flag(default=True),
-    "encoder_prune_feed_forward_layer": _flag(default=True),
-}
-_HUBERT_RULES = _SHARED_RULES | {
-    "encoder_num_heads": _whole(0, per_layer=True),
-    "encoder_head_dim": _Rule(
-        f"a whole number from 1 to {_MAX_SIZE} (or None, where encoder_num_heads is one number)",
-        lambda value: value is None or _is_whole(value, 1, _MAX_SIZE),
-        default=True,
-    ),
-}
-_WAVLM_RULES = _SHARED_RULES | {
-    "encoder_total_num_heads": _whole(1, per_layer=True),
-    "encoder_remaining_heads": _Rule("ascending indices of heads", _are_heads, per_layer=True),
-    "encoder_num_buckets": _whole(4),
-    "encoder_max_distance": _whole(1),
-}
+
+def _key(rule: _Rule, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"rule": rule})
+
+
+def _per_layer(rule: _Rule, default: Any = MISSING) -> Any:
+    """A list with an entry for each encoder layer; a single number or bool stands for all of them."""
+    return field(default=default, metadata={"rule": rule, "per_layer": True})
+
+
+def _masks(unit: str, mask_name: str, drop_rate: float) -> Any:
+    """The switch that puts masks on a kind of unit, and its row of :data:`PRUNING_UNITS`."""
+    return field(default=False, metadata={"rule": _FLAG, "unit": (unit, mask_name, drop_rate)})
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The keys that all families share.
+
+    Raises:
+        ValueError: a value cannot be, or two do not fit each other (the message names the key, what was found and what
+            is expected).
+    """
+
+    extractor_mode: str = _key(_MODE)
+    """"group_norm": a norm behind the first conv layer only; "layer_norm": behind every one."""
+    extractor_conv_layer_config: list[list[int]] = _key(_CONV_LAYERS.or_none())
+    """[channels, kernel, stride] of each conv layer; None means the published ones."""
+    extractor_conv_bias: bool = _key(_FLAG)
+    """Whether the conv layers have a bias."""
+    encoder_embed_dim: int = _key(_SIZE)
+    """D, the size of a frame in the transformer."""
+    encoder_projection_dropout: float = _key(_PROBABILITY)
+    """Behind the feature projection."""
+    encoder_pos_conv_kernel: int = _key(_SIZE)
+    """Frames that the positional convolution covers."""
+    encoder_pos_conv_groups: int = _key(_SIZE)
+    """Groups of the positional convolution; a divisor of ``encoder_embed_dim``."""
+    encoder_num_layers: int = _key(_whole(1, MAX_LAYERS))
+    """Layers of the transformer."""
+    encoder_use_attention: list[bool] = _per_layer(_FLAG, default=True)
+    """Which layers have attention."""
+    encoder_use_feed_forward: list[bool] = _per_layer(_FLAG, default=True)
+    """Which layers have a feed-forward."""
+    encoder_attention_dropout: float = _key(_PROBABILITY)
+    """On the attention weights."""
+    encoder_ff_interm_features: list[int] = _per_layer(_whole(0))
+    """F of each layer, the feed-forward's intermediate dimensions."""
+    encoder_ff_interm_dropout: float = _key(_PROBABILITY)
+    """Behind the feed-forward's GELU."""
+    encoder_dropout: float = _key(_PROBABILITY)
+    """Behind the positional convolution, each attention and each feed-forward."""
+    encoder_layer_norm_first: bool = _key(_FLAG)
+    """Pre-norm (Large) or post-norm (Base)."""
+    encoder_layer_drop: float = _key(_PROBABILITY)
+    """Probability that ``forward`` skips a layer in training."""
+    aux_num_out: int | None = _key(_SIZE.or_none(), default=None)
+    """Outputs of an extra linear layer behind the last; None means no such layer."""
+    normalize_waveform: bool = _key(_FLAG, default=False)
+    """Bring each waveform to zero mean and unit variance first."""
+    extractor_prune_conv_channels: bool = _masks("conv", "conv_layers.{}.hard_concrete", drop_rate=0.01)
+    """Masks on the output channels of each conv layer."""
+    encoder_prune_attention_heads: bool = _masks("head", "attention.hard_concrete_for_heads", drop_rate=0.01)
+    """Masks on attention heads."""
+    encoder_prune_feed_forward_intermediate: bool = _masks(
+        "interm", "feed_forward.hard_concrete_for_intermediate", drop_rate=0.5
+    )
+    """Masks on intermediate dimensions of the feed-forward."""
+    encoder_prune_attention_layer: bool = _masks("attlayer", "attention.hard_concrete_for_layer", drop_rate=0.01)
+    """Masks on whole attention blocks."""
+    encoder_prune_feed_forward_layer: bool = _masks("ffnlayer", "feed_forward.hard_concrete_for_layer", drop_rate=0.01)
+    """Masks on whole feed-forward blocks."""
+
+    def __post_init__(self) -> None:
+        rules = {entry.name: entry.metadata for entry in fields(self)}
+        rules["encoder_num_layers"]["rule"].check(
+            "encoder_num_layers", self.encoder_num_layers
+        )  # lists have its length
+        for key, metadata in rules.items():
+            value = getattr(self, key)
+            if "per_layer" in metadata:
+                setattr(self, key, self._entries(key, value, metadata["rule"]))
+            else:
+                metadata["rule"].check(key, value)
+        layers = CONV_LAYERS if self.extractor_conv_layer_config is None else self.extractor_conv_layer_config
+        self.extractor_conv_layer_config = [list(layer) for layer in layers]
+        self._check_divides("encoder_pos_conv_groups", self.encoder_pos_conv_groups)
+
+    def _entries(self, key: str, value: Any, rule: _Rule) -> list[Any]:
+        """One entry per layer, checked."""
+        if not isinstance(value, (list, tuple)):
+            rule.check(key, value)
+            return [value] * self.encoder_num_layers
+        if len(value) != self.encoder_num_layers:
+            raise ValueError(
+                f"{key}: expected {self.encoder_num_layers} entries, one per layer (encoder_num_layers), found "
+                f"{len(value)}"
+            )
+        for layer, entry in enumerate(value):
+            rule.check(f"{key} of layer {layer}", entry)
+        return [list(entry) if isinstance(entry, (list, tuple)) else entry for entry in value]
+
+    def of_layer(self, layer: int) -> dict[str, Any]:
+        """One layer's entries of the keys that have one for each."""
+        return {entry.name: getattr(self, entry.name)[layer] for entry in fields(self) if "per_layer" in entry.metadata}
+
+    def _check_divides(self, key: str, value: int) -> None:
+        if self.encoder_embed_dim % value:
+            raise ValueError(f"{key}: expected a divisor of encoder_embed_dim {self.encoder_embed_dim}, found {value}")
+
+
+@dataclass(kw_only=True)
+class HubertConfig(ModelConfig):
+    """The keys of HuBERT and wav2vec 2.0."""
+
+    encoder_num_heads: list[int] = _per_layer(_whole(0))
+    """Heads of each layer."""
+    encoder_head_dim: int = _key(_SIZE.or_none(), default=None)
+    """K, the size of a head; None means D / heads, where the number of heads is given as one number."""
+
+    def __post_init__(self) -> None:
+        num_heads = self.encoder_num_heads  # before it becomes a list
+        super().__post_init__()
+        if self.encoder_head_dim is None:
+            if not isinstance(num_heads, int) or num_heads < 1:
+                raise ValueError(
+                    f"encoder_head_dim: expected a number where encoder_num_heads is {short_repr(num_heads)}, "
+                    "found nothing"
+                )
+            self._check_divides("encoder_num_heads", num_heads)
+            self.encoder_head_dim = self.encoder_embed_dim // num_heads
+
+
+@dataclass(kw_only=True)
+class WavLMConfig(ModelConfig):
+    """The keys of WavLM."""
+
+    encoder_total_num_heads: list[int] = _per_layer(_SIZE)
+    """Heads of each layer before pruning, the same in all layers; D / heads is the size of a head."""
+    encoder_remaining_heads: list[list[int]] = _per_layer(_HEADS)
+    """The indices of each layer's heads that are left."""
+    encoder_num_buckets: int = _key(_whole(4))
+    """Buckets of the relative position table: half for each sign, half of those for a single distance each."""
+    encoder_max_distance: int = _key(_SIZE)
+    """The distance, in frames, from which on all fall in the last bucket."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        total = self.encoder_total_num_heads[0]
+        if set(self.encoder_total_num_heads) != {total}:
+            raise ValueError(
+                "encoder_total_num_heads: expected the same number in all layers, which share one position table, "
+                f"found {short_repr(self.encoder_total_num_heads)}"
+            )
+        self._check_divides("encoder_total_num_heads", total)
+        for layer, heads in enumerate(self.encoder_remaining_heads):
+            if heads and heads[-1] >= total:
+                raise ValueError(
+                    f"encoder_remaining_heads of layer {layer}: expected ascending indices below {total}, found "
+                    f"{short_repr(heads)}"
+                )
+        if self.encoder_num_buckets % 2:
+            raise ValueError(f"encoder_num_buckets: expected an even number, found {self.encoder_num_buckets}")
+        if self.encoder_max_distance <= self.encoder_num_buckets // 4:
+            raise ValueError(
+                "encoder_max_distance: expected more than a quarter of encoder_num_buckets "
+                f"{self.encoder_num_buckets}, found {self.encoder_max_distance}"
+            )
 
 
 def is_wavlm(config: Mapping[str, Any]) -> bool:
@@ -119,83 +236,44 @@ def is_wavlm(config: Mapping[str, Any]) -> bool:
     return "encoder_remaining_heads" in config
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Check every key of a config of ``wav2vec2_model``, and the keys that must fit each other.
+def check_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The checked config of its family, with one entry per layer in every list.
 
     Raises:
         TypeError: a key is missing or unknown (the message names it).
-        ValueError: a value cannot be (the message names its key, what was found and what is expected).
+        ValueError: a value cannot be (the message names its key).
     """
-    family, rules = ("WavLM", _WAVLM_RULES) if is_wavlm(config) else ("HuBERT / wav2vec 2.0", _HUBERT_RULES)
-    missing = [key for key, rule in rules.items() if key not in config and not rule.default]
-    unknown = [key for key in config if not isinstance(key, str) or key not in rules]
+    family, cls = ("WavLM", WavLMConfig) if is_wavlm(config) else ("HuBERT / wav2vec 2.0", HubertConfig)
+    keys = {entry.name: entry.default is not MISSING for entry in fields(cls)}
+    missing = [key for key, has_default in keys.items() if key not in config and not has_default]
+    unknown = [key for key in config if not isinstance(key, str) or key not in keys]
     if missing or unknown:
         problem, key = ("missing", missing[0]) if missing else ("unknown", unknown[0])
         name = key if isinstance(key, str) and key.isidentifier() else short_repr(key)
         others = len(missing) + len(unknown) - 1
         more = f" and {others} more missing or unknown" if others else ""
         raise TypeError(f"{problem} key {name}{more}, expected the keys of a {family} config")
-    # The number of layers first: the lists are measured by it.
-    for key in sorted(config, key=lambda key: key != "encoder_num_layers"):
-        _check_value(key, config[key], rules[key], config["encoder_num_layers"])
-    _check_fit(config)
+    return cls(**config)
 
 
-def _check_value(key: str, value: Any, rule: _Rule, num_layers: int) -> None:
-    if rule.per_layer and isinstance(value, (list, tuple)):
-        if len(value) != num_layers:
-            raise ValueError(
-                f"{key}: expected {num_layers} entries, one per layer (encoder_num_layers), found {len(value)}"
-            )
-        for layer, entry in enumerate(value):
-            if not rule.accepts(entry):
-                raise ValueError(f"{key} of layer {layer}: expected {rule.expected}, found {short_repr(entry)}")
-    elif not rule.accepts(value):
-        raise ValueError(f"{key}: expected {rule.expected}, found {short_repr(value)}")
+class PruningUnit(NamedTuple):
+    """A kind of unit that can be pruned (paper, section 2.2)."""
+
+    switch: str  # the config key that puts masks on it
+    mask_name: str  # where a model has its masks, {} standing for the layer
+    drop_rate: float  # how likely a unit is off when training starts (released settings)
 
 
-def _check_fit(config: Mapping[str, Any]) -> None:
-    embed_dim, groups = config["encoder_embed_dim"], config["encoder_pos_conv_groups"]
-    if embed_dim % groups:
-        raise ValueError(
-            f"encoder_pos_conv_groups: expected a divisor of encoder_embed_dim {embed_dim}, found {groups}"
-        )
-    if is_wavlm(config):
-        _check_wavlm_fit(config)
-    elif config.get("encoder_head_dim") is None:
-        heads = config["encoder_num_heads"]
-        if not isinstance(heads, int) or heads < 1:
-            raise ValueError(
-                f"encoder_head_dim: expected a number where encoder_num_heads is {short_repr(heads)}, found nothing"
-            )
-        if embed_dim % heads:
-            raise ValueError(f"encoder_num_heads: expected a divisor of encoder_embed_dim {embed_dim}, found {heads}")
+# By the names that the training scripts know them by.
+PRUNING_UNITS = {
+    unit: PruningUnit(entry.name, mask_name, drop_rate)
+    for entry in fields(ModelConfig)
+    if "unit" in entry.metadata
+    for unit, mask_name, drop_rate in [entry.metadata["unit"]]
+}
 
 
-def _check_wavlm_fit(config: Mapping[str, Any]) -> None:
-    embed_dim, total, remaining = (
-        config[key] for key in ("encoder_embed_dim", "encoder_total_num_heads", "encoder_remaining_heads")
-    )
-    totals = {total} if isinstance(total, int) else set(total)
-    if len(totals) > 1:
-        raise ValueError(
-            f"encoder_total_num_heads: expected the same number in all layers, which share one position table, found "
-            f"{short_repr(total)}"
-        )
-    (total,) = totals
-    if embed_dim % total:
-        raise ValueError(f"encoder_total_num_heads: expected a divisor of encoder_embed_dim {embed_dim}, found {total}")
-    for layer, heads in enumerate(remaining):
-        if heads and heads[-1] >= total:
-            raise ValueError(
-                f"encoder_remaining_heads of layer {layer}: expected ascending indices below {total}, found "
-                f"{short_repr(heads)}"
-            )
-    # Half of the buckets for each sign; half of those are exact, and the others reach to the largest distance.
-    buckets, distance = config["encoder_num_buckets"], config["encoder_max_distance"]
-    if buckets % 2:
-        raise ValueError(f"encoder_num_buckets: expected an even number, found {buckets}")
-    if distance <= buckets // 4:
-        raise ValueError(
-            f"encoder_max_distance: expected more than a quarter of encoder_num_buckets {buckets}, found {distance}"
-        )
+def with_masks(config: Mapping[str, Any], units: Iterable[str]) -> dict[str, Any]:
+    """The config with masks on exactly these units, keys of :data:`PRUNING_UNITS`."""
+    units = set(units)
+    return {**config, **{unit.switch: name in units for name, unit in PRUNING_UNITS.items()}}

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
-from wav2vec2.paths import plain_paths
+from .audio import SAMPLE_RATE
+from .fast import plain_paths
+from .model import Wav2Vec2Model, wav2vec2_model
 
 
 class Flops(NamedTuple):

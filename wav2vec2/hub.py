@@ -1,23 +1,87 @@
-"""Model folders as the Hugging Face hub has them: model.safetensors, config.json and README.md.
+"""Models as the Hugging Face hub has them: folders with model.safetensors, config.json and README.md.
 
 config.json holds the arguments of ``wav2vec2_model``, model.safetensors its state dict under the published names.
-Folders are read without huggingface_hub; the class with ``from_pretrained`` and ``push_to_hub`` is in hub_model.py.
+Reading needs safetensors; only what asks the hub, and the card of a folder that is written, need huggingface_hub.
 """
 
 import json
 import os
-from collections.abc import Mapping
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
-from .checkpoint import check_weights, expected_state
+from .checkpoint import build_model, check_weights, expected_state
 from .errors import UserError, one_line
 from .files import atomic_path, read_json, read_safetensors
 from .model import Wav2Vec2Model
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+class HubModel(Wav2Vec2Model):
+    """HuBERT, wav2vec 2.0 or WavLM that comes from the Hugging Face hub and goes there.
+
+    Args:
+        config: the arguments of ``wav2vec2_model``.
+
+    Raises:
+        UserError: no model can be built from the config.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        model = build_model(config)
+        super().__init__(model.normalize_waveform, model.feature_extractor, model.encoder, model.aux, model.config)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id: str | os.PathLike, *, revision: str | None = None, **options: Any) -> Self:
+        """Load a folder, or a model on the hub, strictly; returned in eval mode, in the precision of its file.
+
+        Args:
+            folder_or_id: a folder, or a hub id (ORG/NAME).
+            revision: of a hub id: a branch, tag or commit.
+            options: as of ``huggingface_hub.snapshot_download``.
+
+        Raises:
+            UserError: as :func:`download` and :func:`read_folder`.
+        """
+        folder = Path(folder_or_id)
+        contents = read_folder(folder if folder.is_dir() else download(str(folder_or_id), revision, **options))
+        model = cls(**contents["config"])
+        dtypes = {tensor.dtype for tensor in contents["state_dict"].values()}
+        if len(dtypes) == 1:
+            model.to(dtypes.pop())
+        model.load_state_dict(contents["state_dict"])
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """See :func:`save_folder`."""
+        save_folder(self, folder)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any
+    ) -> str:
+        """Upload the model, in one commit.
+
+        Args:
+            repo_id: ORG/NAME, made if it is not there.
+            private: of a repository that is made.
+            token: of the hub; by default that of ``hf auth login``.
+            options: as of ``huggingface_hub.HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr``, ...
+
+        Returns:
+            The address of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            save_folder(self, folder)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
 
 def save_folder(model: Wav2Vec2Model, folder: str | os.PathLike, card: str | None = None) -> None:
@@ -27,6 +91,9 @@ def save_folder(model: Wav2Vec2Model, folder: str | os.PathLike, card: str | Non
         model: its tensors are written in the precision that they have.
         folder: made if it is not there; other files in it are left alone.
         card: the contents of README.md; by default what the model itself tells.
+
+    Raises:
+        UserError: safetensors is missing, or huggingface_hub, which makes the card.
     """
     if card is None:
         from .utils.model_card import Card
@@ -38,11 +105,7 @@ def save_folder(model: Wav2Vec2Model, folder: str | os.PathLike, card: str | Non
 def write_folder(
     state_dict: Mapping[str, Tensor], config: Mapping[str, Any], folder: str | os.PathLike, card: str
 ) -> None:
-    """As :func:`save_folder`, for a state dict and its config, both as in a model file.
-
-    Raises:
-        UserError: the safetensors package is missing.
-    """
+    """As :func:`save_folder`, for a state dict and its config, both as in a model file."""
     folder = Path(folder)
     write_safetensors(state_dict, folder / WEIGHTS)
     write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", folder / CONFIG)
@@ -95,12 +158,24 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
     return {"state_dict": {name: state_dict[name] for name in expected}, "config": config}
 
 
-def download(repo_id: str, revision: str | None = None, **options: Any) -> Path:
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` has the form of a model's name on the hub, ORG/NAME."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII))
+
+
+def download(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    allow_patterns: Sequence[str] = (WEIGHTS, CONFIG, CARD),
+    **options: Any,
+) -> Path:
     """The folder of a model on the Hugging Face hub, from its cache if it is there.
 
     Args:
         repo_id: ORG/NAME.
         revision: a branch, tag or commit; by default the newest.
+        allow_patterns: the files that are wanted.
         options: others of ``huggingface_hub.snapshot_download``, as ``token`` or ``cache_dir``.
 
     Raises:
@@ -115,7 +190,7 @@ def download(repo_id: str, revision: str | None = None, **options: Any) -> Path:
         ) from error
     wanted = repo_id if revision is None else f"{repo_id} (revision {revision})"
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[WEIGHTS, CONFIG, CARD], **options))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(allow_patterns), **options))
     # No network, no such model or revision, not public, not a valid id.
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(

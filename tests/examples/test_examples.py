@@ -62,6 +62,7 @@ def encoder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_finetune_and_transcribe(words, encoder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "words.pth"
     flags = ("--model", encoder, "--tsv", words, "--out", out, "--device", "cpu", "--num_workers", 0)
@@ -126,12 +127,9 @@ def test_transcribing_needs_a_fine_tuned_model(words, encoder, monkeypatch, caps
     assert "holds no vocabulary" in error_line(capsys)
 
 
-def test_error_rates():
-    assert finetune_ctc.distance("kitten", "sitting") == 3
-    assert finetune_ctc.distance("", "abc") == finetune_ctc.distance("abc", "") == 3
-    cer, wer = finetune_ctc.error_rates(["one two", "three"], ["one too", "three four"])
-    assert cer == pytest.approx((1 + 5) / 12)
-    assert wer == pytest.approx((1 + 1) / 3)
+def test_error_rate():
+    assert finetune_ctc.error_rate(["one two", "three"], ["one too", "three four"]) == (1 + 5) / 12
+    assert finetune_ctc.error_rate([["one", "two"], ["three"]], [["one", "too"], ["three", "four"]]) == 2 / 3
 
 
 def test_tri_stage_rate():

@@ -1,4 +1,4 @@
-"""Every command and code block of the README and of the pages in docs/ is one that works."""
+"""Every command and code block of the README and of the guides in docs/ is one that works."""
 
 import importlib
 import os
@@ -15,7 +15,8 @@ from helpers import REPOSITORY, random_model, random_waveforms, small_config
 from wav2vec2 import checkpoint
 
 README = (REPOSITORY / "README.md").read_text()
-PAGES = README + "".join(path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md")))
+GUIDES = ("running", "reliability", "using", "measuring")
+PAGES = README + "".join((REPOSITORY / "docs" / f"{name}.md").read_text() for name in GUIDES)
 
 
 def blocks(language: str) -> list[str]:

@@ -13,74 +13,101 @@ import pytest
 from helpers import REPOSITORY, run_command
 
 
+def commands(*arguments: object, **environment: object) -> list[list[str]]:
+    """What run.sh would run, as words."""
+    result = run_command("bash", "run.sh", "--print", *arguments, **environment)
+    assert result.returncode == 0, result.stderr
+    return [shlex.split(line)[1:] for line in result.stdout.splitlines()]
+
+
+def value(command: list[str], flag: str) -> str:
+    """Of a flag, as argparse reads it: the last one counts."""
+    return command[len(command) - command[::-1].index(flag)]
+
+
 @pytest.mark.parametrize("config", sorted(path.name for path in (REPOSITORY / "conf").glob("*.conf")))
 def test_every_shipped_config_gives_commands_that_parse(config, monkeypatch):
-    result = run_command("bash", "run.sh", "--print", f"conf/{config}")
-    assert result.returncode == 0, result.stderr
-    commands = [shlex.split(line)[1:] for line in result.stdout.splitlines()]
-    scripts = [next(word for word in command if word.endswith(".py")) for command in commands]
-    assert scripts == ["distill.py", "prune.py", "final_distill.py", "save_final_ckpt.py"]
-    for script, command in zip(scripts, commands, strict=True):
-        monkeypatch.setattr(sys, "argv", command[command.index(script) :])
-        importlib.import_module(script.removesuffix(".py")).parse_args()
+    *stages, report = commands(f"conf/{config}")
+    assert [command[1] for command in stages] == ["distill.py", "prune.py", "final_distill.py", "save_final_ckpt.py"]
+    for command in stages:
+        monkeypatch.setattr(sys, "argv", command[1:])
+        importlib.import_module(command[1].removesuffix(".py")).parse_args()
+    assert report[1:] == ["-m", "evaluation.report", value(stages[0], "--exp_dir")]
 
 
-def test_defaults_are_the_published_experiment(monkeypatch):
-    result = run_command("bash", "run.sh", "--print")
-    distill, _, final, _ = (shlex.split(line) for line in result.stdout.splitlines())
+def test_defaults_are_the_published_experiment():
+    distill, _, final, *_ = commands()
     for command, expected in (
         (distill, {"learning_rate": "2e-4", "warmup_updates": "15000", "max_updates": "50000", "gpus": "4"}),
         (distill, {"target_sparsity": "0.75", "reg_learning_rate": "0.02", "sparsity_warmup_updates": "5000"}),
         (distill, {"seconds_per_batch": "160", "num_workers": "12", "precision": "16", "train_subset": "train960"}),
-        (distill, {"pruning_units": "conv,head,interm", "distill_layers": "0.4,8,12"}),
-        (final, {"learning_rate": "1e-4", "warmup_updates": "5000", "max_updates": "25000"}),
+        (distill, {"pruning_units": "conv,head,interm", "distill_layers": "0.4,8,12", "clip_norm": "10"}),
+        (final, {"learning_rate": "1e-4", "warmup_updates": "5000", "max_updates": "25000", "precision": "16"}),
     ):
-        for name, value in expected.items():
-            assert command[command.index(f"--{name}") + 1] == value, name
+        assert {name: value(command, f"--{name}") for name in expected} == expected
 
 
-def test_switches_and_optional_settings():
-    plain, chosen = (
-        run_command("bash", "run.sh", "--print", **settings).stdout.splitlines()
-        for settings in ({}, {"compile": "true", "checkpoint_activations": "true", "crop_lengths": 8, "round_to": 16})
+def test_config_environment_and_flags(tmp_path):
+    """A variant of a config; the environment wins over its paths, flags over its flags."""
+    config = tmp_path / "mine.conf"
+    config.write_text(
+        "source conf/demo.conf\nexp_dir=from/config\nstudent_ckpt='my student.pth'\n"
+        "shared+=(--precision bf16)\ndistill+=(--round_to 8 --max_updates 7)\n"
     )
-    for stage, words in ((0, "--round_to 16"), (0, "--crop_lengths 8"), (2, "--compile"), (2, "--crop_lengths 8")):
-        assert words in chosen[stage].replace("'", "") and words.split()[0] not in plain[stage], (stage, words)
-    assert all("--checkpoint_activations" in chosen[stage] for stage in (0, 2)) and "--round_to" not in chosen[2]
-    result = run_command("bash", "run.sh", "--print", compile="yes")
-    assert result.returncode == 1 and "compile: expected true or false, found: yes" in result.stderr
-
-
-def test_run_sh_stops_at_the_first_failure(tmp_path):
-    result = run_command(
-        "bash",
-        "run.sh",
-        exp_dir=tmp_path / "exp",
-        tsv_dir=tmp_path / "nowhere",
-        gpus=1,
-        precision=32,
-        accelerator="cpu",
-    )
-    assert result.returncode == 1
-    assert "error: " in result.stdout and str(tmp_path / "nowhere") in result.stdout
-    assert "prune.py" not in result.stdout
-    assert not (tmp_path / "exp" / "prune.log").exists()
+    distill, prune, final, save, _ = commands(config, "--compile", "--accum_grad", 4, tsv_dir="mine", exp_dir="my exp")
+    for command, exp_dir in ((distill, "my exp"), (final, "my exp/final")):
+        assert value(command, "--exp_dir") == exp_dir and value(command, "--tsv_dir") == "mine"
+        assert value(command, "--precision") == "bf16" and value(command, "--accum_grad") == "4"
+        assert value(command, "--teacher_ckpt") == "demo/out/mini-hubert.pth" and "--compile" in command
+        assert value(command, "--resume_checkpoint") == "auto"
+    assert value(distill, "--max_updates") == "7" and value(final, "--max_updates") == "200"
+    assert "--round_to" in distill and "--round_to" not in final
+    assert value(distill, "--student_ckpt") == value(prune, "--original_ckpt") == "my student.pth"
+    assert value(final, "--student_ckpt") == value(save, "--config_path") == "my exp/ckpts/pruned_hubert_base.pth"
+    assert value(commands(config, teacher_ckpt="other.pth")[0], "--teacher_ckpt") == "other.pth"
+    distill, prune, *_ = commands(teacher_ckpt="other.pth")
+    assert value(distill, "--student_ckpt") == value(prune, "--original_ckpt") == "other.pth"
 
 
 @pytest.mark.parametrize(
-    ("contents", "message"),
+    ("contents", "flags", "message"),
     [
-        ("max_updats=5\n", "unknown setting max_updats"),
-        ("max_updates 5\n", "expected NAME=VALUE"),
-        (None, "no such config"),
+        ("source conf/demo.conf\ndestill=(--max_updates 5)\n", [], "unknown: destill"),
+        ("source conf/demo.conf\nexp_dir =x\n", [], "exp_dir: command not found"),
+        ("exp_dir=x\n", [], "tsv_dir: {config} does not set it"),
+        (None, [], "{config}: no such config"),
+        ("source conf/demo.conf\n", ["--exp_dir", "x"], "--exp_dir: both stages would take it; set exp_dir=..."),
     ],
 )
-def test_run_sh_refuses_bad_configs(tmp_path, contents, message):
+def test_run_sh_refuses(tmp_path, contents, flags, message):
     config = tmp_path / "bad.conf"
     if contents is not None:
         config.write_text(contents)
-    result = run_command("bash", "run.sh", "--print", config)
-    assert result.returncode == 1 and message in result.stderr and str(config) in result.stderr
+    result = run_command("bash", "run.sh", "--print", config, *flags)
+    assert result.returncode != 0 and not result.stdout
+    assert message.format(config=config) in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("failing", "begun", "status"),
+    [
+        ("-c", [], 2),  # a flag that only step 2 refuses is refused before step 1
+        ("prune.py", ["distill", "prune"], 2),
+        ("-m", ["distill", "prune", "final_distill", "save", "report"], 0),
+    ],
+)
+def test_run_sh_stops_at_the_first_failure(tmp_path, failing, begun, status):
+    """The report is no part of the job."""
+    fails = f"#!/bin/bash\n[[ $1 == {failing} ]] || exit 0\necho $2 >&2\nexit 2\n"
+    python = write_command(tmp_path / "bin" / "python", fails)
+    result = run_command("bash", "run.sh", python=python, exp_dir=tmp_path / "exp")
+    assert result.returncode == status
+    assert {path.stem for path in (tmp_path / "exp").glob("*.log")} == set(begun)
+    assert ("the compressed model: " in result.stdout) == ("warning: no report, see" in result.stderr) == (status == 0)
+    if failing == "-c":
+        assert result.stderr == "import final_distill; final_distill.parse_args()\n"
+    else:
+        assert (tmp_path / "exp" / f"{begun[-1]}.log").read_text().startswith(("--distilled", "evaluation.report"))
 
 
 STAGE = """#!{python}
@@ -110,7 +137,7 @@ def write_command(path: Path, contents: str) -> Path:
 def start_run_sh(tmp_path: Path, **environment: object) -> subprocess.Popen:
     """run.sh, in a session of its own as a terminal would start it, once its first stage trains."""
     settings = {"python": write_command(tmp_path / "bin" / "stage", STAGE.format(python=sys.executable))}
-    settings |= {"exp_dir": tmp_path / "exp", "gpus": 1, **environment}
+    settings |= {"exp_dir": tmp_path / "exp", **environment}
     process = subprocess.Popen(
         ["bash", "run.sh"],
         cwd=REPOSITORY,
@@ -147,15 +174,18 @@ def test_run_sh_lets_the_stage_save(tmp_path, name, send, status):
 
 
 def test_run_sh_starts_training_with_srun_in_a_slurm_job():
-    result = run_command("bash", "run.sh", "--print", gpus=2, num_nodes=3, SLURM_JOB_ID=7, SLURM_CPUS_PER_TASK=12)
-    distill, prune, final, save = (shlex.split(line)[1:] for line in result.stdout.splitlines())
+    job = {"SLURM_JOB_ID": 7, "SLURM_NNODES": 3, "SLURM_NTASKS_PER_NODE": 2, "SLURM_CPUS_PER_TASK": 12}
+    distill, prune, final, save, _ = commands(**job)
     for command in (distill, final):
         srun = command[: command.index(sys.executable)]
         assert srun[0] == "srun"
         assert {"--nodes=3", "--ntasks=6", "--ntasks-per-node=2", "--cpus-per-task=12", "--kill-on-bad-exit=1"} == set(
             srun[1:]
         )
+        assert value(command, "--gpus") == "2" and value(command, "--num_nodes") == "3"
     assert prune[0] == save[0] == sys.executable
+    result = run_command("bash", "run.sh", "--print", "--gpus", 1, **job)
+    assert result.returncode == 1 and "--gpus: in a SLURM job the allocation says it" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,13 @@ def test_from_raw_audio_to_the_loaded_model(corpus, manifests, tmp_path):
     config = tmp_path / "job.conf"
     config.write_text(
         f"# a short run\nteacher_ckpt={teacher}\ntsv_dir={manifests}\nexp_dir={tmp_path / 'exp'}\n"
-        "train_subset=train100\n"
-        "seconds_per_batch=4\nmax_crop_seconds=1\nnum_workers=1\ndistill_layers=0.2,4,6\naccelerator=cpu\ngpus=1\n"
-        "precision=32\nlearning_rate=1e-3\nwarmup_updates=10\nmax_updates=1000\nsparsity_warmup_updates=20\n"
-        "reg_learning_rate=0.1\nfinal_learning_rate=5e-4\nfinal_warmup_updates=2\nfinal_max_updates=12\nlog_interval=5\n"
+        "shared=(--train_subset train100 --seconds_per_batch 4 --max_crop_seconds 1 --distill_layers 0.2,4,6\n"
+        "    --accelerator cpu --log_interval 5)\n"
+        "distill=(--pruning_units conv,head,interm --learning_rate 1e-3 --warmup_updates 10 --max_updates 60\n"
+        "    --sparsity_warmup_updates 20 --reg_learning_rate 0.1)\n"
+        "final=(--learning_rate 5e-4 --warmup_updates 2 --max_updates 12)\n"
     )
-    result = run_command("bash", "run.sh", config, max_updates=60)  # the environment wins over the file
+    result = run_command("bash", "run.sh", config, "--num_workers", 1)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
     for exp_dir, num_updates in ((tmp_path / "exp", 60), (tmp_path / "exp" / "final", 12)):
@@ -60,7 +61,7 @@ def test_from_raw_audio_to_the_loaded_model(corpus, manifests, tmp_path):
     assert len(hidden) == 7 and all(torch.isfinite(h).all() for h in hidden)
 
     report = run_command(
-        *(sys.executable, "demo/report.py", "--exp_dir", tmp_path / "exp", "--teacher_ckpt", teacher),
+        *(sys.executable, "-m", "demo.report", "--exp_dir", tmp_path / "exp", "--teacher_ckpt", teacher),
         *("--tsv", manifests / "valid.tsv"),
     )
     assert report.returncode == 0, report.stderr

@@ -25,18 +25,13 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="a SLURM cluster must be started by root"),
 ]
 
-# conf/demo.conf, shorter.
-SETTINGS = {
-    "seconds_per_batch": 4,
-    "max_crop_seconds": 1,
-    "max_updates": 90,
-    "warmup_updates": 10,
-    "sparsity_warmup_updates": 20,
-    "final_max_updates": 40,
-    "final_warmup_updates": 5,
-    "save_interval": 15,
-    "log_interval": 5,
-}
+MAX_UPDATES, FINAL_MAX_UPDATES = 90, 40
+CONFIG = f"""# conf/demo.conf, shorter
+source conf/demo.conf
+shared+=(--seconds_per_batch 4 --max_crop_seconds 1 --save_interval 15 --log_interval 5)
+distill+=(--max_updates {MAX_UPDATES} --warmup_updates 10 --sparsity_warmup_updates 20)
+final+=(--max_updates {FINAL_MAX_UPDATES} --warmup_updates 5)
+"""
 JOINT, FINAL = "ckpts/last.ckpt", "final/ckpts/last.ckpt"
 COMPRESSED = "final/ckpts/pruned_hubert_base.pth"
 GRACE_SECONDS = 20  # of partition batch, see cluster.sh
@@ -62,7 +57,7 @@ def demo_data(tmp_path_factory) -> dict[str, Path]:
     """Settings of run.sh: manifests of a little synthetic speech, and the demo's teacher."""
     folder = tmp_path_factory.mktemp("demo")
     for arguments in (
-        ("demo/synthesize_speech.py", "--out", folder / "speech", "--minutes", 3),
+        ("-m", "demo.synthesize_speech", "--out", folder / "speech", "--minutes", 3),
         ("prepare_data.py", "--data", folder / "speech", "--out", folder / "data"),
         ("convert_hubert_from_hf.py", "--model", "demo/mini-hubert", "--out", folder / "mini-hubert.pth"),
     ):
@@ -90,13 +85,15 @@ class Job:
     def __init__(self, exp_dir: Path, data: dict[str, Path], num_processes: int) -> None:
         self.exp_dir = exp_dir
         self.output = exp_dir.with_name(f"{exp_dir.name}.out")
-        settings = {**SETTINGS, **data, "exp_dir": exp_dir, "python": sys.executable, "gpus": num_processes}
+        config = exp_dir.with_name(f"{exp_dir.name}.conf")
+        config.write_text(CONFIG)
+        settings = {**data, "exp_dir": exp_dir, "python": sys.executable}
         with pytest.MonkeyPatch.context() as environment:
             for name, value in settings.items():
                 environment.setenv(name, str(value))
             self.number = slurm(
                 *("sbatch", "--parsable", f"--ntasks-per-node={num_processes}", "--cpus-per-task=1"),
-                *("--gpus-per-node=0", f"--output={self.output}", "run.sh", "conf/demo.conf"),
+                *("--gpus-per-node=0", f"--output={self.output}", "run.sh", config),
             )
 
     def field(self, name: str) -> str:
@@ -195,8 +192,9 @@ def assert_same_results(exp_dir: Path, reference: Path) -> None:
 
 
 def files(exp_dir: Path) -> dict[Path, tuple[int, int]]:
-    """Every file but what the stages printed, with its size and time of change."""
-    found = (path for path in exp_dir.rglob("*") if path.is_file() and path.suffix != ".log")
+    """Every file of the training, with its size and time of change; not the report's and what the stages printed."""
+    written_again = (".log", ".html", ".png")
+    found = (path for path in exp_dir.rglob("*") if path.is_file() and path.suffix not in written_again)
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
 
 
@@ -216,9 +214,9 @@ def undisturbed(cluster, demo_data, tmp_path_factory) -> Path:
 def test_a_job_that_is_preempted_and_warned_ends_as_an_undisturbed_one(undisturbed, demo_data, tmp_path):
     job = Job(tmp_path / "exp", demo_data, num_processes=1)
     at = preempt(job, JOINT, update=15)
-    assert 15 < at < SETTINGS["max_updates"]
-    assert at < warn(job, JOINT, update=at + 1) < SETTINGS["max_updates"]
-    assert 15 < preempt(job, FINAL, update=15) < SETTINGS["final_max_updates"]
+    assert 15 < at < MAX_UPDATES
+    assert at < warn(job, JOINT, update=at + 1) < MAX_UPDATES
+    assert 15 < preempt(job, FINAL, update=15) < FINAL_MAX_UPDATES
     job.wait_for_state("COMPLETED")
     assert job.restarts == 3
     assert_same_results(job.exp_dir, undisturbed)
@@ -230,7 +228,7 @@ def test_two_processes_are_preempted_and_one_is_killed(cluster, demo_data, tmp_p
     slurm("scontrol", "update", "PartitionName=batch", "GraceTime=0")
     try:
         job = Job(tmp_path / "exp", demo_data, num_processes=2)
-        assert 15 < preempt(job, JOINT, update=15) < SETTINGS["max_updates"]
+        assert 15 < preempt(job, JOINT, update=15) < MAX_UPDATES
     finally:
         slurm("scontrol", "update", "PartitionName=batch", f"GraceTime={GRACE_SECONDS}")
     job.wait_for_update(FINAL, update=15)

@@ -1,6 +1,7 @@
 """What makes a run fast gives the same numbers, and what it logs of its speed adds up."""
 
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from helpers import (
     random_waveforms,
     run_script,
     run_to_exit,
+    save_small_model,
     send,
     small_config,
     small_run,
@@ -28,6 +30,7 @@ from lightning import DistillModule
 from training import speed
 from training.speed import COLUMNS, FetchTimer, forward_flops, peak_flops, update_flops
 from wav2vec2.errors import UserError
+from wav2vec2.fast import fast_paths
 from wav2vec2.model import PRUNING_UNITS, hubert_base, with_masks
 
 NOISE = {"encoder_dropout": 0.1, "encoder_attention_dropout": 0.1, "encoder_ff_interm_dropout": 0.1}
@@ -120,6 +123,57 @@ def test_a_forward_pass_does_not_wait_for_a_gpu(family, size):
             module.train(mode)
             loss, _ = module.loss((torch.randn(2, 1600), None), "train")
             assert loss.device.type == "cuda" and loss.requires_grad
+
+
+# --- the switch -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+def test_whole_updates(manifests, tmp_path, monkeypatch, family, size):
+    """Through the script, with --plain and without: fused optimiser, no padding mask, losses layer by layer."""
+    teacher = save_small_model(tmp_path / "teacher.pth", family, size)
+    flags = (*small_run(manifests, teacher, max_updates=8, seconds_per_batch=0.6), *PRUNING)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "fast")
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "plain", "--plain")
+    states = [torch.load(tmp_path / name / "ckpts" / "last.ckpt", weights_only=True) for name in ("fast", "plain")]
+    assert [state["optimizer_states"][0]["param_groups"][0]["fused"] for state in states] == [True, False]
+    for key, value in states[0]["state_dict"].items():
+        torch.testing.assert_close(
+            value, states[1]["state_dict"][key], rtol=1e-3, atol=2e-4, msg=lambda t, k=key: f"{k}: {t}"
+        )
+    assert fast_paths()
+
+
+def test_a_run_can_change_paths(manifests, small_teacher, tmp_path, monkeypatch):
+    """The optimiser follows the switch, not the checkpoint."""
+    flags = (*small_run(manifests, small_teacher, max_updates=4, warmup_updates=1), "--exp_dir", tmp_path)
+    run_script(monkeypatch, "distill", *flags)
+    path = tmp_path / "ckpts" / "last.ckpt"
+    more = (*small_run(manifests, small_teacher, max_updates=8, warmup_updates=1), "--exp_dir", tmp_path / "more")
+    run_script(monkeypatch, "distill", *more, "--resume_checkpoint", path, "--plain")
+    trained = torch.load(tmp_path / "more" / "ckpts" / "last.ckpt", weights_only=True)
+    assert trained["optimizer_states"][0]["param_groups"][0]["fused"] is False and trained["global_step"] == 8
+
+
+def test_training_folds_the_teacher(manifests, tmp_path, monkeypatch):
+    """Also a run that is continued: loading its checkpoint puts the teacher's weights back."""
+    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
+    folded = []
+    targets = DistillModule.targets
+
+    def noting(module: DistillModule, *inputs: Any) -> list[torch.Tensor]:
+        conv = module.teacher_model.encoder.transformer.pos_conv_embed.conv
+        if module.training:  # the check of validation that comes first has nothing to be quick for
+            folded.append(conv.folded_weight is not None)
+        return targets(module, *inputs)
+
+    monkeypatch.setattr(DistillModule, "targets", noting)
+    for max_updates in (1, 2):
+        flags = small_run(manifests, teacher, exp_dir=tmp_path / "exp", max_updates=max_updates, warmup_updates=1)
+        last = tmp_path / "exp" / "ckpts" / "last.ckpt"
+        resume = ("--resume_checkpoint", last) if last.exists() else ()
+        run_script(monkeypatch, "distill", *flags, *PRUNING, "--sparsity_warmup_updates", 1, *resume)
+    assert folded == [True, True]
 
 
 # --- torch.compile ---------------------------------------------------------------------------------

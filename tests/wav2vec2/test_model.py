@@ -1,6 +1,7 @@
 """The model: live parity with torchaudio stage by stage, batches, edges of the input, configs, imports."""
 
 import inspect
+import itertools
 import subprocess
 import sys
 import warnings
@@ -20,8 +21,10 @@ from helpers import (
     small_config,
 )
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from wav2vec2 import model as wav2vec2
+from wav2vec2.components import WEIGHT_NORM_NAMES
 from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, normalize_waveforms, wav2vec2_model, with_masks
 
 FAMILIES = ["hubert", "wavlm"]
@@ -36,7 +39,6 @@ FACTORIES = [
     "wavlm_base",
     "wavlm_large",
 ]
-WEIGHT_NORM_NAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
 
 
 # --- torchaudio
@@ -431,6 +433,24 @@ def test_each_dropout_acts_in_training_only(key: str) -> None:
     trained = model.train().extract_features(waveforms)[0]
     assert not torch.allclose(trained[-1], expected[-1], atol=1e-3)
     assert torch.equal(trained[0], expected[0]) == (key != "projection")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_waits_for_the_device(family: str, size: str) -> None:
+    """On a pretended GPU, whose tensors have no values, so that reading one is an error."""
+    config = with_masks(small_config(family, size, encoder_attention_dropout=0.1, encoder_dropout=0.1), PRUNING_UNITS)
+    with FakeTensorMode(), torch.device("cuda"):
+        model = wav2vec2_model(**config)
+        waveforms = torch.randn(2, 1200)
+        for lengths, training in itertools.product((None, torch.full((2,), 1200)), (True, False)):
+            outputs, _ = model.train(training).extract_features(waveforms, lengths)
+            if not training:  # in training, layer drop asks the CPU's generator, which is pretended here, too
+                outputs.append(model(waveforms, lengths)[0])
+            loss = sum(x.mean() for x in outputs) + model.get_num_params()
+            assert loss.device.type == "cuda" and loss.requires_grad
+            with torch.no_grad():
+                model.extract_features(waveforms, lengths)
 
 
 # --- configs

@@ -1,4 +1,4 @@
-"""Pruning: masked equals pruned and counts are exact, for random architectures, units and masks, and at the edges."""
+"""Pruning: masked equals pruned, counts are exact, widths in multiples; random architectures, units and masks."""
 
 import copy
 import json
@@ -9,44 +9,240 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    CERTAIN,
-    PROPERTY,
     assert_same_frames,
-    blocks_of,
-    check_pruning,
-    configs,
-    decide,
-    edge_model,
-    log_alphas,
-    masked_models,
     masks_of,
     num_elements,
-    outputs,
     random_model,
     random_waveforms,
     randomize,
-    scattered,
     small_config,
-    with_norms_over_kept_channels,
 )
-from hypothesis import given
-from torch import nn
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
+from hardconcrete import HardConcrete
 from wav2vec2 import checkpoint
-from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, wav2vec2_model, with_masks
-from wav2vec2.sparsity import fit_masks, pruned_num_params, smallest_num_params
+from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, masked_units, wav2vec2_model, with_masks
+from wav2vec2.sparsity import (
+    expected_num_params,
+    fit_masks,
+    num_params_without_rounding,
+    pruned_num_params,
+    round_widths,
+    smallest_num_params,
+)
 
 # --- random architectures and masks
+
+CERTAIN = 40.0  # sigmoid(40) is 1 in float32
+
+
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+UNIT_SETS = st.sets(st.sampled_from(sorted(PRUNING_UNITS)), min_size=1)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    """Small architectures of all families and shapes, some of them already irregular; no masks yet."""
+    use_block = st.sampled_from([True, True, True, False])
+    num_layers = draw(st.integers(1, 4))
+    num_heads = draw(st.integers(1, 4))
+    head_dim = draw(st.sampled_from([2, 3]))
+    pos_conv_groups = draw(st.sampled_from([1, 2]))
+
+    def per_layer(values: st.SearchStrategy) -> list[Any]:
+        return draw(st.lists(values, min_size=num_layers, max_size=num_layers))
+
+    changes = {
+        "extractor_conv_layer_config": [
+            [draw(st.integers(1, 7)), kernel, stride] for kernel, stride in [(10, 5), (3, 2), (2, 2)]
+        ],
+        "extractor_conv_bias": draw(st.booleans()),
+        "encoder_embed_dim": 2 * num_heads * head_dim,
+        "encoder_pos_conv_kernel": draw(st.sampled_from([3, 4])),
+        "encoder_pos_conv_groups": pos_conv_groups,
+        "encoder_num_layers": num_layers,
+        "encoder_use_attention": per_layer(use_block),
+        "encoder_use_feed_forward": per_layer(use_block),
+        "encoder_ff_interm_features": per_layer(st.integers(1, 9)),
+    }
+    family = draw(st.sampled_from(["hubert", "wavlm"]))
+    if family == "wavlm":
+        heads = st.sets(st.integers(0, num_heads - 1), min_size=1).map(sorted)
+        changes["encoder_total_num_heads"] = [num_heads] * num_layers
+        changes["encoder_remaining_heads"] = per_layer(heads)
+        changes["encoder_num_buckets"] = 8
+    else:
+        changes["encoder_num_heads"] = per_layer(st.integers(1, num_heads))
+        changes["encoder_head_dim"] = head_dim
+    return small_config(family, draw(st.sampled_from(["base", "large"])), **changes)
+
+
+def scattered(size: int, generator: torch.Generator) -> Tensor:
+    return 3 * torch.randn(size, generator=generator)
+
+
+def one_left(size: int, generator: torch.Generator) -> Tensor:
+    survivor = torch.randint(size, (), generator=generator)
+    return torch.where(torch.arange(size) == survivor, CERTAIN, -CERTAIN)
+
+
+# What a mask can look like; the names say what happens to its units.
+LOG_ALPHAS = {
+    "scattered": scattered,
+    "undecided": lambda size, generator: 0.3 * torch.randn(size, generator=generator),
+    "one left": one_left,
+    "some certainly gone": lambda size, generator: CERTAIN * scattered(size, generator).sign(),
+    "all kept": lambda size, generator: torch.full((size,), CERTAIN),
+    "all gone": lambda size, generator: torch.randn(size, generator=generator) - 15,
+}
+
+
+@st.composite
+def masked_models(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(LOG_ALPHAS)) -> Wav2Vec2Model:
+    """Models in eval mode with random weights, masks on any non-empty set of units, each of any of the kinds."""
+    config = with_masks(draw(configs()), draw(UNIT_SETS))
+    seed = draw(st.integers(0, 999))
+    model, generator = random_model(config, seed), torch.Generator().manual_seed(seed)
+    assume(masks_of(model))  # none where every layer lacks the block that the units belong to
+    with torch.no_grad():
+        for mask in masks_of(model).values():
+            mask.log_alpha.copy_(LOG_ALPHAS[draw(st.sampled_from(kinds))](mask.n_in, generator))
+    return model
+
+
+class KeptChannelsLayerNorm(nn.Module):
+    """A LayerNorm over conv channels that sees only the kept ones, and gives zero for the others.
+
+    It is what makes a masked model comparable with its pruned self: LayerNorms over conv channels
+    are the one place where a dropped channel counts although it is zero.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, mask: HardConcrete, channel_dim: int) -> None:
+        super().__init__()
+        self.norm, self.mask, self.channel_dim = norm, mask, channel_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.mask().nonzero().flatten()
+        x = x.movedim(self.channel_dim, -1)
+        normalized = torch.zeros_like(x)
+        normalized[..., kept] = nn.functional.layer_norm(
+            x[..., kept], (len(kept),), self.norm.weight[kept], self.norm.bias[kept], self.norm.eps
+        )
+        return normalized.movedim(-1, self.channel_dim)
+
+
+def with_norms_over_kept_channels(model: Wav2Vec2Model) -> Wav2Vec2Model:
+    """A copy of a masked model whose LayerNorms over masked conv channels see the kept ones only."""
+    model = copy.deepcopy(model)
+    for layer in model.feature_extractor.conv_layers:
+        if layer.hard_concrete is not None and isinstance(layer.layer_norm, nn.LayerNorm):
+            layer.layer_norm = KeptChannelsLayerNorm(layer.layer_norm, layer.hard_concrete, channel_dim=1)
+    if layer.hard_concrete is not None:
+        projection = model.encoder.feature_projection
+        projection.layer_norm = KeptChannelsLayerNorm(projection.layer_norm, layer.hard_concrete, channel_dim=-1)
+    return model
+
+
+@torch.no_grad()
+def outputs(model: Wav2Vec2Model, lengths: Tensor | None, waveforms: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """Everything ``extract_features`` and ``forward`` return, and the valid frames."""
+    hidden_states, frame_lengths = model.extract_features(waveforms, lengths)
+    return [*hidden_states, model(waveforms, lengths)[0]], frame_lengths
+
+
+def check_pruning(masked: Wav2Vec2Model) -> Wav2Vec2Model:
+    """Prune a copy of the model and check all that must hold; returns the pruned copy.
+
+    In double precision: a LayerNorm over two or three channels can enlarge rounding errors a hundred times.
+    """
+    masked = copy.deepcopy(masked).double()
+    reference, pruned = with_norms_over_kept_channels(masked), copy.deepcopy(masked)
+    config = pruned.prune()
+
+    assert not masks_of(pruned)
+    assert masked_units(pruned.state_dict()) == []
+    assert pruned.get_num_params() == num_elements(pruned)
+    assert config == pruned.config
+
+    rebuilt = wav2vec2_model(**config).double().eval()
+    rebuilt.load_state_dict(pruned.state_dict(), strict=True)
+    assert rebuilt.config == config
+    assert rebuilt.get_num_params() == num_elements(rebuilt) == num_elements(pruned)
+    trained = {name for name, parameter in pruned.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in rebuilt.named_parameters() if parameter.requires_grad}
+
+    waveforms, lengths = random_waveforms(400, 260, 330)
+    waveforms = waveforms.double()
+    for given_lengths in (None, lengths):
+        expected, frame_lengths = outputs(reference, given_lengths, waveforms)
+        for model in (pruned, rebuilt):
+            found, found_lengths = outputs(model, given_lengths, waveforms)
+            assert_same_frames(found, expected, frame_lengths, tolerance=1e-6)
+            if frame_lengths is not None:
+                assert found_lengths.tolist() == frame_lengths.tolist()
+    return pruned
+
+
+def blocks_of(model: Wav2Vec2Model) -> list[tuple[bool, bool]]:
+    return [(layer.attention is not None, layer.feed_forward is not None) for layer in model.encoder.transformer.layers]
+
+
+def edge_model(family: str, size: str, units: list[str]) -> Wav2Vec2Model:
+    """Three small layers whose masks are all undecided at first."""
+    model = random_model(with_masks(small_config(family, size), units))
+    for number, mask in enumerate(masks_of(model).values()):
+        mask.log_alpha.data.copy_(scattered(mask.n_in, torch.Generator().manual_seed(number)).abs() + 3)
+    return model
+
+
+def decide(model: Wav2Vec2Model, name: str, *kept: int, size: float = 15.0) -> None:
+    """Keep only these units of the mask whose module name ends in ``name``."""
+    (mask,) = [mask for module, mask in masks_of(model).items() if module.endswith(name)]
+    mask.log_alpha.data.fill_(-size)
+    mask.log_alpha.data[list(kept)] = size
+
+
+def log_alphas(model: Wav2Vec2Model) -> list[Tensor]:
+    return [mask.log_alpha.detach().clone() for mask in masks_of(model).values()]
+
+
+MULTIPLES = st.sampled_from([1, 2, 3, 4, 8, 16, 64])
+WIDTH_MASKS = ("hard_concrete", "hard_concrete_for_intermediate")  # the last part of their names
+
+
+def width_masks(model: Wav2Vec2Model) -> dict[str, HardConcrete]:
+    return {name: mask for name, mask in masks_of(model).items() if name.rpartition(".")[2] in WIDTH_MASKS}
+
+
+def kept(model: Wav2Vec2Model) -> dict[str, Tensor]:
+    return {name: mask() for name, mask in masks_of(model).items()}
+
+
+def rounded_copy(model: Wav2Vec2Model, multiple: int) -> Wav2Vec2Model:
+    model = copy.deepcopy(model)
+    round_widths(model, multiple)
+    return model
+
+
+def widths(config: dict[str, Any]) -> list[int]:
+    """Conv channels and the intermediate dimensions of the feed-forwards that are left."""
+    channels = [channels for channels, _, _ in config["extractor_conv_layer_config"]]
+    features = zip(config["encoder_ff_interm_features"], config["encoder_use_feed_forward"], strict=True)
+    return [*channels, *(features for features, used in features if used)]
 
 
 # --- masked against pruned
 
 
 @PROPERTY
-@given(masked_models())
-def test_pruned_equals_masked(masked: Wav2Vec2Model) -> None:
-    """Outputs, exact counts, and the config that rebuilds the pruned model."""
-    check_pruning(masked)
+@given(masked_models(), MULTIPLES)
+def test_pruned_equals_masked(masked: Wav2Vec2Model, multiple: int) -> None:
+    """Outputs, exact counts, and the config that rebuilds the pruned model; 1 is the published rounding."""
+    check_pruning(rounded_copy(masked, multiple))
 
 
 @PROPERTY
@@ -65,6 +261,7 @@ def test_extractor_keeps_what_its_masks_keep(masked: Wav2Vec2Model) -> None:
     torch.testing.assert_close(found, expected[..., kept], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(masked_models())
 def test_pruning_a_pruned_model_again(masked: Wav2Vec2Model) -> None:
@@ -402,3 +599,164 @@ def test_smallest_num_params() -> None:
     model = trained_masks("hubert", ["interm"])
     lost = sum((16 + 1) * features + features * 16 for features in model.config["encoder_ff_interm_features"])
     assert smallest_num_params(model) == pytest.approx(num_elements(model) - lost, rel=1e-6)
+
+
+# --- widths in multiples
+
+
+@PROPERTY
+@given(masked_models(), MULTIPLES)
+def test_what_is_kept(masked: Wav2Vec2Model, multiple: int) -> None:
+    """Whole multiples, everything or nothing; all of the units that stay without it, with the same values, and the
+    strongest of the others; as few as that takes. Other masks do not change."""
+    plain, rounded = kept(masked), kept(rounded_copy(masked, multiple))
+    masks = masks_of(masked)
+    for name, found in rounded.items():
+        expected, log_alpha = plain[name], masks[name].log_alpha
+        if name not in width_masks(masked):
+            assert torch.equal(found, expected), name
+            continue
+        assert torch.equal(found[expected != 0], expected[expected != 0]), name
+        num_units, num_plain, num_kept = len(found), int((expected != 0).sum()), int((found != 0).sum())
+        assert num_kept == min(-(-num_plain // multiple) * multiple, num_units), name
+        if 0 < num_kept < num_units:
+            assert log_alpha[found != 0].min() >= log_alpha[found == 0].max(), name
+        soft_mask = torch.sigmoid(0.8 * log_alpha / (2 / 3)).clamp(min=torch.finfo(torch.float32).tiny)
+        torch.testing.assert_close(found[found != 0], soft_mask[found != 0])
+
+
+@PROPERTY
+@given(masked_models(), MULTIPLES)
+def test_sizes_in_multiples(masked: Wav2Vec2Model, multiple: int) -> None:
+    """Rounding up adds parameters, the same blocks go, training's expected size is not concerned, and what the model
+    would be without it is known to the parameter."""
+    rounded, before = rounded_copy(masked, multiple), log_alphas(masked)
+    assert expected_num_params(rounded) == expected_num_params(masked)
+    assert pruned_num_params(rounded) >= pruned_num_params(masked)
+    num_plain = num_params_without_rounding(rounded)
+    assert all(map(torch.equal, log_alphas(rounded), before))
+    decided = pruned_num_params(rounded)
+    for model in (masked, rounded):
+        model.prune()
+    assert num_plain == num_elements(masked) <= num_elements(rounded)
+    assert blocks_of(masked) == blocks_of(rounded)
+    assert decided >= num_elements(rounded) * (1 - 1e-6)
+
+
+@PROPERTY
+@given(masked_models())
+def test_multiples_of_one(masked: Wav2Vec2Model) -> None:
+    """The published rounding, bit for bit: the formula written out, and the pruned weights."""
+    for name, mask in masks_of(rounded_copy(masked, 1)).items():
+        log_alpha = mask.log_alpha.detach()
+        num_zeros = (mask.n_in - mask.l0_norm().double()).round().clamp(max=mask.n_in - mask.min_kept)
+        soft_mask = torch.sigmoid(log_alpha / (2 / 3) * 0.8).clamp(min=torch.finfo(torch.float32).tiny)
+        assert torch.equal(mask(), soft_mask * (log_alpha.argsort(stable=True).argsort() >= num_zeros)), name
+    back = rounded_copy(rounded_copy(masked, 8), 1)
+    masked.prune()
+    back.prune()
+    assert masked.config == back.config
+    assert all(map(torch.equal, masked.state_dict().values(), back.state_dict().values()))
+
+
+def wide_model(family: str, size: str, units: list[str]) -> Wav2Vec2Model:
+    """Layers wide enough for multiples of 16, of widths that are and that are not multiples of 8; undecided masks."""
+    shapes = {
+        "extractor_conv_layer_config": [[40, 10, 5], [36, 3, 2], [48, 3, 2], [41, 2, 2]],
+        "encoder_ff_interm_features": [96, 100, 64],
+    }
+    model = random_model(with_masks(small_config(family, size, **shapes), units))
+    generator = torch.Generator().manual_seed(0)
+    for mask in masks_of(model).values():
+        mask.log_alpha.data.copy_(scattered(mask.n_in, generator))
+    return model
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("multiple", [1, 4, 8, 16, 64])
+def test_families(family: str, size: str, multiple: int) -> None:
+    """The first norm's groups, the last conv's scale and every consumer follow the rounded widths."""
+    model = rounded_copy(wide_model(family, size, ["conv", "head", "interm"]), multiple)
+    full = [40, 36, 48, 41, 96, 100, 64]
+    pruned = check_pruning(model)
+    found = widths(pruned.config)
+    assert all(width % multiple == 0 or width == most for width, most in zip(found, full, strict=True))
+    assert (found == full) == (multiple == 64)
+    convs = pruned.feature_extractor.conv_layers
+    assert [layer.conv.in_channels for layer in convs] == [1, *found[:3]]
+    assert len(pruned.feature_extractor.dummy_weight) == found[3]
+    assert pruned.encoder.feature_projection.projection.in_features == found[3]
+    if size == "base":
+        norm = convs[0].layer_norm
+        assert isinstance(norm, nn.GroupNorm)
+        assert norm.num_groups == norm.num_channels == len(norm.weight) == found[0]
+    last_mask = model.feature_extractor.conv_layers[3].hard_concrete()
+    scale = (model.feature_extractor.dummy_weight * last_mask)[last_mask != 0]
+    torch.testing.assert_close(pruned.feature_extractor.dummy_weight.float(), scale)
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+def test_what_goes_stays_gone(family: str) -> None:
+    """No unit comes back to a block that loses them all; a conv layer, which cannot go, keeps its best N."""
+    model = wide_model(family, "base", ["conv", "interm"])
+    decide(model, "layers.1.feed_forward.hard_concrete_for_intermediate")
+    decide(model, "conv_layers.2.hard_concrete")
+    best = model.feature_extractor.conv_layers[2].hard_concrete.log_alpha.data
+    best[5:13] = -14.0
+    model = rounded_copy(model, 8)
+    assert model.feature_extractor.conv_layers[2].hard_concrete().nonzero().flatten().tolist() == list(range(5, 13))
+    pruned = check_pruning(model)
+    assert pruned.config["encoder_use_feed_forward"] == [True, False, True]
+    assert pruned.config["extractor_conv_layer_config"][2][0] == 8
+
+
+# --- meeting a target size in multiples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+@pytest.mark.parametrize(("multiple", "share"), [(4, 0.3), (8, 0.6), (16, 0.9), (16, 0.3)])
+def test_fit_masks_counts_the_rounding(family: str, multiple: int, share: float) -> None:
+    """Within the tolerance, or else the largest that is not above the target; by one constant for all masks."""
+    model = rounded_copy(wide_model(family, "base", ["conv", "head", "interm"]), multiple)
+    originals, smallest = log_alphas(model), smallest_num_params(model)
+    target = smallest + share * (num_elements(model) - smallest)
+
+    def size(shift: float) -> float:
+        for mask, value in zip(masks_of(model).values(), originals, strict=True):
+            mask.log_alpha.data.copy_(value + shift)
+        return pruned_num_params(model)
+
+    reached = sorted({size(shift / 25) for shift in range(-200, 200)})
+    nearest = min(reached, key=lambda found: abs(found - target))
+    below = max(found for found in reached if found <= target)
+    for tolerance in (0.0, abs(nearest - target) * 0.99, abs(nearest - target) * 1.01):
+        size(0.0)
+        shift = fit_masks(model, target, tolerance)
+        for value, original in zip(log_alphas(model), originals, strict=True):
+            assert torch.equal(value, original + shift)
+        expected = nearest if abs(nearest - target) <= tolerance else below
+        assert abs(pruned_num_params(model) - target) <= abs(expected - target) + 1
+        assert pruned_num_params(model) <= target + tolerance
+
+
+@pytest.mark.parametrize(("target", "bound"), [(0, "smallest"), (10**9, "dense")])
+def test_multiples_out_of_reach(target: int, bound: str) -> None:
+    """The nearest size there is: every conv layer keeps its N, or all of everything."""
+    model = rounded_copy(wide_model("hubert", "base", ["conv"]), 8)
+    fit_masks(model, target, tolerance=0)
+    model.prune()
+    assert widths(model.config)[:4] == {"smallest": [8] * 4, "dense": [40, 36, 48, 41]}[bound]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_rounding_is_paid_for(share: float) -> None:
+    """What rounding up adds is taken away again by a higher threshold."""
+    model = wide_model("wavlm", "large", ["conv", "interm"])
+    target = share * num_elements(model)
+    fit_masks(model, target, tolerance=0)
+    rounded, tolerance = rounded_copy(model, 16), 0.01 * num_elements(model)
+    assert pruned_num_params(rounded) > target + tolerance
+    assert fit_masks(rounded, target, tolerance) < 0
+    assert pruned_num_params(rounded) <= target + tolerance

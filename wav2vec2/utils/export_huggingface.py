@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..audio import SAMPLE_RATE
 from ..checkpoint import expected_state
 from ..components import WEIGHT_NORM_NAMES, published_name
 from ..config import is_wavlm
 from ..errors import UserError, short_repr
 from ..hub import CONFIG, WEIGHTS, write_safetensors, write_text
 from ..model import wav2vec2_model
-from .import_huggingface import ACCEPTED, EXTRACTOR_MODES, FAMILIES, NAMES, SAMPLE_RATE
+from .import_huggingface import ACCEPTED, EXTRACTOR_MODES, FAMILIES, NAMES
 from .importing import source_name
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -77,7 +78,7 @@ def _model_type(config: Mapping[str, Any], model_type: str | None) -> str:
     if model_type is None:
         return possible[0]
     if model_type not in possible:
-        raise UserError(f"--model_type: expected {' or '.join(possible)}, by the model's config, found {model_type}")
+        raise UserError(f"model_type: expected {' or '.join(possible)}, by the model's config, found {model_type}")
     return model_type
 
 

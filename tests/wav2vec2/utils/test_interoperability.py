@@ -16,7 +16,7 @@ from helpers import (
     make_pair,
     random_model,
     random_waveforms,
-    run_script_in,
+    run_script,
     run_to_exit,
     small_config,
     transformers_stages,
@@ -117,8 +117,8 @@ def test_huggingface_feature_extractor(tmp_path: Path) -> None:
 def test_mini_hubert_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's real teacher, by the scripts; its published file is in half precision, a model file in single."""
     source = REPOSITORY / "demo" / "mini-hubert"
-    run_script_in(monkeypatch, "convert_hubert_from_hf", "--model", source, "--out", tmp_path / "teacher.pth")
-    run_script_in(
+    run_script(monkeypatch, "convert_hubert_from_hf", "--model", source, "--out", tmp_path / "teacher.pth")
+    run_script(
         monkeypatch, "export", "--model", tmp_path / "teacher.pth", "--out", tmp_path, "--formats", "huggingface"
     )
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "huggingface"))
@@ -172,7 +172,7 @@ def test_huggingface_conv_channels_may_differ(tmp_path: Path) -> None:
 
 def test_huggingface_model_type(tmp_path: Path) -> None:
     model = unpruned_model("wavlm", "base")
-    with pytest.raises(UserError, match="--model_type: expected wavlm, by the model's config, found hubert"):
+    with pytest.raises(UserError, match="model_type: expected wavlm, by the model's config, found hubert"):
         export_huggingface(model.state_dict(), model.config, tmp_path, "hubert")
 
 

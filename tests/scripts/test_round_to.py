@@ -1,0 +1,153 @@
+"""prune.py --round_to: widths in multiples, the target, the report, and what a checkpoint says of it."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    PRUNING,
+    error_line,
+    load_as_others_do,
+    run_script,
+    run_to_exit,
+    save_small_model,
+    small_run,
+)
+
+from wav2vec2 import checkpoint
+
+
+def widths(config: dict[str, Any]) -> list[int]:
+    """Conv channels and the intermediate dimensions of the feed-forwards that are left."""
+    channels = [channels for channels, _, _ in config["extractor_conv_layer_config"]]
+    features = zip(config["encoder_ff_interm_features"], config["encoder_use_feed_forward"], strict=True)
+    return [*channels, *(features for features, used in features if used)]
+
+
+@pytest.fixture(scope="module")
+def trained(manifests, tmp_path_factory) -> tuple[Path, Path]:
+    """A teacher with fine units, and the checkpoint of a short joint distillation."""
+    root = tmp_path_factory.mktemp("trained")
+    shapes = {"encoder_ff_interm_features": [200, 204, 200]}
+    teacher = save_small_model(root / "teacher.pth", "hubert", "base", **shapes)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_script(monkeypatch, "distill", *small_run(manifests, teacher), *PRUNING, "--exp_dir", root / "exp")
+    return teacher, root / "exp" / "ckpts" / "last.ckpt"
+
+
+@pytest.fixture
+def prune(trained, tmp_path, monkeypatch, capsys):
+    """Run prune.py with these flags on a copy of the checkpoint; its stderr, and the file it wrote."""
+    teacher, last = trained
+    copied = tmp_path / "last.ckpt"
+    shutil.copy(last, copied)
+
+    def run(*flags: object) -> tuple[str, dict[str, Any]]:
+        capsys.readouterr()
+        run_script(monkeypatch, "prune", "--distilled_ckpt", copied, "--original_ckpt", teacher, *flags)
+        return capsys.readouterr().err, checkpoint.read_model_file(tmp_path / "pruned_hubert_base.pth")
+
+    run.checkpoint, run.teacher = copied, teacher
+    return run
+
+
+def name_in_checkpoint(path: Path, round_to: object) -> None:
+    """What distill.py --round_to leaves in its checkpoint."""
+    contents = torch.load(path, weights_only=True)
+    contents["distillation"]["round_to"] = round_to
+    torch.save(contents, path)
+
+
+def test_prune_round_to(prune, manifests, tmp_path, monkeypatch) -> None:
+    """Widths, the target, the report, and a file that others load and the final distillation takes."""
+    plain = prune()[1]
+    printed, pruned = prune("--round_to", 8)
+    model = load_as_others_do(tmp_path / "pruned_hubert_base.pth")
+    full = widths(checkpoint.read_model_file(prune.teacher)["config"])
+    assert all(width % 8 == 0 or width == most for width, most in zip(widths(pruned["config"]), full, strict=True))
+    assert any(width % 8 for width in widths(plain["config"]))
+    num_params = model.get_num_params()
+    sparsity = 1 - num_params / load_as_others_do(prune.teacher).get_num_params()
+    assert abs(sparsity - 0.4) <= 0.01
+    (line,) = (line for line in printed.splitlines() if line.startswith("round_to"))
+    report = re.fullmatch(
+        r"round_to 8: ([\d,]+) parameters \((.*)%\) more than without \(([\d,]+)\), sparsity (.*)", line
+    )
+    extra, without = (int(report[group].replace(",", "")) for group in (1, 3))
+    assert extra > 0
+    assert extra + without == num_params
+    assert float(report[2]) == pytest.approx(100 * extra / without, abs=0.005)
+    assert float(report[4]) == pytest.approx(sparsity, abs=5e-5)
+
+    final = small_run(manifests, prune.teacher, student_ckpt=tmp_path / "pruned_hubert_base.pth")
+    run_script(monkeypatch, "final_distill", *final, "--exp_dir", tmp_path / "final")
+    last = tmp_path / "final" / "ckpts" / "last.ckpt"
+    flags = ("--config_path", tmp_path / "pruned_hubert_base.pth", "--ckpt_after_final_distill", last)
+    run_script(monkeypatch, "save_final_ckpt", *flags)
+    assert load_as_others_do(last.parent / "pruned_hubert_base.pth").config == pruned["config"]
+
+
+def test_default_is_the_published_rounding(prune) -> None:
+    """Nothing about it is printed, and --round_to 1 gives the same file."""
+    printed, plain = prune()
+    assert "round_to" not in printed
+    assert plain["made_by"]["round_to"] == 1
+    assert "made already" in prune("--round_to", 1)[0]
+
+
+def test_the_checkpoint_names_it(prune) -> None:
+    """What distill.py recorded is the default; the command line wins, even over a damaged entry."""
+    _, asked = prune("--round_to", 8)
+    name_in_checkpoint(prune.checkpoint, 8)
+    printed, named = prune()
+    assert "made already" not in printed  # another checkpoint
+    assert named["config"] == asked["config"]
+    assert named["made_by"]["round_to"] == 8
+    assert all(torch.equal(value, asked["state_dict"][key]) for key, value in named["state_dict"].items())
+    assert "made already" in prune()[0]
+    assert prune("--round_to", 1)[1]["made_by"]["round_to"] == 1
+    name_in_checkpoint(prune.checkpoint, "eight")
+    assert prune("--round_to", 4)[1]["made_by"]["round_to"] == 4
+    name_in_checkpoint(prune.checkpoint, None)
+    assert prune()[1]["made_by"]["round_to"] == 1
+
+
+def test_without_correction(prune) -> None:
+    """--sparsity_tolerance 1 leaves the threshold where training put it: all that stays without rounding stays."""
+    plain = widths(prune("--sparsity_tolerance", 1)[1]["config"])
+    rounded = widths(prune("--sparsity_tolerance", 1, "--round_to", 8)[1]["config"])
+    full = widths(checkpoint.read_model_file(prune.teacher)["config"])
+    assert rounded == [min(-(-width // 8) * 8, most) for width, most in zip(plain, full, strict=True)]
+
+
+def test_multiples_too_coarse_for_the_target(prune) -> None:
+    """Full layers or none: the nearest that is not larger is taken, and said; a size below all others is said too."""
+    printed, pruned = prune("--round_to", 1000)
+    full = widths(checkpoint.read_model_file(prune.teacher)["config"])
+    assert set(widths(pruned["config"])) <= set(full)
+    (line,) = (line for line in printed.splitlines() if "no threshold" in line)
+    said = re.fullmatch(
+        r"round_to 1000: no threshold gives a sparsity within 0.005 of 0.4000; the nearest that is not larger has (.*)",
+        line,
+    )
+    assert 0.405 < float(said[1]) < 1
+    assert "the smallest model there is has 0." in prune("--round_to", 1000, "--target_sparsity", 0.99)[0]
+
+
+@pytest.mark.parametrize("value", [0, -8, 10**700])
+def test_impossible_number(prune, monkeypatch, capsys, value: int) -> None:
+    flags = ("--distilled_ckpt", prune.checkpoint, "--original_ckpt", prune.teacher, "--round_to", value)
+    assert run_to_exit(monkeypatch, "prune", *flags) == 1
+    assert error_line(capsys).startswith("--round_to: expected a whole number from 1 to 1000000, found ")
+
+
+@pytest.mark.parametrize("value", [0, True, 8.0, "8", [8], 10**600])
+def test_impossible_number_in_the_checkpoint(prune, monkeypatch, capsys, value: object) -> None:
+    name_in_checkpoint(prune.checkpoint, value)
+    flags = ("--distilled_ckpt", prune.checkpoint, "--original_ckpt", prune.teacher)
+    assert run_to_exit(monkeypatch, "prune", *flags) == 1
+    message = f"{prune.checkpoint}: distillation: round_to: expected a whole number from 1 to 1000000, found "
+    assert error_line(capsys).startswith(message)
