@@ -410,27 +410,6 @@ def check_same_model(first: ImportedModel, second: ImportedModel) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-def run_script_in(name: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of the repository as a user does."""
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / name), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def check_script_error(result: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Exit status 1 and one ``error:`` line on stderr that contains all of ``parts``."""
-    assert result.returncode == 1, result.stdout + result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    for part in parts:
-        assert part in lines[0], lines[0]
-
-
 def check_written_model(path: Path) -> Wav2Vec2Model:
     """Load a written file as users do, check the published names, and return the model in eval mode."""
     contents = torch.load(path, weights_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..audio import SAMPLE_RATE
 from ..errors import UserError, one_line, short_repr
 from ..files import read_json, read_safetensors
 from ..model import normalize_waveforms
@@ -65,7 +66,6 @@ ACCEPTED: dict[str, tuple[Any, str]] = {
     "quantization_config": (None, "quantised weights"),
 }
 
-SAMPLE_RATE = 16_000
 _LARGEST_DIFFERENCE = 1e-4
 
 _WRITTEN_BY = "a directory that transformers' save_pretrained wrote"

@@ -45,13 +45,6 @@ class Call:
         return self.call
 
 
-class CallByProtocol(Call):
-    """The same, for picklers that ask with their protocol."""
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return self.call
-
-
 class Stateful:
     """Acts when its state is set."""
 
@@ -97,7 +90,6 @@ def saved(marker: Path) -> Path:
 
 PAYLOADS: dict[str, Callable[[Path], Any]] = {
     "os.system": touch,
-    "os.system by __reduce_ex__": lambda marker: CallByProtocol(os.system, f"touch {marker}"),
     "subprocess.check_call": lambda marker: Call(subprocess.check_call, ["touch", str(marker)]),
     "subprocess.Popen": lambda marker: Call(operator.methodcaller("wait"), Call(subprocess.Popen, ["touch", marker])),
     "builtins.eval": lambda marker: Call(eval, f"open({str(marker)!r}, 'w')"),
@@ -370,7 +362,6 @@ def edit_json(**changes: Any) -> Callable[[Path], None]:
 
 
 HUGGINGFACE_FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "config.json, not JSON": ("config.json", lambda path: path.write_text("{")),
     "config.json of other bytes": ("config.json", lambda path: path.write_bytes(b"\xff\xfe{}")),
     "config.json, nested without end": ("config.json", lambda path: path.write_text("[" * 100_000)),
     "config.json, a list": ("config.json", lambda path: path.write_text("[]")),
@@ -379,11 +370,9 @@ HUGGINGFACE_FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
         lambda path: path.write_text('{"model_type": "hubert", "hidden_size": ' + "9" * 5000 + "}"),
     ),
     "config.json, conv_dim 7": ("config.json", edit_json(conv_dim=7)),
-    "config.json, hidden_size 'wide'": ("config.json", edit_json(hidden_size="wide")),
     "config.json, hidden_size 10^12": ("config.json", edit_json(hidden_size=10**12)),
     "config.json, num_hidden_layers 10^12": ("config.json", edit_json(num_hidden_layers=10**12)),
     "config.json, num_attention_heads null": ("config.json", edit_json(num_attention_heads=None)),
-    "config.json, model_type a list": ("config.json", edit_json(model_type=["hubert"])),
     "config.json, feat_extract_norm a list": ("config.json", edit_json(feat_extract_norm=[])),
     "preprocessor_config.json, do_normalize 'yes'": ("preprocessor_config.json", edit_json(do_normalize="yes")),
     "model.safetensors, header of garbage": (
@@ -393,10 +382,6 @@ HUGGINGFACE_FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "model.safetensors, header larger than the file": (
         "model.safetensors",
         lambda path: path.write_bytes(b"\xff" * 7 + b"\x00" + path.read_bytes()[8:]),
-    ),
-    "model.safetensors, its end cut off": (
-        "model.safetensors",
-        lambda path: path.write_bytes(path.read_bytes()[:-100]),
     ),
     "model.safetensors, a pickle": (
         "model.safetensors",

@@ -1,7 +1,6 @@
 """Models from transformers: stage by stage against stored outputs, other layouts of the same weights, refusals."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,13 @@ import torch
 from helpers import (
     FIXTURES,
     check_same_model,
-    check_script_error,
     check_stages,
     check_written_model,
+    error_line,
     load_expected,
     pad,
-    run_script_in,
+    run_script,
+    run_to_exit,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -347,29 +347,24 @@ def test_refused_directories(tmp_path: Path) -> None:
         fetch_huggingface_model(str(tmp_path / "nowhere"))
 
 
-def test_pytorch_bin_runs_no_code(tmp_path: Path) -> None:
-    directory = copy_fixture("hubert_base", tmp_path / "model")
-    (directory / "model.safetensors").unlink()
+def test_hub_without_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
 
-    class Payload:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.system, (f"touch {tmp_path / 'touched'}",)
-
-    torch.save({"encoder.layer_norm.bias": Payload()}, directory / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"asks for posix\.system"):
-        import_huggingface_model(directory)
-    assert not (tmp_path / "touched").exists()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match=r"no-such-org/no-such-model: .*the Hugging Face hub did not give it"):
+        fetch_huggingface_model("no-such-org/no-such-model")
 
 
-def test_script(tmp_path: Path) -> None:
+def test_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
     directory = copy_fixture("wavlm_large", tmp_path / "wavlm-mine")
-    result = run_script_in("convert_hubert_from_hf.py", "--model", directory, "--attention_dropout", 0, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    out = tmp_path / "pretrained" / "wavlm-mine.hf.pth"
+    run_script(monkeypatch, "convert_hubert_from_hf", "--model", directory, "--attention_dropout", 0)
+    printed = capsys.readouterr()
+    assert printed.err == ""
     for part in ("largest difference", "WavLM", "154,692 parameters", "pretrained/wavlm-mine.hf.pth"):
-        assert part in result.stdout
-    model = check_written_model(out)
+        assert part in printed.out
+    model = check_written_model(tmp_path / "pretrained" / "wavlm-mine.hf.pth")
     assert model.config["encoder_attention_dropout"] == 0
     expected = load_expected(HF / "wavlm_large")
     waveforms, lengths = pad([source_waveform(expected["wav_0"], True), source_waveform(expected["wav_1"], True)])
@@ -378,13 +373,11 @@ def test_script(tmp_path: Path) -> None:
     check_stages(model, waveforms, lengths, stages, expected["last_hidden_state"], expected["frame_lengths"])
 
 
-def test_script_errors(tmp_path: Path) -> None:
-    out = tmp_path / "out" / "model.pth"
+def test_script_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is written where the source is refused."""
     directory = copy_fixture("wav2vec2_base", tmp_path / "adapted", add_adapter=True)
-    result = run_script_in("convert_hubert_from_hf.py", "--model", directory, "--out", out, cwd=tmp_path)
-    check_script_error(result, "add_adapter is True", str(directory))
-    result = run_script_in(
-        "convert_hubert_from_hf.py", "--model", "no-such-org/no-such-model", "--out", out, cwd=tmp_path
-    )
-    check_script_error(result, "no-such-org/no-such-model", "hub")
-    assert not out.exists() and not (out.parent.exists() and list(out.parent.iterdir()))
+    options = ("--model", directory, "--out", tmp_path / "out" / "model.pth")
+    assert run_to_exit(monkeypatch, "convert_hubert_from_hf", *options) == 1
+    message = error_line(capsys)
+    assert "add_adapter is True" in message and str(directory) in message
+    assert not (tmp_path / "out").exists()
