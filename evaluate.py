@@ -1,4 +1,4 @@
-"""Measure what models cost and what they know, side by side: a table, and JSON that evaluation/report.py draws from.
+"""Measure what models cost and what they know, side by side: tables, and the same as JSON.
 
   cost       parameters, multiplications, bytes, and time on this machine
   fidelity   L1, cosine and CKA of the distilled layers with the teacher's (with --teacher and --tsv)
@@ -7,28 +7,31 @@
   python evaluate.py --teacher pretrained/hubert-base-ls960.hf.pth \\
       --models exp/hubert-base/ckpts/pruned_hubert_base.pth exp/hubert-base/final/ckpts/pruned_hubert_base.pth \\
       --names pruned final --tsv data/librispeech/valid.tsv --distill_layers 0.4,8,12 \\
-      --probes probes/keywords.tsv --out results/evaluation.json --report exp/hubert-base
+      --probes probes/keywords.tsv --out results/evaluation.json
+  python -m evaluation.report exp/hubert-base --evaluation results/evaluation.json     to show it with the run
 
 A probe is a list of labelled audio files, separated by tabs, with the header "split path label": split is train or
 test, paths start from the list's folder. Everything but the times is the same in every run on the same machine.
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 import cli
-from evaluation.cost import UTTERANCE_SECONDS, cost, measure_speed, superb_seconds
-from evaluation.fidelity import HeldOutSpeech, Student, make_student, measure_fidelity, shared_min_samples
+from evaluation.cost import cost, counted_on, made_by, measure_speed
+from evaluation.fidelity import HeldOutSpeech, make_student, measure_fidelity, shared_min_samples
 from evaluation.probes import Probe, log_mel_statistics, probe_features, probe_model, probe_random_models, read_probe
-from evaluation.results import made_by, print_results, write_results
-from training.pairs import DISTILL_MODES, parse_distill_layers
+from evaluation.tables import evaluation_tables
+from lightning import DISTILL_MODES, parse_distill_layers
 from wav2vec2.audio import MAX_SECONDS
 from wav2vec2.checkpoint import load_model
 from wav2vec2.errors import UserError
+from wav2vec2.files import atomic_path
 from wav2vec2.model import Wav2Vec2Model
 
 
@@ -38,9 +41,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, nargs="+", default=[], metavar="PTH", help="model files")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call --models (default: their file names)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="also draw DIR/report.html; if DIR is run.sh's exp_dir, with the run"
-    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     group = parser.add_argument_group("speed")
@@ -101,7 +101,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def load_subjects(args: argparse.Namespace, device: torch.device) -> list[Subject]:
-    """The teacher, if there is one, and the models, ready to run.
+    """The teacher, if there is one, and the models, in eval mode on the device.
 
     Raises:
         UserError: a file is no model, or two have one name.
@@ -123,12 +123,6 @@ def load_subjects(args: argparse.Namespace, device: torch.device) -> list[Subjec
     return subjects
 
 
-def make_students(subjects: list[Subject], layers: list[int], mode: str | None) -> list[Student]:
-    """All subjects but the first, which is the teacher, with their projections."""
-    teacher, *others = subjects
-    return [make_student(each.name, each.path, each.model, teacher.model, layers, mode) for each in others]
-
-
 def read_probes(paths: list[Path]) -> list[Probe]:
     """The probes, each with a name of its own.
 
@@ -143,14 +137,6 @@ def read_probes(paths: list[Path]) -> list[Probe]:
     return probes
 
 
-def run_controls(probes: list[Probe], first: Subject, seeds: list[int], device: torch.device) -> dict[str, Any]:
-    """What the probes reach without a trained model."""
-    return {
-        "log-mel": probe_features(log_mel_statistics, probes, seeds),
-        "random weights": probe_random_models(first.model.config, probes, seeds, device),
-    }
-
-
 def main(args: argparse.Namespace) -> None:
     check_arguments(args)
     device = chosen_device(args.device)
@@ -163,7 +149,10 @@ def main(args: argparse.Namespace) -> None:
     subjects = load_subjects(args, device)
     models = [subject.model for subject in subjects]
     speech = HeldOutSpeech(args.tsv, args.max_seconds, shared_min_samples(models)) if args.tsv else None
-    students = make_students(subjects, layers, args.distill_mode) if speech else []
+    students = [
+        make_student(each.name, each.path, each.model, models[0], layers, args.distill_mode)
+        for each in (subjects[1:] if speech else ())
+    ]
 
     speeds = measure_speed(models, args.speed_seconds, args.batch, args.repetitions, device)
     compared = measure_fidelity(models[0], students, layers, speech) if speech else []
@@ -180,23 +169,25 @@ def main(args: argparse.Namespace) -> None:
         }
         for subject, speed in zip(subjects, speeds, strict=True)
     ]
-    has_controls = bool(probes) and not args.no_controls
+    controls = {}
+    if probes and not args.no_controls:
+        controls = {
+            "log-mel": probe_features(log_mel_statistics, probes, args.seeds),
+            "random weights": probe_random_models(models[0].config, probes, args.seeds, device),
+        }
     results = {
-        "made_by": made_by(device, args.seeds),
+        "made_by": {**made_by(device), "seeds": args.seeds},
         "teacher": subjects[0].name if args.teacher else None,
         "models": entries,
-        "controls": run_controls(probes, subjects[0], args.seeds, device) if has_controls else {},
+        "controls": controls,
         "probes": {probe.name: probe.summary() for probe in probes},
-        "macs_counted_on": {"utterance_seconds": UTTERANCE_SECONDS, "superb_seconds": superb_seconds()},
+        "macs_counted_on": counted_on(),
     }
-    write_results(args.out, results)
-    print_results(results)
+    with atomic_path(args.out) as temporary:
+        temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    for table in evaluation_tables(results):
+        print(f"\n{table}")
     print(f"\nwritten to {args.out}")
-    if args.report:
-        from evaluation.report import write_report  # matplotlib
-
-        is_experiment = (args.report / "ckpts").is_dir()
-        print(f"written to {write_report(args.report if is_experiment else None, results, args.report)}")
 
 
 if __name__ == "__main__":

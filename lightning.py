@@ -27,7 +27,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dataset.speech import Batch
-from evaluation.report import report_stage
 from training import callbacks, checkpoints, compiling
 from training.batch_size import AUTO, FillMemory, seconds_or_auto
 from training.data import SpeechDataModule
@@ -917,9 +916,6 @@ def train_student(
             trainer.fit(module, datamodule=setup.data, ckpt_path=resumed_from, weights_only=True)
     if trainer.is_global_zero:
         print(f"{description}: {trainer.global_step} updates done: {module.watch.path}")
-        about: dict[str, Any] = {"state_dict": {}, "global_step": trainer.global_step}
-        module.on_save_checkpoint(about)
-        report_stage(module.watch.path, {**about, "pytorch-lightning_version": pl.__version__})
 
 
 def use_batches(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import cli
-from evaluation.report import report_stage
 from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
 from wav2vec2.errors import UserError
@@ -138,7 +137,6 @@ def main(args: argparse.Namespace) -> None:
         f"sparsity {1 - num_params / num_original:.4f}: {out}",
         file=sys.stderr,
     )
-    report_stage(args.distilled_ckpt, distilled)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 
 import cli
-from evaluation.report import report_stage
 from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
 
@@ -41,7 +40,6 @@ def main(args: argparse.Namespace) -> None:
     contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}
     save(out, {**contents, "made_by": made_by})
     print(f"{model.get_num_params():,} parameters: {out}")
-    report_stage(args.ckpt_after_final_distill, trained)
 
 
 if __name__ == "__main__":

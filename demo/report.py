@@ -1,21 +1,17 @@
-"""Print what came out of a compression run: sizes, shapes per layer, and the feature loss on held-out speech.
+"""Print what came out of a compression run: sizes, kept units per layer, and the loss on held-out speech.
 
-python demo/report.py --exp_dir demo/out/exp --teacher_ckpt demo/out/mini-hubert.pth --tsv demo/out/data/valid.tsv
+python -m demo.report --exp_dir demo/out/exp --teacher_ckpt demo/out/mini-hubert.pth --tsv demo/out/data/valid.tsv
 """
 
 import argparse
-import sys
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from the checkout, not installed
 
 import cli
-from evaluation.architecture import print_architecture
+from evaluation.experiment import read_experiment
 from evaluation.fidelity import HeldOutSpeech, make_student, measure_fidelity, shared_min_samples
-from training.checkpoints import LAST_CHECKPOINT, PRUNED_MODEL, read_training_checkpoint
-from training.pairs import parse_distill_layers
+from evaluation.tables import architecture_tables, fidelity_table
+from lightning import parse_distill_layers
 from wav2vec2.audio import MAX_SECONDS
 from wav2vec2.checkpoint import load_model
 from wav2vec2.errors import UserError
@@ -23,7 +19,7 @@ from wav2vec2.errors import UserError
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--exp_dir", type=Path, required=True, help="run.sh's exp_dir")
+    parser.add_argument("--exp_dir", type=Path, required=True, help="the exp_dir of run.sh")
     parser.add_argument("--teacher_ckpt", type=Path, required=True)
     parser.add_argument("--tsv", type=Path, required=True, help="manifest of held-out speech")
     parser.add_argument("--distill_layers", default="0.2,4,6", help="as in training")
@@ -31,41 +27,32 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def feature_loss(fidelity: dict[str, Any]) -> float:
-    """The distillation loss (L1 minus cosine, the published weights) of what was measured layer by layer."""
-    return fmean(layer["l1"] - layer["cosine"] for layer in fidelity["layers"])
-
-
 def main(args: argparse.Namespace) -> None:
+    run = read_experiment(args.exp_dir)
+    if run.notes or run.target_sparsity is None or len(run.models) < 2:
+        problem = run.notes[0] if run.notes else "the run is not complete"
+        raise UserError(f"{args.exp_dir}: {problem}; give the exp_dir of a finished run of run.sh")
     teacher = load_model(args.teacher_ckpt).eval()
-    paths = {
-        "after pruning": args.exp_dir / "ckpts" / PRUNED_MODEL,
-        "after final distillation": args.exp_dir / "final" / "ckpts" / PRUNED_MODEL,
-    }
-    target = read_training_checkpoint(args.exp_dir / "ckpts" / LAST_CHECKPOINT)["distillation"]["target_sparsity"]
-    models = {label: load_model(path).eval() for label, path in paths.items()}
+    models = {model.name: load_model(model.path).eval() for model in run.models}
     layers = [layer for group in parse_distill_layers(args.distill_layers) for layer in group]
-    students = [make_student(label, paths[label], model, teacher, layers) for label, model in models.items()]
-    for student in students:
-        if student.projections is None:
-            raise UserError(f"{student.path}: no projections in it; give the --exp_dir of a run of run.sh")
+    students = [make_student(m.name, m.path, models[m.name], teacher, layers) for m in run.models]
     speech = HeldOutSpeech(args.tsv, args.max_seconds, shared_min_samples([teacher, *models.values()]))
-    compared = dict(zip(models, measure_fidelity(teacher, students, layers, speech), strict=True))
-    *_, final = models.values()
-    num_before, num_after = teacher.get_num_params(), final.get_num_params()
+    fidelity = dict(zip(models, measure_fidelity(teacher, students, layers, speech), strict=True))
 
-    print(f"\nparameters   {num_before:,} -> {num_after:,}")
+    final = models[run.models[-1].name]
+    num_before, num_after = teacher.get_num_params(), final.get_num_params()
     sparsity = 1 - num_after / num_before
-    verdict = "met within 0.5%" if abs(sparsity - target) <= 0.005 else "missed by more than 0.5%"
-    print(f"sparsity     {sparsity:.4f} reached, {target:.4f} wanted: {verdict}")
-    print_architecture(teacher.config, final.config)
-    print(f"\n{'held-out speech':<24}{'feature loss':>14}" + "".join(f"{f'cosine {layer}':>11}" for layer in layers))
-    for label, found in compared.items():
-        cosines = "".join(f"{layer['cosine']:>11.3f}" for layer in found["layers"])
-        print(f"{label:<24}{feature_loss(found):>14.4f}{cosines}")
+    verdict = "met within 0.5%" if abs(sparsity - run.target_sparsity) <= 0.005 else "missed by more than 0.5%"
+    print(f"\nparameters   {num_before:,} -> {num_after:,}")
+    print(f"sparsity     {sparsity:.4f} reached, {run.target_sparsity:.4f} wanted: {verdict}")
+    for table in (*architecture_tables(teacher.config, final.config), fidelity_table(fidelity)):
+        print(f"\n{table}")
+    for name, found in fidelity.items():
+        if found["projections"]:  # the distillation loss with the published weights
+            print(f"feature loss {name}: {fmean(layer['l1'] - layer['cosine'] for layer in found['layers']):.4f}")
     print(
         "\nto load it:\n"
-        f'  ckpt = torch.load("{students[-1].path}", weights_only=True)\n'
+        f'  ckpt = torch.load("{run.models[-1].path}", weights_only=True)\n'
         '  model = wav2vec2_model(**ckpt["config"])  # from wav2vec2.model import wav2vec2_model\n'
         '  model.load_state_dict(ckpt["state_dict"])'
     )

@@ -14,11 +14,11 @@ if [[ -n ${DATA-} ]]; then
     speech=$DATA
 else
     speech=$out/speech
-    "$python" demo/synthesize_speech.py --out "$speech" --minutes 10
+    "$python" -m demo.synthesize_speech --out "$speech" --minutes 10
 fi
 "$python" prepare_data.py --data "$speech" --out "$out/data"
 "$python" convert_hubert_from_hf.py --model demo/mini-hubert --out "$out/mini-hubert.pth"
 python=$python exp_dir=$out/exp teacher_ckpt=$out/mini-hubert.pth tsv_dir=$out/data bash run.sh conf/demo.conf
-"$python" demo/report.py --exp_dir "$out/exp" --teacher_ckpt "$out/mini-hubert.pth" --tsv "$out/data/valid.tsv"
+"$python" -m demo.report --exp_dir "$out/exp" --teacher_ckpt "$out/mini-hubert.pth" --tsv "$out/data/valid.tsv"
 echo
 echo "demo finished in $((SECONDS - start)) s"

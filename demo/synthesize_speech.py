@@ -1,7 +1,7 @@
 """Synthesise a small corpus in LibriSpeech's layout with eSpeak NG, for the demo and its tests.
 
     pip install -r requirements-demo.txt
-    python demo/synthesize_speech.py --out data/demo_speech --minutes 10 --seed 0
+    python -m demo.synthesize_speech --out data/demo_speech --minutes 10 --seed 0
 
 Writes 16 kHz mono FLAC below train-clean-100 and dev-clean, and the texts in LibriSpeech's
 SPEAKER-CHAPTER.trans.txt. No voice and no sentence is in both splits. The sentences come from a small
@@ -11,7 +11,6 @@ grammar of everyday words; the same options give the same files.
 import argparse
 import ctypes
 import random
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from the checkout, not installed
 
 import cli
 from wav2vec2.audio import SAMPLE_RATE, resample_to_16k
@@ -43,43 +40,30 @@ MAX_UTTERANCE_SECONDS = 9.0
 TARGET_RMS = 0.06  # about the level of read speech in LibriSpeech
 MAX_PEAK = 0.9
 
-PEOPLE = """my sister|the baker|our neighbour|a young doctor|the night watchman|Martha|George|the old fisherman|
+_WORDS = {
+    "person": """my sister|the baker|our neighbour|a young doctor|the night watchman|Martha|George|the old fisherman|
     a quiet student|the mayor|your cousin|Oliver|the woman next door|a tired driver|Judith|the gardener|two children|
-    the postman|his grandmother|a visiting painter|the choir|Thomas|the shop assistant|a Russian pilot|everybody"""
-PAST_VERBS = """found|carried|sold|borrowed|painted|forgot|measured|washed|hid|noticed|photographed|dropped|repaired|
-    admired|counted|wrapped|described|bought|lost|polished|chose|sketched|pushed|weighed"""
-ADJECTIVES = """heavy|broken|yellow|ordinary|delicious|narrow|ancient|cheap|shining|curious|frozen|enormous|purple|
-    wooden|thin|useless|foreign|gentle|dusty|round|sharp|valuable|half finished|awkward|fresh"""
-THINGS = """bicycle|lantern|cheese|violin|umbrella|bridge|chair|map of the valley|jar of honey|telescope|coat|ladder|
-    kettle|basket of oranges|photograph|wheel|garden gate|notebook|fishing boat|clock|sausage|jewel|thermometer|
-    pair of boots|blanket|mushroom pie|treasure chest|engine|cherry tree|window"""
-PLACES = """behind the station|near the harbour|in the village square|under the kitchen table|at the edge of town|
+    the postman|his grandmother|a visiting painter|the choir|Thomas|the shop assistant|a Russian pilot|everybody""",
+    "verb": """found|carried|sold|borrowed|painted|forgot|measured|washed|hid|noticed|photographed|dropped|repaired|
+    admired|counted|wrapped|described|bought|lost|polished|chose|sketched|pushed|weighed""",
+    "adjective": """heavy|broken|yellow|ordinary|delicious|narrow|ancient|cheap|shining|curious|frozen|enormous|purple|
+    wooden|thin|useless|foreign|gentle|dusty|round|sharp|valuable|half finished|awkward|fresh""",
+    "thing": """bicycle|lantern|cheese|violin|umbrella|bridge|chair|map of the valley|jar of honey|telescope|coat|
+    ladder|kettle|basket of oranges|photograph|wheel|garden gate|notebook|fishing boat|clock|sausage|jewel|thermometer|
+    pair of boots|blanket|mushroom pie|treasure chest|engine|cherry tree|window""",
+    "place": """behind the station|near the harbour|in the village square|under the kitchen table|at the edge of town|
     beside the river|on the third floor|outside the theatre|in a cold cellar|along the southern road|
-    between two hedges|above the workshop|in the middle of the forest|by the fountain|across the meadow"""
-TIMES = """last Thursday|before breakfast|in early spring|at half past seven|during the storm|after the concert|
+    between two hedges|above the workshop|in the middle of the forest|by the fountain|across the meadow""",
+    "time": """last Thursday|before breakfast|in early spring|at half past seven|during the storm|after the concert|
     many years ago|on a foggy morning|just in time|twice a week|as usual|the following evening|around noon|
-    without a word|with great pleasure"""
-LINKS = "and|but|because|while|although|until|so|and then|after"
-REMARKS = """nobody asked why|the weather was changing|it was far too late|there was plenty of room|they both laughed|
-    the dog would not stop barking|it cost almost nothing|the lights went out|we had to start again|
-    that was only the beginning|the road had vanished under snow|no answer ever came|the soup was getting cold"""
-
-
-def _choices(words: str) -> list[str]:
-    """The entries of one of the word lists above."""
-    return [" ".join(entry.split()) for entry in words.split("|")]
-
-
-VOCABULARY = {
-    "person": _choices(PEOPLE),
-    "verb": _choices(PAST_VERBS),
-    "adjective": _choices(ADJECTIVES),
-    "thing": _choices(THINGS),
-    "place": _choices(PLACES),
-    "time": _choices(TIMES),
-    "link": _choices(LINKS),
-    "remark": _choices(REMARKS),
+    without a word|with great pleasure""",
+    "link": "and|but|because|while|although|until|so|and then|after",
+    "remark": """nobody asked why|the weather was changing|it was far too late|there was plenty of room|
+    they both laughed|the dog would not stop barking|it cost almost nothing|the lights went out|
+    we had to start again|
+    that was only the beginning|the road had vanished under snow|no answer ever came|the soup was getting cold""",
 }
+VOCABULARY = {name: [" ".join(entry.split()) for entry in words.split("|")] for name, words in _WORDS.items()}
 TEMPLATES = (
     "{person} {verb} the {adjective} {thing} {place}",
     "{time}, {person} {verb} the {adjective} {thing}",

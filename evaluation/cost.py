@@ -1,15 +1,21 @@
 """What a model costs: parameters, bytes, multiplications and time."""
 
+import os
+import platform
+import shlex
+import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.metadata import version
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.results import take_turns
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.flops import count_flops
 from wav2vec2.model import Wav2Vec2Model, hubert_base
@@ -24,7 +30,7 @@ def macs_per_second(config: dict[str, Any]) -> dict[str, float]:
     """Multiply-accumulates per second of audio: of the extractor, of all behind it, and in total.
 
     Counted on one utterance of :data:`UTTERANCE_SECONDS`, half of what :func:`flops.count_flops` counts there. The
-    length matters a little, because attention costs more the longer the utterance: HuBERT Base needs 7.0e9 per second
+    length matters a little, because attention costs more for longer utterances: HuBERT Base needs 7.0e9 per second
     of 2 s utterances, 7.3e9 of these, and 7.6e9 of 15 s ones.
     """
     counted = count_flops(config, round(UTTERANCE_SECONDS * SAMPLE_RATE))
@@ -52,12 +58,17 @@ def superb_style_macs(macs: dict[str, float]) -> dict[str, float]:
     return {name: count * superb_seconds() for name, count in macs.items()}
 
 
-def cost(model: Wav2Vec2Model, path: Path) -> dict[str, Any]:
-    """Everything but the speed of a model read from ``path``."""
+def counted_on() -> dict[str, float]:
+    """Seconds of audio that the numbers of multiply-accumulates are for."""
+    return {"utterance_seconds": UTTERANCE_SECONDS, "superb_seconds": superb_seconds()}
+
+
+def cost(model: Wav2Vec2Model, path: Path | None) -> dict[str, Any]:
+    """Everything but the speed of a model, which may be on torch's meta device; without a ``path``, no bytes."""
     macs = macs_per_second(model.config)
     return {
         "num_params": int(model.get_num_params()),
-        "num_bytes": path.stat().st_size,
+        "num_bytes": None if path is None else path.stat().st_size,
         "macs_per_second": macs,
         "superb_macs": superb_style_macs(macs),
     }
@@ -119,3 +130,40 @@ def _timed(model: Wav2Vec2Model, waveforms: torch.Tensor) -> Callable[[], float]
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def take_turns(work: dict[str, Callable[[], float]], repetitions: int) -> dict[str, tuple[float, float]]:
+    """Measure seconds of each kind of work, in turns and every other time in the opposite order.
+
+    Returns:
+        For each its median, and how fast it is in units of the first: the median over the turns, so that a slow
+        minute of the machine, which meets both, does not count.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(repetitions):
+        for name in list(work)[:: -1 if turn % 2 else 1]:
+            taken[name].append(work[name]())
+    baseline = next(iter(taken.values()))
+    return {
+        name: (statistics.median(found), statistics.median(map(truediv, baseline, found)))
+        for name, found in taken.items()
+    }
+
+
+def made_by(device: torch.device) -> dict[str, Any]:
+    """What is needed to get numbers again: the command, versions, the device and the number of CPU threads."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {name: version(name) for name in ("torch", "numpy", "soundfile")}
+        | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name and the number of its cores."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -7,15 +7,6 @@ from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
 
 
-def shortest_input(model: Wav2Vec2Model) -> int:
-    """Samples that make one frame."""
-    num_samples = 1
-    for layer in reversed(model.feature_extractor.conv_layers):
-        _, kernel, stride = layer.shape
-        num_samples = (num_samples - 1) * stride + kernel
-    return num_samples
-
-
 @torch.inference_mode()
 def hidden_states(
     model: Wav2Vec2Model, waveform: Tensor, num_layers: int | None, model_source: str, audio_source: str
@@ -31,7 +22,7 @@ def hidden_states(
     Raises:
         UserError: the waveform is too short for a frame, or a hidden state is not finite.
     """
-    needed = shortest_input(model)
+    needed = model.feature_extractor.receptive_field
     if waveform.numel() < needed:
         raise UserError(
             f"{audio_source}: has {waveform.numel()} samples at 16 kHz, expected at least {needed}, which make one "

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from dataset.batches import BatchSampler, make_batches
 from dataset.manifest import Manifest, read_manifest
 from dataset.speech import SpeechDataset
-from evaluation.features import hidden_states, shortest_input
-from training.pairs import check_pair, make_projections
+from evaluation.features import hidden_states
+from lightning import check_pair, make_projections
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.checkpoint import load_state, read_model_file
 from wav2vec2.errors import UserError, short_repr
@@ -73,7 +73,7 @@ class Student:
         name: in progress bars.
         path: the file that it comes from.
         model: in eval mode.
-        mode: "layer2layer" or "predlayer", see :data:`pairs.DISTILL_MODES`.
+        mode: "layer2layer" or "predlayer", see :data:`lightning.DISTILL_MODES`.
         projections: the learnt ones, one per distilled layer; None where the file has none.
     """
 
@@ -107,14 +107,14 @@ def make_student(
         mode: "layer2layer" or "predlayer"; None takes that of the projections, and layer2layer without any.
 
     Raises:
-        UserError: the projections do not fit the layers, the mode or the models; or see :func:`pairs.check_pair`.
+        UserError: the projections do not fit the layers, the mode or the models; or see :func:`lightning.check_pair`.
     """
     state = _read_projections(path)
     found = None
     if state:  # a projection of predlayer is a Linear and an activation, with the names of a Sequential
         found = "predlayer" if any(key.endswith(".0.weight") for key in state) else "layer2layer"
     if found and mode not in (None, found):
-        raise UserError(f"--distill_mode {mode}: the projections in {path} are those of {found}; leave the flag out")
+        raise UserError(f"{path}: its projections are those of distill_mode {found}, expected those of {mode}")
     mode = mode or found or "layer2layer"
     check_pair(teacher, model, list(layers), mode, source=str(path))
     projections = None
@@ -122,8 +122,8 @@ def make_student(
         num_found = sum(key.endswith("weight") for key in state)
         if num_found != len(layers):
             raise UserError(
-                f"--distill_layers: {len(layers)} layers are given, but {path} has {num_found} projections; "
-                "give the layers that it was trained with, in their order"
+                f"{path}: has {num_found} projections, expected one for each of the {len(layers)} distilled layers "
+                f"{list(layers)}; give the layers that it was trained with, in their order"
             )
         dims = (each.config["encoder_embed_dim"] for each in (model, teacher))
         projections = make_projections(mode, _shared_groups(state, len(layers)), *dims)
@@ -287,4 +287,4 @@ def _note(student: Student, distance: _Distances) -> str | None:
 
 def shared_min_samples(models: Sequence[Wav2Vec2Model]) -> int:
     """Samples that make a frame in every one of these models."""
-    return max(map(shortest_input, models))
+    return max(model.feature_extractor.receptive_field for model in models)

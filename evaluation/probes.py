@@ -97,14 +97,12 @@ def read_probe(path: Path) -> Probe:
         if names["train"].count(label) < 2:
             raise UserError(
                 f"{path}: one training clip has the label {short_repr(label)}, expected two or more of each, "
-                "because the "
-                "penalty is chosen on held-out ones"
+                "because the penalty is chosen on held-out ones"
             )
     if unknown := sorted(set(names["test"]) - set(labels)):
         raise UserError(
             f"{path}: test clips have the label {short_repr(unknown[0])}, which no training clip has; take them "
-            "out, or "
-            "add such clips for training"
+            "out, or add such clips for training"
         )
     clips: dict[str, list[Clip]] = {split: [] for split in SPLITS}
     for split, file, label in rows:
@@ -133,8 +131,7 @@ def _read_rows(path: Path) -> list[tuple[str, Path, str]]:
                 if split not in SPLITS or not name or not label or "\0" in name:
                     raise UserError(
                         f"{place} has split {short_repr(split)}, path {short_repr(name)} and label "
-                        f"{short_repr(label)}, expected "
-                        "train or test, a path and a label, separated by tabs"
+                        f"{short_repr(label)}, expected train or test, a path and a label, separated by tabs"
                     )
                 clip = path.parent / name
                 if clip in lines_of:
@@ -197,7 +194,7 @@ def _read_clip(probe: Probe, clip: Clip) -> Tensor:
     try:
         waveform = load_audio(clip.path)
     except AudioError as error:
-        reason = str(error).rpartition(";")[0]  # the remedy is one for manifests
+        reason = str(error).rsplit(";", 1)[0]  # the remedy is one for manifests
         raise UserError(f"{probe.path}: {reason}; mend the file or take its line out") from error
     if not waveform.isfinite().all():
         raise UserError(f"{probe.path}: {clip.path} holds samples that are NaN or infinite; take its line out")

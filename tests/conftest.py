@@ -17,7 +17,6 @@ from training import callbacks
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
-os.environ["DPHUBERT_REPORT"] = "0"  # stages write no report, unless a test is about that
 for name in [name for name in os.environ if name.startswith("SLURM_")]:
     del os.environ[name]  # scripts behave differently inside a SLURM job, which a run of the tests may be
 

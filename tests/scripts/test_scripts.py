@@ -59,7 +59,7 @@ def test_from_raw_audio_to_the_loaded_model(corpus, manifests, tmp_path):
     assert len(hidden) == 7 and all(torch.isfinite(h).all() for h in hidden)
 
     report = run_command(
-        *(sys.executable, "demo/report.py", "--exp_dir", tmp_path / "exp", "--teacher_ckpt", teacher),
+        *(sys.executable, "-m", "demo.report", "--exp_dir", tmp_path / "exp", "--teacher_ckpt", teacher),
         *("--tsv", manifests / "valid.tsv"),
     )
     assert report.returncode == 0, report.stderr

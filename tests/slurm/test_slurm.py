@@ -62,7 +62,7 @@ def demo_data(tmp_path_factory) -> dict[str, Path]:
     """Settings of run.sh: manifests of a little synthetic speech, and the demo's teacher."""
     folder = tmp_path_factory.mktemp("demo")
     for arguments in (
-        ("demo/synthesize_speech.py", "--out", folder / "speech", "--minutes", 3),
+        ("-m", "demo.synthesize_speech", "--out", folder / "speech", "--minutes", 3),
         ("prepare_data.py", "--data", folder / "speech", "--out", folder / "data"),
         ("convert_hubert_from_hf.py", "--model", "demo/mini-hubert", "--out", folder / "mini-hubert.pth"),
     ):

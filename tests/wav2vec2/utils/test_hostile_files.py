@@ -386,7 +386,7 @@ def report(files: SimpleNamespace, **hostile: Path) -> Command:
         getattr(files, name).write_bytes(path.read_bytes())
         path.unlink()
         path.symlink_to(getattr(files, name))
-    return "report", [
+    return "demo.report", [
         *("--exp_dir", files.last.parents[1], "--teacher_ckpt", files.teacher),
         *("--tsv", files.tsv_dir / "valid.tsv", "--distill_layers", "0.1,3"),
     ]

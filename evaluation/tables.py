@@ -1,0 +1,155 @@
+"""The results file of ``evaluate.py`` and its tables, which are printed and shown in the report of a run.
+
+The file is JSON:
+
+    made_by    command, versions, device, threads, seeds
+    teacher    its name, or null
+    models     one entry each: name, path, is_teacher, config, cost, fidelity (null without teacher or manifest), probes
+    controls   the probes of what is no trained model: "log-mel", and "random weights" of the first model's shape
+    probes     of each its num_classes, num_train, num_test and chance (per cent)
+    macs_counted_on    utterance_seconds and superb_seconds, see evaluation.cost
+
+``cost`` has num_params, num_bytes, macs_per_second and superb_macs (conv, transformer, total) and speed, see
+:mod:`evaluation.cost`; ``fidelity`` is that of :func:`evaluation.fidelity.measure_fidelity`; an entry of ``probes``
+that of :func:`evaluation.probes.summarize`, by the probe's name.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from wav2vec2.errors import UserError
+
+
+class Table(NamedTuple):
+    """Cells as text; the first column names the rows, the notes say what the numbers are."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        """Aligned columns, the first to the left and the others to the right, and the notes."""
+        lines = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join([line[0].ljust(widths[0]), *(map(str.rjust, line[1:], widths[1:]))]).rstrip() for line in lines
+        ]
+        return "\n".join([f"{self.title}:", *text, *self.notes])
+
+
+def evaluation_tables(results: dict[str, Any]) -> list[Table]:
+    """The tables of a results file: cost, and fidelity and probes as far as they were measured.
+
+    Raises:
+        UserError: ``results`` are not those of evaluate.py.
+    """
+    try:
+        tables = [cost_table(results["models"], results["macs_counted_on"])]
+        if any(model["fidelity"] for model in results["models"]):
+            tables.append(fidelity_table({model["name"]: model["fidelity"] for model in results["models"]}))
+        if results["probes"]:
+            tables.append(probe_table(results))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"not the results of evaluate.py ({type(error).__name__}: {error})") from error
+    return tables
+
+
+def cost_table(models: Sequence[dict[str, Any]], counted_on: dict[str, Any]) -> Table:
+    """Parameters, bytes, multiplications and speed; sparsity is measured by the teacher, if there is one."""
+    teacher = next((model["cost"]["num_params"] for model in models if model["is_teacher"]), None)
+    speeds = [f"RTF {entry['seconds']:g} s x {entry['batch']}" for entry in models[0]["cost"].get("speed", [])]
+    rows = []
+    for model in models:
+        cost = model["cost"]
+        macs = cost["macs_per_second"]
+        rows.append(
+            [
+                model["name"],
+                f"{cost['num_params']:,}",
+                f"{1 - cost['num_params'] / teacher:.2%}" if teacher else "-",
+                "-" if cost["num_bytes"] is None else f"{cost['num_bytes'] / 1e6:.1f}",
+                f"{macs['total'] / 1e9:.3f}",
+                f"{macs['conv'] / 1e9:.3f}",
+                f"{cost['superb_macs']['total']:.4g}",
+                *(f"{entry['real_time_factor']:.4f}" for entry in cost.get("speed", [])),
+            ]
+        )
+    notes = [
+        f"MACs per second of utterances of {counted_on['utterance_seconds']:g} s; SUPERB-style: for "
+        f"{counted_on['superb_seconds']:.0f} s of them, for which HuBERT Base needs the published number (SUPERB's "
+        "own set is not public)"
+    ]
+    if speeds:
+        notes.append("RTF (real-time factor): seconds of work per second of audio, by length and batch")
+    header = ["", "parameters", "sparsity", "MB", "GMACs/s", "(conv)", "SUPERB-style MACs", *speeds]
+    return Table("Cost", header, rows, notes)
+
+
+def fidelity_table(fidelity: dict[str, dict[str, Any] | None]) -> Table:
+    """L1, cosine and CKA of each distilled layer with the teacher's, by the name of the model."""
+    compared = {name: found for name, found in fidelity.items() if found}
+    layers = [entry["layer"] for entry in next(iter(compared.values()))["layers"]]
+    measures = {"L1": "l1", "cosine": "cosine", "CKA": "cka"}
+    header = ["", *(f"{title} {layer}" for title in measures for layer in layers)]
+    rows = []
+    for name, found in compared.items():
+        values = [entry[measure] for measure in measures.values() for entry in found["layers"]]
+        rows.append([name, *("-" if value is None else f"{value:.3f}" for value in values)])
+    notes = [f"{name}: {found['note']}" for name, found in compared.items() if found["note"]]
+    about = "L1 and cosine through the learnt projections, CKA of the hidden states as they are"
+    return Table("Fidelity to the teacher", header, rows, [about, *notes])
+
+
+def probe_table(results: dict[str, Any]) -> Table:
+    """Accuracy of each model and control in each task."""
+    scored = {model["name"]: model["probes"] for model in results["models"]} | results["controls"]
+    rows = [
+        [name, *(f"{found[task]['mean']:.1f} ± {found[task]['std']:.1f}" for task in results["probes"])]
+        for name, found in scored.items()
+    ]
+    rows.append(["chance", *(f"{task['chance']:.1f}" for task in results["probes"].values())])
+    about = "test accuracy in per cent, mean and standard deviation over the seeds"
+    return Table("Probes", ["", *results["probes"]], rows, [about])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Architecture
+# ---------------------------------------------------------------------------------------------------
+
+
+def unit_counts(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Units of each layer by their name; 0 where the whole block is gone. ``config`` is complete, as a model's own."""
+    if "encoder_remaining_heads" in config:
+        heads = [len(remaining) for remaining in config["encoder_remaining_heads"]]
+    else:
+        heads = config["encoder_num_heads"]
+    return {
+        "conv channels": [channels for channels, *_ in config["extractor_conv_layer_config"]],
+        "heads": [n if used else 0 for n, used in zip(heads, config["encoder_use_attention"], strict=True)],
+        "FFN dimensions": [
+            n if used else 0
+            for n, used in zip(config["encoder_ff_interm_features"], config["encoder_use_feed_forward"], strict=True)
+        ],
+    }
+
+
+def architecture_tables(before: dict[str, Any], after: dict[str, Any]) -> list[Table]:
+    """Kept units of each layer as ``after/before``: of the transformer, and of the extractor."""
+    old, new = unit_counts(before), unit_counts(after)
+    cells = {name: [f"{kept}/{count}" for kept, count in zip(new[name], old[name], strict=True)] for name in new}
+    layers = zip(cells["heads"], cells["FFN dimensions"], strict=True)
+    return [
+        Table(
+            "Kept units of the transformer",
+            ["layer", "heads", "FFN dimensions"],
+            [[str(layer), *row] for layer, row in enumerate(layers, start=1)],
+            [],
+        ),
+        Table(
+            "Kept channels of the extractor",
+            ["conv layer", "channels"],
+            [[str(layer), row] for layer, row in enumerate(cells["conv channels"])],
+            [],
+        ),
+    ]
