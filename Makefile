@@ -22,9 +22,9 @@ test-slurm: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -rs tests/slurm
 
 bench: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
-	$(BIN)/python benchmarks/bench_model.py --out results/bench_update.csv --sections update
-	$(BIN)/python benchmarks/bench_model.py --out results/bench_inference.csv --sections inference
-	$(BIN)/python benchmarks/bench_data.py --out results/bench_data.csv
+	$(BIN)/python -m benchmarks.bench_model --out results/bench_update.csv --sections update
+	$(BIN)/python -m benchmarks.bench_model --out results/bench_inference.csv --sections inference
+	$(BIN)/python -m benchmarks.bench_data --out results/bench_data.csv
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""``make bench``, and the timing that evaluate.py shares with it."""
+"""Speed, side by side in one run (docs/performance.md)."""

@@ -1,28 +1,34 @@
-"""The model's benchmarks run; how fast they find the model is docs/performance.md's business."""
+"""The benchmarks run, with tiny models and files; how fast they find the program is docs/performance.md's business."""
 
 import csv
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_command, small_config
+from helpers import error_line, run_command, run_script, run_to_exit, small_config
 
-from benchmarks import bench_model
+from benchmarks import bench_data, bench_gpu, bench_model
+from benchmarks.results import Result, write_results
+from training import compiling
 from wav2vec2.model import wav2vec2_model
 
 
-@pytest.mark.parametrize("stage", bench_model.STAGES)
-def test_update_in_parts(stage, tmp_path, monkeypatch):
-    """The timed update is the one that training makes: every weight, mask and multiplier moves."""
+@pytest.fixture
+def tiny(monkeypatch):
     monkeypatch.setattr(bench_model, "DISTILLED", [[0], [1, 3]])
     monkeypatch.setattr(bench_model, "TEACHERS", {"HuBERT Base": lambda: wav2vec2_model(**small_config("hubert"))})
     monkeypatch.setattr(bench_model, "compressed_config", lambda name: small_config("hubert"))
-    batches = bench_model.load_batches(bench_model.make_manifest(tmp_path, 0.1), 0.1)
-    update = bench_model.TimedUpdate("HuBERT Base", stage, batches, plain=False, precision="32")
+
+
+@pytest.mark.parametrize("path", ["plain", "fast"])
+@pytest.mark.parametrize("stage", ["joint", "final"])
+def test_an_update_is_the_one_that_training_makes(tiny, stage, path):
+    """Every mask and multiplier moves, and the projections, and the teacher does not."""
+    update = bench_model.Update("HuBERT Base", stage, path, "32", (2, 1600), "cpu")
     update()  # the first has learning rate 1/10
     before = {name: value.clone() for name, value in update.module.state_dict().items()}
-    parts = update()
-    assert len(parts) == len(bench_model.TimedUpdate.PARTS) and min(parts) > 0
+    assert update() > 0
     after = update.module.state_dict()
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert "distill_linear_projs.0.weight" in moved and not any(name.startswith("teacher") for name in moved)
@@ -38,22 +44,70 @@ def test_compressed_shapes(name, sparsity):
     assert abs(1 - num_params / teacher.get_num_params() - sparsity) < 0.01
 
 
-def test_peak_memory_counts_what_is_freed_again():
-    megabytes = bench_model.peak_memory(lambda: torch.ones(16 << 20).mul(2))  # twice 64 MB
-    assert 120 < megabytes < 140
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def test_inference_section(tmp_path):
-    out = tmp_path / "results.csv"
-    flags = ("--sections", "inference", "--seconds", 1, "--batch", 1, "--repetitions", 1, "--threads", 1)
-    result = run_command(sys.executable, "benchmarks/bench_model.py", "--out", out, *flags)
-    assert result.returncode == 0, result.stderr
-    with out.open() as file:
-        rows = list(csv.DictReader(file))
-    assert {row["unit"] for row in rows} == {"RTF", "MB"} and all(float(row["ratio_to_baseline"]) > 0 for row in rows)
-    assert sum("transformers" in row["variant"] for row in rows) == 4 and "torch=" in rows[0]["versions"]
+def test_results(tmp_path, capsys):
+    write_results(tmp_path / "new" / "r.csv", [Result("update", "plain", 1.23456, "s", 1.0, 5)])
+    (row,) = read_rows(tmp_path / "new" / "r.csv")
+    assert (row["variant"], row["value"], row["ratio_to_baseline"]) == ("plain", "1.235", "1.000")
+    assert row["command"].startswith("python ") and "torch=" in row["versions"] and row["threads"] == "1"
+    assert "plain      1.235 s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_inference(tiny, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.HubertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    monkeypatch.setattr(transformers, "HubertConfig", lambda **_: config)
+    monkeypatch.setattr(transformers, "WavLMModel", lambda *_: torch.nn.Identity())
+    flags = ("--sections", "inference", "--seconds", 1, "--repetitions", 1, "--threads", 1, "--out", tmp_path / "r.csv")
+    run_script(monkeypatch, "benchmarks.bench_model", *flags)
+    rows = read_rows(tmp_path / "r.csv")
+    assert rows[0]["variant"] == "HuBERT Base, transformers 32, 1 s" and rows[0]["ratio_to_baseline"] == "1.000"
+    assert len(rows) == 1 + 4 * len(bench_model.precisions()) and all(float(row["value"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_data(tmp_path, monkeypatch):
+    flags = ("--num_files", 20, "--workers", 0, 1, "--repetitions", 1, "--num_processes", 1)
+    run_script(monkeypatch, "benchmarks.bench_data", *flags, "--out", tmp_path / "r.csv")
+    rows = read_rows(tmp_path / "r.csv")
+    assert [row["variant"] for row in rows if row["ratio_to_baseline"] == "1.000"] == [
+        *("soundfile.info", "soundfile.read, 0 workers", "soundfile.read, 1 workers")
+    ]
+    assert len(rows) == 6 and all(float(row["value"]) > 0 for row in rows)
+
+
+def test_both_ways_to_load_read_the_same_crops(tmp_path):
+    bench_data.make_corpus(tmp_path, 3, 0.5, 1)
+    bench_data.prepare(tmp_path, 1)
+    manifest = bench_data.read_manifest(tmp_path / "tsv" / "train.tsv")
+    crop = next(iter(bench_data.BatchSampler(manifest.lengths, [[0, 2]], 1, 0, True, seed=0)))
+    ours = bench_data.SpeechDataset(manifest)[crop].waveforms
+    torch.testing.assert_close(torch.from_numpy(bench_data.BareReads(manifest)[crop]), ours, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_gpu_code_on_a_cpu(tiny, monkeypatch, tmp_path, capsys):
+    """It must not fail where a GPU costs money; CPUs have no loss scaler."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setattr(bench_gpu, "SHAPE", (2, 1600))
+    monkeypatch.setattr(bench_gpu, "TEACHERS", bench_model.TEACHERS)
+    monkeypatch.setitem(bench_gpu.VARIANTS, "published", ("plain", "32"))
+    run_script(monkeypatch, "benchmarks.bench_gpu", "--device", "cpu", "--repetitions", 2, "--out", tmp_path / "r.csv")
+    variants = [row["variant"] for row in read_rows(tmp_path / "r.csv")]
+    assert variants == [f"HuBERT Base, {name}" for name in ("published", "ours", "ours compiled")]
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_to_exit(monkeypatch, "benchmarks.bench_gpu", "--out", tmp_path / "r.csv") == 1
+    assert "--device cuda: torch finds no GPU" in error_line(capsys)
+
+
+@pytest.mark.slow
 def test_memory_is_kept():
     """In another process, as it cannot be undone: a large block that is freed is taken again without page faults.
 
