@@ -145,16 +145,14 @@ def read_experiment(exp_dir: Path) -> Experiment:
             notes.append(str(error))
             return None
 
-    stages, models, original = [], [], None
+    stages, models = [], []
     for title, folder, model_name in STAGES:
         checkpoints = exp_dir / folder / CHECKPOINTS
         log = read(exp_dir / folder / LOG, read_log)
         trained = read(checkpoints / LAST_CHECKPOINT, read_training_checkpoint)
         if log or trained:
             about = trained or {}
-            stages.append(Stage(title, log or {}, about.get("global_step"), about.get("distillation", {})))
-        if not folder and trained and isinstance(config := stages[0].distillation.get("student_config"), dict):
-            original = read(checkpoints / LAST_CHECKPOINT, lambda path, config=config: shape_of(config, path))
+            stages.append(Stage(title, log or {}, about.get("global_step"), about.get("distillation") or {}))
         model = read(checkpoints / PRUNED_MODEL, lambda path, name=model_name: _read_model(name, path))
         if model is not None:
             models.append(model)
@@ -164,7 +162,11 @@ def read_experiment(exp_dir: Path) -> Experiment:
             f"{exp_dir}: holds no run: neither {LOG}, {CHECKPOINTS}/{LAST_CHECKPOINT} nor "
             f"{CHECKPOINTS}/{PRUNED_MODEL}{found}; give the exp_dir of distill.py or run.sh"
         )
-    about = stages[0].distillation if stages else {}
+    about = next((stage.distillation for stage in stages if stage.title == STAGES[0][0]), {})
+    config = about.get("student_config")
+    original = None
+    if isinstance(config, dict):
+        original = read(exp_dir / CHECKPOINTS / LAST_CHECKPOINT, lambda path: shape_of(config, path))
     pruned_for = models[0].made_by.get("target_sparsity") if models else None
     return Experiment(
         name=exp_dir.resolve().name,

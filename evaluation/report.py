@@ -29,14 +29,12 @@ def size_table(experiment: Experiment) -> Table | None:
     """What the original and the models of the run cost; None without any."""
     rows = [] if experiment.original is None else [("original", experiment.original, None)]
     rows += [(model.name, model.shape, model.path) for model in experiment.models]
-    measured = [
-        {"name": name, "is_teacher": name == "original", "cost": cost(shape, path)} for name, shape, path in rows
-    ]
+    measured = [{"name": name, "cost": cost(shape, path)} for name, shape, path in rows]
     if not measured:
         return None
     target = experiment.target_sparsity
     wanted = "Cost" if target is None else f"Cost, where a sparsity of {target:.2%} was wanted"
-    return cost_table(measured, counted_on())._replace(title=wanted)
+    return cost_table(measured, counted_on(), experiment.original_num_params)._replace(title=wanted)
 
 
 def kept_pictures(before: dict[str, Any], after: dict[str, Any]) -> list[Picture]:

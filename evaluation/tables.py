@@ -55,9 +55,18 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def cost_table(models: Sequence[dict[str, Any]], counted_on: dict[str, Any]) -> Table:
-    """Parameters, bytes, multiplications and speed; sparsity is measured by the teacher, if there is one."""
-    teacher = next((model["cost"]["num_params"] for model in models if model["is_teacher"]), None)
+def cost_table(
+    models: Sequence[dict[str, Any]], counted_on: dict[str, Any], original_num_params: int | None = None
+) -> Table:
+    """Parameters, bytes, multiplications and speed.
+
+    Args:
+        models: entries of a results file.
+        counted_on: what multiplications are counted on.
+        original_num_params: what sparsity is measured by; None takes the teacher's, if there is one.
+    """
+    teachers = [model["cost"]["num_params"] for model in models if model.get("is_teacher")]
+    before = original_num_params or next(iter(teachers), None)
     speeds = [f"RTF {entry['seconds']:g} s x {entry['batch']}" for entry in models[0]["cost"].get("speed", [])]
     rows = []
     for model in models:
@@ -67,7 +76,7 @@ def cost_table(models: Sequence[dict[str, Any]], counted_on: dict[str, Any]) -> 
             [
                 model["name"],
                 f"{cost['num_params']:,}",
-                f"{1 - cost['num_params'] / teacher:.2%}" if teacher else "-",
+                f"{1 - cost['num_params'] / before:.2%}" if before else "-",
                 "-" if cost["num_bytes"] is None else f"{cost['num_bytes'] / 1e6:.1f}",
                 f"{macs['total'] / 1e9:.3f}",
                 f"{macs['conv'] / 1e9:.3f}",
