@@ -79,7 +79,7 @@ def conv_frames(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> 
     if not torch.is_grad_enabled():
         windows = x.unfold(1, kernel, stride).transpose(2, 3)  # (B, T', kernel, C_in), which overlap
         return F.linear(windows.flatten(2), weight.transpose(1, 2).flatten(1), bias)
-    # Backward, a copy of the overlapping windows would be kept. Cut into parts of ``stride`` frames they do not overlap:
+    # A copy of the overlapping windows would be kept for the backward pass. Parts of ``stride`` frames do not overlap:
     # part p of all windows is a matrix without a copy, and the parts' products add up.
     columns = weight.permute(2, 1, 0).flatten(0, 1)  # (kernel * C_in, C_out)
     num_parts = -(-kernel // stride)
