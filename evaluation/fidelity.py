@@ -116,7 +116,10 @@ def make_student(
     if found and mode not in (None, found):
         raise UserError(f"{path}: its projections are those of distill_mode {found}, expected those of {mode}")
     mode = mode or found or "layer2layer"
-    check_pair(teacher, model, list(layers), mode, source=str(path))
+    try:
+        check_pair(teacher, model, list(layers), mode)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     projections = None
     if state:
         num_found = sum(key.endswith("weight") for key in state)

@@ -194,8 +194,7 @@ def _read_clip(probe: Probe, clip: Clip) -> Tensor:
     try:
         waveform = load_audio(clip.path)
     except AudioError as error:
-        reason = str(error).rsplit(";", 1)[0]  # the remedy is one for manifests
-        raise UserError(f"{probe.path}: {reason}; mend the file or take its line out") from error
+        raise UserError(f"{probe.path}: {error}; mend the file or take its line out") from error
     if not waveform.isfinite().all():
         raise UserError(f"{probe.path}: {clip.path} holds samples that are NaN or infinite; take its line out")
     return waveform

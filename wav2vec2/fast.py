@@ -65,9 +65,6 @@ def conv_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, padding: 
 def conv_frames(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """What ``F.conv1d`` makes of ``x.transpose(1, 2)``, transposed: (B, T, C_in) -> (B, T', C_out).
 
-    Windows of ``kernel`` frames that start ``stride`` frames apart overlap, which the rows of a matrix cannot. Cut into
-    parts of ``stride`` frames they do not: part p of all windows is a matrix, and the parts' products add up.
-
     Args:
         x: frames.
         weight: (C_out, C_in, kernel).
@@ -78,12 +75,18 @@ def conv_frames(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> 
     kernel = weight.size(2)
     if channels == 1:
         return F.linear(x[..., 0].unfold(-1, kernel, stride), weight[:, 0], bias)
-    num_windows, num_parts = (num_frames - kernel) // stride + 1, -(-kernel // stride)
+    num_windows = (num_frames - kernel) // stride + 1
+    if not torch.is_grad_enabled():
+        windows = x.unfold(1, kernel, stride).transpose(2, 3)  # (B, T', kernel, C_in), which overlap
+        return F.linear(windows.flatten(2), weight.transpose(1, 2).flatten(1), bias)
+    # A copy of the overlapping windows would be kept for the backward pass. Parts of ``stride`` frames do not overlap:
+    # part p of all windows is a matrix without a copy, and the parts' products add up.
+    columns = weight.permute(2, 1, 0).flatten(0, 1)  # (kernel * C_in, C_out)
+    num_parts = -(-kernel // stride)
     needed = (num_windows - 1 + num_parts) * stride
     if needed > num_frames:
         x = F.pad(x, (0, 0, 0, needed - num_frames))
     steps = x[:, :needed].reshape(batch, -1, stride * channels)
-    columns = weight.permute(2, 1, 0).flatten(0, 1)  # (kernel * C_in, C_out)
     y = x.new_zeros(1) if bias is None else bias
     for part, matrix in enumerate(columns.split(stride * channels)):
         rows = steps[:, part : part + num_windows, : len(matrix)]

@@ -226,7 +226,7 @@ def test_fidelity_without_projections_and_with_other_dimensions(corpus, tmp_path
 
 def test_max_seconds_leaves_long_utterances_out(corpus):
     assert len(HeldOutSpeech(corpus / "valid.tsv", 0.45, 200)) == 3
-    with pytest.raises(UserError, match=r"valid\.tsv: no utterance is left of 4"):
+    with pytest.raises(UserError, match=r"valid\.tsv: none of 4 utterances lasts"):
         HeldOutSpeech(corpus / "valid.tsv", 0.1, 200)
 
 
@@ -535,7 +535,7 @@ def test_bad_input_ends_before_anything_is_measured(files, corpus, tmp_path, mon
         ({"tsv": tmp_path / "none.tsv"}, "no such manifest"),
         ({"tsv": tmp_path / "text.tsv"}, "text.tsv: line 2 is"),
         ({"tsv": tmp_path / "missing.tsv"}, f"missing.tsv: {tmp_path / '1.wav'} does not exist"),
-        ({"max_seconds": 0.01}, "valid.tsv: no utterance is left of 4"),
+        ({"max_seconds": 0.01}, "valid.tsv: none of 4 utterances lasts"),
         ({"distill_layers": "0.5"}, "--distill_layers"),
         ({"distill_layers": "x"}, "--distill_layers"),
         ({"models": slow, "names": None}, "slow.pth: its frames do not fit the teacher's"),

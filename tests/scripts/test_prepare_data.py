@@ -1,6 +1,5 @@
 """The corpus lister as a user calls it: splits, rejected files, other corpora, errors."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -242,23 +241,6 @@ def test_flac_file_cut_anywhere_is_left_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_benchmark_runs(tmp_path):
-    out = tmp_path / "results" / "bench_data.csv"
-    command = [sys.executable, REPOSITORY / "benchmarks" / "bench_data.py", "--quick", "--repetitions", "1"]
-    command += ["--out", out, "--num_processes", "1", "--workers", "0", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    with out.open(newline="") as file:
-        measured = list(csv.DictReader(file))
-    assert {row["section"] for row in measured} == {"prepare", "loader", "manifest"}
-    assert all(float(row["value"]) > 0 and row["versions"].startswith("torch=") for row in measured)
-    assert {row["variant"] for row in measured if row["ratio_to_baseline"] == "1.000"} >= {
-        "soundfile.info (baseline)",
-        "soundfile.read (baseline), 0 workers",
-        "soundfile.read (baseline), 1 workers",
-    }
-
-
 def test_held_out_files():
     paths = [f"{number:03}.wav" for number in range(200)]
     splits = hold_out(paths, 0.05, seed=0)

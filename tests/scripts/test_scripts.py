@@ -189,7 +189,7 @@ def damaged(flags: dict[str, object], tmp_path: Path, case: str) -> dict[str, ob
 
 
 BAD_FLAGS = [
-    ({"min_seconds": 10}, "no utterance is left"),
+    ({"min_seconds": 10}, "lasts 10.000 s to 15.625 s, the limits"),
     ({"seconds_per_batch": 0.1}, "see --seconds_per_batch"),
     ({"seconds_per_batch": 0}, "--seconds_per_batch: expected a number above 0"),
     ({"distill_layers": "0.4"}, "--distill_layers 0.4: layer 4 is to be distilled, but the teacher has 3 layers"),
