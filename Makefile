@@ -13,10 +13,10 @@ demo: $(VENV)/installed $(VENV)/installed-demo
 	PYTHON=$(BIN)/python bash demo/run.sh
 
 test: $(VENV)/installed $(addprefix $(VENV)/installed-,demo dev export s3prl) lint
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-fast: $(VENV)/installed $(addprefix $(VENV)/installed-,demo dev export s3prl) lint
-	$(BIN)/python -m pytest -q -n auto -m 'not slow'
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow'
 
 test-slurm: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -rs tests/slurm

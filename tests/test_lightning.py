@@ -4,7 +4,6 @@
 """
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,15 +39,6 @@ LOGGED = {
     "lambda1": "lambda1",
     "lambda2": "lambda2",
 }
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """The reference's number of threads: sums are split among them, which decides their last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_trace(reference: dict[str, Any], penalised: bool) -> list[dict[str, float]]:
@@ -106,7 +96,7 @@ def make_trainer(max_steps: int, **options: Any) -> pl.Trainer:
 
 @pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
 @pytest.mark.parametrize("name", TRACES)
-def test_training_trace(name, plain, two_threads):
+def test_training_trace(name, plain):
     reference = read_reference(name)
     with plain_paths(plain):
         rows = run_trace(reference, penalised=name.endswith("_prune"))

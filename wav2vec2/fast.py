@@ -47,10 +47,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 def prefers_fused_attention(query: Tensor, dropout: float) -> bool:
     """Whether torch's fused attention of ``query`` (B, H, T, K) is faster than its single steps.
 
-    On CPUs torch has no fused kernel with dropout; what it does instead takes twice the time. It divides by the number
-    of heads, which may be none.
+    On CPUs torch has no fused kernel with dropout; what it does instead takes twice the time; and in bfloat16 single
+    steps take 0.7 to 0.9 of the time. It divides by the number of heads, which may be none.
     """
-    return query.numel() > 0 and (dropout == 0.0 or query.device.type != "cpu")
+    if query.numel() == 0 or query.device.type != "cpu":
+        return query.numel() > 0
+    return dropout == 0.0 and query.dtype == torch.float32
 
 
 def conv_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from .checkpoint import build_model, check_weights, expected_state
+from .checkpoint import check_weights, expected_state
+from .config import check_config
 from .errors import UserError, one_line
 from .files import atomic_path, read_json, read_safetensors
 from .model import Wav2Vec2Model
@@ -33,8 +34,10 @@ class HubModel(Wav2Vec2Model):
     """
 
     def __init__(self, **config: Any) -> None:
-        model = build_model(config)
-        super().__init__(model.normalize_waveform, model.feature_extractor, model.encoder, model.aux, model.config)
+        try:
+            super().__init__(check_config(config))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"no model can be built from its config: {error}") from error
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | os.PathLike, *, revision: str | None = None, **options: Any) -> Self:

@@ -241,7 +241,7 @@ def test_projections_that_do_not_fit(corpus, tmp_path):
         UserError, match=r"student\.pth: its projections are those of distill_mode layer2layer, expected"
     ):
         compare(teacher, path, corpus, mode="predlayer")
-    with pytest.raises(UserError, match=r"distill_layers: layer 4 is wanted"):
+    with pytest.raises(UserError, match=r"layer 4 is to be distilled"):
         compare(teacher, path, corpus, layers=[0, 1, 4])
     contents = checkpoint.read_model_file(path)
     for bad in ([1], {0: torch.zeros(2)}):
@@ -256,7 +256,7 @@ def test_projections_that_do_not_fit(corpus, tmp_path):
 
 def test_another_frame_rate(corpus, tmp_path):
     path = save_student(tmp_path / "s.pth", None, extractor_conv_layer_config=[[10, 10, 5], [12, 3, 2], [8, 3, 2]])
-    with pytest.raises(UserError, match=r"s\.pth: its frames do not fit the teacher's"):
+    with pytest.raises(UserError, match=r"s\.pth: the student's frames do not fit"):
         compare(random_model(small_config("hubert")), path, corpus)
 
 
@@ -532,13 +532,13 @@ def test_bad_input_ends_before_anything_is_measured(files, corpus, tmp_path, mon
         ({"names": ["x", "x"]}, "--names: two models are called x"),
         ({"teacher": None}, "--tsv: fidelity compares"),
         ({"models": tmp_path / "none.pth", "names": None}, "none.pth"),
-        ({"tsv": tmp_path / "none.tsv"}, "no such manifest"),
+        ({"tsv": tmp_path / "none.tsv"}, "none.tsv: no such file"),
         ({"tsv": tmp_path / "text.tsv"}, "text.tsv: line 2 is"),
         ({"tsv": tmp_path / "missing.tsv"}, f"missing.tsv: {tmp_path / '1.wav'} does not exist"),
         ({"max_seconds": 0.01}, "valid.tsv: none of 4 utterances lasts"),
         ({"distill_layers": "0.5"}, "--distill_layers"),
         ({"distill_layers": "x"}, "--distill_layers"),
-        ({"models": slow, "names": None}, "slow.pth: its frames do not fit the teacher's"),
+        ({"models": slow, "names": None}, "slow.pth: the student's frames do not fit"),
         ({"probes": tmp_path / "none.tsv"}, "none.tsv: no such file"),
         ({"probes": tmp_path / "pitch.tsv"}, "pitch.tsv: line 1 is []"),
         ({"probes": tmp_path / "one.tsv"}, "one.tsv: the training clips have one label"),

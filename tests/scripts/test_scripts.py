@@ -31,14 +31,14 @@ def test_from_raw_audio_to_the_loaded_model(corpus, manifests, tmp_path):
         f"# a short run\nteacher_ckpt={teacher}\ntsv_dir={manifests}\nexp_dir={tmp_path / 'exp'}\n"
         "shared=(--train_subset train100 --seconds_per_batch 4 --max_crop_seconds 1 --distill_layers 0.2,4,6\n"
         "    --accelerator cpu --log_interval 5)\n"
-        "distill=(--pruning_units conv,head,interm --learning_rate 1e-3 --warmup_updates 10 --max_updates 60\n"
-        "    --sparsity_warmup_updates 20 --reg_learning_rate 0.1)\n"
-        "final=(--learning_rate 5e-4 --warmup_updates 2 --max_updates 12)\n"
+        "distill=(--pruning_units conv,head,interm --learning_rate 1e-3 --warmup_updates 10 --max_updates 30\n"
+        "    --sparsity_warmup_updates 15 --reg_learning_rate 0.1)\n"
+        "final=(--learning_rate 5e-4 --warmup_updates 2 --max_updates 6)\n"
     )
     result = run_command("bash", "run.sh", config, "--num_workers", 1)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
-    for exp_dir, num_updates in ((tmp_path / "exp", 60), (tmp_path / "exp" / "final", 12)):
+    for exp_dir, num_updates in ((tmp_path / "exp", 30), (tmp_path / "exp" / "final", 6)):
         trained = torch.load(exp_dir / "ckpts" / "last.ckpt", weights_only=True)
         assert trained["global_step"] == num_updates
         assert not any(key.startswith("teacher_model.") for key in trained["state_dict"])
@@ -49,9 +49,10 @@ def test_from_raw_audio_to_the_loaded_model(corpus, manifests, tmp_path):
     parts = {"", "_distill", "_mse", "_l1", "_cos", "_reg"}
     assert {f"{mode}_loss{part}" for mode in ("train", "valid") for part in parts} <= columns
     assert {"sparsity_expected", "sparsity_target", "lambda1", "lambda2"} <= columns
-    for stage in ("distill", "prune", "final_distill", "save"):
+    for stage in ("distill", "prune", "final_distill", "save", "report"):
         assert (tmp_path / "exp" / f"{stage}.log").stat().st_size > 0
 
+    assert (tmp_path / "exp" / "report.html").stat().st_size > 10_000
     final = tmp_path / "exp" / "final" / "ckpts" / "pruned_hubert_base.pth"
     assert str(final) in result.stdout
     model = load_as_others_do(final)
@@ -99,8 +100,8 @@ def test_joint_training_drives_the_expected_size_to_the_target(manifests, tmp_pa
     shapes = {"encoder_ff_interm_features": [200] * 3}  # fine units
     teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base", **shapes)
     exp_dir = tmp_path / "exp"
-    flags = small_run(manifests, teacher, max_updates=500, warmup_updates=50, max_crop_seconds=0.05, log_interval=100)
-    pruning = {"target_sparsity": 0.6, "reg_learning_rate": 0.1, "sparsity_warmup_updates": 300}
+    flags = small_run(manifests, teacher, max_updates=250, warmup_updates=25, max_crop_seconds=0.05, log_interval=50)
+    pruning = {"target_sparsity": 0.6, "reg_learning_rate": 0.2, "sparsity_warmup_updates": 150}
     pruning_flags = [word for name, value in pruning.items() for word in (f"--{name}", value)]
     run_script(
         monkeypatch, "distill", *flags, *pruning_flags, "--exp_dir", exp_dir, "--pruning_units", "conv,head,interm"

@@ -56,8 +56,6 @@ def run_processes(*command: object, timeout: int = 300) -> None:
     ("family", "size", "seconds_per_batch", "accum_grad"),
     [
         ("hubert", "base", 0.6, 1),  # 6 batches: the last update of an epoch is topped up with two
-        ("hubert", "large", 0.8, 2),  # 4 batches for 2 x 2
-        ("wavlm", "base", 1.0, 1),  # 4 batches
         ("wavlm", "large", 0.4, 3),  # 8 batches for 2 x 3
     ],
 )

@@ -47,10 +47,10 @@ from wav2vec2 import checkpoint
 def test_stopped_at_any_update(manifests, tmp_path, monkeypatch, disturb, family, size, changes):
     """In the middle and at the end of epochs, beside a validation or not: resumed, the run is the same."""
     teacher = save_small_model(tmp_path / "teacher.pth", family, size)
-    flags = (*small_run(manifests, teacher, max_updates=26, seconds_per_batch=0.6, **changes), *PRUNING)
+    flags = (*small_run(manifests, teacher, max_updates=16, seconds_per_batch=0.6, **changes), *PRUNING)
     run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "whole")
     flags = (*flags, "--exp_dir", tmp_path / "stopped", "--resume_checkpoint", "auto")
-    updates = (1, 4, 5, 12, 13, 25)
+    updates = (1, 6, 7, 15)  # an epoch has six or seven, or two
     for update in updates:
         disturb.at[update] = send(signal.SIGTERM)
         assert run_to_exit(monkeypatch, "distill", *flags) == 143
@@ -61,7 +61,7 @@ def test_stopped_at_any_update(manifests, tmp_path, monkeypatch, disturb, family
 
 @pytest.mark.parametrize("script", ["distill", "final_distill"])
 def test_killed_at_random_moments(manifests, tmp_path, monkeypatch, script):
-    """SIGKILL to a real process, three times: nothing is cleaned up, nothing is flushed."""
+    """SIGKILL to a real process, twice: nothing is cleaned up, nothing is flushed."""
     teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
     student, pruning = teacher, PRUNING
     if script == "final_distill":
@@ -70,7 +70,7 @@ def test_killed_at_random_moments(manifests, tmp_path, monkeypatch, script):
         run_script(monkeypatch, "prune", "--distilled_ckpt", checkpoints / "last.ckpt", "--original_ckpt", teacher)
         student, pruning = checkpoints / "pruned_hubert_base.pth", ()
     changes = {
-        "max_updates": 120,
+        "max_updates": 80,
         "seconds_per_batch": 0.6,
         "save_interval": 4,
         "log_interval": 4,
@@ -84,7 +84,7 @@ def test_killed_at_random_moments(manifests, tmp_path, monkeypatch, script):
     command = [sys.executable, f"{script}.py", *flags, "--exp_dir", exp_dir, "--resume_checkpoint", "auto"]
     moments = random.Random(0)
     reached = []
-    for _ in range(3):
+    for _ in range(2):
         log = exp_dir / "csv" / f"version_{len(reached)}" / "metrics.csv"
         with subprocess.Popen([*map(str, command)], cwd=REPOSITORY, start_new_session=True) as process:
             while process.poll() is None and not log.is_file():
@@ -93,7 +93,7 @@ def test_killed_at_random_moments(manifests, tmp_path, monkeypatch, script):
             os.killpg(process.pid, signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
         reached.append(last_checkpoint(exp_dir)["global_step"])
-    assert 0 < reached[0] <= reached[1] <= reached[2] < 120
+    assert 0 < reached[0] <= reached[1] < 80
     subprocess.run([*map(str, command)], cwd=REPOSITORY, check=True)
     assert_same_run(tmp_path / "whole", exp_dir)
     assert [path.name for path in (exp_dir / "ckpts").iterdir() if not path.name.startswith(".")] == ["last.ckpt"]
@@ -218,7 +218,7 @@ def test_a_path_continues_with_other_settings_and_says_so(half_run, tmp_path, mo
     assert trained["global_step"] == 9
     assert trained["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 18
     rates = {
-        int(row["step"]): float(row["lr-AdamW/main"]) for row in logged(tmp_path / "other") if row["lr-AdamW/main"]
+        int(row["step"]): float(row["lr-AdamW/main"]) for row in logged(tmp_path / "other") if "lr-AdamW/main" in row
     }
     assert rates == pytest.approx({step: 5e-4 * lightning.linear_warmup_decay(2, 9)(step) for step in range(4, 9)})
 
