@@ -173,7 +173,7 @@ def test_pages_of_parts_of_a_run(exp_dir):
 def test_damaged_files_are_named_and_the_rest_is_shown(exp_dir):
     (exp_dir / "ckpts/last.ckpt").write_bytes(b"PK\x03\x04 cut short")
     page = Page(write_report(exp_dir))
-    assert "Not in this report: " in page.text and "last.ckpt: not a checkpoint" in page.text
+    assert "Not in this report: " in page.text and "last.ckpt: damaged, or not a checkpoint" in page.text
     assert "training 0.25" in page.text and "after pruning" in page.text and "Architecture" not in page.text
 
 

@@ -191,14 +191,12 @@ def count_graphs(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "size", "recompute"), [("hubert", "base", True), ("wavlm", "large", False)])
-def test_compiled_steps_have_the_same_numbers_for_twenty_lengths(count_graphs, family, size, recompute):
+def test_compiled_steps_have_the_same_numbers_for_twenty_lengths(count_graphs):
     """Losses and gradients under noise; one graph (``fullgraph``) of the teacher, one of the student."""
     fewer = {"distill_layers": [0, 1], "distill_linear_projs": make_projections("layer2layer", [[0, 1]], 16, 16)}
-    plain, module = noisy_module(family, size, **fewer), noisy_module(family, size, **fewer)
+    plain, module = noisy_module("wavlm", "large", **fewer), noisy_module("wavlm", "large", **fewer)
     module.load_state_dict(plain.state_dict())  # masks start at random
     names = list(module.state_dict())
-    module.student_model.recompute_activations(recompute)
     speed.compile_steps(module)
     for number in range(20):
         lengths = [1200 + 45 * number] * (2 + number % 3)
@@ -215,7 +213,7 @@ def test_compiled_steps_have_the_same_numbers_for_twenty_lengths(count_graphs, f
 @pytest.mark.slow
 def test_a_compiled_run_may_go_on_without(manifests, small_teacher, tmp_path, monkeypatch, disturb, count_graphs):
     monkeypatch.setattr(speed, "COMPILER", "eager")
-    flags = (*small_run(manifests, small_teacher, max_crop_seconds=None, max_updates=9), *PRUNING)
+    flags = (*small_run(manifests, small_teacher, max_crop_seconds=None, max_updates=9, distill_layers="0.1"), *PRUNING)
     run_script(monkeypatch, "distill", *flags, "--compile", "--exp_dir", tmp_path / "whole")
     numbers = [float(row["compiled_graphs"]) for row in logged_speed(tmp_path / "whole")]
     assert len(numbers) == 9 and numbers[-1] == count_graphs() <= 6  # teacher and student; validation; single rows
