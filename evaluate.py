@@ -142,7 +142,10 @@ def main(args: argparse.Namespace) -> None:
     device = chosen_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    layers = [layer for group in parse_distill_layers(args.distill_layers) for layer in group]
+    try:
+        layers = [layer for group in parse_distill_layers(args.distill_layers) for layer in group]
+    except UserError as error:
+        raise UserError(f"--distill_layers: {error}") from None
 
     # All input is read before anything is measured, so that what is wrong with it shows at once.
     probes = read_probes(args.probes)

@@ -537,7 +537,7 @@ def test_bad_input_ends_before_anything_is_measured(files, corpus, tmp_path, mon
         ({"tsv": tmp_path / "missing.tsv"}, f"missing.tsv: {tmp_path / '1.wav'} does not exist"),
         ({"max_seconds": 0.01}, "valid.tsv: none of 4 utterances lasts"),
         ({"distill_layers": "0.5"}, "layer 5 is to be distilled"),
-        ({"distill_layers": "x"}, "layer 5 is to be distilled"),
+        ({"distill_layers": "x"}, "--distill_layers: expected layers"),
         ({"models": slow, "names": None}, "slow.pth: the student's frames do not fit"),
         ({"probes": tmp_path / "none.tsv"}, "none.tsv: no such file"),
         ({"probes": tmp_path / "pitch.tsv"}, "pitch.tsv: line 1 is []"),
