@@ -13,6 +13,8 @@ from benchmarks.results import Result, write_results
 from training import speed
 from wav2vec2.model import wav2vec2_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tiny(monkeypatch):
@@ -57,7 +59,6 @@ def test_results(tmp_path, capsys):
     assert "plain      1.235 s" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_inference(tiny, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     config = transformers.HubertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
@@ -70,7 +71,6 @@ def test_inference(tiny, tmp_path, monkeypatch):
     assert len(rows) == 1 + 4 * len(bench_model.precisions()) and all(float(row["value"]) > 0 for row in rows)
 
 
-@pytest.mark.slow
 def test_data(tmp_path, monkeypatch):
     flags = ("--num_files", 20, "--workers", 0, 1, "--repetitions", 1, "--num_processes", 1)
     run_script(monkeypatch, "benchmarks.bench_data", *flags, "--out", tmp_path / "r.csv")
@@ -90,7 +90,6 @@ def test_both_ways_to_load_read_the_same_crops(tmp_path):
     torch.testing.assert_close(torch.from_numpy(bench_data.BareReads(manifest)[crop]), ours, rtol=0, atol=0)
 
 
-@pytest.mark.slow
 def test_gpu_code_on_a_cpu(tiny, monkeypatch, tmp_path, capsys):
     """It must not fail where a GPU costs money; CPUs have no loss scaler."""
     torch._dynamo.reset()
@@ -107,7 +106,6 @@ def test_gpu_code_on_a_cpu(tiny, monkeypatch, tmp_path, capsys):
     assert "--device cuda: torch finds no GPU" in error_line(capsys)
 
 
-@pytest.mark.slow
 def test_memory_is_kept():
     """In another process, as it cannot be undone: a large block that is freed is taken again without page faults.
 

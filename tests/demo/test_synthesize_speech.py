@@ -15,6 +15,8 @@ from demo import synthesize_speech
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SPLITS = ("train-clean-100", "dev-clean")
 
 needs_espeak = pytest.mark.skipif(
@@ -44,7 +46,6 @@ def transcripts(folder: Path) -> dict[str, str]:
 
 
 @needs_espeak
-@pytest.mark.slow
 def test_layout_and_audio(corpus):
     voices = set()
     for path in corpus.rglob("*.flac"):
@@ -63,7 +64,6 @@ def test_layout_and_audio(corpus):
 
 
 @needs_espeak
-@pytest.mark.slow
 def test_every_utterance_has_its_text_and_no_text_is_shared(corpus):
     texts = {}
     for split in SPLITS:
@@ -75,7 +75,6 @@ def test_every_utterance_has_its_text_and_no_text_is_shared(corpus):
 
 
 @needs_espeak
-@pytest.mark.slow
 def test_voices_differ_and_speech_is_the_same_each_time(tmp_path, corpus):
     synthesize(tmp_path / "again", "--minutes", "0.1")
     files = {path.relative_to(corpus): path.read_bytes() for path in corpus.rglob("*.*")}

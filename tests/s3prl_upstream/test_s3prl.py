@@ -18,6 +18,8 @@ from wav2vec2 import checkpoint
 from wav2vec2.errors import UserError
 from wav2vec2.model import CONV_LAYERS, with_masks
 
+pytestmark = pytest.mark.slow
+
 SOURCE = REPOSITORY / "s3prl_upstream"
 KINDS = [(family, size) for family in ("hubert", "wavlm") for size in ("base", "large")]
 NUM_LAYERS, EMBED_DIM = 3, 16
@@ -159,7 +161,6 @@ def use_package(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     return use
 
 
-@pytest.mark.slow
 def test_link_in_another_package(use_package):
     result = use_package(lambda folder: folder.symlink_to(SOURCE))
     assert (result.returncode, result.stdout) == (0, f"{NUM_LAYERS + 1}\n"), result.stderr
@@ -169,7 +170,6 @@ def copy(folder: Path) -> None:
     shutil.copytree(SOURCE, folder, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-@pytest.mark.slow
 def test_copy_with_the_installed_package(use_package, tmp_path):
     """As after ``pip install .``: wav2vec2/ and hardconcrete.py are importable, the repository is not there."""
     shutil.copytree(REPOSITORY / "wav2vec2", tmp_path / "wav2vec2", ignore=shutil.ignore_patterns("__pycache__"))
@@ -178,7 +178,6 @@ def test_copy_with_the_installed_package(use_package, tmp_path):
     assert (result.returncode, result.stdout) == (0, f"{NUM_LAYERS + 1}\n"), result.stderr
 
 
-@pytest.mark.slow
 def test_copy_without_the_package(use_package, tmp_path):
     """Nothing of that name, and another package of that name."""
     (tmp_path / "other" / "wav2vec2").mkdir(parents=True)
@@ -199,7 +198,6 @@ def test_copy_without_the_package(use_package, tmp_path):
     assert "pip install /path/to/the/repository" in another and "other/wav2vec2'] is another one" in another
 
 
-@pytest.mark.slow
 def test_run_downstream_knows_the_name(tmp_path):
     """``python PATH/s3prl_upstream ARGS`` is s3prl's run_downstream.py with one name more.
 

@@ -19,6 +19,8 @@ from helpers import (
 
 from wav2vec2 import checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def widths(config: dict[str, Any]) -> list[int]:
     """Conv channels and the intermediate dimensions of the feed-forwards that are left."""

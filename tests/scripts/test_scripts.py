@@ -14,6 +14,8 @@ from training.arguments import DataSettings
 from training.data import SpeechDataModule
 from wav2vec2 import checkpoint
 
+pytestmark = pytest.mark.slow
+
 MINI_HUBERT = REPOSITORY / "demo" / "mini-hubert"
 TARGET = 0.75
 

@@ -36,6 +36,8 @@ from training import data as datamodule
 from training.callbacks import StopRequest, UpdateGuard
 from wav2vec2.model import with_masks
 
+pytestmark = pytest.mark.slow
+
 LOUD = "train-clean-100/1/2/1-2-0003.flac"
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from helpers import PRUNING, REPOSITORY, logged, run_script, save_small_model, small_run
 
+pytestmark = pytest.mark.slow
+
 
 def values_by_step(exp_dir: Path) -> dict[tuple[int, str], float]:
     """The last value of every column at every step: losses, sparsity, multipliers, gradient norm, learning rates."""

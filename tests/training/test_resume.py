@@ -32,6 +32,8 @@ import lightning
 from training import callbacks
 from wav2vec2 import checkpoint
 
+pytestmark = pytest.mark.slow
+
 # --- stopped and continued -------------------------------------------------------------------------
 
 
@@ -59,7 +61,6 @@ def test_stopped_at_any_update(manifests, tmp_path, monkeypatch, disturb, family
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments(manifests, small_teacher, tmp_path, monkeypatch):
     """SIGKILL to a real process, twice: nothing is cleaned up, nothing is flushed."""
     changes = {"max_updates": 80, "seconds_per_batch": 0.6, "save_interval": 4, "log_interval": 4, "num_workers": 1}

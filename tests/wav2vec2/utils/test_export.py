@@ -35,6 +35,8 @@ from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.utils import export_traced
 from wav2vec2.utils.model_card import Card
 
+pytestmark = pytest.mark.slow
+
 # 10 samples a frame, and one layer less than the others: what takes time is to trace it.
 CONV_LAYERS = [[7, 10, 5], [9, 3, 2]]
 MIN_SAMPLES, MIN_SAMPLES_PT2 = 20, 30  # of one frame, and of two
@@ -123,7 +125,6 @@ def assert_same(found: Any, wanted: tuple[Tensor, Tensor]) -> None:
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wavlm", "hubert"])
 def test_traced(name: str, request: pytest.FixtureRequest) -> None:
     """Batches and lengths that it was not traced with; WavLM's buckets are those of the length."""
@@ -138,7 +139,6 @@ def test_traced(name: str, request: pytest.FixtureRequest) -> None:
                 assert_same(program(waveforms, lengths), wanted)
 
 
-@pytest.mark.slow
 def test_onnx_files(wavlm: Exported, hubert: Exported) -> None:
     """Names, free axes, opset and what a program needs to know."""
     for exported, output, opset in ((wavlm, "hidden_states", 20), (hubert, "last_hidden_state", 18)):
@@ -163,7 +163,6 @@ def test_onnx_files(wavlm: Exported, hubert: Exported) -> None:
         assert (1, 1, 8) not in weights, "the weight norm of the positional convolution is still in the graph"
 
 
-@pytest.mark.slow
 def test_files_do_not_tell_where_they_were_made(wavlm: Exported) -> None:
     """The tracers note source lines; a published file has no business with the paths of a machine."""
     with zipfile.ZipFile(wavlm.folder / "torch_export" / "model.pt2") as archive:
@@ -174,7 +173,6 @@ def test_files_do_not_tell_where_they_were_made(wavlm: Exported) -> None:
         assert b"site-packages" not in part
 
 
-@pytest.mark.slow
 def test_int8(wavlm: Exported) -> None:
     """Smaller matrices, near the same numbers, and the card says how near."""
     model = onnx.load(wavlm.folder / "onnx" / "model.int8.onnx")
@@ -191,7 +189,6 @@ def test_int8(wavlm: Exported) -> None:
     assert "model.int8.onnx" in (wavlm.folder / "onnx" / "README.md").read_text()
 
 
-@pytest.mark.slow
 def test_cards(wavlm: Exported, hubert: Exported) -> None:
     """Metadata that huggingface_hub reads, numbers that are the model's, differences that were measured."""
     card = ModelCard.load(wavlm.folder / "onnx" / "README.md")
@@ -225,7 +222,6 @@ def test_cards(wavlm: Exported, hubert: Exported) -> None:
     assert line in card.text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "folder", "blocked"),
     [("wavlm", "onnx", ("torch",)), ("hubert", "onnx", ("torch",)), ("hubert", "torch_export", ())],
@@ -257,7 +253,6 @@ print(float(abs({output}).sum()))
     assert float(printed) == pytest.approx(float(wanted), rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_changed_program_is_refused(hubert: Exported, tmp_path: Path) -> None:
     """What differs from the model by too much is not kept."""
     model = hubert.model
@@ -341,7 +336,6 @@ def test_metadata_hold_no_free_text() -> None:
     assert card.data.license is None and card.data.base_model is None
 
 
-@pytest.mark.slow
 def test_onnx_leaves_nothing_behind(hubert: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_arguments: Any) -> None:
         raise UserError("no")

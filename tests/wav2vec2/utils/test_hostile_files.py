@@ -30,6 +30,8 @@ from wav2vec2.utils.import_fairseq import import_fairseq_model
 from wav2vec2.utils.import_huggingface import import_huggingface_model
 from wav2vec2.utils.unpickling import read_torch_file
 
+pytestmark = pytest.mark.slow
+
 HUGGINGFACE = FIXTURES / "hf" / "hubert_base"
 
 # --- payloads --------------------------------------------------------------------------------------
