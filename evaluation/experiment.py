@@ -19,7 +19,8 @@ STAGES = (
     ("Distillation and pruning", "", "after pruning"),
     ("Final distillation", "final", "after final distillation"),
 )
-LOG = Path("csv") / "version_0" / "metrics.csv"
+# A version for each start of a distillation.
+LOGS = "csv/version_*/metrics.csv"
 
 # A column of a log: its value after each update that has one, by number of updates, ascending.
 Column = dict[int, float]
@@ -148,18 +149,22 @@ def read_experiment(exp_dir: Path) -> Experiment:
     stages, models = [], []
     for title, folder, model_name in STAGES:
         checkpoints = exp_dir / folder / CHECKPOINTS
-        log = read(exp_dir / folder / LOG, read_log)
+        log: dict[str, Column] = {}
+        for path in sorted((exp_dir / folder).glob(LOGS), key=lambda path: (len(path.parent.name), path.parent.name)):
+            # A run that was continued has made the updates behind its checkpoint again: the later version counts.
+            for name, column in (read(path, read_log) or {}).items():
+                log[name] = dict(sorted({**log.get(name, {}), **column}.items()))
         trained = read(checkpoints / LAST_CHECKPOINT, read_training_checkpoint)
         if log or trained:
             about = trained or {}
-            stages.append(Stage(title, log or {}, about.get("global_step"), about.get("distillation") or {}))
+            stages.append(Stage(title, log, about.get("global_step"), about.get("distillation") or {}))
         model = read(checkpoints / PRUNED_MODEL, lambda path, name=model_name: _read_model(name, path))
         if model is not None:
             models.append(model)
     if not stages and not models:
         found = f"; {notes[0]}" if notes else ""
         raise UserError(
-            f"{exp_dir}: holds no run: neither {LOG}, {CHECKPOINTS}/{LAST_CHECKPOINT} nor "
+            f"{exp_dir}: holds no run: neither {LOGS}, {CHECKPOINTS}/{LAST_CHECKPOINT} nor "
             f"{CHECKPOINTS}/{PRUNED_MODEL}{found}; give the exp_dir of distill.py or run.sh"
         )
     about = next((stage.distillation for stage in stages if stage.title == STAGES[0][0]), {})

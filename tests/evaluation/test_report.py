@@ -194,7 +194,7 @@ def test_bad_input_is_one_line(exp_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "other.json").write_text('{"models": [{"name": 1}]}')
     for arguments, message in (
-        ((tmp_path,), "holds no run: neither csv/version_0/metrics.csv"),
+        ((tmp_path,), "holds no run: neither csv/version_*/metrics.csv"),
         ((exp_dir, "--evaluation", teacher), "teacher.pth: not the JSON that evaluate.py writes"),
         ((exp_dir, "--evaluation", tmp_path / "list.json"), "list.json: not the JSON that evaluate.py writes"),
         ((exp_dir, "--evaluation", tmp_path / "other.json"), "not the results of evaluate.py"),
@@ -236,6 +236,18 @@ def test_log_that_was_continued(tmp_path):
         "lr-AdamW/main": {50: 0.1},
         "valid_loss": {150: 1.5},
     }
+
+
+def test_log_of_a_continued_run(tmp_path):
+    """A version for each start; what was made again counts as it was made last."""
+    for version, rows in (
+        (0, [{"step": 49, "train_loss": 3.0}, {"step": 99, "train_loss": 9.0}]),
+        (1, [{"step": 99, "train_loss": 2.0}]),
+        (10, [{"step": 149, "train_loss": 1.0}]),
+    ):
+        write_log(tmp_path / f"csv/version_{version}/metrics.csv", rows)
+    (stage,) = read_experiment(tmp_path).stages
+    assert stage.log == {"train_loss": {50: 3.0, 100: 2.0, 150: 1.0}}
 
 
 @pytest.mark.parametrize("text", ["", "step,train_loss\n", "\0\0\0\n\xff", "train_loss\n1.0\n"])
