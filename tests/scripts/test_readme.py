@@ -85,6 +85,7 @@ def test_paths_exist():
         assert (REPOSITORY / path).exists() or (REPOSITORY / "wav2vec2" / path).exists(), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "blocked", "check"),
     [

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY, run_command
 
+pytestmark = pytest.mark.slow
+
 
 def commands(*arguments: object, **environment: object) -> list[list[str]]:
     """What run.sh would run, as words."""

@@ -83,6 +83,7 @@ def test_recomputed_activations_are_the_same(family, size, bfloat16):
     assert kept_now < 0.6 * kept
 
 
+@pytest.mark.slow
 def test_a_run_with_recomputed_activations(manifests, small_teacher, tmp_path, monkeypatch):
     flags = (*small_run(manifests, small_teacher, max_updates=3), *PRUNING)
     run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "kept")
@@ -129,6 +130,7 @@ def test_a_forward_pass_does_not_wait_for_a_gpu(family, size):
 # --- the switch -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "size"), FAMILIES)
 def test_whole_updates(manifests, tmp_path, monkeypatch, family, size):
     """Through the script, with --plain and without: fused optimiser, no padding mask, losses layer by layer."""
@@ -145,6 +147,7 @@ def test_whole_updates(manifests, tmp_path, monkeypatch, family, size):
     assert fast_paths()
 
 
+@pytest.mark.slow
 def test_a_run_can_change_paths(manifests, small_teacher, tmp_path, monkeypatch):
     """The optimiser follows the switch, not the checkpoint."""
     flags = (*small_run(manifests, small_teacher, max_updates=4, warmup_updates=1), "--exp_dir", tmp_path)
@@ -156,6 +159,7 @@ def test_a_run_can_change_paths(manifests, small_teacher, tmp_path, monkeypatch)
     assert trained["optimizer_states"][0]["param_groups"][0]["fused"] is False and trained["global_step"] == 8
 
 
+@pytest.mark.slow
 def test_training_folds_the_teacher(manifests, tmp_path, monkeypatch):
     """Also a run that is continued: loading its checkpoint puts the teacher's weights back."""
     teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
@@ -286,6 +290,7 @@ def test_only_fetching_counts_as_waiting(monkeypatch):
     assert timer.seconds == 2.0
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_speed(manifests, small_teacher, tmp_path, monkeypatch):
     flags = small_run(manifests, small_teacher, max_updates=6, log_interval=3, seconds_per_batch=0.6, accum_grad=2)
     run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path)
