@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,28 @@ def test_overflow_that_the_scaler_handles_is_no_trouble(tmp_path):
 def test_overflow_at_any_scale_is_trouble(tmp_path):
     with pytest.raises(AllProcessesError, match=r"the gradient's norm is (nan|inf)"):
         train_with_scaler(1e30, 60, tmp_path, scale=4.0)
+
+
+@pytest.mark.parametrize("clip_norm", [0.01, 1e6, 0.0])
+def test_the_gradient_is_clipped_as_torch_does(clip_norm):
+    """To a norm of at most ``clip_norm``, of all that the optimiser trains together; 0 leaves it alone."""
+    module, logged_values = make_module(), {}
+    module.log = lambda name, value: logged_values.update({name: value})
+    module.log_dict = logged_values.update
+    optimizer = module.configure_optimizers()["optimizer"]
+    guard = UpdateGuard(StopRequest(), clip_norm=clip_norm, skip_nonfinite=0, max_bad_files=0)
+    loss, module.scalars = module.loss((random_waveforms(800, 800)[0], None), "train")
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    before = [p.grad.clone() for p in parameters]
+    guard.on_after_backward(None, module)
+    guard.on_before_optimizer_step(SimpleNamespace(world_size=1), module, optimizer)
+    found = [p.grad.clone() for p in parameters]
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or float("inf"))
+    assert logged_values["grad_norm"] == norm > 0.01
+    torch.testing.assert_close(found, [p.grad for p in parameters], rtol=0, atol=0)
 
 
 # --- audio -----------------------------------------------------------------------------------------
