@@ -29,8 +29,12 @@ class HardConcrete(nn.Module):
 
     Attributes:
         multiple: the deterministic mask keeps a multiple of this many units, or none, or all: it is
-            rounded up by the strongest of the units that would go. Samples and ``l0_norm`` know
-            nothing of it.
+            rounded up by the strongest of the units that would go.
+        shift: moves the threshold of the deterministic mask as if it were added to every ``log_alpha``:
+            above zero more units are kept, below fewer. Below zero those that are kept have the values
+            that they were trained with; above, all values rise with it, so that units that come back
+            count for more than training left of them. Samples and ``l0_norm`` know nothing of
+            ``multiple`` and ``shift``.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class HardConcrete(nn.Module):
         self.eps = eps
         self.min_kept = min_kept
         self.multiple = 1
+        self.shift = 0.0
         # P(mask > 0) = sigmoid(log_alpha + bias)
         self.bias = -temperature * math.log(-self.limit_low / self.limit_high)
         self.log_alpha = nn.Parameter(torch.empty(n_in))
@@ -67,7 +72,10 @@ class HardConcrete(nn.Module):
 
     def l0_norm(self) -> Tensor:
         """Expected number of units that are not exactly zero: a differentiable scalar."""
-        return (self.log_alpha + self.bias).sigmoid().sum()
+        return self._l0_norm(self.log_alpha)
+
+    def _l0_norm(self, log_alpha: Tensor) -> Tensor:
+        return (log_alpha + self.bias).sigmoid().sum()
 
     def forward(self) -> Tensor:
         """Mask of shape ``(n_in,)``: a fresh sample in training, the deterministic mask in eval mode."""
@@ -82,11 +90,12 @@ class HardConcrete(nn.Module):
     def _deterministic_mask(self) -> Tensor:
         # Pure tensor arithmetic instead of a cached Python result: nothing waits for the device,
         # torch.compile can trace it, and a mask can never be older than its log_alpha.
-        num_zeros = (self.n_in - self.l0_norm().double()).round().clamp(max=self.n_in - self.min_kept)
+        l0_norm = self._l0_norm(self.log_alpha + self.shift)
+        num_zeros = (self.n_in - l0_norm.double()).round().clamp(max=self.n_in - self.min_kept)
         # Above n_in where that is no multiple: all are kept then.
         num_kept = ((self.n_in - num_zeros) / self.multiple).ceil() * self.multiple
         rank = self.log_alpha.argsort(stable=True).argsort()  # 0 is the weakest unit
-        soft_mask = torch.sigmoid(self.log_alpha / self.temperature * _EVAL_SHARPNESS)
+        soft_mask = torch.sigmoid((self.log_alpha + max(self.shift, 0.0)) / self.temperature * _EVAL_SHARPNESS)
         # A kept unit must not count as dropped because its soft value underflows.
         soft_mask = soft_mask.clamp(min=torch.finfo(soft_mask.dtype).tiny)
         return soft_mask * (rank >= self.n_in - num_kept)

@@ -65,19 +65,19 @@ def chosen_round_to(training: dict[str, Any], args: argparse.Namespace) -> int:
 
 def fit_to_target(
     model: Wav2Vec2Model, training: dict[str, Any], args: argparse.Namespace, original: int, round_to: int
-) -> None:
-    """Meet the target sparsity where the checkpoint or the user names one, and say what that took."""
+) -> float:
+    """Meet the target sparsity where the checkpoint or the user names one, and say what that took: the shift."""
     original = training.get("original_num_params") or original
     target = args.target_sparsity if args.target_sparsity is not None else training.get("target_sparsity")
     if target is None:
-        return
+        return 0.0
     if not 0 < target < 1:
         raise UserError(f"--target_sparsity: expected a number between 0 and 1, found {target}")
     model.eval()
     expected, rounded = (1 - size(model) / original for size in (expected_num_params, pruned_num_params))
     wanted, tolerance = (1 - target) * original, args.sparsity_tolerance * original
     shift = fit_masks(model, wanted, tolerance)
-    action = f"log_alpha moved by {shift:+.4f} to meet the target" if shift else "within tolerance, masks as trained"
+    action = f"threshold moved by {shift:+.4f} to meet the target" if shift else "within tolerance, masks as trained"
     print(
         f"sparsity: target {target:.4f}, expected after training {expected:.4f}, rounded {rounded:.4f}; {action}",
         file=sys.stderr,
@@ -90,6 +90,20 @@ def fit_to_target(
             f"{taken} has {1 - fitted / original:.4f}",
             file=sys.stderr,
         )
+    return shift
+
+
+def warn_if_unfinished(distilled: dict[str, Any], path: Path, shift: float) -> None:
+    """Say so where the run of a checkpoint has not come to its end; the published program's do not tell."""
+    settings = distilled["distillation"].get("settings")
+    num_updates = settings.get("max_updates") if isinstance(settings, dict) else None
+    if isinstance(num_updates, int) and distilled["global_step"] < num_updates:
+        print(
+            f"warning: {path} is of update {distilled['global_step']} of {num_updates}, an unfinished run: its masks "
+            f"were still on their way (threshold moved by {shift:+.4f}), and the model will be worse than its size "
+            "suggests; finish the run with distill.py --resume_checkpoint auto",
+            file=sys.stderr,
+        )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -98,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
     units = masked_units(student_state)
     if not units:
         raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")
-    training = distilled.get("distillation", {})
+    training = distilled["distillation"]
     round_to = chosen_round_to(training, args)
     original = read_model_file(args.original_ckpt)
     out = args.distilled_ckpt.parent / PRUNED_MODEL
@@ -119,7 +133,8 @@ def main(args: argparse.Namespace) -> None:
     load_state(model, student_state, f"{args.distilled_ckpt} in the model of {args.original_ckpt}")
     num_original = int(build_model(with_masks(original["config"], ()), args.original_ckpt).get_num_params())
     round_widths(model, round_to)
-    fit_to_target(model, training, args, num_original, round_to)
+    shift = fit_to_target(model, training, args, num_original, round_to)
+    warn_if_unfinished(distilled, args.distilled_ckpt, shift)
     num_unrounded = num_params_without_rounding(model) if round_to > 1 else None  # it takes a copy of the model
     config = model.prune()
     contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}

@@ -2,9 +2,8 @@
 
 Training drives the *expected* size to the target (paper, section 2.3). Each deterministic mask then
 rounds its own number of units, and a short schedule can end before the Lagrangian has settled, so the
-pruned size differs from the target. :func:`fit_masks` closes that gap with one number: a constant
-added to every ``log_alpha``, which moves the threshold between kept and dropped units and leaves
-their order alone.
+pruned size differs from the target. :func:`fit_masks` closes that gap with one number, which moves
+the threshold between kept and dropped units in all masks and leaves their order alone.
 
 :func:`round_widths` makes the widths that masks decide multiples of a number, for hardware that
 multiplies such matrices faster; the functions below then count and fit with it.
@@ -66,7 +65,7 @@ def round_widths(model: Wav2Vec2Model, multiple: int) -> None:
 
 @torch.no_grad()
 def num_params_without_rounding(model: Wav2Vec2Model) -> int:
-    """Parameters that ``model.prune()`` would leave, with the same ``log_alpha``, without :func:`round_widths`."""
+    """Parameters that ``model.prune()`` would leave without :func:`round_widths`, with the same masks."""
     unrounded = copy.deepcopy(model)
     round_widths(unrounded, 1)
     unrounded.prune()
@@ -114,7 +113,7 @@ def pruned_num_params(model: Wav2Vec2Model) -> float:
 
 @torch.no_grad()
 def fit_masks(model: Wav2Vec2Model, target_num_params: float, tolerance: float) -> float:
-    """Shift all ``log_alpha`` of ``model`` by the constant that brings its pruned size to the target.
+    """Set the ``shift`` of all masks of ``model`` to the one number that brings its pruned size to the target.
 
     Nothing is changed where the masks already land within ``tolerance``. Otherwise the nearest size that
     a shift can give is taken; with :func:`round_widths`, whose steps are coarse, the nearest that is not
@@ -126,18 +125,18 @@ def fit_masks(model: Wav2Vec2Model, target_num_params: float, tolerance: float) 
         tolerance: the deviation, in parameters, that needs no correction.
 
     Returns:
-        The shift (0.0 if none was needed); above zero units come back, below zero more units go.
+        The shift (0.0 if none was needed), see :class:`hardconcrete.HardConcrete`.
     """
     model.eval()
     masks = _masks(model)
-    if abs(pruned_num_params(model) - target_num_params) <= tolerance:
-        return 0.0
-    originals = [mask.log_alpha.detach().clone() for mask in masks]
 
     def size(shift: float) -> float:
-        with _log_alphas(masks, [value + shift for value in originals]):
-            return pruned_num_params(model)
+        for mask in masks:
+            mask.shift = shift
+        return pruned_num_params(model)
 
+    if abs(size(0.0) - target_num_params) <= tolerance:
+        return 0.0
     low, high = -_CERTAIN, _CERTAIN  # the size grows with the shift
     while high - low > 1e-5:
         middle = (low + high) / 2
@@ -148,6 +147,5 @@ def fit_masks(model: Wav2Vec2Model, target_num_params: float, tolerance: float) 
     shift = min(low, high, key=lambda value: abs(size(value) - target_num_params))
     if any(mask.multiple > 1 for mask in masks) and abs(size(shift) - target_num_params) > tolerance:
         shift = low
-    for mask, value in zip(masks, originals, strict=True):
-        mask.log_alpha.copy_(value + shift)
+    size(shift)
     return shift

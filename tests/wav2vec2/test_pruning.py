@@ -532,13 +532,13 @@ def largest_unit(model: Wav2Vec2Model) -> float:
 @pytest.mark.parametrize("units", [["conv", "head", "interm"], ["interm"], ["head", "ffnlayer"]])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_fit_masks_meets_the_target(family: str, units: list[str], share: float) -> None:
-    """Within half the largest unit, by one constant for all masks; what is pruned then has that size."""
+    """Within half the largest unit, by one number for all masks; what is pruned then has that size."""
     model = trained_masks(family, units)
     originals, smallest = log_alphas(model), smallest_num_params(model)
     target = smallest + share * (num_elements(model) - smallest)
     shift = fit_masks(model, target, tolerance=0)
-    for value, original in zip(log_alphas(model), originals, strict=True):
-        assert torch.equal(value, original + shift)
+    assert all(mask.shift == shift for mask in masks_of(model).values())
+    assert all(map(torch.equal, log_alphas(model), originals))
     size = pruned_num_params(model)
     assert abs(size - target) <= largest_unit(model) / 2 + 1
     blocks = blocks_of(model)
@@ -558,6 +558,24 @@ def test_fit_masks_leaves_a_met_target_alone() -> None:
     assert fit_masks(model, size + 500, tolerance=50) > 0.0
     model = trained_masks("hubert", ["conv", "head", "interm"])
     assert fit_masks(model, size - 500, tolerance=50) < 0.0
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_fit_masks_keeps_what_training_gave(share: float) -> None:
+    """Which units stay is decided as if all logits were shifted; what they count for never falls below its training."""
+    model = trained_masks("wavlm", ["conv", "head", "interm"])
+    trained = copy.deepcopy(model).eval()
+    smallest = smallest_num_params(model)
+    shift = fit_masks(model, smallest + share * (num_elements(model) - smallest), tolerance=0)
+    assert (shift < 0) == (share < 0.5)
+    shifted = copy.deepcopy(trained)
+    for mask in masks_of(shifted).values():
+        mask.log_alpha.data.add_(shift)
+    all_masks = zip(*(masks_of(each).values() for each in (model, trained, shifted)), strict=True)
+    for mask, as_trained, as_shifted in all_masks:
+        assert torch.equal(mask() != 0, as_shifted() != 0)
+        soft = (as_trained.log_alpha / as_trained.temperature * 0.8).sigmoid()
+        assert torch.equal(mask()[mask() != 0], (soft if shift < 0 else as_shifted())[mask() != 0])
 
 
 def test_fit_masks_is_monotone() -> None:
@@ -718,24 +736,24 @@ def test_what_goes_stays_gone(family: str) -> None:
 @pytest.mark.parametrize("family", ["hubert", "wavlm"])
 @pytest.mark.parametrize(("multiple", "share"), [(4, 0.3), (8, 0.6), (16, 0.9), (16, 0.3)])
 def test_fit_masks_counts_the_rounding(family: str, multiple: int, share: float) -> None:
-    """Within the tolerance, or else the largest that is not above the target; by one constant for all masks."""
+    """Within the tolerance, or else the largest that is not above the target; by one number for all masks."""
     model = rounded_copy(wide_model(family, "base", ["conv", "head", "interm"]), multiple)
     originals, smallest = log_alphas(model), smallest_num_params(model)
     target = smallest + share * (num_elements(model) - smallest)
 
+    shifted = copy.deepcopy(model)
+
     def size(shift: float) -> float:
-        for mask, value in zip(masks_of(model).values(), originals, strict=True):
+        for mask, value in zip(masks_of(shifted).values(), originals, strict=True):
             mask.log_alpha.data.copy_(value + shift)
-        return pruned_num_params(model)
+        return pruned_num_params(shifted)
 
     reached = sorted({size(shift / 25) for shift in range(-200, 200)})
     nearest = min(reached, key=lambda found: abs(found - target))
     below = max(found for found in reached if found <= target)
     for tolerance in (0.0, abs(nearest - target) * 0.99, abs(nearest - target) * 1.01):
-        size(0.0)
         shift = fit_masks(model, target, tolerance)
-        for value, original in zip(log_alphas(model), originals, strict=True):
-            assert torch.equal(value, original + shift)
+        assert pruned_num_params(model) == size(shift)
         expected = nearest if abs(nearest - target) <= tolerance else below
         assert abs(pruned_num_params(model) - target) <= abs(expected - target) + 1
         assert pruned_num_params(model) <= target + tolerance

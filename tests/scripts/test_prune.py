@@ -1,4 +1,4 @@
-"""prune.py --round_to: widths in multiples, the target, the report, and what a checkpoint says of it."""
+"""prune.py on a trained checkpoint: widths in multiples, the target, unfinished runs, what is printed and recorded."""
 
 import re
 import shutil
@@ -56,11 +56,26 @@ def prune(trained, tmp_path, monkeypatch, capsys):
     return run
 
 
-def name_in_checkpoint(path: Path, round_to: object) -> None:
-    """What distill.py --round_to leaves in its checkpoint."""
+def record(path: Path, **entries: object) -> None:
+    """Make other entries of what a checkpoint says of its run."""
     contents = torch.load(path, weights_only=True)
-    contents["distillation"]["round_to"] = round_to
+    contents["distillation"].update(entries)
     torch.save(contents, path)
+
+
+def test_an_unfinished_run_is_named(prune) -> None:
+    """One line with the update reached and the shift; a finished run, and one that records nothing, have none."""
+    assert "warning" not in prune()[0]
+    contents = torch.load(prune.checkpoint, weights_only=True)
+    num_updates, settings = contents["global_step"], contents["distillation"]["settings"]
+    record(prune.checkpoint, settings={**settings, "max_updates": num_updates + 60})
+    printed, _ = prune("--target_sparsity", "0.6")
+    (moved,) = re.findall(r"threshold moved by (-\d+\.\d{4}) to meet", printed)
+    (line,) = (line for line in printed.splitlines() if line.startswith("warning"))
+    assert f"is of update {num_updates} of {num_updates + 60}," in line
+    assert f"(threshold moved by {moved})" in line
+    record(prune.checkpoint, settings=None)
+    assert "warning" not in prune("--target_sparsity", "0.6")[0]
 
 
 def test_prune_round_to(prune, manifests, tmp_path, monkeypatch) -> None:
@@ -103,7 +118,7 @@ def test_default_is_the_published_rounding(prune) -> None:
 def test_the_checkpoint_names_it(prune) -> None:
     """What distill.py recorded is the default; the command line wins, even over a damaged entry."""
     _, asked = prune("--round_to", 8)
-    name_in_checkpoint(prune.checkpoint, 8)
+    record(prune.checkpoint, round_to=8)
     printed, named = prune()
     assert "made already" not in printed  # another checkpoint
     assert named["config"] == asked["config"]
@@ -111,9 +126,9 @@ def test_the_checkpoint_names_it(prune) -> None:
     assert all(torch.equal(value, asked["state_dict"][key]) for key, value in named["state_dict"].items())
     assert "made already" in prune()[0]
     assert prune("--round_to", 1)[1]["made_by"]["round_to"] == 1
-    name_in_checkpoint(prune.checkpoint, "eight")
+    record(prune.checkpoint, round_to="eight")
     assert prune("--round_to", 4)[1]["made_by"]["round_to"] == 4
-    name_in_checkpoint(prune.checkpoint, None)
+    record(prune.checkpoint, round_to=None)
     assert prune()[1]["made_by"]["round_to"] == 1
 
 
@@ -148,7 +163,7 @@ def test_impossible_number(prune, monkeypatch, capsys, value: int) -> None:
 
 @pytest.mark.parametrize("value", [0, True, 8.0, "8", [8], 10**600])
 def test_impossible_number_in_the_checkpoint(prune, monkeypatch, capsys, value: object) -> None:
-    name_in_checkpoint(prune.checkpoint, value)
+    record(prune.checkpoint, round_to=value)
     flags = ("--distilled_ckpt", prune.checkpoint, "--original_ckpt", prune.teacher)
     assert run_to_exit(monkeypatch, "prune", *flags) == 1
     message = f"{prune.checkpoint}: distillation: round_to: expected a whole number from 1 to 1000000, found "
