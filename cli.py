@@ -1,12 +1,18 @@
-"""What every script shares around its ``main``: one-line errors, quiet Ctrl-C, honest exit status."""
+"""What every script shares around its ``main``: one-line errors, quiet Ctrl-C, honest exit status, progress."""
 
 import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tqdm import tqdm
 
 from wav2vec2.errors import UserError
+
+# Seconds between the lines of a progress bar in a log file.
+LOG_SECONDS = 30.0
 
 
 class Interrupted(Exception):
@@ -69,3 +75,16 @@ def _leave_unless_first() -> None:
     ranks = [os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")]
     if int(next((rank for rank in ranks if rank), 0)):
         sys.exit(0)
+
+
+def progress(items: Iterable | None, desc: str, **options: Any) -> tqdm:
+    """A bar on stderr: it moves on a terminal; a log file gets a line now and then, and none of what is soon done.
+
+    Args:
+        items: what the bar goes over; None if it is moved by hand.
+        desc: what is being done.
+        options: others of ``tqdm``.
+    """
+    if sys.stderr.isatty():
+        return tqdm(items, desc, dynamic_ncols=True, **options)
+    return tqdm(items, desc, **{"mininterval": LOG_SECONDS, "delay": LOG_SECONDS, **options})

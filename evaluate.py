@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, help="the model that the others are compared with")
     parser.add_argument("--models", type=Path, nargs="+", default=[], metavar="PTH", help="model files")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call --models (default: their file names)")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: the tables on the terminal only)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     group = parser.add_argument_group("speed")
@@ -186,11 +186,13 @@ def main(args: argparse.Namespace) -> None:
         "probes": {probe.name: probe.summary() for probe in probes},
         "macs_counted_on": counted_on(),
     }
-    with atomic_path(args.out) as temporary:
-        temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    if args.out:
+        with atomic_path(args.out) as temporary:
+            temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     for table in evaluation_tables(results):
         print(f"\n{table}")
-    print(f"\nwritten to {args.out}")
+    if args.out:
+        print(f"\nwritten to {args.out}")
 
 
 if __name__ == "__main__":

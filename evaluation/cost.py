@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from cli import progress
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.flops import count_flops
 from wav2vec2.model import Wav2Vec2Model, hubert_base
@@ -98,7 +98,7 @@ def measure_speed(
     """
     found: list[list[dict[str, Any]]] = [[] for _ in models]
     settings = [(seconds, batch) for seconds in lengths for batch in batch_sizes]
-    for seconds, batch in tqdm(settings, desc="speed", unit="setting"):
+    for seconds, batch in progress(settings, "speed", unit="setting"):
         generator = torch.Generator().manual_seed(0)
         waveforms = torch.randn(batch, round(seconds * SAMPLE_RATE), generator=generator).to(device)
         work = {str(number): _timed(model, waveforms) for number, model in enumerate(models)}

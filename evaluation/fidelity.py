@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from cli import progress
 from dataset.batches import BatchSampler, make_batches
 from dataset.manifest import Manifest, read_manifest
 from dataset.speech import SpeechDataset
@@ -254,7 +254,7 @@ def measure_fidelity(
         projections = [None] * len(layers) if student.projections is None else student.projections.to(device)
         dims = student.model.config["encoder_embed_dim"], teacher_dim
         sums.append([_Distances(dims, projection, device) for projection in projections])
-    for batch in tqdm(speech.loader(), desc="fidelity", unit="utterance"):
+    for batch in progress(speech.loader(), "fidelity", unit="utterance"):
         if batch.bad_files:
             raise UserError(next(iter(batch.bad_files.values())))
         waveform, (path,) = batch.waveforms[0].to(device), batch.paths

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from cli import progress
 from dataset.speech import AudioError, load_audio
 from evaluation.features import hidden_states
 from wav2vec2.audio import SAMPLE_RATE
@@ -167,7 +167,7 @@ def pooled_states(model: Wav2Vec2Model, source: str, probe: Probe, clips: Sequen
     """
     device = next(model.parameters()).device
     rows = []
-    for clip in tqdm(clips, desc=f"{source}: {probe.name}", unit="clip", leave=False):
+    for clip in progress(clips, f"{source}: {probe.name}", unit="clip", leave=False):
         waveform = _read_clip(probe, clip).to(device)
         states = hidden_states(model, waveform, None, source, f"{probe.path}: {clip.path}")
         rows.append(torch.stack([state.mean(0) for state in states]).float().cpu())
@@ -180,7 +180,7 @@ def log_mel_statistics(probe: Probe, clips: Sequence[Clip]) -> Tensor:
 
     mel = MelSpectrogram(SAMPLE_RATE, n_fft=400, hop_length=160, n_mels=80)
     rows = []
-    for clip in tqdm(clips, desc=f"log-mel: {probe.name}", unit="clip", leave=False):
+    for clip in progress(clips, f"log-mel: {probe.name}", unit="clip", leave=False):
         waveform = _read_clip(probe, clip)
         if waveform.numel() <= mel.n_fft // 2:
             raise UserError(f"{probe.path}: {clip.path}: has {waveform.numel()} samples, expected more; take it out")

@@ -128,8 +128,8 @@ def extract_all(args: argparse.Namespace, jobs: dict[Path, Path]) -> Iterator[tu
         max_seconds=args.max_seconds,
         on_error=lambda number, error: reasons.update({number: str(error)}),
     )
-    progress = tqdm(results, "extracting", len(jobs))
-    for number, ((out, audio), features) in enumerate(zip(jobs.items(), progress, strict=True)):
+    shown = cli.progress(results, "extracting", total=len(jobs))
+    for number, ((out, audio), features) in enumerate(zip(jobs.items(), shown, strict=True)):
         if features is None:
             tqdm.write(reasons[number], file=sys.stderr)
             yield audio, reasons[number]

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from cli import AllProcessesError, Interrupted
+from cli import AllProcessesError, Interrupted, progress
 from training.checkpoints import CHECKPOINTS, CONTINUE, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, print_line
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
@@ -444,14 +443,8 @@ class UpdateProgressBar(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            # A log file gets a line now and then; a terminal gets a moving bar.
-            self._bar = tqdm(
-                desc=self._stage,
-                total=trainer.max_steps,
-                initial=trainer.global_step,
-                unit="update",
-                mininterval=0.5 if sys.stderr.isatty() else 30.0,
-                dynamic_ncols=sys.stderr.isatty(),
+            self._bar = progress(
+                None, self._stage, total=trainer.max_steps, initial=trainer.global_step, unit="update", delay=0
             )
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:

@@ -499,6 +499,15 @@ def test_teacher_alone_without_probes(files, corpus, monkeypatch, capsys):
     assert teacher["probes"] == results["controls"] == results["probes"] == {} and teacher["cost"]["speed"] == []
 
 
+def test_without_a_file_the_tables_are_printed(files, corpus, tmp_path, monkeypatch, capsys):
+    changes = dict.fromkeys(("models", "names", "tsv", "probes", "out"))
+    before = sorted(tmp_path.rglob("*"))
+    run_script(monkeypatch, "evaluate", *command(files, corpus, **changes, speed_seconds=[]))
+    printed = capsys.readouterr().out
+    assert "SUPERB-style MACs" in printed and "written to" not in printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_names_of_files_that_are_called_alike(files, corpus, monkeypatch):
     changes = {"names": None, "tsv": None, "teacher": None, "speed_seconds": [], "seeds": 0}
     run_script(monkeypatch, "evaluate", *command(files, corpus, **changes), "--no_controls")
