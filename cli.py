@@ -87,4 +87,6 @@ def progress(items: Iterable | None, desc: str, **options: Any) -> tqdm:
     """
     if sys.stderr.isatty():
         return tqdm(items, desc, dynamic_ncols=True, **options)
-    return tqdm(items, desc, **{"mininterval": LOG_SECONDS, "delay": LOG_SECONDS, **options})
+    # tqdm's own thread would write a line at least every maxinterval.
+    seldom = dict.fromkeys(("mininterval", "maxinterval", "delay"), LOG_SECONDS)
+    return tqdm(items, desc, **{**seldom, **options})
