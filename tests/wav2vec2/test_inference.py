@@ -333,7 +333,7 @@ def test_files(tmp_path):
             torch.testing.assert_close(wav2vec2.extract(model, path), expected, rtol=1e-5, atol=1e-5)
     mixed = wav2vec2.extract(model, samples.mean(1), sample_rate=44_100)
     torch.testing.assert_close(mixed, expected, rtol=1e-2, atol=1e-2)  # the file has 16 bits
-    with pytest.raises(UserError, match=r"noise.wav: expected audio, but it cannot be decoded"):
+    with pytest.raises(UserError, match=r"noise.wav: cannot be decoded \(.*\), expected audio"):
         wav2vec2.extract(model, [tmp_path / "stereo.wav", tmp_path / "noise.wav"])
 
 
@@ -350,15 +350,11 @@ def test_file_cut_short(tmp_path):
     path = tmp_path / "a.flac"
     soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 50_000), 16_000)
     path.write_bytes(path.read_bytes()[:40_000])
-    with pytest.raises(UserError, match=r"a.flac: (is cut short|expected audio)"):
+    with pytest.raises(UserError, match=r"a.flac: (is cut short|cannot be decoded)"):
         audio.read_audio(path)
-
-    class BadFile(UserError):
+    with pytest.raises(audio.AudioError, match="no such file"), audio.checked_audio(tmp_path / "gone.flac"):
         pass
-
-    with pytest.raises(BadFile, match="no such file"), audio.checked_audio(tmp_path / "gone.flac", BadFile):
-        pass
-    with pytest.raises(BadFile, match="cannot be decoded"), audio.checked_audio(path, BadFile) as file:
+    with pytest.raises(audio.AudioError, match="cannot be decoded"), audio.checked_audio(path) as file:
         file.seek(49_000)
 
 
