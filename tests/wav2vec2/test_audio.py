@@ -1,5 +1,6 @@
 """Audio files of every format, at any rate, whole and in part; whatever is wrong with one is an error of that file."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio
 from helpers import random_model, small_config
 from torch import Tensor
 from torchaudio.functional import resample
@@ -91,6 +93,20 @@ def test_other_rates_are_torchaudios(sample_rate):
     waveform = noise(sample_rate)
     expected = resample(waveform, sample_rate, SAMPLE_RATE)
     torch.testing.assert_close(resample_to_16k(waveform, sample_rate), expected[:16_000], rtol=0, atol=5e-4)
+
+
+def test_no_rate_needs_a_large_table(monkeypatch):
+    tables: list[int] = []
+
+    def record(waveform: Tensor, rate: int, other: int) -> Tensor:
+        tables.append(rate * other // math.gcd(rate, other) ** 2)
+        return resample(waveform, rate, other)
+
+    monkeypatch.setattr(torchaudio.functional, "resample", record)
+    rates = [*range(1000, 384_001, 5_471), 5512, 11_127, 15_999, 16_001, 44_101, 48_001, 383_999]
+    for rate in rates:
+        assert len(resample_to_16k(noise(100), rate)) == num_samples_at_16k(100, rate)
+    assert 0 < len(tables) < len(rates) and max(tables) <= 2_000_000  # float32
 
 
 @pytest.mark.parametrize("sample_rate", [1000, 1001, 15_999, 16_001, 16_010, 44_101, 192_001, 383_999, 384_000])
