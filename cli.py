@@ -52,6 +52,9 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     Expected errors are :class:`UserError` and ``OSError`` (a missing file, a full disk). Anything
     else is a defect of the program and keeps its traceback. A signal exits 128 plus its number, as shells count.
     """
+    # A file name on Linux is bytes, which UTF-8 need not hold: printing it must not end a run.
+    if getattr(sys.stdout, "errors", None) == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(args)
     except Interrupted as stop:

@@ -4,13 +4,14 @@ LibriSpeech is known by its folders and gives train100, train960 and valid, whic
 
     python prepare_data.py --data /corpora/LibriSpeech --out data/librispeech
 
-Any other corpus of FLAC, WAV, OGG or MP3 files is split by folder name, or by holding out a fraction:
+Any other corpus, of files that libsndfile reads, is split by folder name, or by holding out a fraction:
 
     python prepare_data.py --data /corpora/mine --out data/mine --splits train=tr,extra-* valid=cv
     python prepare_data.py --data /corpora/mine --out data/mine --valid_fraction 0.05
 
 Only folders below --data decide about splits. Links to folders are followed. Files that cannot be
-read are left out and listed with the reason in rejected.tsv.
+read are left out and listed with the reason in rejected.tsv. Audio and video that libsndfile does not
+read, such as .m4a, are passed over and counted.
 """
 
 import argparse
@@ -20,30 +21,43 @@ import multiprocessing
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from soundfile import LibsndfileError
 from tqdm import tqdm
 
 import cli
 from wav2vec2.audio import (
+    AUDIO_SUFFIXES,
+    CONVERT,
     MAX_SECONDS,
     MIN_SECONDS,
     SAMPLE_RATE,
-    UNKNOWN_LENGTH,
+    AudioError,
+    checked_audio,
+    mono_blocks,
     num_samples_at_16k,
-    open_audio,
-    seeks_exactly,
+    read_mono,
+    stated_length,
 )
 from wav2vec2.errors import UserError
 from wav2vec2.files import atomic_path
 
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
-LIBRISPEECH_SPLITS = {"train100": ["train-clean-100"], "train960": ["train-*"], "valid": ["dev-*"]}
+# Of audio and video that libsndfile does not read, or not without being told the rate.
+OTHER_NAMES = """
+m4a m4b mp4 m4v mov 3gp aac ac3 eac3 amr awb wma wmv asf webm weba mkv mka avi flv mpg mpeg ogv spx ape wv tta tak dsf
+dff dts ra rm shn gsm vox raw pcm
+"""
+OTHER_SUFFIXES = tuple(f".{name}" for name in OTHER_NAMES.split())
+LIBRISPEECH_SPLITS = {
+    "train100": ["train-clean-100"],
+    "train960": ["train-clean-100", "train-clean-360", "train-other-500"],
+    "valid": ["dev-clean", "dev-other"],
+}
 DEFAULT_VALID_FRACTION = 0.05
 REJECTED = "rejected"
 LINE_BREAK = re.compile(r"[\r\n]")  # either would end a manifest's row
@@ -56,7 +70,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of this script, from ``arguments`` or the command line."""
     parser = cli.make_parser(__doc__)
     parser.add_argument("--data", required=True, help="folder of the corpus")
-    parser.add_argument("--out", required=True, help="folder to write the manifests to")
+    parser.add_argument("--out", default="data/librispeech", help="folder to write the manifests to")
     parser.add_argument(
         "--splits",
         nargs="+",
@@ -77,6 +91,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def find_audio(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> list[str]:
     """Every audio file below ``folder`` by its suffix in either case, as sorted paths from there with ``/``.
 
+    Those that libsndfile does not read are among them.
+
     Args:
         folder: where to look.
         prefix: of the paths.
@@ -91,7 +107,7 @@ def find_audio(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] 
         for entry in entries:
             if entry.is_dir():
                 found += find_audio(entry.path, f"{prefix}{entry.name}/", above | {identity})
-            elif entry.name.lower().endswith(AUDIO_SUFFIXES):
+            elif entry.name.lower().endswith(AUDIO_SUFFIXES + OTHER_SUFFIXES):
                 found.append(prefix + entry.name)
     return sorted(found)
 
@@ -180,33 +196,36 @@ def choose_rule(
 def count_samples(path: str) -> tuple[int, str]:
     """Samples that a file gives at 16 kHz and ``""``, or 0 and the reason why it cannot be used.
 
-    The last sample is read too: a file that was cut short still has the whole count in its header.
+    The last sample is read too: a file that was cut short still has the whole count in its header. Where the header
+    is not to be trusted, the file is decoded.
     """
     if LINE_BREAK.search(path):
         return 0, "a line break in its path"
     if not os.path.isfile(path):
         return 0, "not a file, or a link to nothing"
     try:
-        with open_audio(path) as file:
-            if seeks_exactly(file):
-                num_frames, frames = file.frames, []
-                if num_frames == UNKNOWN_LENGTH:
-                    return 0, "its header does not state its length; encode it again, to a file instead of a pipe"
-                with contextlib.suppress(LibsndfileError):
-                    file.seek(max(num_frames - 1, 0))
-                    frames = file.read(1, dtype="float32")
-                if len(frames) < min(num_frames, 1):
-                    return 0, f"cut short: its header promises {num_frames} samples, the last cannot be read"
+        with checked_audio(path) as file:
+            num_frames, is_finite = file.frames, True
+            if stated_length(file) is None:
+                num_frames = 0
+                for block in mono_blocks(file):
+                    num_frames += len(block)
+                    is_finite = is_finite and bool(np.isfinite(block).all())
             else:
-                frames = file.read(dtype="float32")
-                num_frames = len(frames)
+                last = np.empty(0)
+                with contextlib.suppress(RuntimeError):  # soundfile's
+                    file.seek(max(num_frames - 1, 0))
+                    last = read_mono(file, 1)
+                if len(last) < min(num_frames, 1):
+                    return 0, f"cut short: its header promises {num_frames} samples, the last cannot be read"
+                is_finite = bool(np.isfinite(last).all())
             if num_frames == 0:
                 return 0, "no samples"
-            if not np.isfinite(frames).all():
+            if not is_finite:
                 return 0, "NaN or infinite samples"
             return num_samples_at_16k(num_frames, file.samplerate), ""
-    except LibsndfileError as error:
-        return 0, f"cannot be decoded ({error.error_string.rstrip('.')}; {os.path.getsize(path)} bytes)"
+    except AudioError as error:
+        return 0, str(error).removeprefix(f"{path}: ")
 
 
 def count_all(root: str, paths: list[str], num_workers: int) -> dict[str, tuple[int, str]]:
@@ -263,9 +282,18 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--data {args.data!r}: a tab or line break in the path breaks the manifest; rename the folder")
     if args.num_workers < 1:
         raise UserError(f"--num_workers {args.num_workers}: expected 1 or more")
-    found = find_audio(root)
+    files = find_audio(root)
+    found = [path for path in files if path.lower().endswith(AUDIO_SUFFIXES)]
+    others = Counter(os.path.splitext(path)[1].lower() for path in set(files).difference(found))
+    passed_over = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
     if not found:
-        raise UserError(f"--data {root}: no {', '.join(AUDIO_SUFFIXES)} file in it or below; give the corpus folder")
+        instead = f"but {passed_over}; convert them: {CONVERT}" if others else "give the corpus folder"
+        raise UserError(
+            f"--data {root}: no {', '.join(AUDIO_SUFFIXES[:6])} or other file that libsndfile reads in it or below"
+            f"{', ' if others else '; '}{instead}"
+        )
+    if others:
+        print(f"passed over: {passed_over}, which libsndfile does not read; convert them: {CONVERT}")
 
     split = choose_rule(found, args.splits, args.valid_fraction, args.seed)
     candidates = split(found)

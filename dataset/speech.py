@@ -16,35 +16,22 @@ from torch.utils.data import Dataset
 
 from dataset.batches import Crop
 from dataset.manifest import Manifest
-from wav2vec2.audio import checked_audio, decode, num_samples_at_16k, seeks_exactly
+from wav2vec2.audio import AudioError, checked_audio, decode, stated_length
 from wav2vec2.errors import UserError
 
 # Files tried in place of a bad one before giving up: as many in a row point to a lost disk, not to bad files.
 MAX_REPLACEMENTS = 20
 
 
-class AudioError(UserError):
-    """A file that cannot give the samples its manifest promises; the message is one line.
-
-    A DataLoader worker's exception reaches the main process as the same class built from the text of
-    its traceback. The traceback ends with the original message, which is all that the user needs.
-    """
-
-    def __init__(self, message: str) -> None:
-        last_line = message.rstrip("\n").rpartition("\n")[2]
-        super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
-
-
 @contextmanager
 def _opened(path: str | os.PathLike, length: int | None) -> Iterator[SoundFile]:
     """Open a file to read audio from; what goes wrong, inside the ``with`` too, is an :class:`AudioError`.
 
-    ``length`` is the number of samples at 16 kHz that its header must state; None accepts any.
+    ``length`` is the number of samples at 16 kHz that its header must state, if it states any; None accepts all.
     """
-    with checked_audio(path, AudioError) as file:
-        # An MP3's count is a claim only, see seeks_exactly.
-        found = num_samples_at_16k(file.frames, file.samplerate) if seeks_exactly(file) else length
-        if length is not None and found != length:
+    with checked_audio(path) as file:
+        found = stated_length(file)
+        if length is not None and found not in (None, length):
             raise AudioError(
                 f"{path}: is {found} samples long (at 16 kHz), expected the manifest's {length}: "
                 "it has changed since the manifest was written"

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cli import progress
-from dataset.speech import AudioError, load_audio
+from dataset.speech import load_audio
 from evaluation.features import hidden_states
-from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.audio import SAMPLE_RATE, AudioError
 from wav2vec2.errors import UserError, short_repr
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
 

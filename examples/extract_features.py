@@ -4,8 +4,8 @@
       --audio data/librispeech/valid.tsv --out features/valid --layers 4,8,12 --device cuda
   python -m examples.extract_features --model pruned_hubert_base.pth --audio /corpora/mine --out features/mine
 
---audio is a manifest of prepare_data.py, a folder that is searched for FLAC, WAV, OGG and MP3, or a list of files. An
-array is (layers, frames, D), or (frames, D) for one layer, and lies where its audio lies below the corpus. Each is
+--audio is a manifest of prepare_data.py, a folder that is searched for audio that libsndfile reads, or a list of files.
+An array is (layers, frames, D), or (frames, D) for one layer, and lies where its audio lies below the corpus. Each is
 written whole or not at all, and what is there already is passed over: call the command again after an interruption.
 A file that cannot be used is named, the others go on, and the exit status is 1.
 """
@@ -23,12 +23,12 @@ from tqdm import tqdm
 import cli
 import wav2vec2
 from dataset.manifest import read_manifest
+from wav2vec2.audio import AUDIO_SUFFIXES
 from wav2vec2.errors import UserError, short_repr
 from wav2vec2.files import atomic_path, read_json
 from wav2vec2.inference import BATCH_SECONDS, MAX_SECONDS
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
 SETTINGS, FAILED = "settings.json", "failed.tsv"
 
 
@@ -87,7 +87,7 @@ def find_jobs(audio: list[Path], out: Path) -> dict[Path, Path]:
             raise UserError(f"--audio: {jobs[target]} and {root / name} would both become {target}; rename one")
         jobs[target] = root / name
     if not jobs:
-        raise UserError(f"--audio {audio[0]}: holds no FLAC, WAV, OGG or MP3 file; give another folder")
+        raise UserError(f"--audio {audio[0]}: holds no file that libsndfile reads, such as .flac; give another folder")
     return jobs
 
 

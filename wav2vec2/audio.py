@@ -1,27 +1,78 @@
 """From an audio file to samples at 16 kHz, mono; torch, soundfile and torchaudio are imported when they are needed."""
 
+import math
 import os
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 if TYPE_CHECKING:
+    import numpy as np
     from soundfile import SoundFile
     from torch import Tensor
 
 SAMPLE_RATE = 16_000
 
+# Of what is read. No recorder has others: what is far below is a rate in kHz, or a damaged header.
+LOWEST_RATE, HIGHEST_RATE = 1_000, 384_000
+
 # The published limits for an utterance to be trained on: 32,000 to 250,000 samples.
 MIN_SECONDS = 2.0
 MAX_SECONDS = 15.625
 
-# Seconds that read_audio decodes at once: what a file has beyond mono at 16 kHz never fills the memory.
+# What libsndfile reads, but for files without a header.
+_AUDIO_NAMES = """
+flac wav ogg mp3 opus oga aiff aif aifc aiffc au snd sph nist wv1 wv2 w64 caf rf64 wave wavex bwf mp1 mp2 mpga sf ircam
+voc iff svx 8svx 16svx avr htk paf fap pvf sd2 sds mpc wve xi mat
+"""
+AUDIO_SUFFIXES = tuple(f".{name}" for name in _AUDIO_NAMES.split())
+CONVERT = "ffmpeg -i IN OUT.flac"
+
+# What a file is that libsndfile cannot decode, by its first bytes.
+_FOREIGN = {
+    rb"OggS.{24}\x7fFLAC": "FLAC in Ogg",
+    rb"OggS.{24}Speex": "Speex in Ogg",
+    rb".{4}ftyp": "MPEG-4 (AAC, ALAC or video)",
+    rb"\x1aE\xdf\xa3": "Matroska or WebM",
+    rb"0&\xb2u\x8ef\xcf\x11": "Windows Media",
+    rb"#!AMR": "AMR",
+}
+
+# Formats and encodings in which each sample has its own place, and FLAC, whose decoder finds the sample itself. Others
+# decode a sample from those before it, or seek to the nearest block.
+_EXACT_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "FLAC"}
+_EXACT_ENCODINGS = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
+
+# Of audio decoded at once, and of one read: what a file has beyond mono at 16 kHz never fills the memory.
 _BLOCK_SECONDS = 60
+_READ_VALUES = 2**22
 
 # What libsndfile makes of a FLAC file whose encoder wrote to a pipe.
-UNKNOWN_LENGTH = 2**63 - 1
+_UNKNOWN_LENGTH = 2**63 - 1
+
+# The filter of torchaudio's resample: zero crossings on each side, and the band that is kept.
+_CROSSINGS, _ROLLOFF = 6, 0.99
+# torchaudio tabulates it for each phase: as many products as the terms of the ratio of both rates have, 282,240 at
+# 11,025 Hz, the most of an ordinary rate, and 705,616,000 at 44,101 Hz.
+_MAX_TABLE = 2_000_000
+
+
+class AudioError(UserError):
+    """A file that cannot give the audio that is wanted; the message is one line.
+
+    A DataLoader worker's exception reaches the main process as the same class built from the text of
+    its traceback. The traceback ends with the original message, which is all that the user needs.
+    """
+
+    def __init__(self, message: str) -> None:
+        last_line = message.rstrip("\n").rpartition("\n")[2]
+        super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
 
 
 def num_samples_at_16k(num_frames: int, sample_rate: int) -> int:
@@ -29,61 +80,137 @@ def num_samples_at_16k(num_frames: int, sample_rate: int) -> int:
     return -(-num_frames * SAMPLE_RATE // sample_rate)
 
 
-def open_audio(path: str | os.PathLike) -> "SoundFile":
-    """Open a file to read audio from; errors are soundfile's."""
-    from soundfile import SoundFile
-
-    # As bytes: soundfile insists on UTF-8 in a str, which a file name on Linux need not be.
-    return SoundFile(os.fsencode(path))
-
-
 @contextmanager
-def checked_audio(path: str | os.PathLike, error_class: type[UserError] = UserError) -> "Iterator[SoundFile]":
-    """Open a file to read audio from; what goes wrong, inside the ``with`` too, becomes an ``error_class``.
+def checked_audio(path: str | os.PathLike) -> "Iterator[SoundFile]":
+    """Open a file to read audio from; whatever goes wrong, inside the ``with`` too, is the file's fault.
+
+    Its ``seekable()`` says whether a seek gives the samples that reading from the start gives.
 
     Raises:
-        UserError: the file is missing or cannot be read, or a package that reads it is not installed.
+        AudioError: the file is missing, cannot be read or decoded, or states a rate that no recording has.
+        UserError: a package that reads it is not installed.
     """
     if not os.path.isfile(path):
-        raise error_class(f"{path}: no such file, expected audio; check the path")
+        raise AudioError(f"{path}: no such file, expected audio; check the path")
     try:
-        from soundfile import LibsndfileError
+        from soundfile import SoundFile
     except ModuleNotFoundError as error:
         raise UserError(f"{path}: reading audio needs soundfile, which is missing; pip install soundfile") from error
     try:
-        with open_audio(path) as file:
+        # As bytes: soundfile insists on UTF-8 in a str, which a file name on Linux need not be.
+        with SoundFile(os.fsencode(path)) as file:
+            if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
+                raise AudioError(
+                    f"{path}: states a sample rate of {file.samplerate} Hz, expected {LOWEST_RATE} Hz to "
+                    f"{HIGHEST_RATE} Hz; its header is damaged, get the file again"
+                )
+            if not _seeks_exactly(file):
+                file.seekable = lambda: False  # or soundfile itself would seek, after every read
             yield file
-    except LibsndfileError as error:
-        reason = f"{error.error_string.rstrip('.')}; {os.path.getsize(path)} bytes"
-        raise error_class(f"{path}: expected audio, but it cannot be decoded ({reason}); get the file again") from error
-    except OSError as error:  # a disk that fails, a network folder that went away
-        raise error_class(f"{path}: expected audio, but reading it fails ({error.strerror}); check the disk") from error
+    except (UserError, ImportError):
+        raise
+    except Exception as error:  # soundfile's, numpy's or torch's: the file decides
+        raise AudioError(f"{path}: {_reason(path, error)}") from error
+
+
+def _reason(path: str | os.PathLike, error: Exception) -> str:
+    """What is wrong with a file that could not be read, and what to do."""
+    try:
+        if isinstance(error, OSError):
+            raise error
+        with open(path, "rb") as file:
+            head = file.read(64)
+            num_bytes = os.fstat(file.fileno()).st_size
+    except OSError as failure:  # no right to read, a disk that fails, a network folder that went away
+        return f"reading it fails ({failure.strerror or one_line(failure)}), expected audio; check the disk"
+    for pattern, kind in _FOREIGN.items():
+        if re.match(pattern, head, re.DOTALL):
+            return f"cannot be decoded: it is {kind}, which libsndfile does not read; convert it: {CONVERT}"
+    what = getattr(error, "error_string", "").rstrip(".") or one_line(error)
+    return f"cannot be decoded ({what}; {num_bytes} bytes), expected audio; get the file again"
+
+
+def _seeks_exactly(file: "SoundFile") -> bool:
+    is_exact = file.format in _EXACT_FORMATS and file.subtype in _EXACT_ENCODINGS
+    return is_exact and file.seekable() and file.frames != _UNKNOWN_LENGTH
+
+
+def stated_length(file: "SoundFile") -> int | None:
+    """Samples at 16 kHz that an open file has by its header; None where the header states none that can be trusted.
+
+    Ogg's last page has the true count, even of a file that was cut short; an MP3's header makes a claim only.
+    """
+    is_true = file.seekable() or (file.format == "OGG" and file.frames != _UNKNOWN_LENGTH)
+    return num_samples_at_16k(file.frames, file.samplerate) if is_true else None
+
+
+def read_mono(file: "SoundFile", num_frames: int) -> "np.ndarray":
+    """The next ``num_frames`` of an open file, or what is left of it, channels averaged: (T,) float32."""
+    import numpy as np
+
+    pieces = []
+    size = max(1, _READ_VALUES // file.channels)
+    while num_frames > 0:
+        frames = file.read(min(num_frames, size), dtype="float32")
+        # The mean over one channel would change nothing, in a tenth of the time that decoding takes.
+        pieces.append(frames if frames.ndim == 1 else frames.mean(axis=1))
+        num_frames = num_frames - len(frames) if len(frames) == min(num_frames, size) else 0
+    return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.float32), *pieces])
+
+
+def mono_blocks(file: "SoundFile") -> "Iterator[np.ndarray]":
+    """What is left of an open file, a minute at a time; the last block is shorter, or empty."""
+    size = _BLOCK_SECONDS * file.samplerate
+    block = read_mono(file, size)
+    while len(block) == size:
+        yield block
+        block = read_mono(file, size)
+    yield block
 
 
 def decode(file: "SoundFile", offset: int = 0, num_samples: int | None = None) -> "Tensor":
     """What an open file holds of the wanted range, (T,) at 16 kHz; shorter than asked if the file is."""
-    if file.samplerate == SAMPLE_RATE and seeks_exactly(file):
-        file.seek(min(offset, file.frames))
-        return _read_mono(file, -1 if num_samples is None else num_samples)
-    waveform = resample_to_16k(_read_mono(file, -1), file.samplerate)
-    return waveform[offset : None if num_samples is None else offset + num_samples]
-
-
-def seeks_exactly(file: "SoundFile") -> bool:
-    """Whether reading from the middle gives the samples that reading from the start gives.
-
-    An MP3 frame leans on the frames before it, and the count in an MP3's header is a claim only.
-    """
-    return file.format != "MP3"
-
-
-def _read_mono(file: "SoundFile", num_frames: int) -> "Tensor":
-    """The next ``num_frames`` of a file (-1: all), channels averaged: (T,) float32."""
     import torch
 
-    frames = file.read(num_frames, dtype="float32")
-    # The mean over one channel would change nothing, in a tenth of the time that decoding takes.
-    return torch.from_numpy(frames if frames.ndim == 1 else frames.mean(axis=1))
+    wanted = sys.maxsize if num_samples is None else num_samples
+    if file.samplerate != SAMPLE_RATE:
+        kept, position = [], 0
+        for block in _resampled(map(torch.from_numpy, mono_blocks(file)), file.samplerate):
+            kept.append(block[max(offset - position, 0) :])
+            position += len(block)
+            if position >= offset + wanted:
+                break
+        return torch.cat(kept)[:wanted]
+    if file.seekable():
+        file.seek(min(offset, file.frames))
+    else:
+        while offset and len(passed := read_mono(file, min(offset, _BLOCK_SECONDS * SAMPLE_RATE))):
+            offset -= len(passed)
+    return torch.from_numpy(read_mono(file, wanted))
+
+
+def read_audio(path: str | os.PathLike) -> "Tensor":
+    """Read a whole file, (T,) float32 at 16 kHz; several channels are averaged.
+
+    Beside the samples themselves (0.23 GB an hour, twice for a moment) it takes a minute of audio as decoded.
+
+    Raises:
+        AudioError: the file is missing, unreadable or cut short.
+        UserError: a package that reads it is not installed.
+    """
+    with checked_audio(path) as file:
+        waveform = decode(file)
+        length = stated_length(file)
+    if length not in (None, len(waveform)):
+        raise AudioError(
+            f"{path}: is cut short: {len(waveform)} of {length} samples (at 16 kHz) can be read; get the file again"
+        )
+    return waveform
+
+
+# ---------------------------------------------------------------------------------------------------
+# Resampling
+# ---------------------------------------------------------------------------------------------------
 
 
 def resample_to_16k(waveform: "Tensor", sample_rate: int) -> "Tensor":
@@ -92,10 +219,42 @@ def resample_to_16k(waveform: "Tensor", sample_rate: int) -> "Tensor":
     Raises:
         UserError: torchaudio is missing.
     """
+    import torch
+
     if sample_rate == SAMPLE_RATE:
         return waveform
+    # As a file is read; the empty block is the last one if a whole number of blocks comes before it.
+    blocks = chain(waveform.split(_BLOCK_SECONDS * sample_rate), [waveform[:0]])
+    return torch.cat(list(_resampled(blocks, sample_rate)))
+
+
+def _resampled(blocks: "Iterable[Tensor]", sample_rate: int) -> "Iterator[Tensor]":
+    """A waveform's samples at 16 kHz, from its blocks of a minute; the first shorter block is the last.
+
+    A block is resampled together with a second before and after it, which is more than the filter reaches. Whole
+    seconds fall on samples at every rate, so that the blocks are those of the waveform resampled as a whole.
+    """
+    import torch
+
+    held, num_done = torch.empty(0), 0  # samples held, and how many of their seconds have been yielded
+    for block in blocks:
+        held = torch.cat([held, block])
+        is_last = block.numel() < _BLOCK_SECONDS * sample_rate
+        num_ready = None if is_last else held.numel() // sample_rate - 1
+        resampled = _resample(held, sample_rate)
+        yield resampled[num_done * SAMPLE_RATE : None if is_last else num_ready * SAMPLE_RATE].clone()
+        if is_last:
+            return
+        held, num_done = held[(num_ready - 1) * sample_rate :], 1
+
+
+def _resample(waveform: "Tensor", sample_rate: int) -> "Tensor":
+    """One block, with torchaudio where that is cheap."""
     from torch.nn.functional import pad
 
+    ratio = Fraction(SAMPLE_RATE, sample_rate)
+    if ratio.numerator * ratio.denominator > _MAX_TABLE:
+        return _interpolate(waveform, sample_rate)
     try:
         from torchaudio.functional import resample  # imported late: a corpus at 16 kHz does without torchaudio
     except ModuleNotFoundError as error:
@@ -106,45 +265,23 @@ def resample_to_16k(waveform: "Tensor", sample_rate: int) -> "Tensor":
     return resample(padded, sample_rate, SAMPLE_RATE)[: num_samples_at_16k(waveform.numel(), sample_rate)]
 
 
-def read_audio(path: str | os.PathLike) -> "Tensor":
-    """Read a whole file, (T,) float32 at 16 kHz; several channels are averaged.
+def _interpolate(waveform: "Tensor", sample_rate: int) -> "Tensor":
+    """What torchaudio's ``resample`` gives, at any rate in time and memory that depend on the waveform alone.
 
-    Beside the samples themselves (0.23 GB an hour, twice for a moment) it takes a minute of audio as decoded.
-
-    Raises:
-        UserError: the file is missing, unreadable or cut short, or a package that reads it is not installed.
-    """
-    with checked_audio(path) as file:
-        blocks = list(_blocks_at_16k(file))
-        if seeks_exactly(file) and file.frames != UNKNOWN_LENGTH and file.tell() != file.frames:
-            raise UserError(
-                f"{path}: is cut short: {file.tell()} of {file.frames} samples can be read; get the file again"
-            )
-    import torch
-
-    return torch.cat(blocks) if blocks else torch.empty(0)
-
-
-def _blocks_at_16k(file: "SoundFile") -> "Iterator[Tensor]":
-    """An open file's samples at 16 kHz, a block at a time.
-
-    A block is resampled together with a second before and after it, which is more than the filter reaches. Whole
-    seconds fall on samples at every rate, so that the blocks are those of the file resampled as a whole.
+    Its filter, a sinc under a Hann window, is computed for each sample instead of once for each phase.
     """
     import torch
+    from torch.nn.functional import pad
 
-    rate = file.samplerate
-    held, num_done = torch.empty(0), 0  # samples held, and how many of their seconds have been yielded
-    is_last = False
-    while not is_last:
-        block = _read_mono(file, _BLOCK_SECONDS * rate)
-        is_last = block.numel() < _BLOCK_SECONDS * rate
-        if rate == SAMPLE_RATE:
-            yield block
-            continue
-        held = torch.cat([held, block])
-        num_ready = None if is_last else held.numel() // rate - 1
-        resampled = resample_to_16k(held, rate)
-        yield resampled[num_done * SAMPLE_RATE : None if num_ready is None else num_ready * SAMPLE_RATE].clone()
-        if num_ready is not None:
-            held, num_done = held[(num_ready - 1) * rate :], 1
+    scale = _ROLLOFF * min(SAMPLE_RATE / sample_rate, 1.0)
+    width = math.ceil(_CROSSINGS / scale)
+    taps = torch.arange(-width, width + 1)
+    surroundings = pad(waveform, (width, width + 1)).unfold(0, len(taps), 1)  # (T + 1, taps)
+    indices = torch.arange(num_samples_at_16k(waveform.numel(), sample_rate))
+    rows = []
+    for chosen in indices.split(2**20 // len(taps)):
+        before, phase = chosen * sample_rate // SAMPLE_RATE, (chosen * sample_rate % SAMPLE_RATE).double() / SAMPLE_RATE
+        t = ((taps - phase[:, None]) * scale).clamp(-_CROSSINGS, _CROSSINGS)  # (samples, taps)
+        kernel = torch.sinc(t) * torch.cos(t * (math.pi / 2 / _CROSSINGS)) ** 2 * scale
+        rows.append((surroundings[before] * kernel).sum(1).float())
+    return torch.cat(rows)

@@ -14,7 +14,7 @@ Tensors and arrays need torch alone; files need soundfile, and other rates than 
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from . import checkpoint, hub
-from .audio import SAMPLE_RATE, read_audio, resample_to_16k
+from .audio import HIGHEST_RATE, LOWEST_RATE, SAMPLE_RATE, AudioError, read_audio, resample_to_16k
 from .components import FeatureExtractor
-from .errors import UserError, short_repr
+from .errors import UserError, one_line, short_repr
 from .fast import norm_over_time
 from .model import Wav2Vec2Model, normalize_waveforms
 
@@ -34,9 +34,6 @@ BATCH_SECONDS = 60.0
 MAX_SECONDS = 60.0
 CONTEXT_SECONDS = 5.0
 LOOKAHEAD_SECONDS = 240.0
-
-# Telephone speech has 8 kHz. What is far below is no rate in Hz, but one in kHz, say.
-_LOWEST_SAMPLE_RATE = 1_000
 
 # What a full-scale sample is in arrays of whole numbers, and which number is silence.
 _FULL_SCALE = {torch.int16: (2**15, 0), torch.int32: (2**31, 0), torch.uint8: (2**7, 2**7)}
@@ -116,12 +113,13 @@ def extract(
     Args:
         model: in eval mode, as :func:`load` returns it.
         inputs: a waveform, or the path of an audio file, or an iterable of both. A waveform is a tensor or array
-            (samples,), of floats with full scale 1, or of int16, int32 or uint8, which are brought to that scale.
+            (samples,), of floats with full scale 1, or of int16, int32 or uint8, which are brought to that scale; or
+            a decoded item of ``datasets``, a dict with ``array`` and ``sampling_rate``.
         layers: which hidden states. None means all: 0 is the projected extractor output, k the output of layer k.
             One number, which may be negative (-1 is the last), or several. ``"output"`` is what the model's
             ``forward`` returns: the last hidden state behind a pre-norm model's final norm, or, with
             ``aux_num_out``, the scores of each class.
-        sample_rate: of waveforms, in Hz; files know theirs. All is resampled to 16 kHz.
+        sample_rate: of waveforms, in Hz; files and decoded items know theirs. All is resampled to 16 kHz.
         batch_seconds: audio that is computed at once, padding included; one input or chunk at least.
         max_seconds: longer audio is computed in chunks of this length; None never cuts.
         context_seconds: what a chunk computes beyond what it is kept for, on each side.
@@ -192,10 +190,9 @@ def extract_iter(
         raise UserError("model: is in training mode, where dropout acts; call model.eval(), or use wav2vec2.load")
     if _is_input(inputs):
         raise UserError(f"inputs: expected several waveforms or paths, found {short_repr(inputs)}; put it into a list")
-    if sample_rate < _LOWEST_SAMPLE_RATE:
-        raise UserError(f"sample_rate: found {sample_rate}, expected a number of Hz of at least {_LOWEST_SAMPLE_RATE}")
+    rate = _checked_rate(sample_rate, "sample_rate")
     extraction = _Extraction.of(model, layers, batch_seconds, max_seconds, context_seconds)
-    return _results(extraction, inputs, sample_rate, lookahead_seconds * SAMPLE_RATE, on_error)
+    return _results(extraction, inputs, rate, lookahead_seconds * SAMPLE_RATE, on_error)
 
 
 def _results(
@@ -319,6 +316,8 @@ class _Extraction:
         if isinstance(value, (str, os.PathLike)):
             name, waveform = os.fspath(value), read_audio(value)
         else:
+            if _is_decoded(value):
+                value, sample_rate = _array_and_rate(value, name)
             waveform = resample_to_16k(_as_waveform(value, name), sample_rate)
         extractor = self.model.feature_extractor
         num_frames = extractor.num_frames(len(waveform))
@@ -414,9 +413,57 @@ class _Extraction:
             yield states[layer]
 
 
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or hasattr(value, "__array__")
+
+
+def _is_decoded(value: Any) -> bool:
+    """Whether it is what ``datasets`` makes of an audio file: a dict, or a decoder of torchcodec."""
+    return isinstance(value, Mapping) or hasattr(value, "get_all_samples")
+
+
 def _is_input(value: Any) -> bool:
-    """Whether it is one input, a path or waveform, and not several."""
-    return isinstance(value, (str, os.PathLike, Tensor)) or hasattr(value, "__array__")
+    """Whether it is one input, and not several."""
+    return isinstance(value, (str, os.PathLike)) or _is_array(value) or _is_decoded(value)
+
+
+def _array_and_rate(item: Any, name: str) -> tuple[Any, int]:
+    """The waveform of a decoded item, and its rate.
+
+    Raises:
+        UserError: it has none, or cannot be decoded.
+    """
+    if not isinstance(item, Mapping):
+        try:
+            samples = item.get_all_samples()
+        except Exception as error:  # the file decides
+            raise AudioError(f"{name}: cannot be decoded ({one_line(error)}), expected audio") from error
+        item = {"array": samples.data.mean(0), "sampling_rate": samples.sample_rate}
+    missing = [key for key in ("array", "sampling_rate") if key not in item]
+    if missing:
+        raise UserError(
+            f"{name}: has no {' and no '.join(map(repr, missing))}, expected a decoded item of datasets with "
+            f"'array' and 'sampling_rate', found {short_repr(item)}"
+        )
+    return item["array"], _checked_rate(item["sampling_rate"], f"{name}: sampling_rate")
+
+
+def _checked_rate(value: Any, name: str) -> int:
+    """A sample rate, of whatever type of number.
+
+    Raises:
+        UserError: it is none that can be.
+    """
+    try:
+        rate = int(value)
+    except (TypeError, ValueError, OverflowError):
+        rate = None
+    if rate is None or rate != value or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise UserError(
+            f"{name}: found {short_repr(rate if rate == value else value)}, expected a number of Hz from {LOWEST_RATE} "
+            f"to {HIGHEST_RATE}"
+        )
+    return rate
 
 
 def _as_waveform(value: Any, name: str) -> Tensor:
@@ -425,7 +472,7 @@ def _as_waveform(value: Any, name: str) -> Tensor:
     Raises:
         UserError: it is none, has another number of dimensions, or holds no real numbers.
     """
-    if not _is_input(value):
+    if not _is_array(value):
         raise UserError(f"{name}: found {short_repr(value)}, expected a path, or a tensor or array (samples,)")
     try:
         # A copy: torch does not take every array as it is (read-only, reversed).

@@ -209,7 +209,7 @@ def test_extract_goes_on(recordings, encoder, tmp_path, monkeypatch, capsys):
 
 def test_extract_refuses(recordings, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no FLAC"):
+    with pytest.raises(UserError, match="holds no file that libsndfile reads"):
         extract_features.find_jobs([tmp_path / "empty"], tmp_path / "out")
     soundfile.write(recordings / "a.flac", np.zeros(3000), 16_000)
     with pytest.raises(UserError, match="would both become"):
