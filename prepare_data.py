@@ -28,7 +28,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import cli
 from wav2vec2.audio import (
@@ -239,7 +238,7 @@ def count_all(root: str, paths: list[str], num_workers: int) -> dict[str, tuple[
     # Ctrl-C is left to the main process, which ends the workers.
     with multiprocessing.Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         counts = pool.imap(count_samples, full_paths, chunksize=size)
-        shown = tqdm(counts, "reading headers", len(paths), unit=" files", disable=None)
+        shown = cli.progress(counts, "reading headers", total=len(paths), unit=" files")
         return dict(zip(paths, shown, strict=True))
 
 
