@@ -279,7 +279,7 @@ class CheckpointIO(TorchCheckpointIO):
     def __init__(self, loaded: tuple[Path, dict[str, Any]] | None = None) -> None:
         super().__init__()
         self._loaded = loaded
-        # A run that goes on from previous.ckpt does so because last.ckpt is damaged: that must not replace it.
+        # A run that goes on from the previous one does so because last.ckpt is damaged: that must not replace it.
         self._keep_previous = loaded is not None and loaded[0].name == PREVIOUS_CHECKPOINT
         self.error: str | None = None
 

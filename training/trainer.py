@@ -251,6 +251,12 @@ def check_resumed(
     Raises:
         UserError: it is of another stage or model, or (with ``auto``) of a run with other settings.
     """
+    if not contents["distillation"]:
+        raise UserError(
+            f"--resume_checkpoint {path}: a checkpoint of the published program, which does not record the settings and "
+            "the data of its run, cannot be continued; prune.py and save_final_ckpt.py take it, and all scripts take "
+            "the published models"
+        )
     changes = changed_settings(contents["distillation"].get("settings"), recorded)
     if changes and settings.machine.resume_checkpoint == AUTO:
         raise UserError(
@@ -279,7 +285,8 @@ def _adapt(checkpoint: dict[str, Any], module: DistillModule, accum_grad: int) -
     groups = module.parameter_groups()
     checkpoint["lr_schedulers"][0]["base_lrs"] = [group["lr"] for group in groups]
     for saved, group in zip(checkpoint["optimizer_states"][0]["param_groups"], groups, strict=True):
-        saved.update(lr=group["lr"] * factor, initial_lr=group["lr"], weight_decay=group["weight_decay"])
+        rates = {"lr": group["lr"] * factor, "initial_lr": group["lr"], "weight_decay": group["weight_decay"]}
+        saved.update(**rates, name=group["name"])  # the first group's was another once
         saved["fused"] = fast_paths()
 
 
