@@ -72,10 +72,12 @@ def train(
     """Train ``student`` for ``--max_updates`` and say where the result is.
 
     Raises:
-        UserError: the checkpoint to continue from is not of this run, or the run cannot go on.
+        UserError: a crop is too short for a frame, the checkpoint to continue from is not of this run, or the run
+            cannot go on.
         Interrupted: a signal stopped the run; its last update is saved.
     """
     machine, stage = settings.machine, settings.stage
+    data.check_crops(teacher.feature_extractor.receptive_field)
     module = make_module(settings, teacher, student, projections)
     recorded = {**settings.recorded(), **_fingerprints(settings, data)}
     resumed = choose_checkpoint(machine.resume_checkpoint, machine.exp_dir)
