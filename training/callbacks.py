@@ -28,6 +28,9 @@ from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
 
 _LISTED_FILES = 20
+# Updates in a row that the loss scaler may skip: it starts with 65536 and halves, so that its scale is below 1 by then,
+# and a loss or gradient that is not finite is no longer the scale's fault.
+SCALER_SKIPS = 20
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -100,10 +103,14 @@ class UpdateGuard(pl.Callback):
     It decides for all processes alike, after one small exchange per update: whether loss and gradient are finite,
     which audio files had to be replaced, and whether someone asked the run to stop.
 
+    With a loss scaler (--precision 16) an update that is not finite is skipped, as the published program does, until
+    ``SCALER_SKIPS`` in a row; a gradient that overflows is how the scaler finds its scale, and is not counted.
+
     Args:
         stop: noted signals.
         clip_norm: the largest norm of the gradient; 0 switches clipping off.
-        skip_nonfinite: updates with a loss or gradient that is not finite to pass over before the run ends.
+        skip_nonfinite: without a scaler, updates with a loss or gradient that is not finite to pass over before the
+            run ends.
         max_bad_files: audio files to replace before the run ends.
 
     Attributes:
@@ -119,6 +126,7 @@ class UpdateGuard(pl.Callback):
         self._max_bad_files = max_bad_files
         self.signum = 0
         self.skipped = 0
+        self._scaler_skips = 0  # in a row
         self.bad_files: dict[str, str] = {}
         self._new_bad_files: dict[str, str] = {}
         self._batches: list[dict[str, Tensor]] = []  # the scalars of each batch since the last update
@@ -181,10 +189,15 @@ class UpdateGuard(pl.Callback):
         pl_module.log_dict(dict(zip(names, exchanged[-len(means) :] / trainer.world_size, strict=True)))
         if num_bad_files:
             self._count_bad_files()
-        if bad_loss or (bad_gradient and not _is_scaler_overflow(trainer)):
-            self._pass_over(trainer, losses, norm, paths)
+        if bad_loss or bad_gradient:
+            has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+            self._scaler_skips += has_scaler
+            if bad_loss or not has_scaler or self._scaler_skips > SCALER_SKIPS:
+                self._pass_over(trainer, losses, norm, paths)
             optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser changes nothing
-        elif self._clip_norm:
+            return
+        self._scaler_skips = 0
+        if self._clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
 
     def _pass_over(self, trainer: pl.Trainer, losses: Tensor, norm: Tensor, paths: list[str]) -> None:
@@ -197,14 +210,22 @@ class UpdateGuard(pl.Callback):
         what = f"the loss is {chosen[0][1]}" if chosen[0][0] else f"the gradient's norm is {float(norm)}"
         files = _listed([path for _, _, paths in chosen for path in paths])
         message = f"update {trainer.global_step}: {what}; its files: {files}"
-        if self.skipped > self._skip_nonfinite:
+        if self._scaler_skips > SCALER_SKIPS:
+            raise AllProcessesError(
+                f"{message}; the loss scaler has skipped {SCALER_SKIPS} updates in a row before; look at these "
+                f"files, lower --learning_rate, or give --precision bf16; then {CONTINUE}"
+            )
+        if not self._scaler_skips and self.skipped > self._skip_nonfinite:
             allowed = f" ({self._skip_nonfinite} skipped before)" if self._skip_nonfinite else ""
             raise AllProcessesError(
                 f"{message}{allowed}; look at these files, lower --learning_rate, or pass over such updates with "
                 f"--skip_nonfinite {max(10, 2 * self.skipped)}; then {CONTINUE}"
             )
         if trainer.is_global_zero:
-            print_line(f"skipped {self.skipped} of at most {self._skip_nonfinite} updates: {message}")
+            count = f"skipped {self.skipped} of at most {self._skip_nonfinite} updates"
+            if self._scaler_skips:
+                count = f"skipped by the loss scaler, {self._scaler_skips} in a row of at most {SCALER_SKIPS}"
+            print_line(f"{count}: {message}")
 
     def _count_bad_files(self) -> None:
         for found in _gather(self._new_bad_files):
@@ -219,7 +240,7 @@ class UpdateGuard(pl.Callback):
             raise AllProcessesError(too_many_bad_files(self.bad_files, self._max_bad_files))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._skip_nonfinite:
+        if self._skip_nonfinite or self.skipped:
             pl_module.log("skipped_updates", float(self.skipped))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -242,15 +263,6 @@ def too_many_bad_files(bad_files: dict[str, str], limit: int) -> str:
 def _listed(items: list[str]) -> str:
     more = len(items) - _LISTED_FILES
     return ", ".join(items[:_LISTED_FILES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _is_scaler_overflow(trainer: pl.Trainer) -> bool:
-    """Whether a gradient that is not finite is the loss scaler's business, which lowers its scale and goes on.
-
-    A scale below one means that it has been lowered for many updates in vain.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and scaler.get_scale() >= 1.0
 
 
 def _gather(value: Any) -> list[Any]:
