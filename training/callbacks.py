@@ -6,12 +6,15 @@ of an update is all that a run needs to go on as if nothing had happened.
 
 import math
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
@@ -42,32 +46,88 @@ class StopRequest:
     """Notes SIGINT, SIGTERM and SIGUSR1 until the run is where it can stop.
 
     SIGTERM is what SLURM sends before it takes a job's machine away, SIGUSR1 what run.sh asks it to send
-    before the time limit. A second Ctrl-C ends the process at once.
+    before the time limit.
+
+    Where there is nothing to save, or the run does not come to where it can stop, a signal ends the process: before
+    training; at a second Ctrl-C; and where several processes train and this one has begun no batch for
+    ``PATIENCE_SECONDS``, because it waits for one that is gone. While a process waits for others, outside Python, no
+    handler of Python's runs. So a thread does this, which Python's own handler wakes by writing the signal to a pipe.
+
+    Attributes:
+        signum: the last signal; 0 for none.
+        is_agreed: all processes will stop after this update, once the run is saved.
+        launcher: Lightning's, which knows the processes that this one has started.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    PATIENCE_SECONDS = 120.0
     # Launchers pass a Ctrl-C on that the terminal has sent to all processes already.
     _ECHO_SECONDS = 1.0
 
     def __init__(self) -> None:
         self.signum = 0
-        self._noted_at = -math.inf
-        self._previous: dict[int, Any] = {}
+        self.launcher: Any = None
+        self.is_agreed = False
+        self._alive_at = math.inf  # when the last batch began; training has not begun yet
+        self._undo = ExitStack()
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        thread = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+        for descriptor in (reader, writer):
+            self._undo.callback(os.close, descriptor)
+        self._undo.callback(thread.join)
+        self._undo.callback(os.write, writer, b"\0")
+        self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer, warn_on_full_buffer=False))
+        for signum in self.SIGNALS:
+            self._undo.callback(signal.signal, signum, signal.signal(signum, self._note))
+        thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+        self._undo.close()
+
+    def note_batch(self) -> None:
+        """A batch begins: training has begun, and this process waits for no other."""
+        self._alive_at = time.monotonic()
 
     def _note(self, signum: int, _: FrameType | None) -> None:
-        if signum == signal.SIGINT == self.signum and time.monotonic() - self._noted_at > self._ECHO_SECONDS:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
         self.signum = signum
-        self._noted_at = time.monotonic()
+
+    def _watch(self, reader: int) -> None:
+        """Read signals from the pipe, until a 0, and end the process where nothing else will."""
+        last, noted_at = 0, 0.0
+        while True:
+            ready, _, _ = select.select([reader], [], [], 1.0 if last else None)
+            now = time.monotonic()
+            for signum in os.read(reader, 1) if ready else ():
+                if signum == 0:
+                    return
+                if signum not in self.SIGNALS:
+                    continue
+                if self._alive_at == math.inf or (
+                    signum == signal.SIGINT == last and now - noted_at > self._ECHO_SECONDS
+                ):
+                    self._end(signum, "")
+                last, noted_at = signum, now
+            if (
+                last
+                and not self.is_agreed
+                and distributed.is_initialized()
+                and now - max(noted_at, self._alive_at) > self.PATIENCE_SECONDS
+            ):
+                self._end(last, f"no batch for {self.PATIENCE_SECONDS:.0f} s: a process of this run may be gone; ")
+
+    def _end(self, signum: int, reason: str) -> None:
+        """End this process and those that it has started, as the signal would without a handler."""
+        try:
+            for process in getattr(self.launcher, "procs", []):
+                process.kill()
+            if reason or rank_zero_only.rank == 0:
+                print_line(f"{signal.Signals(signum).name}: {reason}ended without saving")
+        finally:
+            os._exit(128 + signum)
 
 
 def ignore_stop_signals(_worker: int) -> None:
@@ -140,6 +200,7 @@ class UpdateGuard(pl.Callback):
         self.bad_files = state_dict["bad_files"]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        self._stop.note_batch()
         # The noise of a batch (masks, dropout) is its own, wherever and whenever it runs.
         if (seed := getattr(batch, "seed", None)) is not None:
             torch.manual_seed(seed)
@@ -149,6 +210,7 @@ class UpdateGuard(pl.Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any
     ) -> None:
+        self._stop.note_batch()
         self._note_bad_files(batch)
 
     def _note_bad_files(self, batch: Any) -> None:
@@ -185,6 +247,7 @@ class UpdateGuard(pl.Callback):
         self.signum = max(
             signum for signum, count in zip((*StopRequest.SIGNALS, 0), (*signals, 1), strict=True) if count
         )
+        self._stop.is_agreed = bool(self.signum)
         pl_module.log("grad_norm", norm)
         pl_module.log_dict(dict(zip(names, exchanged[-len(means) :] / trainer.world_size, strict=True)))
         if num_bad_files:

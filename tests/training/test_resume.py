@@ -204,9 +204,8 @@ def test_a_path_continues_with_other_settings_and_says_so(half_run, tmp_path, mo
     trained = last_checkpoint(tmp_path / "other")
     assert trained["global_step"] == 9
     assert trained["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 18
-    rates = {
-        int(row["step"]): float(row["lr-AdamW/main_params"]) for row in logged(tmp_path / "other") if "lr-AdamW/main_params" in row
-    }
+    name = "lr-AdamW/main_params"
+    rates = {int(row["step"]): float(row[name]) for row in logged(tmp_path / "other") if name in row}
     assert rates == pytest.approx({step: 5e-4 * lightning.linear_warmup_decay(2, 9)(step) for step in range(4, 9)})
 
 
