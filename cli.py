@@ -75,7 +75,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
 def _leave_unless_first() -> None:
     """End every process but the first quietly: launchers kill the others of a run when one ends with an error."""
-    ranks = [os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")]
+    ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")]
     if int(next((rank for rank in ranks if rank), 0)):
         sys.exit(0)
 

@@ -19,7 +19,7 @@ import argparse
 import pytorch_lightning as pl
 
 import cli
-from training.arguments import add_arguments, read_arguments
+from training.arguments import DEFAULT_MODEL, add_arguments, read_arguments
 from training.data import SpeechDataModule
 from training.trainer import new_projections, train
 from wav2vec2.checkpoint import load_masked_model, load_model
@@ -29,7 +29,9 @@ from wav2vec2.sparsity import smallest_num_params
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    add_arguments(parser, prunes=True, learning_rate=2e-4, warmup_updates=15000, max_updates=50000)
+    add_arguments(
+        parser, prunes=True, student_ckpt=DEFAULT_MODEL, learning_rate=2e-4, warmup_updates=15000, max_updates=50000
+    )
     return parser.parse_args()
 
 

@@ -317,7 +317,7 @@ class DistillModule(pl.LightningModule):
                 (log_alphas if name.endswith("log_alpha") else weights).append(parameter)
         weights += list(self.distill_linear_projs.parameters())
         groups = [
-            {"params": weights, "lr": self.learning_rate, "weight_decay": self.weight_decay, "name": "main"},
+            {"params": weights, "lr": self.learning_rate, "weight_decay": self.weight_decay, "name": "main_params"},
         ]
         if self.budget is not None:
             regularised = {"lr": self.reg_learning_rate, "weight_decay": 0.0}

@@ -60,7 +60,7 @@ PANELS = (
     Panel("sparsity (%)", {"expected": "sparsity_expected", "target": "sparsity_target"}, factor=100),
     Panel("multiplier λ₁", {"λ₁": "lambda1"}),
     Panel("multiplier λ₂", {"λ₂": "lambda2"}),
-    Panel("learning rate of the weights", {"": "lr-AdamW/main"}),
+    Panel("learning rate of the weights", {"": "lr-AdamW/main_params"}),
     Panel("learning rate of masks and multipliers", {"": "lr-AdamW/log_alpha"}),
     Panel("norm of the gradient before clipping", {"": "grad_norm"}),
     Panel("throughput (s of audio per s, each process)", {"": "audio_seconds_per_second"}),

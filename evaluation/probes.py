@@ -10,7 +10,6 @@ squares of all weights, those of the layers included, is the one with the lowest
 training clips; then the probe is trained on all of them. The test clips are looked at once, at the end.
 """
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cli import progress
+from dataset.labels import read_table
 from dataset.speech import load_audio
 from evaluation.features import hidden_states
 from wav2vec2.audio import SAMPLE_RATE, AudioError
@@ -114,34 +114,28 @@ def _read_rows(path: Path) -> list[tuple[str, Path, str]]:
     """Split, audio file and label of each line."""
     rows: list[tuple[str, Path, str]] = []
     lines_of: dict[Path, int] = {}
-    # As in manifests: a file name need not be valid UTF-8.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        try:
-            header = list(reader.fieldnames or [])
-            missing = [column for column in COLUMNS if column not in header]
-            if missing:
-                raise UserError(
-                    f"{path}: line 1 is {short_repr(header)}, expected the columns split, path and label, separated by "
-                    f"tabs ({', '.join(missing)} missing)"
-                )
-            for row in reader:
-                split, name, label = (row[column] for column in COLUMNS)
-                place = f"{path}: line {reader.line_num}"
-                if split not in SPLITS or not name or not label or "\0" in name:
-                    raise UserError(
-                        f"{place} has split {short_repr(split)}, path {short_repr(name)} and label "
-                        f"{short_repr(label)}, expected train or test, a path and a label, separated by tabs"
-                    )
-                clip = path.parent / name
-                if clip in lines_of:
-                    raise UserError(f"{place} lists {clip}, which line {lines_of[clip]} does already; take one out")
-                if not clip.is_file():
-                    raise UserError(f"{place}: {clip} does not exist, expected an audio file")
-                lines_of[clip] = reader.line_num
-                rows.append((split, clip, label))
-        except csv.Error as error:
-            raise UserError(f"{path}: not a list of clips ({error}), expected lines separated by tabs") from error
+    header, table = read_table(path)
+    missing = [column for column in COLUMNS if column not in header]
+    if missing:
+        raise UserError(
+            f"{path}: line 1 is {short_repr(header)}, expected the columns split, path and label, separated by "
+            f"tabs ({', '.join(missing)} missing)"
+        )
+    for number, row in table:
+        split, name, label = (row[column] for column in COLUMNS)
+        place = f"{path}: line {number}"
+        if split not in SPLITS or not name or not label:
+            raise UserError(
+                f"{place} has split {short_repr(split)}, path {short_repr(name)} and label "
+                f"{short_repr(label)}, expected train or test, a path and a label, separated by tabs"
+            )
+        clip = path.parent / name
+        if clip in lines_of:
+            raise UserError(f"{place} lists {clip}, which line {lines_of[clip]} does already; take one out")
+        if not clip.is_file():
+            raise UserError(f"{place}: {clip} does not exist, expected an audio file")
+        lines_of[clip] = number
+        rows.append((split, clip, label))
     return rows
 
 

@@ -10,7 +10,6 @@ file like all others, whose config has aux_num_out, with the characters under "v
 """
 
 import argparse
-import csv
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, repeat
 from pathlib import Path
@@ -27,9 +26,10 @@ from tqdm import tqdm
 import cli
 import wav2vec2
 from dataset.batches import make_batches
+from dataset.labels import read_table
 from wav2vec2 import checkpoint
 from wav2vec2.audio import SAMPLE_RATE, read_audio
-from wav2vec2.errors import UserError, short_repr
+from wav2vec2.errors import UserError, one_line, short_repr
 from wav2vec2.model import Wav2Vec2Model
 
 BLANK = "<blank>"
@@ -63,36 +63,54 @@ def read_labels(tsv: Path) -> list[Utterance]:
     """The rows of a labelled TSV.
 
     Raises:
-        UserError: a column is missing, a row is incomplete, or there is nothing to train on or to test with.
+        UserError: the file is no such list, a column is missing, a row is incomplete, or there is nothing to train on
+            or to test with.
     """
-    with tsv.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    columns = list(rows[0]) if rows else []
+    columns, rows = read_table(tsv)
     text_column = "text" if "text" in columns else "label"
     if "path" not in columns or text_column not in columns:
         raise UserError(f"{tsv}: found columns {short_repr(columns)}, expected path, text (or label) and perhaps split")
     utterances = []
-    for number, row in enumerate(rows):
+    for index, (number, row) in enumerate(rows):
         text = " ".join((row[text_column] or "").split())
-        split = row["split"] if "split" in columns else ("test" if number % 10 == 9 else "train")
+        split = row["split"] if "split" in columns else ("test" if index % 10 == 9 else "train")
         if not row["path"] or not text or split not in ("train", "test"):
-            raise UserError(
-                f"{tsv}: line {number + 2} is {short_repr(row)}, expected a path, a text, and train or test"
-            )
+            raise UserError(f"{tsv}: line {number} is {short_repr(row)}, expected a path, a text, and train or test")
         utterances.append(Utterance(tsv.parent / row["path"], text, split == "test"))
     if len({utterance.is_test for utterance in utterances}) < 2:
         raise UserError(f"{tsv}: expected rows of both splits, train and test, found one of them; add rows")
     return utterances
 
 
-class Batches(Dataset):
-    """Batches of utterances of about the same length; all files are read once, which finds the ones that cannot be."""
+def read_lengths(utterances: Sequence[Utterance], needed: int) -> list[int]:
+    """The samples of each utterance; all files are read once, which finds those that cannot be used.
 
-    def __init__(self, utterances: Sequence[Utterance], vocabulary: Sequence[str], seconds_per_batch: float) -> None:
+    Raises:
+        UserError: a file cannot be read, or has fewer than the ``needed`` samples.
+    """
+    lengths = []
+    for utterance in tqdm(utterances, "reading"):
+        lengths.append(len(read_audio(utterance.path)))
+        if lengths[-1] < needed:
+            raise UserError(
+                f"{utterance.path}: has {lengths[-1]} samples at 16 kHz, expected at least {needed}, of which the "
+                "model makes one frame; take it out of --tsv"
+            )
+    return lengths
+
+
+class Batches(Dataset):
+    """Batches of utterances of about the same length, which ``lengths`` are."""
+
+    def __init__(
+        self, utterances: Sequence[Utterance], lengths: Sequence[int], vocabulary: Sequence[str], seconds: float
+    ) -> None:
         self.utterances = utterances
         self.index = {character: number for number, character in enumerate(vocabulary)}
-        lengths = [len(read_audio(utterance.path)) for utterance in tqdm(utterances, "reading")]
-        self.batches = make_batches(lengths, max_tokens=seconds_per_batch * SAMPLE_RATE)
+        try:
+            self.batches = make_batches(lengths, max_tokens=seconds * SAMPLE_RATE)
+        except UserError as error:
+            raise UserError(f"{error}; raise --seconds_per_batch, or take the utterance out of --tsv") from error
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -104,6 +122,18 @@ class Batches(Dataset):
         labels = [[self.index[character] for character in utterance.text] for utterance in chosen]
         lengths, num_labels = (torch.tensor([len(row) for row in rows]) for rows in (waveforms, labels))
         return pad_sequence(waveforms, batch_first=True), lengths, torch.tensor([*chain(*labels)]), num_labels
+
+
+def check_device(name: str) -> None:
+    """Check that there is such a device.
+
+    Raises:
+        UserError: names the option.
+    """
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: {one_line(error)}; give cpu, or cuda where there is a GPU") from error
 
 
 def with_head(path: Path, num_outputs: int) -> Wav2Vec2Model:
@@ -163,6 +193,7 @@ def error_rate(wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) 
 
 
 def main(args: argparse.Namespace) -> None:
+    check_device(args.device)
     if args.transcribe:
         vocabulary = checkpoint.read_model_file(args.model).get("vocabulary")
         if not isinstance(vocabulary, list):
@@ -178,7 +209,9 @@ def main(args: argparse.Namespace) -> None:
     training, test = ([u for u in utterances if u.is_test == is_test] for is_test in (False, True))
     vocabulary = [BLANK, *sorted({character for utterance in training for character in utterance.text})]
     model = with_head(args.model, len(vocabulary)).to(args.device).train()
-    batches = Batches(training, vocabulary, args.seconds_per_batch)
+    needed = model.feature_extractor.receptive_field
+    read_lengths(test, needed)  # bad ones are found now, not after the training
+    batches = Batches(training, read_lengths(training, needed), vocabulary, args.seconds_per_batch)
     train(model, DataLoader(batches, batch_size=None, shuffle=True, num_workers=args.num_workers), args)
     state_dict = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     checkpoint.save(args.out, {"state_dict": state_dict, "config": model.config, "vocabulary": vocabulary})

@@ -213,10 +213,10 @@ def test_teacher_stays_in_eval_mode_and_out_of_the_checkpoint():
 def test_optimizer_groups():
     module = make_module(weight_decay=0.1)
     groups = {group["name"]: group for group in module.configure_optimizers()["optimizer"].param_groups}
-    assert set(groups) == {"main", "log_alpha", "lambda"}
-    assert groups["main"]["weight_decay"] == 0.1
+    assert set(groups) == {"main_params", "log_alpha", "lambda"}
+    assert groups["main_params"]["weight_decay"] == 0.1
     assert groups["log_alpha"]["weight_decay"] == groups["lambda"]["weight_decay"] == 0
-    assert groups["lambda"]["maximize"] and not groups["main"]["maximize"]
+    assert groups["lambda"]["maximize"] and not groups["main_params"]["maximize"]
     members = [id(parameter) for group in groups.values() for parameter in group["params"]]
     assert len(members) == len(set(members))
     trained = {id(p) for name, p in module.named_parameters() if p.requires_grad}

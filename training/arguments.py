@@ -25,6 +25,8 @@ from wav2vec2.model import PRUNING_UNITS
 
 # The published number of GPUs of one node (run.sh).
 DEFAULT_GPUS = 4
+# The published place of the teacher, which the student starts from.
+DEFAULT_MODEL = Path("pretrained_ckpts/hubert-base-ls960.pth")
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -146,7 +148,7 @@ class DataSettings(_Settings):
 class ModelSettings(_Settings):
     """Models."""
 
-    teacher_ckpt: Path = _option(MISSING, "teacher .pth from a converter")
+    teacher_ckpt: Path = _option(DEFAULT_MODEL, "teacher .pth from a converter")
     student_ckpt: Path = _option(MISSING, ".pth that the student starts from")
     distill_layers: str = _option("0.4,8,12", "groups by period, layers in a group by comma", recorded=True)
     distill_mode: str = _option("layer2layer", "see the README", recorded=True, choices=DISTILL_MODES)
@@ -157,6 +159,12 @@ class ModelSettings(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for option in ("teacher_ckpt", "student_ckpt"):
+            if getattr(self, option) == DEFAULT_MODEL and not DEFAULT_MODEL.is_file():
+                raise UserError(
+                    f"--{option}: {DEFAULT_MODEL}, the default, does not exist; make it with "
+                    f"python convert_hubert_from_hf.py --out {DEFAULT_MODEL}, or give another file"
+                )
         if not (self.l2_weight or self.l1_weight or self.cos_weight):
             raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: nothing would be distilled")
         try:
@@ -186,7 +194,9 @@ class OptimisationSettings(_Settings):
     clip_norm: float = _option(10.0, "clip the gradient's norm; 0 switches it off", recorded=True, check=_not_negative)
     accum_grad: int = _option(1, "batches per update", check=_above_zero)  # recorded times the processes
     skip_nonfinite: int = _option(
-        0, "updates with a loss or gradient that is not finite to pass over", check=_not_negative
+        0,
+        "updates with a loss or gradient that is not finite to pass over (--precision 16: 20 in a row, always)",
+        check=_not_negative,
     )
 
     def __post_init__(self) -> None:

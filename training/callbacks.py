@@ -6,11 +6,14 @@ of an update is all that a run needs to go on as if nothing had happened.
 
 import math
 import os
+import select
 import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
@@ -27,6 +31,9 @@ from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
 
 _LISTED_FILES = 20
+# Updates in a row that the loss scaler may skip: it starts with 65536 and halves, so that its scale is below 1 by then,
+# and a loss or gradient that is not finite is no longer the scale's fault.
+SCALER_SKIPS = 20
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -38,32 +45,88 @@ class StopRequest:
     """Notes SIGINT, SIGTERM and SIGUSR1 until the run is where it can stop.
 
     SIGTERM is what SLURM sends before it takes a job's machine away, SIGUSR1 what run.sh asks it to send
-    before the time limit. A second Ctrl-C ends the process at once.
+    before the time limit.
+
+    Where there is nothing to save, or the run does not come to where it can stop, a signal ends the process: before
+    training; at a second Ctrl-C; and where several processes train and this one has begun no batch for
+    ``PATIENCE_SECONDS``, because it waits for one that is gone. While a process waits for others, outside Python, no
+    handler of Python's runs. So a thread does this, which Python's own handler wakes by writing the signal to a pipe.
+
+    Attributes:
+        signum: the last signal; 0 for none.
+        is_agreed: all processes will stop after this update, once the run is saved.
+        launcher: Lightning's, which knows the processes that this one has started.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    PATIENCE_SECONDS = 120.0
     # Launchers pass a Ctrl-C on that the terminal has sent to all processes already.
     _ECHO_SECONDS = 1.0
 
     def __init__(self) -> None:
         self.signum = 0
-        self._noted_at = -math.inf
-        self._previous: dict[int, Any] = {}
+        self.launcher: Any = None
+        self.is_agreed = False
+        self._alive_at = math.inf  # when the last batch began; training has not begun yet
+        self._undo = ExitStack()
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        thread = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+        for descriptor in (reader, writer):
+            self._undo.callback(os.close, descriptor)
+        self._undo.callback(thread.join)
+        self._undo.callback(os.write, writer, b"\0")
+        self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer, warn_on_full_buffer=False))
+        for signum in self.SIGNALS:
+            self._undo.callback(signal.signal, signum, signal.signal(signum, self._note))
+        thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+        self._undo.close()
+
+    def note_batch(self) -> None:
+        """A batch begins: training has begun, and this process waits for no other."""
+        self._alive_at = time.monotonic()
 
     def _note(self, signum: int, _: FrameType | None) -> None:
-        if signum == signal.SIGINT == self.signum and time.monotonic() - self._noted_at > self._ECHO_SECONDS:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
         self.signum = signum
-        self._noted_at = time.monotonic()
+
+    def _watch(self, reader: int) -> None:
+        """Read signals from the pipe, until a 0, and end the process where nothing else will."""
+        last, noted_at = 0, 0.0
+        while True:
+            ready, _, _ = select.select([reader], [], [], 1.0 if last else None)
+            now = time.monotonic()
+            for signum in os.read(reader, 1) if ready else ():
+                if signum == 0:
+                    return
+                if signum not in self.SIGNALS:
+                    continue
+                if self._alive_at == math.inf or (
+                    signum == signal.SIGINT == last and now - noted_at > self._ECHO_SECONDS
+                ):
+                    self._end(signum, "")
+                last, noted_at = signum, now
+            if (
+                last
+                and not self.is_agreed
+                and distributed.is_initialized()
+                and now - max(noted_at, self._alive_at) > self.PATIENCE_SECONDS
+            ):
+                self._end(last, f"no batch for {self.PATIENCE_SECONDS:.0f} s: a process of this run may be gone; ")
+
+    def _end(self, signum: int, reason: str) -> None:
+        """End this process and those that it has started, as the signal would without a handler."""
+        try:
+            for process in getattr(self.launcher, "procs", []):
+                process.kill()
+            if reason or rank_zero_only.rank == 0:
+                print_line(f"{signal.Signals(signum).name}: {reason}ended without saving")
+        finally:
+            os._exit(128 + signum)
 
 
 def ignore_stop_signals(_worker: int) -> None:
@@ -99,10 +162,14 @@ class UpdateGuard(pl.Callback):
     It decides for all processes alike, after one small exchange per update: whether loss and gradient are finite,
     which audio files had to be replaced, and whether someone asked the run to stop.
 
+    With a loss scaler (--precision 16) an update that is not finite is skipped, as the published program does, until
+    ``SCALER_SKIPS`` in a row; a gradient that overflows is how the scaler finds its scale, and is not counted.
+
     Args:
         stop: noted signals.
         clip_norm: the largest norm of the gradient; 0 switches clipping off.
-        skip_nonfinite: updates with a loss or gradient that is not finite to pass over before the run ends.
+        skip_nonfinite: without a scaler, updates with a loss or gradient that is not finite to pass over before the
+            run ends.
         max_bad_files: audio files to replace before the run ends.
 
     Attributes:
@@ -118,6 +185,7 @@ class UpdateGuard(pl.Callback):
         self._max_bad_files = max_bad_files
         self.signum = 0
         self.skipped = 0
+        self._scaler_skips = 0  # in a row
         self.bad_files: dict[str, str] = {}
         self._new_bad_files: dict[str, str] = {}
         self._batches: list[dict[str, Tensor]] = []  # the scalars of each batch since the last update
@@ -131,6 +199,7 @@ class UpdateGuard(pl.Callback):
         self.bad_files = state_dict["bad_files"]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        self._stop.note_batch()
         # The noise of a batch (masks, dropout) is its own, wherever and whenever it runs.
         if (seed := getattr(batch, "seed", None)) is not None:
             torch.manual_seed(seed)
@@ -140,6 +209,7 @@ class UpdateGuard(pl.Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any
     ) -> None:
+        self._stop.note_batch()
         self._note_bad_files(batch)
 
     def _note_bad_files(self, batch: Any) -> None:
@@ -176,14 +246,20 @@ class UpdateGuard(pl.Callback):
         self.signum = max(
             signum for signum, count in zip((*StopRequest.SIGNALS, 0), (*signals, 1), strict=True) if count
         )
+        self._stop.is_agreed = bool(self.signum)
         pl_module.log("grad_norm", norm)
         pl_module.log_dict(dict(zip(names, exchanged[-len(means) :] / trainer.world_size, strict=True)))
         if num_bad_files:
             self._count_bad_files()
-        if bad_loss or (bad_gradient and not _is_scaler_overflow(trainer)):
-            self._pass_over(trainer, losses, norm, paths)
+        if bad_loss or bad_gradient:
+            has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+            self._scaler_skips += has_scaler
+            if bad_loss or not has_scaler or self._scaler_skips > SCALER_SKIPS:
+                self._pass_over(trainer, losses, norm, paths)
             optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser changes nothing
-        elif self._clip_norm:
+            return
+        self._scaler_skips = 0
+        if self._clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
 
     def _pass_over(self, trainer: pl.Trainer, losses: Tensor, norm: Tensor, paths: list[str]) -> None:
@@ -196,14 +272,22 @@ class UpdateGuard(pl.Callback):
         what = f"the loss is {chosen[0][1]}" if chosen[0][0] else f"the gradient's norm is {float(norm)}"
         files = _listed([path for _, _, paths in chosen for path in paths])
         message = f"update {trainer.global_step}: {what}; its files: {files}"
-        if self.skipped > self._skip_nonfinite:
+        if self._scaler_skips > SCALER_SKIPS:
+            raise AllProcessesError(
+                f"{message}; the loss scaler has skipped {SCALER_SKIPS} updates in a row before; look at these "
+                f"files, lower --learning_rate, or give --precision bf16; then {CONTINUE}"
+            )
+        if not self._scaler_skips and self.skipped > self._skip_nonfinite:
             allowed = f" ({self._skip_nonfinite} skipped before)" if self._skip_nonfinite else ""
             raise AllProcessesError(
                 f"{message}{allowed}; look at these files, lower --learning_rate, or pass over such updates with "
                 f"--skip_nonfinite {max(10, 2 * self.skipped)}; then {CONTINUE}"
             )
         if trainer.is_global_zero:
-            print_line(f"skipped {self.skipped} of at most {self._skip_nonfinite} updates: {message}")
+            count = f"skipped {self.skipped} of at most {self._skip_nonfinite} updates"
+            if self._scaler_skips:
+                count = f"skipped by the loss scaler, {self._scaler_skips} in a row of at most {SCALER_SKIPS}"
+            print_line(f"{count}: {message}")
 
     def _count_bad_files(self) -> None:
         for found in _gather(self._new_bad_files):
@@ -218,7 +302,7 @@ class UpdateGuard(pl.Callback):
             raise AllProcessesError(too_many_bad_files(self.bad_files, self._max_bad_files))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._skip_nonfinite:
+        if self._skip_nonfinite or self.skipped:
             pl_module.log("skipped_updates", float(self.skipped))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -241,15 +325,6 @@ def too_many_bad_files(bad_files: dict[str, str], limit: int) -> str:
 def _listed(items: list[str]) -> str:
     more = len(items) - _LISTED_FILES
     return ", ".join(items[:_LISTED_FILES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _is_scaler_overflow(trainer: pl.Trainer) -> bool:
-    """Whether a gradient that is not finite is the loss scaler's business, which lowers its scale and goes on.
-
-    A scale below one means that it has been lowered for many updates in vain.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and scaler.get_scale() >= 1.0
 
 
 def _gather(value: Any) -> list[Any]:
@@ -278,7 +353,7 @@ class CheckpointIO(TorchCheckpointIO):
     def __init__(self, loaded: tuple[Path, dict[str, Any]] | None = None) -> None:
         super().__init__()
         self._loaded = loaded
-        # A run that goes on from previous.ckpt does so because last.ckpt is damaged: that must not replace it.
+        # A run that goes on from the previous one does so because last.ckpt is damaged: that must not replace it.
         self._keep_previous = loaded is not None and loaded[0].name == PREVIOUS_CHECKPOINT
         self.error: str | None = None
 

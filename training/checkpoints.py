@@ -18,8 +18,9 @@ from wav2vec2.errors import UserError
 
 CHECKPOINTS = "ckpts"
 LAST_CHECKPOINT = "last.ckpt"
-# What last.ckpt was before, while a run is going on: should the disk damage one, the other is there.
-PREVIOUS_CHECKPOINT = "previous.ckpt"
+# What last.ckpt was before, while a run is going on: should the disk damage one, the other is there. Its ending keeps
+# it out of ckpts/*.ckpt, which the published commands give to prune.py.
+PREVIOUS_CHECKPOINT = f"{LAST_CHECKPOINT}.previous"
 # The published name of what prune.py and save_final_ckpt.py write, whatever the model.
 PRUNED_MODEL = "pruned_hubert_base.pth"
 # The value of --resume_checkpoint that finds the checkpoint by itself, and what messages advise.

@@ -1,5 +1,6 @@
 """The data of a distillation: the manifests of two subsets, their batches, and which process gets which."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -83,6 +84,27 @@ class SpeechDataModule(pl.LightningDataModule):
             )
         except UserError as error:
             raise UserError(f"{manifest.path}: {error}") from None
+
+    def check_crops(self, num_samples: int) -> None:
+        """Check that no crop has fewer samples than these, of which the models make one frame.
+
+        Raises:
+            UserError: one has; names the option that lets it in.
+        """
+        settings, seconds = self.settings, math.ceil(1000 * num_samples / SAMPLE_RATE) / 1000
+        needed = f"the models make a frame of {num_samples}; give {seconds:.3f} or more"
+        if self._max_crop is not None and self._max_crop < num_samples:
+            raise UserError(
+                f"--max_crop_seconds {settings.max_crop_seconds:g}: {self._max_crop} samples at 16 kHz, {needed}"
+            )
+        for subset, batches in self.batches.items():
+            manifest = self.manifests[subset]
+            shortest = min((index for batch in batches for index in batch), key=manifest.lengths.__getitem__)
+            if manifest.lengths[shortest] < num_samples:
+                raise UserError(
+                    f"--min_seconds {settings.min_seconds:g} lets in {manifest.full_path(shortest)}, which has "
+                    f"{manifest.lengths[shortest]} samples at 16 kHz; {needed}"
+                )
 
     def sampler(self, subset: str, num_replicas: int, rank: int, accum_grad: int = 1) -> BatchSampler:
         """The batches of one process; those of the training subset are shuffled and cropped at random."""

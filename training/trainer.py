@@ -5,17 +5,26 @@ import hashlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.distributed import DistNetworkError, DistStoreError
 
+from cli import AllProcessesError
 from lightning import DistillLoss, DistillModule, check_pair, linear_warmup_decay, make_projections
 from training.arguments import PRECISIONS, RunSettings
 from training.callbacks import CheckpointIO, RunCheckpoints, StopRequest, UpdateGuard, UpdateProgressBar
@@ -40,7 +49,7 @@ from training.speed import (
     update_flops,
 )
 from wav2vec2 import checkpoint as ckpt
-from wav2vec2.errors import UserError
+from wav2vec2.errors import UserError, one_line
 from wav2vec2.fast import fast_paths, plain_paths
 from wav2vec2.model import Wav2Vec2Model
 
@@ -72,10 +81,12 @@ def train(
     """Train ``student`` for ``--max_updates`` and say where the result is.
 
     Raises:
-        UserError: the checkpoint to continue from is not of this run, or the run cannot go on.
+        UserError: a crop is too short for a frame, the checkpoint to continue from is not of this run, or the run
+            cannot go on.
         Interrupted: a signal stopped the run; its last update is saved.
     """
     machine, stage = settings.machine, settings.stage
+    data.check_crops(teacher.feature_extractor.receptive_field)
     module = make_module(settings, teacher, student, projections)
     recorded = {**settings.recorded(), **_fingerprints(settings, data)}
     resumed = choose_checkpoint(machine.resume_checkpoint, machine.exp_dir)
@@ -95,6 +106,7 @@ def train(
             check_compiler(machine.devices[0])
             compile_steps(module)
         trainer, checkpoints = make_trainer(settings, data, module, recorded, stop, CheckpointIO(resumed), start)
+        stop.launcher = trainer.strategy.launcher
         if trainer.is_global_zero:
             stack.enter_context(exclusive(machine.exp_dir))
             _print_start(settings, data, module)
@@ -106,7 +118,13 @@ def train(
             _adapt(resumed[1], module, settings.optimisation.accum_grad)
         resumed = None  # Lightning frees it once it is restored
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=resumed_from, weights_only=True)
+            with refusals_of_lightning(MisconfigurationException):
+                trainer.fit(module, datamodule=data, ckpt_path=resumed_from, weights_only=True)
+        except (DistNetworkError, DistStoreError) as error:
+            raise UserError(
+                f"the processes of this run do not reach each other: {one_line(error)}; look at the others' output, "
+                "and at MASTER_ADDR and MASTER_PORT if you set them"
+            ) from error
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of GPU memory ({str(error).splitlines()[0][:200]}); lower --seconds_per_batch (--accum_grad "
@@ -181,51 +199,104 @@ def make_trainer(
         save_interval=machine.save_interval,
         updates_per_epoch=len(batches) // optimisation.accum_grad,
     )
-    plugins: list[Any] = [io]
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # RunCheckpoints requeues, from the end of an update
-    trainer = pl.Trainer(
-        default_root_dir=machine.exp_dir,
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=machine.num_nodes,
-        # No process needs another's buffers: they are constants.
-        strategy=DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
-        if machine.num_processes > 1
-        else "auto",
-        precision=PRECISIONS[machine.precision],
-        max_steps=optimisation.max_updates,
-        max_epochs=-1,
-        accumulate_grad_batches=optimisation.accum_grad,
-        # To Lightning the whole run is one epoch, which can be left and entered at any update.
-        val_check_interval=machine.valid_interval or len(batches),
-        check_val_every_n_epoch=None,
-        use_distributed_sampler=False,  # the batch sampler deals to the ranks itself
-        log_every_n_steps=machine.log_interval,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,  # RunCheckpoints does it
-        plugins=plugins,
-        logger=[
-            TensorBoardLogger(machine.exp_dir, name="tensorboard", version=0, purge_step=start),
-            # A version for each start of the run.
-            CSVLogger(machine.exp_dir, name="csv", flush_logs_every_n_steps=machine.log_interval),
-        ],
-        profiler=timer,
-        callbacks=[
-            *([FastTeacher()] if fast_paths() else []),
-            LearningRateMonitor(logging_interval="step"),
-            guard,
-            Throughput(timer, update_flops(module), machine.precision, machine.compile),
-            UpdateProgressBar(settings.stage),
-            checkpoints,
-        ],
-    )
+    callbacks = [
+        *([FastTeacher()] if fast_paths() else []),
+        LearningRateMonitor(logging_interval="step"),
+        guard,
+        Throughput(timer, update_flops(module), machine.precision, machine.compile),
+        UpdateProgressBar(settings.stage),
+        checkpoints,
+    ]
+    with refusals_of_lightning(MisconfigurationException, ValueError, RuntimeError):
+        environment = cluster_environment(devices, machine.num_nodes)
+        if environment is not None:
+            environment.validate_settings(devices, machine.num_nodes)
+        trainer = pl.Trainer(
+            default_root_dir=machine.exp_dir,
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=machine.num_nodes,
+            # No process needs another's buffers: they are constants.
+            strategy=DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+            if machine.num_processes > 1
+            else "auto",
+            precision=PRECISIONS[machine.precision],
+            max_steps=optimisation.max_updates,
+            max_epochs=-1,
+            accumulate_grad_batches=optimisation.accum_grad,
+            # To Lightning the whole run is one epoch, which can be left and entered at any update.
+            val_check_interval=machine.valid_interval or len(batches),
+            check_val_every_n_epoch=None,
+            use_distributed_sampler=False,  # the batch sampler deals to the ranks itself
+            log_every_n_steps=machine.log_interval,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,  # RunCheckpoints does it
+            plugins=[io, *([environment] if environment else [])],
+            logger=[
+                TensorBoardLogger(machine.exp_dir, name="tensorboard", version=0, purge_step=start),
+                # A version for each start of the run.
+                CSVLogger(machine.exp_dir, name="csv", flush_logs_every_n_steps=machine.log_interval),
+            ],
+            profiler=timer,
+            callbacks=callbacks,
+        )
     # Its handlers would answer SIGTERM with a collective in the middle of an update, and it would exchange after every
     # batch what UpdateGuard exchanges once an update.
     trainer._signal_connector.register_signal_handlers = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer, checkpoints
+
+
+def cluster_environment(processes_per_node: int, num_nodes: int) -> ClusterEnvironment | None:
+    """Who starts the processes of a run: torchrun, or ``srun`` in a SLURM job; None where Lightning finds out itself.
+
+    One process needs no srun in a SLURM job, nor do several in a job of one task: Lightning starts the others.
+
+    Raises:
+        AllProcessesError: srun is missing, or there are other processes than ``--gpus`` and ``--num_nodes`` say.
+    """
+    wanted = f"{processes_per_node}(x{num_nodes})" if num_nodes > 1 else f"{processes_per_node}"
+    if TorchElasticEnvironment.detect():
+        environment = TorchElasticEnvironment()
+        if environment.world_size() != processes_per_node * num_nodes:
+            raise AllProcessesError(
+                f"--gpus {processes_per_node} --num_nodes {num_nodes}: torchrun has started {environment.world_size()} "
+                f"processes; start it with --nnodes {num_nodes} --nproc_per_node {processes_per_node}"
+            )
+        return environment
+    if not SLURMEnvironment.detect():
+        return None
+    # SLURM_NTASKS is the whole job's in its script. srun sets this one, in the processes that it starts: "4(x2)" are 4
+    # on each of 2 nodes. A shell in a job may be a step of one task.
+    started = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    if started == "1" and num_nodes == 1 and "1" in (wanted, os.environ["SLURM_NTASKS"]):
+        return LightningEnvironment()
+    if started != wanted:
+        raise AllProcessesError(
+            f"--gpus {processes_per_node} --num_nodes {num_nodes}: this SLURM job has started {started} of these "
+            f"processes per node; put srun --nodes={num_nodes} --ntasks-per-node={processes_per_node} in front of the "
+            "command, or change --gpus and --num_nodes"
+        )
+    os.environ["SLURM_NTASKS_PER_NODE"] = started.partition("(")[0]  # Lightning wants it, and srun -n does not set it
+    return SLURMEnvironment(auto_requeue=False)  # RunCheckpoints requeues, from the end of an update
+
+
+@contextlib.contextmanager
+def refusals_of_lightning(*kinds: type[Exception]) -> Iterator[None]:
+    """Say in one line what Lightning refuses.
+
+    Raises:
+        UserError: in the place of errors of these kinds.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(
+            f"{one_line(error)} (see --accelerator, --gpus, --num_nodes and --precision; --debug shows where)"
+        ) from error
 
 
 def _fingerprints(settings: RunSettings, data: SpeechDataModule) -> dict[str, str]:
@@ -251,6 +322,12 @@ def check_resumed(
     Raises:
         UserError: it is of another stage or model, or (with ``auto``) of a run with other settings.
     """
+    if not contents["distillation"]:
+        raise UserError(
+            f"--resume_checkpoint {path}: a checkpoint of the published program, which does not record the settings "
+            "and the data of its run, cannot be continued; prune.py and save_final_ckpt.py take it, and all "
+            "scripts take the published models"
+        )
     changes = changed_settings(contents["distillation"].get("settings"), recorded)
     if changes and settings.machine.resume_checkpoint == AUTO:
         raise UserError(
@@ -279,7 +356,8 @@ def _adapt(checkpoint: dict[str, Any], module: DistillModule, accum_grad: int) -
     groups = module.parameter_groups()
     checkpoint["lr_schedulers"][0]["base_lrs"] = [group["lr"] for group in groups]
     for saved, group in zip(checkpoint["optimizer_states"][0]["param_groups"], groups, strict=True):
-        saved.update(lr=group["lr"] * factor, initial_lr=group["lr"], weight_decay=group["weight_decay"])
+        rates = {"lr": group["lr"] * factor, "initial_lr": group["lr"], "weight_decay": group["weight_decay"]}
+        saved.update(**rates, name=group["name"])  # the first group's was another once
         saved["fused"] = fast_paths()
 
 

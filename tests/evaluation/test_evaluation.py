@@ -390,13 +390,20 @@ GOOD = ["train 0.wav a", "train 1.wav a", "train 2.wav b", "train 3.wav b"]
         (probe_lines("split path label", *GOOD, "test 3.wav"), "line 6 has .* label None"),
         (probe_lines("split path label", *GOOD, "test 3.wav a"), "line 6 lists .*3.wav, which line 5 does already"),
         (probe_lines("split path label", *GOOD, "test 9.wav a"), r"line 6: .*9\.wav does not exist"),
-        (probe_lines("split path label", "train " + "x" * 200_000 + " a"), "not a list of clips"),
+        (probe_lines("split path label", "train " + "x" * 200_000 + " a"), "line 2 cannot be read"),
     ],
 )
 def test_probes_that_cannot_be(text, message, corpus):
     path = corpus / "bad.tsv"
     path.write_text(text)
     with pytest.raises(UserError, match=rf"bad\.tsv.*{message}"):
+        probes.read_probe(path)
+
+
+def test_a_probe_that_is_not_utf8(corpus):
+    path = corpus / "bad.tsv"
+    path.write_text(probe_lines("split path label", *GOOD).replace("a\n", "é\n"), encoding="latin-1")
+    with pytest.raises(UserError, match=r"bad\.tsv: line 2 is not UTF-8 text"):
         probes.read_probe(path)
 
 

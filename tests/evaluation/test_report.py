@@ -221,7 +221,7 @@ def test_log_that_was_continued(tmp_path):
     """Empty cells, values that are none, a row cut short, and updates that were made again."""
     rows = [
         {"step": 49, "train_loss": 3.0},
-        {"step": 49, "lr-AdamW/main": 0.1},
+        {"step": 49, "lr-AdamW/main_params": 0.1},
         {"step": 99, "train_loss": "nan"},
         {"step": 149, "train_loss": 2.0, "valid_loss": 1.5},
         {"step": 99, "train_loss": 2.5},  # again, from an earlier checkpoint
@@ -233,7 +233,7 @@ def test_log_that_was_continued(tmp_path):
     path.write_text(path.read_text() + "199")
     assert read_log(path) == {
         "train_loss": {50: 3.0, 100: 2.5, 150: 2.25},
-        "lr-AdamW/main": {50: 0.1},
+        "lr-AdamW/main_params": {50: 0.1},
         "valid_loss": {150: 1.5},
     }
 

@@ -121,6 +121,36 @@ def test_labels_that_cannot_be_used(tmp_path, contents, message):
     assert message in str(error.value)
 
 
+def change_labels(words: Path, old: str, new: str) -> Path:
+    labels = words.with_name("changed.tsv")
+    labels.write_text(words.read_text().replace(old, new))
+    return labels
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_clip_of_less_than_a_frame_is_found_before_the_training(words, encoder, tmp_path, monkeypatch, capsys, split):
+    soundfile.write(words.with_name("short.wav"), np.zeros(10), 16_000)
+    labels = change_labels(words, "split\tpath\ttext\n", f"split\tpath\ttext\n{split}\tshort.wav\tab\n")
+    flags = ("--model", encoder, "--tsv", labels, "--out", tmp_path / "a.pth", "--device", "cpu", "--updates", 1)
+    assert run_to_exit(monkeypatch, "examples.finetune_ctc", *flags, "--num_workers", 0) == 1
+    printed = capsys.readouterr()
+    assert "short.wav: has 10 samples at 16 kHz, expected at least 345" in printed.err
+    assert "update" not in printed.out and not (tmp_path / "a.pth").exists()
+
+
+def test_an_utterance_that_is_longer_than_a_batch(words, encoder, tmp_path, monkeypatch, capsys):
+    flags = ("--model", encoder, "--tsv", words, "--out", tmp_path / "a.pth", "--device", "cpu")
+    assert run_to_exit(monkeypatch, "examples.finetune_ctc", *flags, "--seconds_per_batch", 0.1) == 1
+    assert "raise --seconds_per_batch" in error_line(capsys)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
+def test_a_device_that_is_not_there(words, encoder, tmp_path, monkeypatch, capsys, device):
+    for flags in (("--tsv", words, "--out", tmp_path / "a.pth"), ("--transcribe", words.parent / "ab-0.wav")):
+        assert run_to_exit(monkeypatch, "examples.finetune_ctc", "--model", encoder, "--device", device, *flags) == 1
+        assert error_line(capsys).startswith(f"--device {device}: ")
+
+
 def test_transcribing_needs_a_fine_tuned_model(words, encoder, monkeypatch, capsys):
     arguments = ("--model", encoder, "--transcribe", words.parent / "ab-0.wav")
     assert run_to_exit(monkeypatch, "examples.finetune_ctc", *arguments) == 1

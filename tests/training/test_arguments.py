@@ -49,6 +49,9 @@ def parse(script, monkeypatch, *flags: str) -> argparse.Namespace:
 
 def test_published_flags_and_defaults(monkeypatch):
     joint, final = (vars(parse(script, monkeypatch)) for script in (distill, final_distill))
+    monkeypatch.setattr("sys.argv", ["distill.py", "--tsv_dir", "data"])
+    defaults = vars(distill.parse_args())
+    assert str(defaults["teacher_ckpt"]) == str(defaults["student_ckpt"]) == "pretrained_ckpts/hubert-base-ls960.pth"
     assert {name: joint[name] for name in PUBLISHED} == PUBLISHED
     own = {"learning_rate": 1e-4, "warmup_updates": 5000, "max_updates": 25000}
     pruning = {"pruning_units", "reg_learning_rate", "target_sparsity", "sparsity_warmup_updates", "round_to"}
@@ -107,8 +110,21 @@ def test_devices(monkeypatch):
             devices(accelerator, 1)
 
 
+@pytest.mark.parametrize("option", ["teacher_ckpt", "student_ckpt"])
+def test_the_default_model_that_is_not_there(monkeypatch, tmp_path, option):
+    monkeypatch.chdir(tmp_path)
+    flags = {"teacher_ckpt": "a.pth", "student_ckpt": "b.pth"} | {option: "pretrained_ckpts/hubert-base-ls960.pth"}
+    args = parse(distill, monkeypatch, *(word for name, value in flags.items() for word in (f"--{name}", value)))
+    command = "python convert_hubert_from_hf.py --out pretrained_ckpts/hubert-base-ls960.pth"
+    with pytest.raises(UserError, match=f"--{option}: .* does not exist; make it with {command}"):
+        read_arguments(args, "a stage", prunes=True)
+    (tmp_path / "pretrained_ckpts").mkdir()
+    (tmp_path / "pretrained_ckpts" / "hubert-base-ls960.pth").touch()
+    read_arguments(args, "a stage", prunes=True)
+
+
 def test_required_flags():
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_arguments(parser, prunes=False, learning_rate=1.0, warmup_updates=1, max_updates=1)
     required = {action.dest for action in parser._actions if action.required}
-    assert required == {"tsv_dir", "teacher_ckpt", "student_ckpt"}
+    assert required == {"tsv_dir", "student_ckpt"}

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,24 +117,34 @@ def test_skipped_updates_change_nothing_and_are_counted(loud_file, tmp_path, mon
 
 
 class Overflowing(nn.Module):
-    """A loss whose gradient is infinite in float16 at the scaler's first scales, and not at lower ones."""
+    """A loss whose gradient is infinite in float16 at the scaler's first scales, and not at lower ones.
 
-    def __init__(self, loss: DistillLoss, gain: float) -> None:
+    Args:
+        loss: of the layers.
+        gain: the loss is larger by it.
+        nan_at: batches, from 0, whose loss is NaN.
+    """
+
+    def __init__(self, loss: DistillLoss, gain: float, nan_at: Sequence[int]) -> None:
         super().__init__()
-        self.loss, self.gain = loss, gain
+        self.loss, self.gain, self.nan_at = loss, gain, nan_at
+        self.num_calls = 0
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> Any:
         total, parts = self.loss(student, teacher)
-        return total * self.gain, parts
+        batch, self.num_calls = self.num_calls // 2, self.num_calls + 1  # two layers
+        return total * (float("nan") if batch in self.nan_at else self.gain), parts
 
 
-def train_with_scaler(gain: float, updates: int, tmp_path: Path, scale: float = 2.0**40) -> tuple[Any, Any, Any, Any]:
+def train_with_scaler(
+    gain: float, updates: int, tmp_path: Path, scale: float = 2.0**32, nan_at: Sequence[int] = ()
+) -> tuple[Any, Any, Any, Any]:
     config = small_config("hubert")
     module = make_module(
         student_model=random_model(with_masks(config, ["interm"]), seed=2),
         distill_layers=[0, 3],
         distill_linear_projs=make_projections("layer2layer", [[0, 3]], 16, 16),
-        distill_loss=Overflowing(DistillLoss(0, 1, 1, "raw"), gain),
+        distill_loss=Overflowing(DistillLoss(0, 1, 1, "raw"), gain, nan_at),
         max_updates=updates,
         use_reg=False,
     )
@@ -157,14 +168,26 @@ def train_with_scaler(gain: float, updates: int, tmp_path: Path, scale: float = 
 
 def test_overflow_that_the_scaler_handles_is_no_trouble(tmp_path):
     trainer, module, guard, scaler = train_with_scaler(1.0, 40, tmp_path)
-    assert scaler.get_scale() < 2.0**40 and trainer.global_step == 40 and guard.skipped == 0
+    assert scaler.get_scale() < 2.0**32 and trainer.global_step == 40 and guard.skipped == 0
     assert all(parameter.isfinite().all() for parameter in module.parameters())
     assert float(trainer.callback_metrics["grad_norm"]) < 100  # of the gradient itself, not of the scaled one
 
 
 def test_overflow_at_any_scale_is_trouble(tmp_path):
-    with pytest.raises(AllProcessesError, match=r"the gradient's norm is (nan|inf)"):
+    with pytest.raises(AllProcessesError, match=r"update 20: the gradient's norm is (nan|inf).* --precision bf16"):
         train_with_scaler(1e30, 60, tmp_path, scale=4.0)
+
+
+def test_the_scaler_skips_losses_that_are_not_finite(tmp_path, capsys):
+    """As the published program; each is counted and named, and those in a row are too many at some point."""
+    nan_at = [5, *range(10, 30)]
+    trainer, module, guard, scaler = train_with_scaler(1.0, 40, tmp_path, scale=4.0, nan_at=nan_at)
+    assert trainer.global_step == 40 and guard.skipped == 21 and scaler.get_scale() == 4.0 / 2**21
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    printed = capsys.readouterr().err
+    assert "skipped by the loss scaler, 1 in a row of at most 20: update 5: the loss is [nan]" in printed
+    with pytest.raises(AllProcessesError, match=r"update 30: the loss is \[nan\].* has skipped 20 updates in a row"):
+        train_with_scaler(1.0, 40, tmp_path, scale=4.0, nan_at=range(10, 31))
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, 1e6, 0.0])

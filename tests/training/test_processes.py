@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PRUNING, REPOSITORY, logged, run_script, save_small_model, small_run
+from helpers import PRUNING, REPOSITORY, error_line, logged, run_script, run_to_exit, save_small_model, small_run
+from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+from cli import AllProcessesError
+from training.trainer import cluster_environment
 
 pytestmark = pytest.mark.slow
 
@@ -147,3 +151,179 @@ def test_a_lost_process_ends_the_run(manifests, small_teacher, tmp_path):
     assert process.returncode != 0 and time.monotonic() - before < 60
     assert "Connection closed by peer" in errors or "Child process with PID" in errors or "reset by peer" in errors
     assert torch.load(exp_dir / "ckpts" / "last.ckpt", weights_only=True)["global_step"] > 0
+
+
+# --- who starts the processes ----------------------------------------------------------------------
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NNODES": "1", "SLURM_PROCID": "0"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def in_job(num_tasks: int, started: str | None = None) -> dict[str, str]:
+    """What SLURM 22.05 sets in a job's script, and with ``started`` in a process of srun."""
+    step = {} if started is None else {"SLURM_STEP_TASKS_PER_NODE": started}
+    return {**JOB, "SLURM_NODEID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": str(num_tasks), **step}
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes_per_node", "num_nodes", "kind"),
+    [
+        ({}, 4, 1, None),
+        (TORCHRUN, 2, 1, TorchElasticEnvironment),
+        ({**in_job(8), **TORCHRUN}, 1, 2, TorchElasticEnvironment),
+        (in_job(4), 1, 1, LightningEnvironment),
+        (in_job(1), 4, 1, LightningEnvironment),
+        (in_job(1, "1"), 4, 1, LightningEnvironment),
+        (in_job(4, "4"), 4, 1, SLURMEnvironment),
+        (in_job(8, "4(x2)"), 4, 2, SLURMEnvironment),
+        (in_job(2, "1(x2)"), 1, 2, SLURMEnvironment),
+    ],
+)
+def test_who_starts_the_processes(monkeypatch, variables, processes_per_node, num_nodes, kind):
+    set_environment(monkeypatch, SLURM_NTASKS_PER_NODE="4", **variables)  # and have the variable restored
+    found = cluster_environment(processes_per_node, num_nodes)
+    assert type(found) is (kind or type(None))
+    if kind is SLURMEnvironment:
+        assert not found.auto_requeue and os.environ["SLURM_NTASKS_PER_NODE"] == str(processes_per_node)
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes_per_node", "num_nodes"),
+    [
+        (in_job(4), 4, 1),
+        (in_job(2), 1, 2),
+        (in_job(4, "1"), 4, 1),
+        (in_job(4, "4"), 1, 1),
+        (in_job(4, "2"), 4, 1),
+        (in_job(8, "4(x2)"), 8, 1),
+        (in_job(3, "2,1"), 2, 2),
+        (TORCHRUN, 1, 1),
+    ],
+)
+def test_other_processes_than_the_options_say(monkeypatch, variables, processes_per_node, num_nodes):
+    set_environment(monkeypatch, **variables)
+    launcher = "torchrun" if variables is TORCHRUN else f"srun --nodes={num_nodes} --ntasks-per-node="
+    with pytest.raises(AllProcessesError, match=rf"--gpus {processes_per_node} --num_nodes {num_nodes}: .*{launcher}"):
+        cluster_environment(processes_per_node, num_nodes)
+
+
+def test_one_process_in_a_job_of_several_tasks(manifests, small_teacher, tmp_path, monkeypatch):
+    """Without srun: it trains by itself."""
+    set_environment(monkeypatch, **in_job(4))
+    run_script(monkeypatch, "distill", *small_run(manifests, small_teacher), "--exp_dir", tmp_path / "exp")
+    assert (tmp_path / "exp" / "ckpts" / "last.ckpt").is_file()
+
+
+def test_what_lightning_refuses_is_one_line(manifests, small_teacher, tmp_path, monkeypatch, capsys):
+    """Here: the number of nodes that SLURM says; --debug shows the traceback."""
+    set_environment(monkeypatch, **in_job(2, "2") | {"SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "2"})
+    flags = [*small_run(manifests, small_teacher, gpus=2), "--exp_dir", tmp_path / "exp"]
+    assert run_to_exit(monkeypatch, "distill", *flags) == 1
+    message = error_line(capsys)
+    assert "SLURM `--nodes=3` does not match" in message and "--num_nodes" in message
+
+
+def test_processes_that_cannot_meet(manifests, small_teacher, tmp_path, monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        set_environment(monkeypatch, SLURM_NTASKS_PER_NODE="2", **in_job(2, "2"), **address)
+        flags = [*small_run(manifests, small_teacher, gpus=2), "--exp_dir", tmp_path / "exp"]
+        assert run_to_exit(monkeypatch, "distill", *flags) == 1
+    message = error_line(capsys)
+    assert message.startswith("the processes of this run do not reach each other: ") and "MASTER_PORT" in message
+
+
+# --- signals while processes wait for each other ---------------------------------------------------
+
+WAITING = """
+import sys
+from torch import distributed
+from training.callbacks import StopRequest
+
+with StopRequest() as stop:
+    if sys.argv[1] == "training":
+        stop.note_batch()
+        stop.PATIENCE_SECONDS = 2.0
+        distributed.is_initialized = lambda: True
+    print("waits", flush=True)
+    distributed.TCPStore("127.0.0.1", int(sys.argv[2]), world_size=2, is_master=True)  # outside Python
+"""
+
+
+def start_waiting(phase: str) -> subprocess.Popen:
+    """A process that waits in the way of ``phase`` for another that never comes."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, phase, str(free_port())],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "waits\n"
+    time.sleep(1.0)
+    return process
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_before_training_a_signal_ends_a_process_that_waits(signum):
+    with start_waiting("before") as process:
+        process.send_signal(signum)
+        errors = process.communicate(timeout=10)[1]
+    assert process.returncode == 128 + signum and errors == f"{signum.name}: ended without saving\n"
+
+
+def test_in_training_a_signal_ends_a_process_that_waits_too_long():
+    with start_waiting("training") as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert process.poll() is None
+        errors = process.communicate(timeout=10)[1]
+    assert process.returncode == 143 and "SIGTERM: no batch for 2 s: a process of this run may be gone" in errors
+
+
+def test_a_second_ctrl_c_ends_a_process_at_once():
+    with start_waiting("training") as process:
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.2)  # sooner, it may be the first one again, from a launcher
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=1.5) == 130
+
+
+def test_a_run_whose_second_process_does_not_come(manifests, small_teacher, tmp_path):
+    flags = [*small_run(manifests, small_teacher, gpus=2), "--exp_dir", tmp_path / "exp"]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "distill.py", *map(str, flags)],
+            cwd=REPOSITORY,
+            env={**os.environ, **in_job(2, "2"), **address},
+            stderr=file,
+        )
+    deadline = time.monotonic() + 60
+    while "MEMBER: 1/2" not in errors.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    assert "Traceback" not in errors.read_text() and not (tmp_path / "exp" / "ckpts").exists()
+
+
+def test_a_signal_before_training_ends_the_processes_that_were_started(manifests, small_teacher, tmp_path):
+    flags = [*small_run(manifests, small_teacher, gpus=2), "--exp_dir", tmp_path / "exp"]
+    with subprocess.Popen([sys.executable, "distill.py", *map(str, flags)], cwd=REPOSITORY) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not children.read_text():
+            time.sleep(0.02)
+        other = second_process(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 143
+    assert not Path(f"/proc/{other}").exists() or "Z" in Path(f"/proc/{other}/stat").read_text()

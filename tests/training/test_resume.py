@@ -204,15 +204,14 @@ def test_a_path_continues_with_other_settings_and_says_so(half_run, tmp_path, mo
     trained = last_checkpoint(tmp_path / "other")
     assert trained["global_step"] == 9
     assert trained["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 18
-    rates = {
-        int(row["step"]): float(row["lr-AdamW/main"]) for row in logged(tmp_path / "other") if "lr-AdamW/main" in row
-    }
+    name = "lr-AdamW/main_params"
+    rates = {int(row["step"]): float(row[name]) for row in logged(tmp_path / "other") if name in row}
     assert rates == pytest.approx({step: 5e-4 * lightning.linear_warmup_decay(2, 9)(step) for step in range(4, 9)})
 
 
 def test_auto_passes_over_a_damaged_checkpoint(half_run, monkeypatch, capsys, tmp_path):
     flags, exp_dir = half_run
-    last, previous = (exp_dir / "ckpts" / name for name in ("last.ckpt", "previous.ckpt"))
+    last, previous = (exp_dir / "ckpts" / name for name in ("last.ckpt", "last.ckpt.previous"))
     shutil.copytree(exp_dir, tmp_path / "whole")
     run_script(monkeypatch, "distill", *changed(flags, exp_dir=tmp_path / "whole"), "--resume_checkpoint", "auto")
     contents = last.read_bytes()
@@ -226,7 +225,7 @@ def test_auto_passes_over_a_damaged_checkpoint(half_run, monkeypatch, capsys, tm
 def test_a_damaged_checkpoint_does_not_replace_the_one_before(half_run, monkeypatch, disturb):
     """Killed again before the first new checkpoint is written: the only whole one must still be there."""
     flags, exp_dir = half_run
-    last, previous = (exp_dir / "ckpts" / name for name in ("last.ckpt", "previous.ckpt"))
+    last, previous = (exp_dir / "ckpts" / name for name in ("last.ckpt", "last.ckpt.previous"))
     last.write_bytes(b"no")
     whole = previous.read_bytes()
 
@@ -252,9 +251,41 @@ def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_run(half_run, tmp_path
     assert (exp_dir / "ckpts" / "last.ckpt").read_bytes() == before
 
 
+def test_the_published_command_takes_one_checkpoint(half_run):
+    """``--distilled_ckpt EXP/ckpts/*.ckpt``, also after an interruption, which leaves the checkpoint before."""
+    _, exp_dir = half_run
+    assert [path.name for path in (exp_dir / "ckpts").glob("*.ckpt")] == ["last.ckpt"]
+    assert (exp_dir / "ckpts" / "last.ckpt.previous").is_file()
+
+
+def test_the_first_group_had_another_name_once(half_run, monkeypatch):
+    flags, exp_dir = half_run
+    contents = last_checkpoint(exp_dir)
+    contents["optimizer_states"][0]["param_groups"][0]["name"] = "main"
+    torch.save(contents, exp_dir / "ckpts" / "last.ckpt")
+    run_script(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto")
+    rates = {name for row in logged(exp_dir) for name in row if name.startswith("lr-")}
+    assert rates == {"lr-AdamW/main_params", "lr-AdamW/log_alpha", "lr-AdamW/lambda"}
+    assert last_checkpoint(exp_dir)["global_step"] == 6
+
+
+def test_a_published_checkpoint_is_not_continued(half_run, tmp_path, monkeypatch, capsys):
+    """It has Lightning's entries and no other."""
+    flags, exp_dir = half_run
+    contents = last_checkpoint(exp_dir)
+    del contents["distillation"]
+    path = tmp_path / "published.ckpt"
+    torch.save(contents, path)
+    flags = changed(flags, exp_dir=tmp_path / "other")
+    assert run_to_exit(monkeypatch, "distill", *flags, "--resume_checkpoint", path) == 1
+    message = error_line(capsys)
+    assert message.startswith(f"--resume_checkpoint {path}: a checkpoint of the published program")
+    assert "cannot be continued; prune.py and save_final_ckpt.py take it" in message
+
+
 def test_auto_does_not_start_over_where_all_are_damaged(half_run, monkeypatch, capsys):
     flags, exp_dir = half_run
-    for name in ("last.ckpt", "previous.ckpt"):
+    for name in ("last.ckpt", "last.ckpt.previous"):
         (exp_dir / "ckpts" / name).write_bytes(b"no")
     assert run_to_exit(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto") == 1
     message = error_line(capsys)
