@@ -89,7 +89,7 @@ def read_lengths(utterances: Sequence[Utterance], needed: int) -> list[int]:
         UserError: a file cannot be read, or has fewer than the ``needed`` samples.
     """
     lengths = []
-    for utterance in tqdm(utterances, "reading"):
+    for utterance in cli.progress(utterances, "reading", unit="file"):
         lengths.append(len(read_audio(utterance.path)))
         if lengths[-1] < needed:
             raise UserError(
@@ -160,7 +160,8 @@ def train(model: Wav2Vec2Model, loader: DataLoader, args: argparse.Namespace) ->
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: rate(update, args.updates))
     autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
     interval, losses = max(1, args.updates // 10), []
-    for update, batch in enumerate(tqdm(chain.from_iterable(repeat(loader)), "training", args.updates), start=1):
+    batches = cli.progress(chain.from_iterable(repeat(loader)), "training", total=args.updates, unit="update")
+    for update, batch in enumerate(batches, start=1):
         waveforms, lengths, labels, num_labels = (tensor.to(args.device) for tensor in batch)
         with autocast:
             scores, num_frames = model(waveforms, lengths)
