@@ -115,9 +115,11 @@ def kind_of_path(path: Path) -> str | None:
             head = file.read(9)
         # The length of its header, which is JSON; of the formats of torch.save, one is a zip file, the other a pickle.
         if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-            if (path.parent / "config.json").is_file() and not _transformers_type(path.parent):
+            if not (path.parent / "config.json").is_file():
+                return f"a safetensors file; with the config.json that belongs to it, {_convert_folder(path.parent)}"
+            if not _transformers_type(path.parent):
                 return f"a safetensors file; give the folder that it lies in, {path.parent}"
-            return f"a safetensors file, which lacks its config; {_convert_folder(path.parent)}"
+            return f"a safetensors file; {_convert_folder(path.parent)}"
     return None
 
 

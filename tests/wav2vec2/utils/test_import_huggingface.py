@@ -374,6 +374,7 @@ def test_file_where_its_folder_is_wanted(tmp_path: Path) -> None:
         ("hubert_base", {"model_type": "data2vec-audio"}, "model_type 'data2vec-audio'"),
         ("hubert_base", {"model_type": "wav2vec2-conformer"}, "model_type 'wav2vec2-conformer'"),
         ("hubert_base", {"model_type": ["hubert"]}, "model_type"),
+        ("hubert_base", {"encoder_embed_dim": 48}, "this project, which needs no conversion"),
         ("wav2vec2_base", {"add_adapter": True}, "add_adapter is True"),
         ("wav2vec2_base", {"adapter_attn_dim": 16}, "adapter_attn_dim is 16"),
         ("hubert_base", {"conv_pos_batch_norm": True}, "conv_pos_batch_norm is True"),
