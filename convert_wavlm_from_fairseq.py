@@ -3,14 +3,15 @@
     python convert_wavlm_from_fairseq.py --ckpt WavLM-Base+.pt
     python convert_wavlm_from_fairseq.py --ckpt hubert_large_ll60k.pt --out pretrained/hubert-large.pth
 
-fairseq is not needed, and no code from the file is run.
+fairseq is not needed, and no code from the file is run. Where it is installed (requirements-fairseq.txt), the
+outputs of HuBERT and wav2vec 2.0 are compared with fairseq's before anything is written.
 """
 
 import argparse
 from pathlib import Path
 
 from cli import make_parser, run
-from wav2vec2.utils.import_fairseq import import_fairseq_model
+from wav2vec2.utils.import_fairseq import compare_with_fairseq, import_fairseq_model
 from wav2vec2.utils.importing import add_converter_flags, dropouts_from, normalize_waveform_from, write_model
 
 
@@ -24,6 +25,9 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     imported = import_fairseq_model(args.ckpt, dropouts_from(args), normalize_waveform_from(args))
+    difference = compare_with_fairseq(imported, args.ckpt)
+    if difference is not None:
+        print(f"largest difference from fairseq's outputs: {difference:.1e}")
     write_model(imported, args.out or Path("pretrained") / f"{args.ckpt.stem}.pth")
 
 

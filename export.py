@@ -183,7 +183,7 @@ def write_traced_card(job: Job, format_name: str, files: list[Exported], min_fra
 
 def write_huggingface(job: Job, folder: Path) -> None:
     model_type = export_huggingface(job.contents["state_dict"], job.contents["config"], folder, job.args.model_type)
-    imported = import_huggingface_model(folder)
+    imported = import_huggingface_model(folder, normalize_waveform=job.model.config["normalize_waveform"])
     check_weights_written(job.model, imported.model, folder)
     difference = compare_with_source(imported, folder)
     measured = [

@@ -74,6 +74,7 @@ def disturb(monkeypatch) -> Disturbance:
 def omegaconf_classes() -> Iterator[dict[str, type]]:
     """Classes that pickle under omegaconf's names, in modules that are gone again afterwards."""
     classes = {}
+    own = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "omegaconf"}
     for module, name in (
         ("omegaconf.dictconfig", "DictConfig"),
         ("omegaconf.listconfig", "ListConfig"),
@@ -88,3 +89,4 @@ def omegaconf_classes() -> Iterator[dict[str, type]]:
     yield classes
     for part in [part for part in sys.modules if part.split(".")[0] == "omegaconf"]:
         del sys.modules[part]
+    sys.modules.update(own)

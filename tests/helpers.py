@@ -460,7 +460,7 @@ def make_pair(family: str, size: str, directory: Path) -> tuple[torch.nn.Module,
     randomize(theirs, seed=1)
     theirs.save_pretrained(directory)
     transformers.Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(directory)
-    return theirs, import_huggingface_model(directory).model.eval()
+    return theirs, import_huggingface_model(directory, normalize_waveform=False).model.eval()
 
 
 def transformers_stages(theirs: torch.nn.Module, waveforms: Tensor, lengths: Tensor | None) -> list[Tensor]:

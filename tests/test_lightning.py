@@ -260,5 +260,18 @@ def test_pairs_that_do_not_fit():
     other_frames = small_config("hubert", extractor_conv_layer_config=[[10, 10, 5], [12, 3, 2], [8, 3, 2]])
     with pytest.raises(UserError, match="the student's frames do not fit"):
         check_pair(teacher, random_model(other_frames), [0], "layer2layer")
-    with pytest.raises(UserError, match="normalize_waveform"):
-        check_pair(teacher, random_model(small_config("hubert", normalize_waveform=True)), [0], "layer2layer")
+
+
+def test_pairs_that_normalize_differently():
+    """A warning behind group_norm extractors, where each keeps its own input form; an error behind others."""
+    teacher = random_model(small_config("hubert"))
+    student = random_model(small_config("hubert", normalize_waveform=True))
+    with pytest.warns(UserWarning, match="student's normalize_waveform is True, the teacher's False.*move.* little"):
+        check_pair(teacher, student, [0], "layer2layer")
+    module = make_module(student_model=student, teacher_model=teacher)
+    waveforms = 5 + 3 * random_waveforms(1200, 1200)[0]
+    torch.testing.assert_close(module.targets(waveforms, None)[0], teacher.extract_features(waveforms)[0][0])
+    assert module.student_model.normalize_waveform and not module.teacher_model.normalize_waveform
+    large = [random_model(small_config("hubert", "large", normalize_waveform=value)) for value in (True, False)]
+    with pytest.raises(UserError, match="normalize_waveform is False, the teacher's True; give models"):
+        check_pair(*large, [0], "layer2layer")

@@ -6,16 +6,17 @@ Files hold plain tensors, lists, tuples and numbers, so that they load with
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .components import published_name
+from .components import published_state
 from .errors import UserError, listed, short_repr
 from .files import atomic_path
 from .model import Wav2Vec2Model, wav2vec2_model, with_masks
-from .utils.unpickling import read_torch_file
+from .utils.unpickling import kind_of_contents, read_torch_file
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -44,36 +45,40 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_model_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a model ``.pth`` and check that it is one, and that its ``state_dict`` is that of its ``config``.
+    """Read a model ``.pth``, or a folder as :func:`hub.save_folder` writes it, and check that it is a model's.
+
+    Its ``state_dict`` is that of its ``config``.
 
     No memory is taken for what the config claims before the weights are known to be of those shapes.
 
     Raises:
-        UserError: not a model file; a training checkpoint is named as such.
+        UserError: not a model file; files of other kinds are named as such.
     """
-    contents = read(path)
-    check_model_contents(contents, path)
-    return contents
+    if Path(path).is_dir():
+        from . import hub
+
+        return hub.read_folder(path)
+    return checked_model(read(path), path)
 
 
-def check_model_contents(contents: dict[str, Any], path: str | os.PathLike) -> None:
-    """Check that what :func:`read` found in a file is a model, see :func:`read_model_file`.
+def checked_model(contents: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """What :func:`read` found in a file, checked as in :func:`read_model_file`, its weights under published names.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not a model.
     """
+    kind = kind_of_contents(contents, path)
     if "pytorch-lightning_version" in contents or "optimizer_states" in contents:
-        raise UserError(
-            f"{path}: a training checkpoint (.ckpt) where a model file (.pth) is wanted; "
-            "prune.py or save_final_ckpt.py makes the model file from it"
-        )
+        raise UserError(f"{path}: {kind}")
     missing = [key for key in ("state_dict", "config") if not isinstance(contents.get(key), dict)]
     if missing:
         raise UserError(
             f"{path}: not a model file: no dict under {missing}, found keys {short_repr(sorted(contents))}; "
-            "convert foreign checkpoints with convert_hubert_from_hf.py or convert_wavlm_from_fairseq.py"
+            f"{kind or 'convert foreign checkpoints with convert_hubert_from_hf.py or convert_wavlm_from_fairseq.py'}"
         )
-    check_weights(expected_state(contents["config"], path), _published(contents["state_dict"]), path)
+    contents = {**contents, "state_dict": published_state(contents["state_dict"])}
+    check_weights(expected_state(contents["config"], path), contents["state_dict"], path)
+    return contents
 
 
 def expected_state(config: dict[str, Any], source: str | os.PathLike = "config") -> dict[str, Tensor]:
@@ -104,14 +109,9 @@ def load_state(model: torch.nn.Module, state_dict: dict[str, Tensor], source: st
     Raises:
         UserError: an entry is missing, left over, of another shape, not a plain float tensor or not finite.
     """
-    state_dict = _published(state_dict)
+    state_dict = published_state(state_dict)
     check_weights(model.state_dict(), state_dict, source)
     model.load_state_dict(state_dict)
-
-
-def _published(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict under the published names, as a plain dict: torch would follow attributes that a file gave it."""
-    return {published_name(key): value for key, value in state_dict.items()}
 
 
 def check_weights(expected: dict[str, Tensor], state_dict: dict[str, Any], source: str | os.PathLike) -> None:
@@ -158,7 +158,7 @@ def load_model(path: str | os.PathLike) -> Wav2Vec2Model:
 def model_of(contents: dict[str, Any], source: str | os.PathLike) -> Wav2Vec2Model:
     """Build the model of contents that are checked, as from :func:`read_model_file`; ``source`` is named in errors."""
     model = build_model(contents["config"], source)
-    model.load_state_dict(_published(contents["state_dict"]))
+    model.load_state_dict(published_state(contents["state_dict"]))
     return model
 
 

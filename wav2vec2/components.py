@@ -12,7 +12,7 @@ dimension, H heads, K the head dimension, F the intermediate dimension of the fe
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ WEIGHT_NORM_NAMES = {
     "parametrizations.weight.original0": "weight_g",
     "parametrizations.weight.original1": "weight_v",
 }
+# Its weight without weight norm, in ours, transformers' and torchaudio's names, and in fairseq's.
+_PLAIN_POSITIONAL_WEIGHTS = (".pos_conv_embed.conv.weight", ".pos_conv.0.weight")
 
 
 def published_name(key: str) -> str:
@@ -47,6 +49,25 @@ def published_name(key: str) -> str:
         if key.endswith("." + name):
             return key.removesuffix(name) + published
     return key
+
+
+def published_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict under the published names, as a plain dict: torch would follow attributes that a file gave it.
+
+    Where weight norm has been removed from the positional convolution, its one weight is split into direction and
+    scale, of which it is the product.
+    """
+    state_dict = {published_name(key): value for key, value in state_dict.items()}
+    for key in [key for key in state_dict if f".{key}".endswith(_PLAIN_POSITIONAL_WEIGHTS)]:
+        weight = state_dict[key]
+        is_plain = isinstance(weight, Tensor) and weight.layout == torch.strided and weight.is_floating_point()
+        if is_plain and weight.ndim == 3 and weight.numel() and f"{key}_v" not in state_dict:
+            del state_dict[key]
+            weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+            scale = torch.norm_except_dim(weight, 2, 2)
+            # A direction of no length would be divided by 0.
+            state_dict |= {f"{key}_g": scale, f"{key}_v": torch.where(scale == 0, 1, weight)}
+    return state_dict
 
 
 # Samples that the extractor takes at once on a CPU, without gradient: its first layers make by far the most of a

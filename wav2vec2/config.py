@@ -236,6 +236,10 @@ def is_wavlm(config: Mapping[str, Any]) -> bool:
     return "encoder_remaining_heads" in config
 
 
+# Keys that other programs write into such configs, with the only value that means nothing here.
+_FOREIGN_KEYS = {"use_layerwise_prune": False}  # DiariZen's: pruned layer by layer, to sizes of another kind
+
+
 def check_config(config: Mapping[str, Any]) -> ModelConfig:
     """The checked config of its family, with one entry per layer in every list.
 
@@ -244,6 +248,11 @@ def check_config(config: Mapping[str, Any]) -> ModelConfig:
         ValueError: a value cannot be (the message names its key).
     """
     family, cls = ("WavLM", WavLMConfig) if is_wavlm(config) else ("HuBERT / wav2vec 2.0", HubertConfig)
+    for key in config.keys() & _FOREIGN_KEYS:
+        _Rule(f"{_FOREIGN_KEYS[key]}, or no such key", lambda value, only=_FOREIGN_KEYS[key]: value is only).check(
+            key, config[key]
+        )
+    config = {key: value for key, value in config.items() if key not in _FOREIGN_KEYS}
     keys = {entry.name: entry.default is not MISSING for entry in fields(cls)}
     missing = [key for key, has_default in keys.items() if key not in config and not has_default]
     unknown = [key for key in config if not isinstance(key, str) or key not in keys]

@@ -8,17 +8,20 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
 from torch import Tensor
 
 from .checkpoint import check_weights, expected_state
+from .components import published_state
 from .config import check_config
-from .errors import UserError, one_line
+from .errors import UserError, listed, one_line
 from .files import atomic_path, read_json, read_safetensors
 from .model import Wav2Vec2Model
+from .utils.unpickling import FILE_SUFFIXES, model_files
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
@@ -146,17 +149,19 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
         UserError: not such a folder, a file is damaged, or the weights are not those of the config.
     """
     folder = Path(folder)
+    if not (folder / CONFIG).is_file() and (names := model_files(folder)):
+        raise UserError(f"{folder}: a folder without {CONFIG}, {listed('model files', names)}; give one of them")
     config = read_json(folder / CONFIG, f"a folder with {CONFIG} and {WEIGHTS}", "export or download it again")
     if "model_type" in config:
         raise UserError(
-            f"{folder}: a model in transformers' format (its {CONFIG} has model_type); convert it with "
-            "convert_hubert_from_hf.py, which writes a model file"
+            f"{folder}: a folder in transformers' format (its {CONFIG} has model_type); make a model file of it: "
+            f"python convert_hubert_from_hf.py --model {folder}"
         )
     expected = expected_state(config, folder / CONFIG)
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a folder with {CONFIG} and {WEIGHTS}")
-    state_dict = read_safetensors(path, "export or download it again")
+    state_dict = published_state(read_safetensors(path, "export or download it again"))
     check_weights(expected, state_dict, path)
     return {"state_dict": {name: state_dict[name] for name in expected}, "config": config}
 
@@ -182,20 +187,51 @@ def download(
         options: others of ``huggingface_hub.snapshot_download``, as ``token`` or ``cache_dir``.
 
     Raises:
-        UserError: huggingface_hub is missing, or the hub does not give the model.
+        UserError: huggingface_hub is missing, the hub does not give the model, or it holds files of another kind.
     """
+
+    def get(hub: ModuleType) -> Path:
+        folder = Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(allow_patterns), **options))
+        if CONFIG in allow_patterns and not (folder / CONFIG).is_file():
+            api = hub.HfApi(endpoint=options.get("endpoint"), token=options.get("token"))
+            names = [name for name in api.list_repo_files(repo_id, revision=revision) if name.endswith(FILE_SUFFIXES)]
+            advice = f'load one of them: wav2vec2.load("{repo_id}", filename="{names[0]}")' if names else "give another"
+            raise UserError(f"{repo_id}: a repository without {CONFIG}, {listed('model files', names)}; {advice}")
+        return folder
+
+    return _from_hub(get, repo_id, revision)
+
+
+def download_file(repo_id: str, filename: str, revision: str | None = None) -> Path:
+    """One file of a repository on the Hugging Face hub, from its cache if it is there.
+
+    Raises:
+        UserError: huggingface_hub is missing, or the hub does not give the file.
+    """
+
+    return _from_hub(
+        lambda hub: Path(hub.hf_hub_download(repo_id, filename, revision=revision)),
+        f"{repo_id}, file {filename}",
+        revision,
+    )
+
+
+def _from_hub(get: Callable[[ModuleType], Path], wanted: str, revision: str | None) -> Path:
+    """What ``get`` finds on the hub with huggingface_hub, whose errors become :class:`UserError`."""
     try:
-        from huggingface_hub import snapshot_download
+        import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
         raise UserError(
-            f"{repo_id}: no such folder, and to ask the hub needs huggingface_hub: pip install huggingface_hub"
+            f"{wanted}: no such folder, and to ask the hub needs huggingface_hub: pip install huggingface_hub"
         ) from error
-    wanted = repo_id if revision is None else f"{repo_id} (revision {revision})"
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(allow_patterns), **options))
-    # No network, no such model or revision, not public, not a valid id.
+        return get(huggingface_hub)
+    except UserError:
+        raise
+    # No network, no such model, file or revision, not public, not a valid id.
     except (OSError, ValueError, HfHubHTTPError) as error:
+        wanted = wanted if revision is None else f"{wanted} (revision {revision})"
         raise UserError(
             f"{wanted}: the Hugging Face hub did not give it ({type(error).__name__}: {one_line(error)}); check the "
             "name and the network, or give a folder"

@@ -47,6 +47,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    filename: str | None = None,
 ) -> Wav2Vec2Model:
     """Load a model for use: in eval mode, without gradients, its positional convolution's weight computed once.
 
@@ -57,11 +58,12 @@ def load(
         device: as in ``torch.device``.
         dtype: float32, float16, bfloat16 or float64.
         revision: branch, tag or commit, for a model on the hub.
+        filename: a model file in the hub's repository, or in the folder, where there is no ``config.json``.
 
     Raises:
         UserError: there is no such model, it is damaged or of another kind, or the device or dtype cannot be used.
     """
-    model = checkpoint.model_of(_read(source, revision), source).eval().requires_grad_(False)
+    model = checkpoint.model_of(_read(source, revision, filename), source).eval().requires_grad_(False)
     model.fold_weight_norm()  # before the conversion, which would round both of its factors
     try:
         return model.to(device, dtype)
@@ -71,25 +73,28 @@ def load(
         raise UserError(f"device {device}, dtype {dtype}: cannot be used ({reason}); take others") from error
 
 
-def _read(source: str | os.PathLike, revision: str | None) -> dict[str, Any]:
+def _read(source: str | os.PathLike, revision: str | None, filename: str | None) -> dict[str, Any]:
     """The checked ``{"state_dict", "config"}`` of any source that :func:`load` takes."""
     path = Path(source)
     if isinstance(source, str) and not path.exists() and hub.is_hub_id(source) and path.suffix not in _FILE_SUFFIXES:
-        return hub.read_folder(hub.download(source, revision))
-    if revision is not None:
+        if filename is None:
+            return hub.read_folder(hub.download(source, revision))
+        path = hub.download_file(source, filename, revision)
+    elif revision is not None:
         raise UserError(f"revision: found {revision!r} for {source}, which is no model on the hub; leave it out")
+    elif filename is not None:
+        path /= filename
     if path.is_dir():
         return hub.read_folder(path)
     if not path.is_file():
-        raise UserError(f"{source}: no such file or folder, nor the ORG/NAME of a model on the hub; check the path")
+        raise UserError(f"{path}: no such file or folder, nor the ORG/NAME of a model on the hub; check the path")
     from .utils.import_torchaudio import import_torchaudio, is_torchaudio_state
 
     contents = checkpoint.read(path)
     if is_torchaudio_state(contents):
         config, state_dict = import_torchaudio(contents, source=str(path))
         return {"config": config, "state_dict": state_dict}
-    checkpoint.check_model_contents(contents, path)
-    return contents
+    return checkpoint.checked_model(contents, path)
 
 
 def extract(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import masks_of, random_model, small_config
 
-from wav2vec2 import checkpoint, files
+from wav2vec2 import checkpoint, files, hub
 from wav2vec2.errors import UserError
 from wav2vec2.model import PRUNING_UNITS, with_masks
 
@@ -116,7 +116,78 @@ def test_damaged_file(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     check_refused(lambda: checkpoint.read(tmp_path / "none.pth"), tmp_path / "none.pth", "no such file")
-    check_refused(lambda: checkpoint.read(tmp_path), tmp_path, "no such file")
+    check_refused(lambda: checkpoint.read(tmp_path), tmp_path, "a folder, where a file is wanted")
+    checkpoint.save(tmp_path / "model.pth", {})
+    check_refused(lambda: checkpoint.read(tmp_path), tmp_path, "1 in it (model.pth)")
+
+
+NOT_SAID = ("damaged", "download it again", "no such file")
+
+
+@pytest.mark.parametrize("kind", ["folder", "safetensors", "safetensors alone", "bin", "ours", "fairseq"])
+def test_other_kinds_are_named(kind: str, tmp_path: Path) -> None:
+    """As what they are, with the command that takes them."""
+    folder, contents = tmp_path / "model", model_contents()
+    hub.write_folder(contents["state_dict"], contents["config"], folder, "")
+    bare = dict(contents["state_dict"])
+    torch.save(bare, folder / "pytorch_model.bin")
+    torch.save({"cfg": {}, "model": bare}, folder / "checkpoint.pt")
+    parts = {
+        "folder": (folder, "a folder in transformers' format", f"convert_hubert_from_hf.py --model {folder}"),
+        "safetensors": (folder / "model.safetensors", "safetensors", f"convert_hubert_from_hf.py --model {folder}"),
+        "safetensors alone": (folder / "model.safetensors", "safetensors", "convert_hubert_from_hf.py --model"),
+        "bin": (folder / "pytorch_model.bin", "bare weights", f"convert_hubert_from_hf.py --model {folder}"),
+        "ours": (folder / "model.safetensors", "safetensors", f"give the folder that it lies in, {folder}"),
+        "fairseq": (folder / "checkpoint.pt", "fairseq's format", "convert_wavlm_from_fairseq.py --ckpt"),
+    }
+    if kind == "safetensors alone":
+        (folder / "config.json").unlink()
+    elif kind != "ours":
+        (folder / "config.json").write_text('{"model_type": "hubert"}')
+    path, *words = parts[kind]
+    for call in (checkpoint.load_model, lambda path: checkpoint.load_masked_model(path, ["head"])):
+        check_refused(lambda call=call: call(path), path, *words)
+        with pytest.raises(UserError) as error:
+            call(path)
+        assert not [word for word in NOT_SAID if word in str(error.value)]
+
+
+def test_folder_of_ours_is_read(tmp_path: Path) -> None:
+    """Wherever a model file is."""
+    contents = model_contents("wavlm")
+    hub.write_folder(contents["state_dict"], contents["config"], tmp_path, "")
+    for model in (checkpoint.load_model(tmp_path), checkpoint.load_masked_model(tmp_path, ["head"])):
+        state = model.state_dict()
+        assert all(torch.equal(state[key], tensor) for key, tensor in contents["state_dict"].items())
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_weight_norm_removed(form: str, tmp_path: Path) -> None:
+    contents = model_contents()
+    conv = "encoder.transformer.pos_conv_embed.conv.weight"
+    wanted = checkpoint.model_of(contents, "").encoder.transformer.pos_conv_embed.conv.weight.detach()
+    for part in "gv":
+        del contents["state_dict"][f"{conv}_{part}"]
+    contents["state_dict"][conv] = wanted
+    path = tmp_path / ("model.pth" if form == "file" else "model")
+    if form == "file":
+        checkpoint.save(path, contents)
+    else:
+        hub.write_folder(contents["state_dict"], contents["config"], path, "")
+    for model in (checkpoint.load_model(path), checkpoint.load_masked_model(path, ["head"])):
+        torch.testing.assert_close(model.encoder.transformer.pos_conv_embed.conv.weight, wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [False, True, 0, None])
+def test_key_of_another_program(value: Any, tmp_path: Path) -> None:
+    """DiariZen's, which changes nothing where it is False."""
+    contents = model_contents("wavlm")
+    path = tmp_path / "model.pth"
+    checkpoint.save(path, contents | {"config": contents["config"] | {"use_layerwise_prune": value}})
+    if value is False:
+        assert checkpoint.load_model(path).config == contents["config"]
+    else:
+        check_refused(lambda: checkpoint.load_model(path), path, "use_layerwise_prune: expected False, or no such key")
 
 
 @pytest.mark.parametrize(

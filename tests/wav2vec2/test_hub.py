@@ -23,6 +23,7 @@ from helpers import (
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+import wav2vec2
 from wav2vec2 import checkpoint, hub
 from wav2vec2.errors import UserError
 from wav2vec2.hub import HubModel
@@ -201,16 +202,26 @@ class Hub:
         self.asked.append({"repo_id": repo_id, **options})
         return str(self.root / repo_id)
 
+    def hf_hub_download(self, repo_id: str, filename: str, **options: Any) -> str:
+        self.asked.append({"repo_id": repo_id, "filename": filename, **options})
+        if not (self.root / repo_id / filename).is_file():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no such entry")
+        return str(self.root / repo_id / filename)
+
+    def list_repo_files(self, _api: Any, repo_id: str, **_options: Any) -> list[str]:
+        return [*sorted(file.name for file in (self.root / repo_id).iterdir()), "README.md", ".gitattributes"]
+
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     server = Hub(tmp_path / "server")
-    for name in ("create_repo", "upload_folder"):
+    for name in ("create_repo", "upload_folder", "list_repo_files"):
         method = getattr(server, name)
         monkeypatch.setattr(
             huggingface_hub.HfApi, name, lambda api, *args, _method=method, **options: _method(api, *args, **options)
         )
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", server.snapshot_download)
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, getattr(server, name))
     return server
 
 
@@ -231,6 +242,28 @@ def test_push_and_pull(server: Hub) -> None:
     ]
     hub.download("someone/small", allow_patterns=["*.json"])
     assert server.asked[-1]["allow_patterns"] == ["*.json"]
+
+
+def test_repository_of_model_files(server: Hub, tmp_path: Path) -> None:
+    """As the published models are: files, and no config.json."""
+    model = pruned_model()
+    for name in ("pruned-sp0.75.pth", "pruned-sp0.80.pth"):
+        checkpoint.save(
+            server.root / "someone/pruned" / name, {"state_dict": model.state_dict(), "config": model.config}
+        )
+    loaded = wav2vec2.load("someone/pruned", filename="pruned-sp0.75.pth", revision="v1")
+    assert server.asked == [{"repo_id": "someone/pruned", "filename": "pruned-sp0.75.pth", "revision": "v1"}]
+    assert_same_weights(loaded.state_dict(), model.state_dict())
+    for load in (wav2vec2.load, HubModel.from_pretrained):
+        with pytest.raises(UserError, match=r"someone/pruned.* config.json, 2 model files .*sp0.80.*, filename="):
+            load("someone/pruned")
+    with pytest.raises(UserError, match=r"someone/pruned, file other.pth: the Hugging Face hub did not give it"):
+        wav2vec2.load("someone/pruned", filename="other.pth")
+
+    folder = server.root / "someone/pruned"
+    assert_same_weights(wav2vec2.load(folder, filename="pruned-sp0.80.pth").state_dict(), model.state_dict())
+    with pytest.raises(UserError, match=r"without config.json, 2 model files \(pruned-sp0.75.pth, .*give one of them"):
+        wav2vec2.load(folder)
 
 
 @pytest.mark.parametrize("name", ["someone/small", "not a name", "a/b/c"])

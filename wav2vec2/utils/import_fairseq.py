@@ -1,19 +1,34 @@
 """Imports HuBERT, wav2vec 2.0 and WavLM checkpoints in fairseq's format, without fairseq.
 
 Three layouts of settings are published: ``cfg`` with one dict per component (fairseq from 2021 on, plain or as an
-omegaconf DictConfig), ``args`` (an argparse.Namespace, before that), and a flat ``cfg`` (Microsoft's WavLM). Settings
-that a file lacks have the defaults of the program that wrote it.
+omegaconf DictConfig), ``args`` (an argparse.Namespace, before that), and a flat ``cfg`` (Microsoft's WavLM); s3prl
+writes the first as ``model_cfg``, ``task_cfg`` and ``model_weight``. Settings that a file lacks have the defaults of
+the program that wrote it.
 """
 
 import ast
+import importlib.util
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
-from ..errors import UserError, short_repr, single_line
-from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
-from .unpickling import read_torch_file, to_plain
+from torch import Tensor
+
+from ..errors import UserError, one_line, short_repr, single_line
+from .importing import (
+    Architecture,
+    Dropouts,
+    ImportedModel,
+    RelativePositions,
+    check_sample_rate,
+    compare_outputs,
+    import_weights,
+    load_source_state,
+)
+from .unpickling import kind_of_contents, read_torch_file, to_plain
 
 # (our prefix, fairseq's prefix); {} is a layer index.
 _ENCODER_NAMES = [
@@ -43,17 +58,8 @@ _EXTRACTOR_NAMES = {
     ],
 }
 
-_DROPPED_NAMES = {
-    "mask_emb": "replaces masked frames in pre-training",
-    "final_proj": "pre-training target projection",
-    "label_embs_concat": "HuBERT's cluster embeddings, pre-training targets",
-    "quantizer": "wav2vec 2.0's codebooks, pre-training targets",
-    "project_q": "wav2vec 2.0's projection of the quantised targets",
-    "target_glu": "gate on pre-training targets",
-}
-# A fine-tuned model holds the backbone under a prefix, beside its own output layer.
-_FINE_TUNED_PREFIX = "w2v_encoder.w2v_model."
-_DROPPED_HEAD_NAMES = {"w2v_encoder.proj": "CTC head"}
+# A fine-tuned model holds the backbone under this name, and its settings under w2v_args.
+_FINE_TUNED = "w2v_encoder.w2v_model."
 
 _FAMILIES = {"hubert": "HuBERT", "wav2vec2": "wav2vec 2.0"}
 _FAMILY_BY_KEY = {"label_embs_concat": "hubert", "quantizer.vars": "wav2vec2"}
@@ -72,7 +78,6 @@ _DEFAULTS: dict[str, Any] = {
     "encoder_attention_heads": 12,
     "encoder_ffn_embed_dim": 3072,
     "layer_norm_first": False,
-    "normalize": False,
     "num_buckets": 320,
     "max_distance": 1280,
     "relative_position_embedding": False,
@@ -102,30 +107,115 @@ def import_fairseq_model(
     Args:
         path: the checkpoint, in torch's zip or older format, full or half precision.
         dropouts: written into the config; the published training's by default.
-        normalize_waveform: overrides what the file says.
+        normalize_waveform: overrides what the extractor's mode decides.
 
     Raises:
         UserError: the file is damaged, asks for foreign code, or holds a model of another architecture.
     """
     source = str(path)
+    weights, settings, task = _read_checkpoint(path)
+    if task is None and normalize_waveform is None:
+        raise UserError(
+            f"{source}: no settings of the task (cfg.task, or task_cfg as s3prl names it), which say whether the model "
+            "wants normalised waveforms; give --normalize_waveform true or false"
+        )
+    architecture = _read_architecture(settings, task or {}, weights, source)
+    names = _EXTRACTOR_NAMES[architecture.extractor_mode] + _ENCODER_NAMES
+    return import_weights(architecture, dropouts or Dropouts(), normalize_waveform, weights, names, source)
+
+
+def compare_with_fairseq(imported: ImportedModel, path: str | PathLike) -> float | None:
+    """The largest difference from the outputs of fairseq's own model, see :func:`importing.compare_outputs`.
+
+    fairseq's model is built from the settings that are checked here, and filled with the tensors that are read here:
+    fairseq gets nothing that a file could have it run.
+
+    Returns:
+        None where there is no fairseq, or where fairseq has no such model (WavLM).
+
+    Raises:
+        UserError: fairseq cannot take the model, or the difference is too large.
+    """
+    if imported.family not in _FAMILIES.values() or importlib.util.find_spec("fairseq") is None:
+        return None
+    weights, settings, task = _read_checkpoint(path)
+    architecture = _read_architecture(settings, task or {}, weights, str(path))
+    try:
+        with _quiet_logging():
+            model = _fairseq_model(architecture, settings)
+            load_source_state(model, weights, "feature_extractor.conv_layers.0.0.weight")
+    except Exception as error:  # whatever fairseq meets, the conversion cannot be checked
+        raise UserError(
+            f"{path}: fairseq cannot take the source model ({one_line(error)}); uninstall it to convert "
+            "without the comparison"
+        ) from error
+    layers: list[Tensor] = []
+    for layer in model.encoder.layers:
+        layer.register_forward_hook(lambda _module, _inputs, outputs: layers.append(outputs[0].transpose(0, 1)))
+
+    def run(waveform: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        final = model(waveform, mask=False, features_only=True)["x"]
+        return [layer[:, : final.size(1)] for layer in layers], final  # fairseq makes the number of frames even
+
+    return compare_outputs(imported, run, str(path))
+
+
+def _fairseq_model(architecture: Architecture, settings: dict[str, Any]) -> Any:
+    """fairseq's own model, with weights of its own."""
+    from fairseq.models.hubert import HubertConfig, HubertModel
+    from fairseq.models.wav2vec import Wav2Vec2Config, Wav2Vec2Model
+    from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig
+
+    is_hubert = architecture.family == _FAMILIES["hubert"]
+    config = HubertConfig() if is_hubert else Wav2Vec2Config()
+    for name in _DEFAULTS.keys() & vars(config).keys():
+        setattr(config, name, settings.get(name, _DEFAULTS[name]))
+    # fairseq evaluates this as Python.
+    config.conv_feature_layers = repr([tuple(layer) for layer in architecture.conv_layers])
+    if not is_hubert:
+        return Wav2Vec2Model(config).eval()
+    config.label_rate = 50  # of targets, which have no part here
+    return HubertModel(config, HubertPretrainingConfig(), [None]).eval()
+
+
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """Silence what fairseq logs when it is imported and when it builds a model."""
+    handlers, level = logging.root.handlers[:], logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        logging.root.handlers[:] = handlers
+
+
+def _read_checkpoint(path: str | PathLike) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """The weights of a checkpoint, the backbone's settings, and the task's (None if there are none).
+
+    Raises:
+        UserError: the file cannot be read, or is of another kind.
+    """
+    source = str(path)
     contents = read_torch_file(path)
+    if isinstance(contents, dict) and "model_weight" in contents:  # s3prl's names for the same
+        cfg = {"model": contents.get("model_cfg"), "task": contents.get("task_cfg")}
+        contents = {"model": contents["model_weight"], "cfg": cfg}
     weights = contents.get("model") if isinstance(contents, dict) else None
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         found = f"keys {short_repr([*contents])}" if isinstance(contents, dict) else type(contents).__name__
+        found = kind_of_contents(contents, path) or found
         raise UserError(f"{source}: expected a fairseq checkpoint with its weights under 'model', found {found}")
-
     settings, task = _find_settings(contents, source)
-    backbone = Backbone(_DROPPED_NAMES)
-    if any(name.startswith(_FINE_TUNED_PREFIX) for name in weights):
+    if any(_FINE_TUNED in name for name in weights):
         settings = _backbone_settings(settings, source)
-        backbone = Backbone(_DROPPED_NAMES, _FINE_TUNED_PREFIX, _DROPPED_HEAD_NAMES)
-    architecture = _read_architecture(settings, task, weights, normalize_waveform, source)
-    names = _EXTRACTOR_NAMES[architecture.extractor_mode] + _ENCODER_NAMES
-    return import_weights(architecture, dropouts or Dropouts(), weights, names, backbone, source)
+    return weights, settings, task
 
 
 def _find_settings(contents: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The settings of the model, and those that say whether waveforms are normalised (None if there are none)."""
+    """The settings of the model, and those of the task, which say what waveforms are like (None if there are none)."""
     for entry in ("cfg", "args"):
         settings = to_plain(contents.get(entry), source)
         if isinstance(settings, dict):
@@ -154,18 +244,19 @@ def _backbone_settings(settings: dict[str, Any], source: str) -> dict[str, Any]:
             f"{source}: a fine-tuned model that does not hold its backbone's settings (w2v_args); "
             "convert the pre-trained checkpoint, or the same model from the Hugging Face hub"
         )
-    return _split_settings(backbone, f"{source}: w2v_args")[0]
+    model, task = _split_settings(backbone, f"{source}: w2v_args")
+    check_sample_rate((task or {}).get("sample_rate"), f"{source}: w2v_args: sample_rate")
+    return model
 
 
 def _read_architecture(
     settings: dict[str, Any],
-    task: dict[str, Any] | None,
+    task: dict[str, Any],
     weights: Mapping[str, Any],
-    normalize_waveform: bool | None,
     source: str,
 ) -> Architecture:
-    def setting(name: str, kind: type, place: dict[str, Any] = settings) -> Any:
-        value = place.get(name, _DEFAULTS[name])
+    def setting(name: str, kind: type) -> Any:
+        value = settings.get(name, _DEFAULTS[name])
         if type(value) is not kind:
             raise UserError(
                 f"{source}: setting {name} is {short_repr(value)}, expected {kind.__name__}; the file is damaged"
@@ -191,13 +282,10 @@ def _read_architecture(
             f"{source}: extractor_mode {short_repr(settings['extractor_mode'])}, expected one of "
             f"{list(_EXTRACTOR_MODES)}"
         )
-    if normalize_waveform is None:
-        if task is None:
-            raise UserError(
-                f"{source}: no cfg.task, which says whether the model wants normalised waveforms; "
-                "give --normalize_waveform true or false"
-            )
-        normalize_waveform = setting("normalize", bool, task)
+    check_sample_rate(task.get("sample_rate"), f"{source}: sample_rate")
+    normalizes = task.get("normalize")
+    if normalizes is not None and not isinstance(normalizes, bool):
+        raise UserError(f"{source}: setting normalize is {short_repr(normalizes)}, expected bool; the file is damaged")
 
     return Architecture(
         family=family,
@@ -211,7 +299,7 @@ def _read_architecture(
         num_heads=setting("encoder_attention_heads", int),
         ff_interm_features=setting("encoder_ffn_embed_dim", int),
         layer_norm_first=setting("layer_norm_first", bool),
-        normalize_waveform=normalize_waveform,
+        stated_normalization=normalizes,
         relative_positions=RelativePositions(setting("num_buckets", int), setting("max_distance", int))
         if is_wavlm
         else None,
@@ -221,7 +309,14 @@ def _read_architecture(
 def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -> str:
     name = next((settings[key] for key in ("_name", "arch") if settings.get(key) is not None), None)
     if name is None:  # the two differ in their pre-training targets only
-        name = next((family for key, family in _FAMILY_BY_KEY.items() if key in weights), None)
+        name = next(
+            (
+                family
+                for key, family in _FAMILY_BY_KEY.items()
+                if any(f".{name}".endswith(f".{key}") for name in weights)
+            ),
+            None,
+        )
     if not isinstance(name, str) or name not in _FAMILIES:
         raise UserError(
             f"{source}: a fairseq model of kind {short_repr(name)}, expected one of {list(_FAMILIES)} or a WavLM; "

@@ -1,6 +1,6 @@
 """Imports HuBERT, wav2vec 2.0 and WavLM from Hugging Face transformers' format, with or without heads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..audio import SAMPLE_RATE
 from ..errors import UserError, one_line, short_repr
 from ..files import read_json, read_safetensors
-from ..model import normalize_waveforms
-from .importing import Architecture, Backbone, Dropouts, ImportedModel, RelativePositions, import_weights
-from .unpickling import read_torch_file
+from .importing import (
+    Architecture,
+    Dropouts,
+    ImportedModel,
+    RelativePositions,
+    check_sample_rate,
+    compare_outputs,
+    import_weights,
+    load_source_state,
+)
+from .unpickling import kind_of_contents, kind_of_path, read_torch_file
 
 # (our prefix, transformers' prefix); below these, transformers' names are torchaudio's.
 NAMES = [
@@ -22,20 +29,6 @@ NAMES = [
     ("encoder.feature_projection", "feature_projection"),
     ("encoder.transformer", "encoder"),
 ]
-
-_DROPPED_NAMES = {"masked_spec_embed": "replaces masked frames in training"}
-_DROPPED_HEAD_NAMES = {
-    "lm_head": "CTC head",
-    "quantizer": "wav2vec 2.0's codebooks, pre-training targets",
-    "project_q": "wav2vec 2.0's projection of the quantised targets",
-    "project_hid": "wav2vec 2.0's projection onto the pre-training targets",
-    "layer_weights": "classification head, weighted sum of layers",
-    "projector": "classification head",
-    "classifier": "classification head",
-    "tdnn": "speaker verification head (x-vector)",
-    "feature_extractor": "speaker verification head (x-vector), beside the backbone's own extractor",
-    "objective": "speaker verification loss",
-}
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Family:
     model_class: str
 
 
-# By model_type, which is also the prefix of the backbone's names in a model with a head.
+# By model_type.
 FAMILIES = {
     "hubert": Family("HuBERT", "HubertConfig", "HubertModel"),
     "wav2vec2": Family("wav2vec 2.0", "Wav2Vec2Config", "Wav2Vec2Model"),
@@ -66,7 +59,25 @@ ACCEPTED: dict[str, tuple[Any, str]] = {
     "quantization_config": (None, "quantised weights"),
 }
 
-_LARGEST_DIFFERENCE = 1e-4
+# What the backbone is made of. Other settings (of heads, pre-training, generation, ...) are not looked at.
+_BACKBONE_SETTINGS = (
+    "feat_extract_norm",
+    "conv_dim",
+    "conv_kernel",
+    "conv_stride",
+    "conv_bias",
+    "num_feat_extract_layers",
+    "hidden_size",
+    "num_conv_pos_embeddings",
+    "num_conv_pos_embedding_groups",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "do_stable_layer_norm",
+    "num_buckets",
+    "max_bucket_distance",
+)
+_FIRST_CONV = "feature_extractor.conv_layers.0.conv.weight"
 
 _WRITTEN_BY = "a directory that transformers' save_pretrained wrote"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
@@ -81,6 +92,13 @@ def fetch_huggingface_model(model: str) -> Path:
     directory = Path(model)
     if directory.is_dir():
         return directory
+    if directory.is_file():
+        if (directory.parent / "config.json").is_file():
+            raise UserError(
+                f"--model {model}: a file, where the folder that it lies in is wanted; give --model {directory.parent}"
+            )
+        kind = kind_of_path(directory) or kind_of_contents(read_torch_file(directory), model)
+        raise UserError(f"--model {model}: {kind or 'a file'}, where a folder with config.json is wanted")
     if directory.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(
             f"--model {model}: no such directory; give a directory with config.json, or a hub id (ORG/NAME)"
@@ -108,14 +126,14 @@ def import_huggingface_model(
         directory: holds config.json, preprocessor_config.json and the weights (safetensors or
             pytorch_model.bin, in one file or in shards, full or half precision).
         dropouts: written into the config; the published training's by default.
-        normalize_waveform: overrides ``do_normalize`` of preprocessor_config.json.
+        normalize_waveform: overrides what the extractor's mode decides.
 
     Raises:
         UserError: a file is missing or damaged, or the model is of another architecture.
     """
     directory = Path(directory)
     settings = read_json(directory / "config.json", _WRITTEN_BY)
-    architecture = _read_architecture(settings, directory, normalize_waveform)
+    architecture = _read_architecture(settings, directory)
     weights = _read_weights(directory)
     adapters = [name for name in weights if "adapter" in name]
     if adapters or (directory / "adapter_config.json").exists():
@@ -123,75 +141,60 @@ def import_huggingface_model(
             f"{directory}: holds an adapter ({adapters[0] if adapters else 'adapter_config.json'}), expected a model "
             "without; convert the model that the adapter was added to"
         )
-    prefix = settings["model_type"] + "."
-    backbone = Backbone(_DROPPED_NAMES)
-    if any(name.startswith(prefix) for name in weights):
-        backbone = Backbone(_DROPPED_NAMES, prefix, _DROPPED_HEAD_NAMES)
-    return import_weights(architecture, dropouts or Dropouts(), weights, NAMES, backbone, str(directory))
+    return import_weights(architecture, dropouts or Dropouts(), normalize_waveform, weights, NAMES, str(directory))
 
 
 def compare_with_source(imported: ImportedModel, directory: str | Path) -> float:
-    """Run transformers' model and ours on one seeded second of sound and compare them.
-
-    transformers normalises waveforms with another epsilon than its models were trained with, so both models
-    get the waveform that ours normalises.
-
-    Returns:
-        The largest absolute difference of the final output, or of any layer's output relative to that layer's
-        largest value if that is above 1 (inner layers of pre-norm models reach values at which float32 itself
-        resolves no better).
+    """The largest difference from the outputs of transformers' own model, see :func:`importing.compare_outputs`.
 
     Raises:
-        UserError: transformers cannot load the model, or the difference is beyond 1e-4.
+        UserError: transformers cannot load the model, or the difference is too large.
     """
-    generator = torch.Generator().manual_seed(0)
-    waveform = 0.1 * torch.randn(1, SAMPLE_RATE, generator=generator) + 0.02  # an offset shows a lost normalisation
-    source_input = normalize_waveforms(waveform) if imported.config["normalize_waveform"] else waveform
-    with torch.inference_mode():
-        source_outputs = _load_source_model(Path(directory))(source_input, output_hidden_states=True)
-        layers = imported.model.extract_features(waveform)[0][1:]
-        final = imported.model(waveform)[0]
-    source_layers = source_outputs.hidden_states[1:]
-    if len(layers) != len(source_layers):
-        raise UserError(f"{directory}: {len(source_layers)} layers in the source model, {len(layers)} in the converted")
-    differences = [(final - source_outputs.last_hidden_state).abs().max()]
-    differences += [
-        (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)
-        for ours, theirs in zip(layers, source_layers, strict=True)
-    ]
-    largest = torch.stack(differences).max().item()
-    if not largest <= _LARGEST_DIFFERENCE:  # NaN is not smaller either
-        raise UserError(
-            f"{directory}: the converted model's outputs differ from the source model's by {largest:.1e}, expected at "
-            f"most {_LARGEST_DIFFERENCE:.0e}; nothing was written; please report the model's name"
-        )
-    return largest
+    source = _load_source_model(Path(directory))
+
+    def run(waveform: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        outputs = source(waveform, output_hidden_states=True)
+        return outputs.hidden_states[1:], outputs.last_hidden_state
+
+    return compare_outputs(imported, run, str(directory))
 
 
-def _read_architecture(settings: dict[str, Any], directory: Path, normalize_waveform: bool | None) -> Architecture:
-    source = directory / "config.json"
+def _source_config(settings: dict[str, Any], source: Path) -> Any:
+    """transformers' config of the backbone alone; its class fills in the settings that older files lack.
+
+    Raises:
+        UserError: of another architecture, or a setting of the backbone cannot be.
+    """
     model_type = settings.get("model_type")
+    if "encoder_embed_dim" in settings:
+        raise UserError(f"{source}: of a model of this project, which needs no conversion; give its folder as a model")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"{source}: model_type {short_repr(model_type)}, expected one of {list(FAMILIES)}; "
             "other architectures cannot be converted"
         )
-    import transformers
-
-    family = FAMILIES[model_type]
-    try:
-        with _quiet_transformers():  # it warns of settings that it no longer uses
-            # transformers' class fills in the settings that older files lack.
-            config = getattr(transformers, family.config_class).from_dict(settings)
-    except Exception as error:  # its validation raises classes of its own that share no base
-        raise UserError(f"{source}: not a {family.name} config ({one_line(error)}); download it again") from error
     for name, (accepted, meaning) in ACCEPTED.items():
-        found = getattr(config, name, accepted)
+        found = settings.get(name, accepted)
         if found != accepted:
             raise UserError(
                 f"{source}: {name} is {short_repr(found)}, expected {accepted!r}: {meaning} has no counterpart here, "
                 "so this model cannot be converted"
             )
+    import transformers
+
+    family = FAMILIES[model_type]
+    try:
+        with _quiet_transformers():
+            return getattr(transformers, family.config_class)(
+                **{name: settings[name] for name in _BACKBONE_SETTINGS if name in settings}
+            )
+    except Exception as error:  # its validation raises classes of its own that share no base
+        raise UserError(f"{source}: not a {family.name} config ({one_line(error)}); download it again") from error
+
+
+def _read_architecture(settings: dict[str, Any], directory: Path) -> Architecture:
+    source = directory / "config.json"
+    config = _source_config(settings, source)
     if not isinstance(config.feat_extract_norm, str) or config.feat_extract_norm not in EXTRACTOR_MODES:
         raise UserError(
             f"{source}: feat_extract_norm {short_repr(config.feat_extract_norm)}, expected one of "
@@ -203,7 +206,7 @@ def _read_architecture(settings: dict[str, Any], directory: Path, normalize_wave
             f"{source}: conv_dim, conv_kernel and conv_stride are not lists, or of different lengths; download it again"
         )
     return Architecture(
-        family=family.name,
+        family=FAMILIES[config.model_type].name,
         extractor_mode=EXTRACTOR_MODES[config.feat_extract_norm],
         conv_layers=[list(layer) for layer in zip(*convs, strict=True)],
         conv_bias=config.conv_bias,
@@ -214,33 +217,34 @@ def _read_architecture(settings: dict[str, Any], directory: Path, normalize_wave
         num_heads=config.num_attention_heads,
         ff_interm_features=config.intermediate_size,
         layer_norm_first=config.do_stable_layer_norm,
-        normalize_waveform=_reads_normalized(directory) if normalize_waveform is None else normalize_waveform,
+        stated_normalization=_stated_normalization(directory),
         relative_positions=RelativePositions(config.num_buckets, config.max_bucket_distance)
-        if model_type == "wavlm"
+        if config.model_type == "wavlm"
         else None,
     )
 
 
-def _reads_normalized(directory: Path) -> bool:
-    """``do_normalize`` of the feature extractor's settings, which newer files keep inside the processor's."""
-    path = directory / "preprocessor_config.json"
-    settings = {}
-    if path.is_file():
+def _stated_normalization(directory: Path) -> bool | None:
+    """``do_normalize`` of the feature extractor's settings, which newer files keep inside the processor's.
+
+    Raises:
+        UserError: the settings cannot be read, or are those of another sample rate.
+    """
+    stated = None
+    for path in (directory / "processor_config.json", directory / "preprocessor_config.json"):
+        if not path.is_file():
+            continue
         settings = read_json(path, _WRITTEN_BY)
-    elif (directory / "processor_config.json").is_file():
-        path = directory / "processor_config.json"
-        settings = read_json(path, _WRITTEN_BY).get("feature_extractor", {})
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected a JSON object under feature_extractor, found {short_repr(settings)}")
-    rate = settings.get("sampling_rate", SAMPLE_RATE)
-    if rate != SAMPLE_RATE:
-        raise UserError(f"{path}: sampling_rate is {short_repr(rate)}, expected {SAMPLE_RATE}; convert a 16 kHz model")
-    if not isinstance(settings.get("do_normalize"), bool):
-        raise UserError(
-            f"{path}: {'no do_normalize in it' if path.is_file() else 'no such file'}, expected do_normalize true or "
-            "false, which says whether the model wants normalised waveforms; give --normalize_waveform true or false"
-        )
-    return settings["do_normalize"]
+        if path.name == "processor_config.json":
+            settings = settings.get("feature_extractor", {})
+        if not isinstance(settings, dict):
+            raise UserError(f"{path}: expected a JSON object under feature_extractor, found {short_repr(settings)}")
+        check_sample_rate(settings.get("sampling_rate"), f"{path}: sampling_rate")
+        normalizes = settings.get("do_normalize")
+        if normalizes is not None and not isinstance(normalizes, bool):
+            raise UserError(f"{path}: do_normalize is {short_repr(normalizes)}, expected true or false; mend it")
+        stated = stated if normalizes is None else normalizes
+    return stated
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
@@ -282,12 +286,13 @@ def _read_weight_file(path: Path) -> dict[str, Tensor]:
 def _load_source_model(directory: Path) -> torch.nn.Module:
     import transformers
 
-    family = FAMILIES[read_json(directory / "config.json", _WRITTEN_BY)["model_type"]]
+    path = directory / "config.json"
+    config = _source_config(read_json(path, _WRITTEN_BY), path)
     try:
         with _quiet_transformers():
-            model = getattr(transformers, family.model_class).from_pretrained(
-                directory, local_files_only=True, attn_implementation="eager", dtype=torch.float32
-            )
+            config._attn_implementation = "eager"
+            model = getattr(transformers, FAMILIES[config.model_type].model_class)(config)
+            load_source_state(model, _read_weights(directory), _FIRST_CONV)
     except Exception as error:  # whatever transformers meets, the conversion cannot be checked
         raise UserError(f"{directory}: transformers cannot load the source model ({one_line(error)})") from error
     return model.eval()

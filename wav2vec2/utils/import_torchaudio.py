@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import check_weights, expected_state
-from ..components import published_name
 from ..errors import UserError
 from ..model import (
     Wav2Vec2Model,
@@ -24,6 +23,7 @@ from ..model import (
     wavlm_base,
     wavlm_large,
 )
+from .importing import backbone_of, normalizes_waveform
 
 _FIRST_CONV = "feature_extractor.conv_layers.0.conv.weight"
 _ENCODER_NORM = "encoder.transformer.layer_norm.weight"
@@ -81,8 +81,7 @@ def is_torchaudio_state(state_dict: Any) -> bool:
     return (
         isinstance(state_dict, Mapping)
         and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items())
-        and _FIRST_CONV in state_dict
-        and _ENCODER_NORM in state_dict
+        and all(any(f".{name}".endswith(f".{key}") for name in state_dict) for key in (_FIRST_CONV, _ENCODER_NORM))
     )
 
 
@@ -109,9 +108,12 @@ def import_torchaudio(
     if not is_torchaudio_state(state_dict):
         raise UserError(f"{source}: expected tensors under torchaudio's names ({_FIRST_CONV}, ...), found others")
     weights = our_names(state_dict)
+    if _ENCODER_NORM not in weights:
+        raise UserError(f"{source}: the weights of more than one model, expected those of one")
     name, config = recognize(weights, source)
-    if normalize_waveform is not None:
-        config["normalize_waveform"] = normalize_waveform
+    if normalize_waveform is None:
+        normalize_waveform = normalizes_waveform(config["extractor_mode"])
+    config["normalize_waveform"] = normalize_waveform
     expected = expected_state(config, source)
     scale = torch.ones(expected[_DUMMY_WEIGHT].shape, dtype=weights[_FIRST_CONV].dtype)
     weights = {_DUMMY_WEIGHT: scale, **weights}
@@ -137,11 +139,14 @@ def recognize(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict[str
 
 
 def our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under torchaudio's names, under ours; heads, targets and what wraps the names are left out."""
     weights: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
+    prefix, kept, _ = backbone_of(state_dict, _FIRST_CONV)
+    for name, tensor in kept.items():
+        name = name.removeprefix(prefix) if name.startswith(prefix) else f"{name} outside of {prefix}"
         packed = _PACKED.fullmatch(name)
         if packed is None:
-            weights[published_name(name)] = tensor
+            weights[name] = tensor
         elif packed[2] == "out_proj.":
             weights[f"{packed[1]}.out_proj.{packed[3]}"] = tensor
         else:

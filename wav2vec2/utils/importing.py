@@ -2,8 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,40 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..components import published_name
+from ..audio import SAMPLE_RATE
+from ..components import published_name, published_state
 from ..config import MAX_LAYERS
 from ..errors import UserError, listed, short_repr
-from ..model import Wav2Vec2Model
+from ..model import Wav2Vec2Model, normalize_waveforms
 
 # Created here: no source has the extractor's output scale (it keeps the last conv's soft mask after pruning).
 _DUMMY_WEIGHT = "feature_extractor.dummy_weight"
+_FIRST_CONV = "feature_extractor.conv_layers.0.conv.weight"
+
+_LARGEST_DIFFERENCE = 1e-4
+
+# What the model has no use for, beside a backbone or around it, in any source: names, or prefixes up to a dot.
+_LEFT_OUT = {
+    "mask_emb": "replaces masked frames in pre-training",
+    "masked_spec_embed": "replaces masked frames in training",
+    "mask_generator": "replaces masked frames in pre-training",
+    "final_proj": "pre-training target projection",
+    "label_embs_concat": "HuBERT's cluster embeddings, pre-training targets",
+    "logit_generator": "HuBERT's cluster embeddings and projection, pre-training targets",
+    "quantizer": "wav2vec 2.0's codebooks, pre-training targets",
+    "project_q": "wav2vec 2.0's projection of the quantised targets",
+    "project_hid": "wav2vec 2.0's projection onto the pre-training targets",
+    "target_glu": "gate on pre-training targets",
+    "proj": "CTC head",
+    "lm_head": "CTC head",
+    "layer_weights": "classification head, weighted sum of layers",
+    "projector": "classification head",
+    "classifier": "classification head",
+    "tdnn": "speaker verification head (x-vector)",
+    "objective": "speaker verification loss",
+}
+# The backbone has one of its own, so only around it.
+_LEFT_OUT_AROUND = {"feature_extractor": "speaker verification head (x-vector), beside the backbone's own extractor"}
 
 
 @dataclass(frozen=True)
@@ -63,10 +90,10 @@ class Architecture:
     num_heads: int
     ff_interm_features: int
     layer_norm_first: bool
-    normalize_waveform: bool
+    stated_normalization: bool | None  # whether the source says that waveforms are normalised; None: it says nothing
     relative_positions: RelativePositions | None  # WavLM only
 
-    def to_config(self, dropouts: Dropouts, source: str) -> dict[str, Any]:
+    def to_config(self, dropouts: Dropouts, normalize_waveform: bool, source: str) -> dict[str, Any]:
         """The arguments of ``wav2vec2_model``, with every mask switched off; ``source`` is named in errors.
 
         Raises:
@@ -113,7 +140,7 @@ class Architecture:
             "encoder_layer_norm_first": self.layer_norm_first,
             "encoder_layer_drop": dropouts.layer_drop,
             "aux_num_out": None,
-            "normalize_waveform": self.normalize_waveform,
+            "normalize_waveform": normalize_waveform,
             "extractor_prune_conv_channels": False,
             "encoder_prune_attention_heads": False,
             "encoder_prune_attention_layer": False,
@@ -122,24 +149,62 @@ class Architecture:
         }
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """Where the model lies in its source, and what lies beside it that the model has no use for.
+def normalizes_waveform(extractor_mode: str) -> bool:
+    """Whether a model was trained on normalised waveforms: those with a layer_norm extractor were, the others not.
 
-    Dropped names are full names, or prefixes up to a dot, each with the reason.
+    fairseq, the original program and torchaudio hold to it; what is said of a model elsewhere often does not
+    (https://github.com/facebookresearch/fairseq/issues/4687).
     """
+    return extractor_mode == "layer_norm"
 
-    dropped_names: Mapping[str, str]  # relative to ``prefix``
-    prefix: str = ""
-    dropped_head_names: Mapping[str, str] = field(default_factory=dict)  # outside of ``prefix``
 
-    def reason_to_drop(self, name: str) -> tuple[str, str] | None:
-        """The dropped name that the source tensor ``name`` falls under, and the reason; None if it is not known."""
-        known_names = {self.prefix + known: reason for known, reason in self.dropped_names.items()}
-        for known, reason in (known_names | dict(self.dropped_head_names)).items():
-            if name == known or name.startswith(known + "."):
-                return known, reason
-        return None
+def check_sample_rate(found: Any, place: str) -> None:
+    """Check the sample rate that a source states; None is not stated. ``place`` is named in errors.
+
+    Raises:
+        UserError: it is another than 16 kHz.
+    """
+    if found is not None and found != SAMPLE_RATE:
+        raise UserError(f"{place} is {short_repr(found)}, expected {SAMPLE_RATE}; convert a 16 kHz model")
+
+
+def backbone_of(weights: Mapping[str, Tensor], anchor: str) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+    """A backbone among a source's tensors, whatever lies beside it or around it.
+
+    Args:
+        weights: a source's tensors. Heads, pre-training targets, and names that wrap the backbone's (``module.``,
+            ``model.``, ``hubert.``, ``w2v_encoder.w2v_model.``, ...) may be there.
+        anchor: a name that every backbone in this format has; what stands before it is the wrapper's.
+
+    Returns:
+        The wrapper's prefix; the tensors by their full names, weight normalisation as in :func:`published_state`,
+        those that are not known among them; and what was left out: source name or prefix -> reason.
+    """
+    prefix = min(
+        (name.removesuffix(anchor) for name in weights if f".{name}".endswith(f".{anchor}")), key=len, default=""
+    )
+    kept, left_out = {}, {}
+    for name, tensor in weights.items():
+        known = _left_out(name, prefix)
+        if known is None:
+            kept[name] = tensor
+        else:
+            left_out[known[0]] = known[1]
+    return prefix, published_state(kept), left_out
+
+
+def _left_out(name: str, prefix: str) -> tuple[str, str] | None:
+    """What in :data:`_LEFT_OUT` a tensor falls under, with the wrappers' names, and the reason; None if it does not."""
+    wrappers = prefix.split(".")[:-1]
+    for depth in range(len(wrappers), -1, -1):  # a wrapper may hold a head beside the backbone, or around it
+        around = "".join(f"{part}." for part in wrappers[:depth])
+        if not name.startswith(around):
+            continue
+        known_names = _LEFT_OUT if depth == len(wrappers) else _LEFT_OUT | _LEFT_OUT_AROUND
+        for known, reason in known_names.items():
+            if f"{name}.".startswith(f"{around}{known}."):
+                return around + known, reason
+    return None
 
 
 @dataclass(frozen=True)
@@ -150,14 +215,15 @@ class ImportedModel:
     config: dict[str, Any]
     model: Wav2Vec2Model
     dropped: dict[str, str]  # source name or prefix that was left out -> reason
+    remarks: list[str]  # for the user, each a line
 
 
 def import_weights(
     architecture: Architecture,
     dropouts: Dropouts,
+    normalize_waveform: bool | None,
     weights: Mapping[str, Tensor],
-    names: Iterable[tuple[str, str]],
-    backbone: Backbone,
+    names: Sequence[tuple[str, str]],
     source: str,
 ) -> ImportedModel:
     """Build the model and fill it; every parameter must be found and every source tensor used or known to be dropped.
@@ -165,51 +231,98 @@ def import_weights(
     Args:
         architecture: what the source's config says.
         dropouts: written into the config.
+        normalize_waveform: whether the model wants normalised waveforms; None: as :func:`normalizes_waveform` says.
         weights: the source's tensors under the source's names.
         names: (our prefix, source prefix) pairs, the first match wins; ``{}`` stands for a layer index.
-        backbone: the prefix of all source names in ``names``, and what may be left out.
         source: the file or directory, named in errors.
 
     Raises:
         UserError: a tensor is missing, left over, of another shape, not a plain float tensor or not finite.
     """
-    config = architecture.to_config(dropouts, source)
+    normalizes = normalizes_waveform(architecture.extractor_mode) if normalize_waveform is None else normalize_waveform
+    config = architecture.to_config(dropouts, normalizes, source)
+    remarks = []
+    if architecture.stated_normalization not in (None, normalizes) and normalize_waveform is None:
+        remarks.append(
+            f"waveforms are {'' if normalizes else 'not '}normalised, as models with a {architecture.extractor_mode} "
+            f"extractor were trained, though {source} says the opposite; --normalize_waveform "
+            f"{str(not normalizes).lower()} follows it"
+        )
     expected = checkpoint.expected_state(config, source)
-    spelled = {published_name(key): key for key in weights}  # torch names weight normalisation's parts in two ways
-    sources, missing = {}, []  # our name -> the source's
-    for name in expected:
-        if name == _DUMMY_WEIGHT:
-            continue
-        wanted = backbone.prefix + source_name(name, names)
-        if wanted in spelled:
-            sources[name] = spelled[wanted]
-        else:
-            missing.append(wanted)
-
-    used, dropped, left_over = set(sources.values()), {}, []
-    for name in weights:
-        known = None if name in used else backbone.reason_to_drop(name)
-        if known:
-            dropped[known[0]] = known[1]
-        elif name not in used:
-            left_over.append(name)
+    prefix, weights, dropped = backbone_of(weights, source_name(_FIRST_CONV, names))
+    sources = {name: prefix + source_name(name, names) for name in expected if name != _DUMMY_WEIGHT}
+    missing = [found for found in sources.values() if found not in weights]
+    left_over = weights.keys() - sources.values()
     if missing or left_over:
         raise UserError(
             f"{source}: the weights are not those of a {architecture.family} model with the config beside them: "
-            f"{listed('missing', missing)}; {listed('left over', left_over)}; "
+            f"{listed('missing', missing)}; {listed('left over', [name for name in weights if name in left_over])}; "
             "nothing was converted, because the result would not be the same model"
         )
     # Before there is memory for the model: its size is what the source claims.
-    checkpoint.check_weights(
-        {found: expected[name] for name, found in sources.items()},
-        {found: weights[found] for found in sources.values()},
-        source,
-    )
+    checkpoint.check_weights({found: expected[name] for name, found in sources.items()}, weights, source)
     model = checkpoint.build_model(config, source)
     state_dict = {name: weights[found].detach().float() for name, found in sources.items()}
     state_dict[_DUMMY_WEIGHT] = torch.ones(expected[_DUMMY_WEIGHT].shape)
     checkpoint.load_state(model, state_dict, source)
-    return ImportedModel(architecture.family, config, model.eval(), dropped)
+    return ImportedModel(architecture.family, config, model.eval(), dropped, remarks)
+
+
+def compare_outputs(
+    imported: ImportedModel, run_source: Callable[[Tensor], tuple[Sequence[Tensor], Tensor]], source: str
+) -> float:
+    """Run the source's model and the converted one on one seeded second of sound and compare them.
+
+    Args:
+        imported: the converted model.
+        run_source: (1, T) -> the output of every layer, each (1, frames, D), and the final one. It gets the waveform
+            that the converted model normalises, because programs normalise with different epsilons.
+        source: the file or directory, named in errors.
+
+    Returns:
+        The largest absolute difference of the final output, or of any layer's output relative to that layer's
+        largest value if that is above 1 (inner layers of pre-norm models reach values at which float32 itself
+        resolves no better).
+
+    Raises:
+        UserError: the difference is beyond 1e-4.
+    """
+    generator = torch.Generator().manual_seed(0)
+    waveform = 0.1 * torch.randn(1, SAMPLE_RATE, generator=generator) + 0.02  # an offset shows a lost normalisation
+    with torch.inference_mode():
+        source_layers, source_final = run_source(
+            normalize_waveforms(waveform) if imported.config["normalize_waveform"] else waveform
+        )
+        layers = imported.model.extract_features(waveform)[0][1:]
+        final = imported.model(waveform)[0]
+    if len(layers) != len(source_layers):
+        raise UserError(f"{source}: {len(source_layers)} layers in the source model, {len(layers)} in the converted")
+    differences = [(final - source_final).abs().max()]
+    differences += [
+        (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)
+        for ours, theirs in zip(layers, source_layers, strict=True)
+    ]
+    largest = torch.stack(differences).max().item()
+    if not largest <= _LARGEST_DIFFERENCE:  # NaN is not smaller either
+        raise UserError(
+            f"{source}: the converted model's outputs differ from the source model's by {largest:.1e}, expected at "
+            f"most {_LARGEST_DIFFERENCE:.0e}; nothing was written; please report the model's name"
+        )
+    return largest
+
+
+def load_source_state(model: torch.nn.Module, weights: Mapping[str, Tensor], anchor: str) -> None:
+    """Fill the source program's own model with a source's tensors; what is left out (see :func:`backbone_of`) stays.
+
+    Raises:
+        RuntimeError: a tensor is missing, left over, or of another shape.
+    """
+    prefix, weights, _ = backbone_of(weights, anchor)
+    wanted = {published_name(name): name for name in model.state_dict()}
+    found = {name.removeprefix(prefix): tensor.float() for name, tensor in weights.items()}
+    found = {wanted.get(name, name): tensor for name, tensor in found.items()}
+    untouched = {name: tensor for name, tensor in model.state_dict().items() if _left_out(name, "")}
+    model.load_state_dict(untouched | found)
 
 
 def source_name(name: str, names: Iterable[tuple[str, str]]) -> str:
@@ -236,7 +349,8 @@ def add_converter_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--normalize_waveform",
         choices=("true", "false"),
-        help="whether the model wants zero-mean, unit-variance waveforms; needed only where the source does not say",
+        help="whether the model wants zero-mean, unit-variance waveforms; if not given, those with a layer_norm "
+        "extractor do and those with a group_norm extractor do not, as they were trained",
     )
 
 
@@ -246,7 +360,7 @@ def dropouts_from(args: argparse.Namespace) -> Dropouts:
 
 
 def normalize_waveform_from(args: argparse.Namespace) -> bool | None:
-    """The value of ``--normalize_waveform``; None leaves the decision to the source."""
+    """The value of ``--normalize_waveform``; None leaves the decision to the extractor's mode."""
     return None if args.normalize_waveform is None else args.normalize_waveform == "true"
 
 
@@ -269,6 +383,8 @@ def write_model(imported: ImportedModel, out: Path) -> None:
         f"extractor: {config['extractor_mode']}, bias {config['extractor_conv_bias']}, [channels, kernel, stride] "
         f"{config['extractor_conv_layer_config']}; waveform normalised: {config['normalize_waveform']}"
     )
+    for remark in imported.remarks:
+        print(remark)
     for name, reason in imported.dropped.items():
         print(f"left out: {name} ({reason})")
     print(f"{num_params:,} parameters, written to {out}")

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError, single_line
+from ..errors import UserError, listed, single_line
+from ..files import read_json
+
+FILE_SUFFIXES = (".pth", ".pt", ".ckpt")  # of what torch.save writes
 
 
 class _Inert:
@@ -70,9 +73,12 @@ def read_torch_file(path: str | PathLike) -> Any:
     Objects of foreign classes come back as inert stand-ins; :func:`to_plain` opens those that hold settings.
 
     Raises:
-        UserError: the file is missing, damaged or not torch's, or asks for a name outside the allow-list.
+        UserError: the file is missing, of another kind, damaged, or asks for a name outside the allow-list.
     """
     path = Path(path)
+    kind = kind_of_path(path)
+    if kind:
+        raise UserError(f"{path}: {kind}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a checkpoint")
     try:
@@ -93,6 +99,66 @@ def read_torch_file(path: str | PathLike) -> Any:
             f"{path}: damaged, or not a checkpoint written by torch.save ({single_line(reason)}); download it "
             "again; convert_hubert_from_hf.py and convert_wavlm_from_fairseq.py read models of other programs"
         ) from error
+
+
+def kind_of_path(path: Path) -> str | None:
+    """What a folder or a safetensors file is, and what to do with it; None for all else."""
+    if path.is_dir():
+        if _transformers_type(path):
+            return (
+                "a folder in transformers' format, where a file is wanted; convert it: "
+                f"python convert_hubert_from_hf.py --model {path}"
+            )
+        return f"a folder, where a file is wanted; give a file, {listed('in it', model_files(path))}"
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(9)
+        # The length of its header, which is JSON; of the formats of torch.save, one is a zip file, the other a pickle.
+        if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+            if not (path.parent / "config.json").is_file():
+                return f"a safetensors file; with the config.json that belongs to it, {_convert_folder(path.parent)}"
+            if not _transformers_type(path.parent):
+                return f"a safetensors file; give the folder that it lies in, {path.parent}"
+            return f"a safetensors file; {_convert_folder(path.parent)}"
+    return None
+
+
+def model_files(folder: Path) -> list[str]:
+    """The names of the files in a folder that ``torch.save`` may have written."""
+    return [file.name for file in sorted(folder.glob("*")) if file.suffix in FILE_SUFFIXES]
+
+
+def kind_of_contents(contents: Any, path: str | PathLike) -> str | None:
+    """What a file that was read is, if another command wants it, and which; None for all else."""
+    if not isinstance(contents, dict):
+        return None
+    if "pytorch-lightning_version" in contents or "optimizer_states" in contents:
+        return (
+            "a training checkpoint (.ckpt) where a model file (.pth) is wanted; "
+            "prune.py or save_final_ckpt.py makes the model file from it"
+        )
+    if isinstance(contents.get("state_dict"), dict) and isinstance(contents.get("config"), dict):
+        return "a model file (.pth) of this project, which needs no conversion"
+    if "model_weight" in contents or ("model" in contents and ("cfg" in contents or "args" in contents)):
+        return f"a checkpoint in fairseq's format; convert it: python convert_wavlm_from_fairseq.py --ckpt {path}"
+    if contents and all(isinstance(value, torch.Tensor) for value in contents.values()):
+        return (
+            "bare weights without their config, as transformers' pytorch_model.bin; "
+            f"{_convert_folder(Path(path).parent)}"
+        )
+    return None
+
+
+def _transformers_type(folder: Path) -> Any:
+    """``model_type`` of the folder's config.json, which all of transformers' have; None if there is none."""
+    try:
+        return read_json(folder / "config.json", "").get("model_type")
+    except (UserError, OSError):
+        return None
+
+
+def _convert_folder(folder: Path) -> str:
+    return f"convert the folder that it lies in: python convert_hubert_from_hf.py --model {folder}"
 
 
 def _check_records(path: Path) -> None:

@@ -147,6 +147,56 @@ def test_hubert_large_and_wavlm_large(tmp_path: Path) -> None:
         check_same_model(import_fairseq_model(path), import_huggingface_model(directory))
 
 
+@pytest.mark.parametrize("path", [HUBERT, WAV2VEC2_LARGE])
+def test_s3prls_layout(path: Path, tmp_path: Path) -> None:
+    contents = read(path)
+    theirs = {"model_weight": contents["model"], "dictionaries_symbols": [["0", "1"]]}
+    theirs |= {f"{name}_cfg": contents["cfg"][name] for name in ("model", "task")}
+    check_same_model(import_fairseq_model(save(tmp_path / "checkpoint.pt", theirs)), import_fairseq_model(path))
+    del theirs["task_cfg"]
+    without = import_fairseq_model(save(tmp_path / "checkpoint.pt", theirs), None, path == WAV2VEC2_LARGE)
+    check_same_model(without, import_fairseq_model(path))
+
+
+@pytest.mark.parametrize("flag", [None, True])
+@pytest.mark.parametrize("layout", ["cfg", "flat", "fine-tuned"])
+def test_sample_rate(layout: str, flag: bool | None, tmp_path: Path) -> None:
+    """Checked whatever flags are given."""
+    contents = read(WAVLM if layout == "flat" else HUBERT)
+    contents["cfg"].get("task", contents["cfg"])["sample_rate"] = 8000
+    if layout == "fine-tuned":
+        contents["model"] = {f"w2v_encoder.w2v_model.{name}": tensor for name, tensor in contents["model"].items()}
+        contents["cfg"] = {"model": {"w2v_args": contents["cfg"]}, "task": {"normalize": False}}
+    with pytest.raises(UserError, match="sample_rate is 8000, expected 16000"):
+        import_fairseq_model(save(tmp_path / "checkpoint.pt", contents), None, flag)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.encoder.", "w2v_model."])
+def test_wrapped_names(prefix: str, tmp_path: Path) -> None:
+    """Also with another program's targets and heads beside the wrapper; what is not known is still refused."""
+    contents = read(HUBERT)
+    wrapped = {prefix + name: tensor for name, tensor in contents["model"].items()}
+    wrapped |= {"lm_head.weight": torch.zeros(3, 48), f"{prefix}project_hid.bias": torch.zeros(2)}
+    path = save(tmp_path / "checkpoint.pt", contents | {"model": wrapped})
+    imported = import_fairseq_model(path)
+    check_same_model(imported, import_fairseq_model(HUBERT))
+    assert {f"{prefix}label_embs_concat", f"{prefix}project_hid", "lm_head"} <= imported.dropped.keys()
+    wrapped |= {"layer_norm.weight": torch.zeros(32)}  # outside, under a name that the backbone has inside
+    with pytest.raises(UserError, match=r"1 left over \(layer_norm.weight\)"):
+        import_fairseq_model(save(path, contents | {"model": wrapped}))
+
+
+@pytest.mark.parametrize("path", [HUBERT, WAVLM, WAV2VEC2_LARGE])
+def test_weight_norm_removed(path: Path, tmp_path: Path) -> None:
+    contents = read(path)
+    weights = dict(contents["model"])
+    pair = [weights.pop(f"encoder.pos_conv.0.weight_{part}") for part in "vg"]
+    weights["encoder.pos_conv.0.weight"] = torch._weight_norm(*(part.float() for part in pair), 2)
+    imported = import_fairseq_model(save(tmp_path / "checkpoint.pt", contents | {"model": weights}))
+    conv = imported.model.encoder.transformer.pos_conv_embed.conv
+    torch.testing.assert_close(conv.weight, weights["encoder.pos_conv.0.weight"], rtol=1e-6, atol=0)
+
+
 def test_conv_bias_false_in_layer_norm_mode(tmp_path: Path) -> None:
     """As in fairseq's HuBERT Large and in WavLM Large."""
     contents = read(WAV2VEC2_LARGE)
@@ -173,19 +223,21 @@ def test_namespace(zip_format: bool, tmp_path: Path) -> None:
     path = save(tmp_path / "checkpoint.pt", old, _use_new_zipfile_serialization=zip_format)
     imported = import_fairseq_model(path)
     assert imported.family == "wav2vec 2.0"
-    assert imported.config["normalize_waveform"] is False  # fairseq's default
+    assert imported.config["normalize_waveform"] is False and imported.remarks == []
     check_same_model(imported, import_fairseq_model(CHECKPOINTS["fairseq/hubert_base_fp16_oldcfg"]))
 
     old["args"] = argparse.Namespace(arch="wav2vec2", normalize=True, **settings)
     path = save(tmp_path / "checkpoint.pt", old, _use_new_zipfile_serialization=zip_format)
-    assert import_fairseq_model(path).config["normalize_waveform"] is True
+    imported = import_fairseq_model(path)  # of waveforms as they are, as group_norm extractors were trained
+    assert imported.config["normalize_waveform"] is False
+    assert len(imported.remarks) == 1 and "--normalize_waveform true" in imported.remarks[0]
 
 
 def test_defaults_of_the_published_base(tmp_path: Path) -> None:
     """Shapes that a Namespace lacks are fairseq's defaults, those of the Base model; nothing is guessed from files."""
     contents = read(HUBERT)
     old = {"args": argparse.Namespace(arch="wav2vec2", encoder_layers=3), "model": contents["model"]}
-    with pytest.raises(UserError, match=r"has shape \[32\], expected \[512\]"):
+    with pytest.raises(UserError, match=r"has shape \[32, 1, 10\], expected \[512, 1, 10\]"):
         import_fairseq_model(save(tmp_path / "checkpoint.pt", old))
 
 
@@ -280,9 +332,15 @@ def test_refused_contents(tmp_path: Path) -> None:
 
     contents = read(HUBERT)
     refuse([1, 2], "found list")
-    refuse({"state_dict": {}, "config": {}}, r"found keys \['state_dict', 'config'\]")
+    refuse({"weights": {}}, r"found keys \['weights'\]")
+    refuse({"state_dict": {}, "config": {}}, "found a model file")
+    refuse(contents["model"], "found bare weights .* python convert_hubert_from_hf.py --model")
+    refuse({"state_dict": {}, "optimizer_states": []}, "found a training checkpoint")
     refuse({"model": contents["model"]}, "under 'cfg' or 'args'")
     refuse({"model": contents["model"], "cfg": {"model": contents["cfg"]["model"]}}, "--normalize_waveform")
+    s3prls = {"model_weight": contents["model"], "model_cfg": contents["cfg"]["model"]}
+    refuse(s3prls, "task_cfg.*--normalize_waveform")
+    refuse(s3prls | {"model_cfg": None}, "expected a dict of settings")
     refuse({"model": contents["model"], "cfg": {"model": None}}, "expected a dict of settings")
     refuse(contents | {"model": contents["model"] | {"extra.weight": torch.zeros(1)}}, r"1 left over \(extra.weight\)")
     weights = {name: tensor for name, tensor in contents["model"].items() if name != "encoder.layers.1.fc1.bias"}

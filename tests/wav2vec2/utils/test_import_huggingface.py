@@ -258,15 +258,114 @@ def test_do_normalize_inside_the_processors_settings(tmp_path: Path) -> None:
     assert import_huggingface_model(directory).config["normalize_waveform"] is True
 
 
-def test_missing_preprocessor_config(tmp_path: Path) -> None:
-    directory = copy_fixture("hubert_large", tmp_path / "model")
+@pytest.mark.parametrize(("name", "mode_says"), [("hubert_large", True), ("hubert_base", False), ("wavlm_base", False)])
+def test_normalization_is_that_of_the_extractors_mode(name: str, mode_says: bool, tmp_path: Path) -> None:
+    """Whatever the preprocessor says; where it disagrees, a line says so; a flag overrides both."""
+    directory = copy_fixture(name, tmp_path / "model")
+    for said in (mode_says, None, not mode_says):
+        edit_json(directory / "preprocessor_config.json", do_normalize=said)
+        imported = import_huggingface_model(directory)
+        assert imported.config["normalize_waveform"] is mode_says
+        assert bool(imported.remarks) == (said is not None and said != mode_says)
+        assert compare_with_source(imported, directory) < 1e-5
+    assert f"--normalize_waveform {str(not mode_says).lower()}" in imported.remarks[0]
+    imported = import_huggingface_model(directory, normalize_waveform=not mode_says)
+    assert imported.config["normalize_waveform"] is not mode_says and imported.remarks == []
+    assert compare_with_source(imported, directory) < 1e-5
     (directory / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match=r"preprocessor_config\.json: no such file.*--normalize_waveform"):
+    imported = import_huggingface_model(directory)
+    assert imported.config["normalize_waveform"] is mode_says and imported.remarks == []
+
+
+@pytest.mark.parametrize("flag", [None, True, False])
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_preprocessor_is_checked_whatever_the_flag(file: str, flag: bool | None, tmp_path: Path) -> None:
+    directory = copy_fixture("hubert_base", tmp_path / "model")
+    for settings, message in (({"sampling_rate": 8000}, "8000, expected 16000"), ({"do_normalize": 1}, "is 1, exp")):
+        nested = settings if file.startswith("pre") else {"feature_extractor": settings}
+        (directory / file).write_text(json.dumps(nested))
+        with pytest.raises(UserError, match=f"{file}: .*{message}"):
+            import_huggingface_model(directory, normalize_waveform=flag)
+
+
+@pytest.mark.parametrize("name", ["hubert_base_ctc", "wavlm_large", "wav2vec2_base"])
+def test_settings_of_heads_do_not_decide(name: str, tmp_path: Path) -> None:
+    settings = {
+        "vocab_size": None,
+        "mask_time_length": 10.0,
+        "num_negatives": None,
+        "tdnn_dim": None,
+        "pad_token_id": 1.5,
+    }
+    settings |= {"classifier_proj_size": "wide", "architectures": 7, "ctc_loss_reduction": [], "layerdrop": None}
+    settings |= {"xvector_output_dim": {}, "id2label": 3, "torch_dtype": "float1", "attention_dropout": "none"}
+    directory = copy_fixture(name, tmp_path / "model", **settings)
+    imported = import_huggingface_model(directory)
+    check_same_model(imported, import_huggingface_model(HF / name))
+    assert compare_with_source(imported, directory) < 1e-5
+
+
+@pytest.mark.parametrize("setting", ["hidden_size", "num_hidden_layers", "conv_dim", "num_conv_pos_embeddings"])
+def test_settings_of_the_backbone_decide(setting: str, tmp_path: Path) -> None:
+    directory = copy_fixture("hubert_base", tmp_path / "model", **{setting: None})
+    with pytest.raises(UserError, match=rf"config\.json.*{setting}"):
         import_huggingface_model(directory)
-    assert import_huggingface_model(directory, normalize_waveform=True).config["normalize_waveform"] is True
-    (directory / "preprocessor_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"no do_normalize in it.*--normalize_waveform"):
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "encoder.", "module.wav2vec2."])
+def test_wrapped_names_and_targets(prefix: str, tmp_path: Path) -> None:
+    """Names that a wrapper made longer, heads outside, pre-training targets inside beside a bare backbone."""
+
+    def wrap(weights: dict[str, Tensor]) -> None:
+        for name in list(weights):
+            weights[prefix + name] = weights.pop(name)
+        targets = (
+            "quantizer.codevectors",
+            "project_q.weight",
+            "project_hid.bias",
+            "label_embs_concat",
+            "final_proj.bias",
+        )
+        weights |= {prefix + name: torch.zeros(2, 2) for name in targets}
+        weights["module.lm_head.weight" if prefix.startswith("module") else "lm_head.weight"] = torch.zeros(2, 2)
+
+    directory = edit_weights(copy_fixture("wav2vec2_base", tmp_path / "model"), wrap)
+    imported = import_huggingface_model(directory)
+    check_same_model(imported, import_huggingface_model(HF / "wav2vec2_base"))
+    assert compare_with_source(imported, directory) < 1e-5
+    edit_weights(directory, lambda weights: weights.update({f"{prefix}feature_extractor.extra": torch.zeros(1)}))
+    with pytest.raises(UserError, match=rf"1 left over \({prefix}feature_extractor.extra\)"):
         import_huggingface_model(directory)
+
+
+@pytest.mark.parametrize("name", ["hubert_base_ctc", "wavlm_large"])
+def test_weight_norm_removed(name: str, tmp_path: Path) -> None:
+    def remove(weights: dict[str, Tensor]) -> None:
+        conv = next(key.partition("parametrizations")[0] for key in weights if ".pos_conv_embed.conv.param" in key)
+        scale, direction = (weights.pop(f"{conv}parametrizations.weight.original{part}") for part in "01")
+        weights[f"{conv}weight"] = torch._weight_norm(direction, scale, 2)
+        weights[f"{conv}weight"][..., 3] = 0
+
+    directory = edit_weights(copy_fixture(name, tmp_path / "model"), remove)
+    imported = import_huggingface_model(directory)
+    conv = imported.model.encoder.transformer.pos_conv_embed.conv
+    weights = load_file(directory / "model.safetensors")
+    plain = next(tensor for key, tensor in weights.items() if key.endswith("pos_conv_embed.conv.weight"))
+    torch.testing.assert_close(conv.weight, plain, rtol=1e-6, atol=0)
+    assert compare_with_source(imported, directory) < 1e-5
+
+
+def test_file_where_its_folder_is_wanted(tmp_path: Path) -> None:
+    directory = copy_fixture("hubert_base", tmp_path / "model")
+    for name in ("model.safetensors", "config.json"):
+        with pytest.raises(UserError, match=rf"give --model {directory}$"):
+            fetch_huggingface_model(str(directory / name))
+    torch.save({"cfg": {}, "model": {}}, tmp_path / "checkpoint.pt")
+    torch.save({"config": {}, "state_dict": {}}, tmp_path / "model.pth")
+    with pytest.raises(UserError, match=r"convert_wavlm_from_fairseq\.py --ckpt"):
+        fetch_huggingface_model(str(tmp_path / "checkpoint.pt"))
+    with pytest.raises(UserError, match=r"model file .* needs no conversion"):
+        fetch_huggingface_model(str(tmp_path / "model.pth"))
 
 
 @pytest.mark.parametrize(
@@ -275,6 +374,7 @@ def test_missing_preprocessor_config(tmp_path: Path) -> None:
         ("hubert_base", {"model_type": "data2vec-audio"}, "model_type 'data2vec-audio'"),
         ("hubert_base", {"model_type": "wav2vec2-conformer"}, "model_type 'wav2vec2-conformer'"),
         ("hubert_base", {"model_type": ["hubert"]}, "model_type"),
+        ("hubert_base", {"encoder_embed_dim": 48}, "this project, which needs no conversion"),
         ("wav2vec2_base", {"add_adapter": True}, "add_adapter is True"),
         ("wav2vec2_base", {"adapter_attn_dim": 16}, "adapter_attn_dim is 16"),
         ("hubert_base", {"conv_pos_batch_norm": True}, "conv_pos_batch_norm is True"),
@@ -304,7 +404,7 @@ def test_refused_configs(fixture: str, settings: dict[str, Any], message: str, t
     [
         (lambda weights: weights.pop("encoder.layers.1.attention.k_proj.bias"), "layers.1.attention.k_proj.bias"),
         (lambda weights: weights.update(extra=torch.zeros(2)), r"1 left over \(extra\)"),
-        (lambda weights: weights.update({"lm_head.bias": torch.zeros(2)}), r"1 left over \(lm_head.bias\)"),
+        (lambda weights: weights.update({"lm_heads.bias": torch.zeros(2)}), r"1 left over \(lm_heads.bias\)"),
         (lambda weights: weights.update({"adapter.proj.bias": torch.zeros(2)}), "holds an adapter"),
         (lambda weights: weights["encoder.layer_norm.bias"].fill_(torch.nan), "NaN"),
         (

@@ -89,7 +89,8 @@ def test_huggingface_back_to_ours(family: str, size: str, dtype: torch.dtype, tm
 def test_huggingface_there_and_back(model_type: str, size: str, tmp_path: Path) -> None:
     """Theirs, ours, theirs: the files hold the same tensors under the same names, and mean the same model."""
     make_pair(model_type, size, tmp_path / "theirs")
-    ours = import_huggingface_model(tmp_path / "theirs", NO_DROPOUT)
+    said = json.loads((tmp_path / "theirs" / "preprocessor_config.json").read_text())["do_normalize"]
+    ours = import_huggingface_model(tmp_path / "theirs", NO_DROPOUT, said)
     export_huggingface(ours.model.state_dict(), ours.config, tmp_path / "back", model_type)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
     before.pop("masked_spec_embed", None)  # acts in transformers' own training only
@@ -313,6 +314,30 @@ LAYER_NORM = "encoder.transformer.layer_norm.weight"
 def test_torchaudio_refusals(edit: Callable[[dict[str, Tensor]], Any], message: str) -> None:
     with pytest.raises(UserError, match=rf"^weights\.pth.*{message}"):
         import_torchaudio(edited(edit), source="weights.pth")
+
+
+def test_torchaudio_names_in_other_forms() -> None:
+    """Wrapped, beside pre-training targets, weight norm removed; the normalisation is the mode's."""
+    wanted = torchaudio_model("HUBERT_BASE", 1).state_dict()
+    weights = {f"module.wav2vec2.{name}": tensor for name, tensor in wanted.items()}
+    conv = "module.wav2vec2.encoder.transformer.pos_conv_embed.conv."
+    parts = [key for key in weights if key.startswith(conv) and not key.endswith("bias")]
+    scale, direction = sorted((weights.pop(key) for key in parts), key=torch.numel)
+    weights[f"{conv}weight"] = torch._weight_norm(direction, scale, 2)
+    weights["module.logit_generator.label_embeddings"] = torch.zeros(3)
+    assert is_torchaudio_state(weights)
+    config, found = import_torchaudio(weights)
+    assert config["normalize_waveform"] is False
+    model, reference = wav2vec2_model(**config), ours_of(wanted)
+    model.load_state_dict(found)
+    waveform = random_waveforms(4000)[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(waveform)[0], reference.eval()(waveform)[0], atol=1e-5, rtol=0)
+    weights["encoder.transformer.layer_norm.weight"] = torch.zeros(768)
+    with pytest.raises(
+        UserError, match=r"1 left over \(encoder.transformer.layer_norm.weight outside of module.wav2vec2.\)"
+    ):
+        import_torchaudio(weights)
 
 
 def test_what_is_no_torchaudio_state() -> None:
