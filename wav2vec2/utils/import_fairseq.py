@@ -131,7 +131,8 @@ def compare_with_fairseq(imported: ImportedModel, path: str | PathLike) -> float
     fairseq gets nothing that a file could have it run.
 
     Returns:
-        None where there is no fairseq, or where fairseq has no such model (WavLM).
+        None where there is no fairseq, or none that this Python can import (the model's remarks say so), or where
+        fairseq has no such model (WavLM).
 
     Raises:
         UserError: fairseq cannot take the model, or the difference is too large.
@@ -142,12 +143,18 @@ def compare_with_fairseq(imported: ImportedModel, path: str | PathLike) -> float
     architecture = _read_architecture(settings, task or {}, weights, str(path))
     try:
         with _quiet_logging():
+            importlib.import_module("fairseq.models.hubert")
+    except Exception as error:  # fairseq's own releases raise many kinds on newer versions of Python
+        imported.remarks.append(f"not compared with fairseq, which cannot be imported here ({one_line(error)})")
+        return None
+    try:
+        with _quiet_logging():
             model = _fairseq_model(architecture, settings)
             load_source_state(model, weights, "feature_extractor.conv_layers.0.0.weight")
     except Exception as error:  # whatever fairseq meets, the conversion cannot be checked
         raise UserError(
-            f"{path}: fairseq cannot take the source model ({one_line(error)}); uninstall it to convert "
-            "without the comparison"
+            f"{path}: fairseq cannot take the source model ({one_line(error)}), which so cannot be checked; nothing "
+            "was written; without fairseq installed it is not checked"
         ) from error
     layers: list[Tensor] = []
     for layer in model.encoder.layers:

@@ -28,7 +28,7 @@ from helpers import (
 from safetensors.torch import load_file
 
 from wav2vec2.errors import UserError
-from wav2vec2.utils.import_fairseq import import_fairseq_model, parse_conv_layers
+from wav2vec2.utils.import_fairseq import compare_with_fairseq, import_fairseq_model, parse_conv_layers
 from wav2vec2.utils.import_huggingface import import_huggingface_model
 from wav2vec2.utils.unpickling import read_torch_file
 
@@ -393,6 +393,19 @@ def test_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     waveforms, lengths = pad([expected["wav_0"], expected["wav_1"]])
     stages = [expected["proj"], *(expected[f"layer_{k}"] for k in (1, 2, 3))]
     check_stages(model, waveforms, lengths, stages, expected["final"], expected["frame_lengths"])
+
+
+def test_a_fairseq_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, and the model is converted as without it."""
+    broken = tmp_path / "fairseq" / "__init__.py"
+    broken.parent.mkdir()
+    broken.write_text("raise ValueError('mutable default')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fairseq"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    imported = import_fairseq_model(HUBERT)
+    assert compare_with_fairseq(imported, HUBERT) is None
+    assert imported.remarks[-1] == "not compared with fairseq, which cannot be imported here (mutable default)"
 
 
 def test_script_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
