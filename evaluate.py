@@ -10,29 +10,34 @@
       --probes probes/keywords.tsv --out results/evaluation.json
   python -m evaluation.report exp/hubert-base --evaluation results/evaluation.json     to show it with the run
 
-A probe is a list of labelled audio files, separated by tabs, with the header "split path label": split is train or
-test, paths start from the list's folder. Everything but the times is the same in every run on the same machine.
+A probe is a list of labelled audio files, separated by tabs, with the header "split path label" (clips, or a
+verification), "split path start end label" (segments) or "split path text" (CTC): see docs/measuring.md. Everything but
+the times is the same in every run on the same machine.
 """
 
 import argparse
 import json
 import os
+import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import cli
+from dataset.labels import UNITS, Probe, read_probe
+from evaluation.backends import Subject, exported, parse_backends, torch_subject
 from evaluation.cost import cost, counted_on, made_by, measure_speed
+from evaluation.features import LogMel
 from evaluation.fidelity import HeldOutSpeech, make_student, measure_fidelity, shared_min_samples
-from evaluation.probes import Probe, log_mel_statistics, probe_features, probe_model, probe_random_models, read_probe
+from evaluation.pictures import layers_alone, quality
+from evaluation.probes import METRICS, Probed, probe_random_models, run_probe, summary
+from evaluation.scores import figure_of_merit
 from evaluation.tables import evaluation_tables
 from lightning import DISTILL_MODES, parse_distill_layers
 from wav2vec2.audio import MAX_SECONDS
 from wav2vec2.checkpoint import load_model
 from wav2vec2.errors import UserError
 from wav2vec2.files import atomic_path
-from wav2vec2.model import Wav2Vec2Model
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,6 +51,9 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("speed")
     group.add_argument("--speed_seconds", type=float, nargs="*", default=[1, 5, 15], help="lengths; none: no timing")
     group.add_argument("--batch", type=int, nargs="+", default=[1], help="utterances per batch")
+    group.add_argument(
+        "--backends", default="torch", metavar="LIST", help="torch,onnx,onnx-int8: each is timed, and probed, as well"
+    )
     group.add_argument("--repetitions", type=int, default=5, help="runs of which the median counts")
     group = parser.add_argument_group("fidelity")
     group.add_argument("--tsv", type=Path, help="manifest of held-out speech, from prepare_data.py")
@@ -54,18 +62,15 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--max_seconds", type=float, default=MAX_SECONDS, help="leave out longer utterances")
     group = parser.add_argument_group("probes")
     group.add_argument("--probes", type=Path, nargs="+", default=[], metavar="TSV", help="lists of labelled clips")
+    group.add_argument("--probe_units", choices=UNITS, default=UNITS[0], help="of lists of texts")
+    group.add_argument("--layers_alone", action="store_true", help="each layer by itself, too")
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each probe per seed")
     group.add_argument("--no_controls", action="store_true", help="no probes of log-mel features and random weights")
     return parser.parse_args()
 
 
-class Subject(NamedTuple):
-    """A model to measure."""
-
-    name: str
-    path: Path
-    is_teacher: bool
-    model: Wav2Vec2Model
+# The control that quality is measured from.
+LOG_MEL = "log-mel"
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -115,21 +120,19 @@ def load_subjects(args: argparse.Namespace, device: torch.device) -> list[Subjec
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--names: two models are called {name}; give each its own name")
-    subjects = []
-    for name, path in zip(names, paths, strict=True):
-        model = load_model(path).eval().to(device)
-        model.fold_weight_norm()
-        subjects.append(Subject(name, path, bool(args.teacher) and not subjects, model))
-    return subjects
+    return [
+        torch_subject(name, path, load_model(path).eval().to(device), is_teacher=bool(args.teacher) and number == 0)
+        for number, (name, path) in enumerate(zip(names, paths, strict=True))
+    ]
 
 
-def read_probes(paths: list[Path]) -> list[Probe]:
+def read_probes(paths: list[Path], units: str) -> list[Probe]:
     """The probes, each with a name of its own.
 
     Raises:
-        UserError: see :func:`evaluation.probes.read_probe`; or two have one name.
+        UserError: see :func:`dataset.labels.read_probe`; or two have one name.
     """
-    probes = [read_probe(path) for path in paths]
+    probes = [read_probe(path, units) for path in paths]
     names = [probe.name for probe in probes]
     for probe in probes:
         if names.count(probe.name) > 1:
@@ -148,7 +151,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--distill_layers: {error}") from None
 
     # All input is read before anything is measured, so that what is wrong with it shows at once.
-    probes = read_probes(args.probes)
+    probes = read_probes(args.probes, args.probe_units)
+    backends = parse_backends(args.backends)
+    if len(backends) > 1 and device.type != "cpu":
+        raise UserError(f"--backends {args.backends}: ONNX Runtime is timed on the CPU; add --device cpu")
     subjects = load_subjects(args, device)
     models = [subject.model for subject in subjects]
     speech = HeldOutSpeech(args.tsv, args.max_seconds, shared_min_samples(models)) if args.tsv else None
@@ -157,38 +163,63 @@ def main(args: argparse.Namespace) -> None:
         for each in (subjects[1:] if speech else ())
     ]
 
-    speeds = measure_speed(models, args.speed_seconds, args.batch, args.repetitions, device)
     compared = measure_fidelity(models[0], students, layers, speech) if speech else []
     fidelity = {student.name: found for student, found in zip(students, compared, strict=True)}
-    entries = [
-        {
-            "name": subject.name,
-            "path": os.fspath(subject.path),
-            "is_teacher": subject.is_teacher,
-            "config": subject.model.config,
-            "cost": {**cost(subject.model, subject.path), "speed": speed},
-            "fidelity": {**fidelity[subject.name], "tsv": str(args.tsv)} if subject.name in fidelity else None,
-            "probes": probe_model(subject.model, subject.name, probes, args.seeds),
+    with tempfile.TemporaryDirectory() as folder:
+        for number, subject in enumerate(list(subjects)):
+            subjects += exported(subject, backends, Path(folder) / str(number))
+        runs = [subject.run for subject in subjects]
+        speeds = measure_speed(runs, args.speed_seconds, args.batch, args.repetitions, device)
+        probed = {
+            subject.name: {
+                probe.name: run_probe(subject.features, probe, args.seeds, args.layers_alone) for probe in probes
+            }
+            for subject in subjects
         }
-        for subject, speed in zip(subjects, speeds, strict=True)
-    ]
-    controls = {}
+    controls: dict[str, dict[str, Probed]] = {}
     if probes and not args.no_controls:
-        controls = {
-            "log-mel": probe_features(log_mel_statistics, probes, args.seeds),
-            "random weights": probe_random_models(models[0].config, probes, args.seeds, device),
+        log_mel, shape = LogMel(), models[0].config
+        controls[LOG_MEL] = {probe.name: run_probe(log_mel, probe, args.seeds) for probe in probes}
+        controls["random weights"] = {
+            probe.name: probe_random_models(shape, probe, args.seeds, device) for probe in probes
         }
+    merit, left_out = {}, {}
+    if args.teacher and controls:
+        scored = {
+            name: {probe: each.scored for probe, each in found.items()}
+            for name, found in {**probed, LOG_MEL: controls[LOG_MEL]}.items()
+        }
+        more_is_better = {probe.name: METRICS[probe.kind][1] for probe in probes}
+        merit, left_out = figure_of_merit(scored, more_is_better, subjects[0].name, LOG_MEL)
     results = {
         "made_by": {**made_by(device), "seeds": args.seeds},
         "teacher": subjects[0].name if args.teacher else None,
-        "models": entries,
-        "controls": controls,
-        "probes": {probe.name: probe.summary() for probe in probes},
+        "models": [
+            {
+                "name": subject.name,
+                "path": os.fspath(subject.path),
+                "backend": subject.backend,
+                "is_teacher": subject.is_teacher,
+                "config": subject.model.config,
+                "cost": {**cost(subject.model, subject.num_bytes), "speed": speed},
+                "fidelity": {**fidelity[subject.name], "tsv": str(args.tsv)} if subject.name in fidelity else None,
+                "probes": {name: found.summary() for name, found in probed[subject.name].items()},
+                "quality": merit.get(subject.name),
+            }
+            for subject, speed in zip(subjects, speeds, strict=True)
+        ],
+        "controls": {
+            name: {probe: found.summary() for probe, found in control.items()} for name, control in controls.items()
+        },
+        "probes": {probe.name: summary(probe) for probe in probes},
+        "left_out": left_out,
         "macs_counted_on": counted_on(),
     }
     if args.out:
         with atomic_path(args.out) as temporary:
             temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        for number, picture in enumerate([*quality(results), *layers_alone(results)], start=1):
+            picture.write(args.out.with_name(f"{args.out.stem}-{number}.svg"))
     for table in evaluation_tables(results):
         print(f"\n{table}")
     if args.out:

@@ -17,7 +17,7 @@ import torch
 
 from cli import progress
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.flops import count_flops
+from wav2vec2.flops import count_flops, count_params
 from wav2vec2.model import Wav2Vec2Model, hubert_base
 
 # What MACs are counted on: the mean length of LibriSpeech test-clean (5.4 h in 2,620 utterances).
@@ -27,7 +27,7 @@ SUPERB_HUBERT_BASE_MACS = 1.669e12
 
 
 def macs_per_second(config: dict[str, Any]) -> dict[str, float]:
-    """Multiply-accumulates per second of audio: of the extractor, of all behind it, and in total.
+    """Multiply-accumulates per second of audio: of each part of the model (:class:`flops.Parts`), and in total.
 
     Counted on one utterance of :data:`UTTERANCE_SECONDS`, half of what :func:`flops.count_flops` counts there. The
     length matters a little, because attention costs more for longer utterances: HuBERT Base needs 7.0e9 per second
@@ -63,19 +63,20 @@ def counted_on() -> dict[str, float]:
     return {"utterance_seconds": UTTERANCE_SECONDS, "superb_seconds": superb_seconds()}
 
 
-def cost(model: Wav2Vec2Model, path: Path | None) -> dict[str, Any]:
-    """Everything but the speed of a model, which may be on torch's meta device; without a ``path``, no bytes."""
+def cost(model: Wav2Vec2Model, num_bytes: int | None) -> dict[str, Any]:
+    """Everything but the speed of a model, which may be on torch's meta device, and whose file has these bytes."""
     macs = macs_per_second(model.config)
     return {
         "num_params": int(model.get_num_params()),
-        "num_bytes": None if path is None else path.stat().st_size,
+        "params": count_params(model)._asdict(),
+        "num_bytes": num_bytes,
         "macs_per_second": macs,
         "superb_macs": superb_style_macs(macs),
     }
 
 
 def measure_speed(
-    models: Sequence[Wav2Vec2Model],
+    runs: Sequence[Callable[[torch.Tensor], object]],
     lengths: Sequence[float],
     batch_sizes: Sequence[int],
     repetitions: int,
@@ -83,11 +84,11 @@ def measure_speed(
 ) -> list[list[dict[str, Any]]]:
     """Real-time factors: seconds of work per second of audio, with all hidden states returned.
 
-    The models take turns on the same noise after a warm-up each; the median of the repetitions counts. Weights are
-    float32, weight norm is folded, and nothing is padded.
+    The models take turns on the same noise after a warm-up each; the median of the repetitions counts. Nothing is
+    padded.
 
     Args:
-        models: on ``device``, in eval mode.
+        runs: each a model that takes waveforms (B, T) on ``device``.
         lengths: of the utterances, in seconds.
         batch_sizes: utterances per batch.
         repetitions: runs that are timed.
@@ -96,14 +97,14 @@ def measure_speed(
     Returns:
         For each model one entry per length and batch size.
     """
-    found: list[list[dict[str, Any]]] = [[] for _ in models]
+    found: list[list[dict[str, Any]]] = [[] for _ in runs]
     settings = [(seconds, batch) for seconds in lengths for batch in batch_sizes]
     for seconds, batch in progress(settings, "speed", unit="setting"):
         generator = torch.Generator().manual_seed(0)
         waveforms = torch.randn(batch, round(seconds * SAMPLE_RATE), generator=generator).to(device)
-        work = {str(number): _timed(model, waveforms) for number, model in enumerate(models)}
-        for run in work.values():
-            run()
+        work = {str(number): _timed(run, waveforms) for number, run in enumerate(runs)}
+        for warm_up in work.values():
+            warm_up()
         medians = take_turns(work, repetitions).values()
         for entries, (median, _) in zip(found, medians, strict=True):
             factor = median / (seconds * batch)
@@ -112,19 +113,18 @@ def measure_speed(
     return found
 
 
-def _timed(model: Wav2Vec2Model, waveforms: torch.Tensor) -> Callable[[], float]:
+def _timed(run: Callable[[torch.Tensor], object], waveforms: torch.Tensor) -> Callable[[], float]:
     """A function that runs the model once and returns the seconds that this took."""
-    model.fold_weight_norm()
 
-    def run() -> float:
+    def timed() -> float:
         _wait_for(waveforms.device)
         start = time.perf_counter()
         with torch.inference_mode():
-            model.extract_features(waveforms)
+            run(waveforms)
         _wait_for(waveforms.device)
         return time.perf_counter() - start
 
-    return run
+    return timed
 
 
 def _wait_for(device: torch.device) -> None:

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from typing import NamedTuple
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -12,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from evaluation.experiment import Column
+from wav2vec2.errors import single_line
+from wav2vec2.files import atomic_path
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -75,6 +79,11 @@ class Picture(NamedTuple):
     caption: str
     svg: Markup
 
+    def write(self, path: Path) -> None:
+        """Write it as an SVG file of its own."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(self.svg.replace("currentColor", INK), encoding="utf-8")
+
 
 def curves(log: Mapping[str, Column]) -> list[Picture]:
     """A picture of each of :data:`PANELS` that the log has values for; a term of the loss of weight 0 is left out."""
@@ -129,6 +138,65 @@ def kept_units(unit: str, before: Sequence[int], after: Sequence[int], first_lay
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(12 if axis is axes.xaxis else 4, integer=True))
         return Picture(f"{sum(after):,} of {sum(before):,} {unit} kept", _svg(figure))
+
+
+def _label(text: str) -> str:
+    """A name from a file as a picture may show it: one line, and no formula of matplotlib's."""
+    return single_line(text, 60).replace("$", r"\$")
+
+
+def quality(results: Mapping[str, Any]) -> list[Picture]:
+    """Quality against parameters and against real-time factor, a point for each model of ``evaluate.py``'s results."""
+    models = [model for model in results["models"] if model["quality"]]
+    costs = {
+        "parameters": [model["cost"]["num_params"] for model in models],
+        "real-time factor": [
+            model["cost"]["speed"][0]["real_time_factor"] for model in models if model["cost"]["speed"]
+        ],
+    }
+    return [_points(models, title, values) for title, values in costs.items() if values]
+
+
+def _points(models: Sequence[Mapping[str, Any]], title: str, costs: Sequence[float]) -> Picture:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure()
+        axes = figure.subplots()
+        for number, (model, cost) in enumerate(zip(models, costs, strict=True)):
+            value, (low, high) = model["quality"]["mean"], model["quality"]["interval"]
+            colour = COLOURS[number % len(COLOURS)]
+            axes.errorbar(
+                cost, value, [[max(0, value - low)], [max(0, high - value)]], fmt="o", color=colour, capsize=3
+            )
+            axes.annotate(_label(model["name"]), (cost, value), (5, 4), textcoords="offset points", fontsize=8)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
+        axes.set_title("quality (log-mel 0, teacher 100)")
+        axes.set_xlabel(title)
+        return Picture(f"quality against {title}", _svg(figure))
+
+
+def layers_alone(results: Mapping[str, Any]) -> list[Picture]:
+    """What each layer alone knows, a picture for each probe and a line for each model; none if not measured."""
+    pictures = []
+    for probe, task in results["probes"].items():
+        lines = {
+            model["name"]: model["probes"][probe]["by_layer"]
+            for model in results["models"]
+            if model["probes"].get(probe, {}).get("by_layer")
+        }
+        if lines:
+            with matplotlib.rc_context(_STYLE):
+                figure = Figure()
+                axes = figure.subplots()
+                for colour, (name, values) in zip(cycle(COLOURS), lines.items(), strict=False):
+                    axes.plot(values, color=colour, marker="o", markersize=3.5, label=_label(name))
+                axes.set_title(_label(f"{probe}: {task['metric']} (%)"))
+                axes.set_xlabel("layer")
+                axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+                axes.legend(fontsize=8)
+                pictures.append(Picture(_label(f"{probe}: each layer alone"), _svg(figure)))
+    return pictures
 
 
 def _svg(figure: Figure) -> Markup:

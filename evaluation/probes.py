@@ -1,201 +1,94 @@
-"""What a model's frozen features know: linear probes on labelled clips, a SUPERB in miniature.
+"""What a model's frozen features know: linear probes on labelled audio, a SUPERB in miniature.
 
-As in SUPERB, a probe sees a learnt softmax-weighted sum of all hidden states. It is a linear classifier of the mean
-over a clip's frames. The mean of a weighted sum is the weighted sum of means, so each clip goes through the model
-once and probes train on what is kept: (clips, layers, D).
+As in SUPERB, a probe sees a learnt softmax-weighted sum of all hidden states. What it makes of it is one linear layer,
+by the kind of list (:mod:`dataset.labels`):
 
-Layers differ in scale, so each feature is brought to zero mean and unit deviation over the training clips, before the
-sum and after it: otherwise the layer weights would say more about scales than about content. The penalty on the
-squares of all weights, those of the layers included, is the one with the lowest loss on a held-out fifth of the
-training clips; then the probe is trained on all of them. The test clips are looked at once, at the end.
+    clips          classes of the mean over a clip's frames; accuracy
+    segments       classes of each labelled frame; accuracy over frames
+    text           units of each frame, by CTC, decoded greedily; error rate of units
+    verification   an embedding of the mean over a clip's frames, learnt from the training labels; equal error rate
+
+Layers differ in scale, so each feature is brought to zero mean and unit deviation over the training clips before the
+sum: otherwise the layer weights would say more about scales than about content. The test clips are looked at once, at
+the end.
+
+Clips go through the model one at a time, whole. The mean of a weighted sum is the weighted sum of means, so of the
+clips and the verification little is kept, (clips, layers, D), and L-BFGS trains on all of it, with the penalty on the
+squares of all weights that has the lowest loss on a held-out fifth. The frames of the others lie on disk, in half
+precision; Adam trains on a few at a time.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torchaudio.functional import edit_distance
 
-from cli import progress
-from dataset.labels import read_table
-from dataset.speech import load_audio
-from evaluation.features import hidden_states
-from wav2vec2.audio import SAMPLE_RATE, AudioError
-from wav2vec2.errors import UserError, short_repr
-from wav2vec2.model import Wav2Vec2Model, wav2vec2_model
+from dataset.labels import CLIPS, SEGMENTS, TEXT, VERIFICATION, Clip, Probe
+from evaluation.features import Features, Frames, ModelFeatures, frames_on_disk, pooled_features
+from evaluation.scores import EqualErrorRate, Score, Scored, Share
+from wav2vec2.model import wav2vec2_model
 
-SPLITS = ("train", "test")
-COLUMNS = ("split", "path", "label")
 # What the squared weights are multiplied by before they are added to the mean cross entropy.
 PENALTIES = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
 HELD_OUT_SHARE = 0.2
 # Of L-BFGS, which mostly stops before, once the loss changes by less than the second.
 MAX_ITERATIONS = 100
 TOLERANCE = 1e-5
+# Of Adam, with one cycle of the learning rate; layer weights learn faster, as there are few of them.
+FRAME_EPOCHS, FRAMES_PER_BATCH = 10, 512
+TEXT_EPOCHS, CLIPS_PER_BATCH = 20, 16
+LEAST_UPDATES = 400  # of short lists: more epochs
+LEARNING_RATE, LAYER_LEARNING_RATE = 3e-3, 3e-2
 
-
-class Clip(NamedTuple):
-    """A labelled audio file; ``label`` is a number from 0."""
-
-    path: Path
-    label: int
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A task: labelled clips to learn from and to test on.
-
-    Attributes:
-        name: the file's, without its ending.
-        path: the ``.tsv`` file.
-        labels: the names of the classes.
-        train, test: the clips.
-    """
-
-    name: str
-    path: Path
-    labels: tuple[str, ...]
-    train: tuple[Clip, ...]
-    test: tuple[Clip, ...]
-
-    def summary(self) -> dict[str, Any]:
-        """The sizes, and the accuracy on the test clips of always giving the training clips' most frequent label."""
-        counts = torch.bincount(targets(self.train), minlength=len(self.labels))
-        chance = float((targets(self.test) == counts.argmax()).double().mean())
-        sizes = {"num_classes": len(self.labels), "num_train": len(self.train), "num_test": len(self.test)}
-        return {**sizes, "chance": 100 * chance}
+# Of each kind: what its score is, and whether more of it is better.
+METRICS = {
+    CLIPS: ("accuracy", True),
+    SEGMENTS: ("frame accuracy", True),
+    TEXT: ("unit error rate", False),
+    VERIFICATION: ("equal error rate", False),
+}
 
 
 def targets(clips: Sequence[Clip]) -> Tensor:
     """(N,) int64 labels."""
-    return torch.tensor([clip.label for clip in clips])
+    return torch.tensor([clip.target for clip in clips])
 
 
-def read_probe(path: Path) -> Probe:
-    """Read a tab-separated list with the header ``split path label``; paths are relative to its folder.
+def summary(probe: Probe) -> dict[str, Any]:
+    """Kind, metric and sizes of a probe, and the score of always answering with the most frequent label."""
+    metric, _ = METRICS[probe.kind]
+    sizes = {"num_classes": len(probe.labels), "num_train": len(probe.train), "num_test": len(probe.test)}
+    return {"kind": probe.kind, "metric": metric, **sizes, "chance": _chance(probe)}
 
-    Raises:
-        UserError: the file is missing or no such list, a split is missing, there are fewer than two classes, a class
-            has fewer than two training clips, a test clip has a label that no training clip has, a file is listed
-            twice, or does not exist.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, expected a list of labelled clips with the header split, path, label")
-    rows = _read_rows(path)
-    names = {split: [label for found, _, label in rows if found == split] for split in SPLITS}
-    for split in SPLITS:
-        if not names[split]:
-            raise UserError(f"{path}: no line has the split {split}, expected clips of both train and test")
-    labels = sorted(set(names["train"]))
-    if len(labels) < 2:
-        raise UserError(f"{path}: the training clips have one label, {short_repr(labels[0])}, expected two or more")
-    for label in labels:
-        if names["train"].count(label) < 2:
-            raise UserError(
-                f"{path}: one training clip has the label {short_repr(label)}, expected two or more of each, "
-                "because the penalty is chosen on held-out ones"
-            )
-    if unknown := sorted(set(names["test"]) - set(labels)):
-        raise UserError(
-            f"{path}: test clips have the label {short_repr(unknown[0])}, which no training clip has; take them "
-            "out, or add such clips for training"
+
+def _chance(probe: Probe) -> float:
+    if probe.kind == VERIFICATION:
+        return 50.0
+    if probe.kind == TEXT:  # no unit at all is said
+        return 100.0
+    if probe.kind == CLIPS:
+        trained, tested = ((clip.target, 1.0) for clip in probe.train), [(clip.target, 1.0) for clip in probe.test]
+    else:
+        trained, tested = (
+            [(segment.label, segment.end - segment.start) for clip in clips for segment in clip.target]
+            for clips in (probe.train, probe.test)
         )
-    clips: dict[str, list[Clip]] = {split: [] for split in SPLITS}
-    for split, file, label in rows:
-        clips[split].append(Clip(file, labels.index(label)))
-    return Probe(path.stem, path, tuple(labels), *(tuple(clips[split]) for split in SPLITS))
-
-
-def _read_rows(path: Path) -> list[tuple[str, Path, str]]:
-    """Split, audio file and label of each line."""
-    rows: list[tuple[str, Path, str]] = []
-    lines_of: dict[Path, int] = {}
-    header, table = read_table(path)
-    missing = [column for column in COLUMNS if column not in header]
-    if missing:
-        raise UserError(
-            f"{path}: line 1 is {short_repr(header)}, expected the columns split, path and label, separated by "
-            f"tabs ({', '.join(missing)} missing)"
-        )
-    for number, row in table:
-        split, name, label = (row[column] for column in COLUMNS)
-        place = f"{path}: line {number}"
-        if split not in SPLITS or not name or not label:
-            raise UserError(
-                f"{place} has split {short_repr(split)}, path {short_repr(name)} and label "
-                f"{short_repr(label)}, expected train or test, a path and a label, separated by tabs"
-            )
-        clip = path.parent / name
-        if clip in lines_of:
-            raise UserError(f"{place} lists {clip}, which line {lines_of[clip]} does already; take one out")
-        if not clip.is_file():
-            raise UserError(f"{place}: {clip} does not exist, expected an audio file")
-        lines_of[clip] = number
-        rows.append((split, clip, label))
-    return rows
+    weights = np.zeros(len(probe.labels))
+    for label, weight in trained:
+        weights[label] += weight
+    most = int(weights.argmax())
+    return 100 * sum(weight for label, weight in tested if label == most) / sum(weight for _, weight in tested)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Features: (clips, layers, D), on the CPU
-# ---------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def pooled_states(model: Wav2Vec2Model, source: str, probe: Probe, clips: Sequence[Clip]) -> Tensor:
-    """The mean over frames of every hidden state of every clip: (clips, layers + 1, D).
-
-    Clips go through the model one at a time, whole, so that nothing is padded.
-
-    Args:
-        model: in eval mode.
-        source: its name in errors.
-        probe: what the clips belong to.
-        clips: of the probe.
-
-    Raises:
-        UserError: a clip cannot be read or is too short, or a hidden state is not finite.
-    """
-    device = next(model.parameters()).device
-    rows = []
-    for clip in progress(clips, f"{source}: {probe.name}", unit="clip", leave=False):
-        waveform = _read_clip(probe, clip).to(device)
-        states = hidden_states(model, waveform, None, source, f"{probe.path}: {clip.path}")
-        rows.append(torch.stack([state.mean(0) for state in states]).float().cpu())
-    return torch.stack(rows)
-
-
-def log_mel_statistics(probe: Probe, clips: Sequence[Clip]) -> Tensor:
-    """Mean and deviation over frames of 80 log-mel energies (25 ms windows every 10 ms): (clips, 1, 160)."""
-    from torchaudio.transforms import MelSpectrogram  # imported late: nothing else here needs torchaudio
-
-    mel = MelSpectrogram(SAMPLE_RATE, n_fft=400, hop_length=160, n_mels=80)
-    rows = []
-    for clip in progress(clips, f"log-mel: {probe.name}", unit="clip", leave=False):
-        waveform = _read_clip(probe, clip)
-        if waveform.numel() <= mel.n_fft // 2:
-            raise UserError(f"{probe.path}: {clip.path}: has {waveform.numel()} samples, expected more; take it out")
-        energies = torch.log(mel(waveform) + 1e-6)  # (80, frames)
-        rows.append(torch.cat([energies.mean(1), energies.std(1, correction=0)])[None])
-    return torch.stack(rows)
-
-
-def _read_clip(probe: Probe, clip: Clip) -> Tensor:
-    """(T,) at 16 kHz."""
-    try:
-        waveform = load_audio(clip.path)
-    except AudioError as error:
-        raise UserError(f"{probe.path}: {error}; mend the file or take its line out") from error
-    if not waveform.isfinite().all():
-        raise UserError(f"{probe.path}: {clip.path} holds samples that are NaN or infinite; take its line out")
-    return waveform
-
-
-# ---------------------------------------------------------------------------------------------------
-# The probe
+# Of whole clips
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -230,10 +123,13 @@ class LinearProbe(nn.Module):
         """(N, layers, D) to zero mean and unit deviation, as on the training clips."""
         return (features - self.mean) * self.scale
 
+    def combined(self, standardized: Tensor) -> Tensor:
+        """The weighted sum of layers: (N, layers, D) -> (N, D)."""
+        return self.norm(torch.einsum("l,nld->nd", self.layer_weights, standardized))
+
     def forward(self, standardized: Tensor) -> Tensor:
         """(N, layers, D) -> (N, classes)"""
-        combined = torch.einsum("l,nld->nd", self.layer_weights, standardized)
-        return F.linear(self.norm(combined), self.weight, self.bias)
+        return F.linear(self.combined(standardized), self.weight, self.bias)
 
 
 def train_probe(
@@ -284,86 +180,237 @@ def _loss(probe: LinearProbe, features: Tensor, labels: Tensor) -> float:
     return float(F.cross_entropy(probe(probe.standardized(features)), labels))
 
 
-def run_probe(train: Tensor, test: Tensor, probe: Probe, seed: int) -> dict[str, Any]:
-    """Choose the penalty, train, test.
+def fit_probe(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> LinearProbe:
+    """Choose the penalty on a held-out fifth, then train on all.
 
     Args:
-        train, test: features (N, layers, D) of the probe's clips.
-        probe: the task.
+        features: (N, layers, D).
+        labels: (N,).
+        num_classes: number of them.
         seed: of the held-out clips and the initial weights.
-
-    Returns:
-        ``accuracy`` in per cent, ``layer_weights``, ``penalty``.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels, num_classes = targets(probe.train), len(probe.labels)
     out = held_out(labels, generator)
 
     def held_out_loss(penalty: float) -> float:
-        trained = train_probe(train[~out], labels[~out], num_classes, penalty, generator)
-        return _loss(trained, train[out], labels[out])
+        trained = train_probe(features[~out], labels[~out], num_classes, penalty, generator)
+        return _loss(trained, features[out], labels[out])
 
     penalty = min(PENALTIES, key=held_out_loss)  # of equals the strongest
-    trained = train_probe(train, labels, num_classes, penalty, generator)
+    return train_probe(features, labels, num_classes, penalty, generator)
+
+
+class Run(NamedTuple):
+    """One run of a probe: what it reached, and the weight of each layer (their sum is 1)."""
+
+    score: Score
+    layer_weights: list[float]
+
+
+def run_clips(train: Tensor, test: Tensor, probe: Probe, seed: int) -> Run:
+    """Classify clips: features (N, layers, D) of the probe's training and test clips."""
+    trained = fit_probe(train, targets(probe.train), len(probe.labels), seed)
     with torch.no_grad():
         correct = trained(trained.standardized(test)).argmax(1) == targets(probe.test)
-    return {
-        "accuracy": 100 * float(correct.double().mean()),
-        "layer_weights": trained.layer_weights.tolist(),
-        "penalty": penalty,
-    }
+    return Run(Share(correct.double().numpy(), np.ones(len(correct))), trained.layer_weights.tolist())
 
 
-def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation (of a sample; 0 for one run) of the accuracies, and the mean layer weights."""
-    accuracies = [run["accuracy"] for run in runs]
-    mean = math.fsum(accuracies) / len(accuracies)
-    squares = math.fsum((accuracy - mean) ** 2 for accuracy in accuracies)
-    weights = torch.tensor([run["layer_weights"] for run in runs], dtype=torch.float64)
-    return {
-        "mean": mean,
-        "std": math.sqrt(squares / max(1, len(runs) - 1)),
-        "accuracies": accuracies,
-        "layer_weights": weights.mean(0).tolist(),
-        "penalties": [run["penalty"] for run in runs],
-    }
+def run_verification(train: Tensor, test: Tensor, probe: Probe, seed: int) -> Run:
+    """Compare clips of labels that training has not, by the scores that a classifier of its labels gives them."""
+    trained = fit_probe(train, targets(probe.train), len(probe.labels), seed)
+    with torch.no_grad():
+        embeddings = F.linear(trained.combined(trained.standardized(test)), trained.weight)
+        embeddings -= F.linear(trained.combined(trained.standardized(train)), trained.weight).mean(0)
+    return Run(EqualErrorRate(embeddings.numpy(), targets(probe.test).numpy()), trained.layer_weights.tolist())
 
 
-def probe_features(
-    features: Callable[[Probe, Sequence[Clip]], Tensor], probes: Sequence[Probe], seeds: Sequence[int]
-) -> dict[str, Any]:
-    """Run probes on fixed features.
+# ---------------------------------------------------------------------------------------------------
+# Of frames
+# ---------------------------------------------------------------------------------------------------
+
+
+class FrameProbe(nn.Module):
+    """A linear layer on a softmax-weighted sum of standardised layers.
 
     Args:
-        features: makes (clips, layers, D) of a probe's clips.
-        probes: the tasks.
-        seeds: one run each.
-
-    Returns:
-        For each probe's name what :func:`summarize` returns.
+        frames: to take mean and deviation from.
+        num_outputs: of the linear layer, which begins at zero.
     """
-    found = {}
-    for probe in probes:
-        train, test = (features(probe, clips) for clips in (probe.train, probe.test))
-        found[probe.name] = summarize([run_probe(train, test, probe, seed) for seed in seeds])
-    return found
+
+    def __init__(self, frames: Frames, num_outputs: int) -> None:
+        super().__init__()
+        mean, deviation = frames.moments
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", torch.where(deviation > 1e-6, 1 / deviation, 0.0))
+        self.layer_scores = nn.Parameter(torch.zeros(len(mean)))
+        self.weight = nn.Parameter(torch.zeros(num_outputs, mean.shape[1]))
+        self.bias = nn.Parameter(torch.zeros(num_outputs))
+
+    @property
+    def layer_weights(self) -> Tensor:
+        """(layers,), their sum is 1."""
+        return self.layer_scores.softmax(0)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(n, layers, D) -> (n, outputs)"""
+        combined = torch.einsum("l,nld->nd", self.layer_weights, (rows - self.mean) * self.scale)
+        return F.linear(combined, self.weight, self.bias)
 
 
-def probe_model(model: Wav2Vec2Model, source: str, probes: Sequence[Probe], seeds: Sequence[int]) -> dict[str, Any]:
-    """Run probes on a model's frozen hidden states, see :func:`probe_features`; ``source`` is named in errors."""
-    return probe_features(lambda probe, clips: pooled_states(model, source, probe, clips), probes, seeds)
+def _batches(count: int, size: int, epochs: int, generator: torch.Generator) -> list[Tensor]:
+    """Indices of ``count`` things in batches, every epoch in another order; at least :data:`LEAST_UPDATES`."""
+    epochs = max(epochs, math.ceil(LEAST_UPDATES / math.ceil(count / size)))
+    return [batch for _ in range(epochs) for batch in torch.randperm(count, generator=generator).split(size)]
 
 
-def probe_random_models(
-    config: dict[str, Any], probes: Sequence[Probe], seeds: Sequence[int], device: torch.device
-) -> dict[str, Any]:
-    """Run probes on models that nothing has trained: for each seed another initialisation of the same shape."""
-    runs: dict[str, list[dict[str, Any]]] = {probe.name: [] for probe in probes}
+def _train(probe: FrameProbe, batches: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> None:
+    """One cycle of Adam over batches."""
+    optimizer = torch.optim.Adam(
+        [{"params": [probe.layer_scores]}, {"params": [probe.weight, probe.bias]}], LEARNING_RATE
+    )
+    rates = [LAYER_LEARNING_RATE, LEARNING_RATE]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches) + 1)
+    for batch in batches:
+        optimizer.zero_grad()
+        loss(batch).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _is_labelled(clip: Clip, times: Tensor) -> Tensor:
+    return frame_labels(clip, times) >= 0
+
+
+def _is_any(_: Clip, times: Tensor) -> Tensor:
+    return torch.ones_like(times, dtype=torch.bool)
+
+
+def frame_labels(clip: Clip, times: Tensor) -> Tensor:
+    """The label of each frame by its middle, (N,); -1 in no segment."""
+    starts, ends, labels = (torch.tensor(column) for column in zip(*clip.target, strict=True))
+    place = torch.searchsorted(starts.double(), times.double(), right=True) - 1  # segments do not overlap
+    inside = (place >= 0) & (times.double() < ends.double()[place.clamp(min=0)])
+    return torch.where(inside, labels[place.clamp(min=0)], -1)
+
+
+def _all_labels(frames: Frames, clips: Sequence[Clip]) -> Tensor:
+    counts = torch.bincount(frames.clips, minlength=len(clips)).tolist()
+    return torch.cat([frame_labels(clip, times) for clip, times in zip(clips, frames.times.split(counts), strict=True)])
+
+
+def run_segments(train: Frames, test: Frames, probe: Probe, seed: int) -> Run:
+    """Classify the labelled frames of the probe's clips."""
+    generator = torch.Generator().manual_seed(seed)
+    trained = FrameProbe(train, len(probe.labels))
+    labels = _all_labels(train, probe.train)
+    batches = _batches(len(labels), FRAMES_PER_BATCH, FRAME_EPOCHS, generator)
+    _train(trained, batches, lambda batch: F.cross_entropy(trained(train.rows(batch)), labels[batch]))
+    wanted, correct = _all_labels(test, probe.test), []
+    with torch.no_grad():
+        for part in torch.arange(len(wanted)).split(8192):
+            correct.append(trained(test.rows(part)).argmax(1) == wanted[part])
+    counts = torch.bincount(test.clips, minlength=len(probe.test)).double()
+    found = torch.zeros_like(counts).index_add_(0, test.clips, torch.cat(correct).double())
+    return Run(Share(found.numpy(), counts.numpy()), trained.layer_weights.tolist())
+
+
+def _parts(frames: Frames, num_clips: int) -> list[Tensor]:
+    """The indices of the frames of each clip."""
+    return list(torch.arange(len(frames.clips)).split(torch.bincount(frames.clips, minlength=num_clips).tolist()))
+
+
+def run_text(train: Frames, test: Frames, probe: Probe, seed: int) -> Run:
+    """Recognise the units of the probe's clips with CTC; output 0 is the blank."""
+    generator = torch.Generator().manual_seed(seed)
+    trained = FrameProbe(train, 1 + len(probe.labels))
+    parts = _parts(train, len(probe.train))
+
+    def loss(batch: Tensor) -> Tensor:
+        chosen = batch.tolist()
+        lengths = torch.tensor([len(parts[clip]) for clip in chosen])
+        scores = trained(train.rows(torch.cat([parts[clip] for clip in chosen]))).split(lengths.tolist())
+        units = [torch.tensor(probe.train[clip].target) + 1 for clip in chosen]
+        return F.ctc_loss(
+            pad_sequence(scores).log_softmax(-1),
+            torch.cat(units),
+            lengths,
+            torch.tensor([len(each) for each in units]),
+            zero_infinity=True,  # a text of more units than frames cannot be learnt, and must not spoil the others
+        )
+
+    _train(trained, _batches(len(parts), CLIPS_PER_BATCH, TEXT_EPOCHS, generator), loss)
+    errors, counts = [], []
+    with torch.no_grad():
+        for clip, part in zip(probe.test, _parts(test, len(probe.test)), strict=True):
+            best = trained(test.rows(part)).argmax(1).unique_consecutive()
+            errors.append(edit_distance((best[best > 0] - 1).tolist(), list(clip.target)))
+            counts.append(len(clip.target))
+    return Run(Share(np.array(errors, dtype=float), np.array(counts, dtype=float)), trained.layer_weights.tolist())
+
+
+# ---------------------------------------------------------------------------------------------------
+# All kinds
+# ---------------------------------------------------------------------------------------------------
+
+
+class Probed(NamedTuple):
+    """The runs of a probe on one kind of features.
+
+    Attributes:
+        scored: what they reached.
+        layer_weights: the mean over the runs.
+        by_layer: the mean score of each layer alone, where that was asked for.
+    """
+
+    scored: Scored
+    layer_weights: list[float]
+    by_layer: list[float] | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """What :meth:`evaluation.scores.Scored.summary` says, ``layer_weights`` and ``by_layer``."""
+        return {**self.scored.summary(), "layer_weights": self.layer_weights, "by_layer": self.by_layer}
+
+
+def run_probe(features: Features, probe: Probe, seeds: Sequence[int], layers_alone: bool = False) -> Probed:
+    """Run a probe once for each seed, on the same features of its clips.
+
+    Args:
+        features: of what is measured.
+        probe: the task.
+        seeds: of held-out clips, initial weights and the order of batches.
+        layers_alone: run it on each layer alone, too.
+
+    Raises:
+        UserError: a clip cannot be read or is too short, or a feature is not finite.
+    """
+    with ExitStack() as stack:
+        if probe.kind in (CLIPS, VERIFICATION):
+            run = run_clips if probe.kind == CLIPS else run_verification
+            train, test = (pooled_features(features, probe, clips) for clips in (probe.train, probe.test))
+            alone = [(train[:, [layer]], test[:, [layer]]) for layer in range(train.shape[1])]
+        else:
+            run, wanted = (run_segments, _is_labelled) if probe.kind == SEGMENTS else (run_text, _is_any)
+            train, test = (
+                stack.enter_context(frames_on_disk(features, probe, clips, wanted))
+                for clips in (probe.train, probe.test)
+            )
+            alone = [(train.of_layer(layer), test.of_layer(layer)) for layer in range(len(train.scale))]
+        runs = [run(train, test, probe, seed) for seed in seeds]
+        by_layer = None
+        if layers_alone:
+            by_layer = [float(np.mean([run(*layer, probe, seed).score.value() for seed in seeds])) for layer in alone]
+        weights = np.array([each.layer_weights for each in runs]).mean(0).tolist()
+        return Probed(Scored([each.score for each in runs], len(probe.test)), weights, by_layer)
+
+
+def probe_random_models(config: Mapping[str, Any], probe: Probe, seeds: Sequence[int], device: torch.device) -> Probed:
+    """Run a probe on models that nothing has trained: for each seed another initialisation of the same shape."""
+    scores, weights = [], []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = wav2vec2_model(**config).eval().to(device)
-        for probe in probes:
-            train, test = (pooled_states(model, "random weights", probe, clips) for clips in (probe.train, probe.test))
-            runs[probe.name].append(run_probe(train, test, probe, seed))
-    return {name: summarize(found) for name, found in runs.items()}
+        probed = run_probe(ModelFeatures(model, "random weights"), probe, [seed])
+        scores += probed.scored.runs
+        weights.append(probed.layer_weights)
+    return Probed(Scored(scores, len(probe.test)), np.array(weights).mean(0).tolist())

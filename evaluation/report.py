@@ -17,7 +17,7 @@ import jinja2
 import cli
 from evaluation.cost import cost, counted_on
 from evaluation.experiment import Experiment, Stage, read_experiment
-from evaluation.pictures import Picture, curves, kept_units
+from evaluation.pictures import Picture, curves, kept_units, layers_alone, quality
 from evaluation.tables import Table, architecture_tables, cost_table, evaluation_tables, unit_counts
 from wav2vec2.errors import UserError, single_line
 from wav2vec2.files import atomic_path
@@ -29,7 +29,7 @@ def size_table(experiment: Experiment) -> Table | None:
     """What the original and the models of the run cost; None without any."""
     rows = [] if experiment.original is None else [("original", experiment.original, None)]
     rows += [(model.name, model.shape, model.path) for model in experiment.models]
-    measured = [{"name": name, "cost": cost(shape, path)} for name, shape, path in rows]
+    measured = [{"name": name, "cost": cost(shape, path and path.stat().st_size)} for name, shape, path in rows]
     if not measured:
         return None
     target = experiment.target_sparsity
@@ -106,6 +106,7 @@ def write_report(exp_dir: Path, evaluation: dict[str, Any] | None = None) -> Pat
             for stage in experiment.stages
         ],
         evaluation=evaluated,
+        evaluation_pictures=[] if evaluation is None else [*quality(evaluation), *layers_alone(evaluation)],
         settings=setting_tables(experiment, evaluation or {}),
     )
     out = exp_dir / PAGE

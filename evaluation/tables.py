@@ -4,14 +4,17 @@ The file is JSON:
 
     made_by    command, versions, device, threads, seeds
     teacher    its name, or null
-    models     one entry each: name, path, is_teacher, config, cost, fidelity (null without teacher or manifest), probes
+    models     one entry each: name, path, backend, is_teacher, config, cost, fidelity (null without teacher or
+               manifest), probes, quality (null without teacher or probes)
     controls   the probes of what is no trained model: "log-mel", and "random weights" of the first model's shape
-    probes     of each its num_classes, num_train, num_test and chance (per cent)
+    probes     of each its kind, metric, num_classes, num_train, num_test and chance (per cent)
+    left_out   of the quality: probes, with the reason
     macs_counted_on    utterance_seconds and superb_seconds, see evaluation.cost
 
-``cost`` has num_params, num_bytes, macs_per_second and superb_macs (conv, transformer, total) and speed, see
-:mod:`evaluation.cost`; ``fidelity`` is that of :func:`evaluation.fidelity.measure_fidelity`; an entry of ``probes``
-that of :func:`evaluation.probes.summarize`, by the probe's name.
+``cost`` has num_params, params (by part), num_bytes, macs_per_second and superb_macs (by part, and total) and speed,
+see :mod:`evaluation.cost`; ``fidelity`` is that of :func:`evaluation.fidelity.measure_fidelity`; an entry of ``probes``
+that of :meth:`evaluation.probes.Probed.summary`, by the probe's name; ``quality`` that of
+:func:`evaluation.scores.figure_of_merit`.
 """
 
 from collections.abc import Sequence
@@ -45,11 +48,13 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
         UserError: ``results`` are not those of evaluate.py.
     """
     try:
-        tables = [cost_table(results["models"], results["macs_counted_on"])]
+        tables = [cost_table(results["models"], results["macs_counted_on"]), part_table(results["models"])]
         if any(model["fidelity"] for model in results["models"]):
             tables.append(fidelity_table({model["name"]: model["fidelity"] for model in results["models"]}))
         if results["probes"]:
             tables.append(probe_table(results))
+        if any(model["quality"] for model in results["models"]):
+            tables.append(quality_table(results))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"not the results of evaluate.py ({type(error).__name__}: {error})") from error
     return tables
@@ -110,16 +115,61 @@ def fidelity_table(fidelity: dict[str, dict[str, Any] | None]) -> Table:
     return Table("Fidelity to the teacher", header, rows, [about, *notes])
 
 
+def part_table(models: Sequence[dict[str, Any]]) -> Table:
+    """Where parameters and multiplications are, in per cent of the model's."""
+    titles = {"conv": "extractor", "projection": "projection", "attention": "attention", "feed_forward": "FFN"}
+    rows = []
+    for model in models:
+        params, macs = model["cost"]["params"], model["cost"]["macs_per_second"]
+        shares = [100 * params[part] / sum(params.values()) for part in titles]
+        shares += [100 * macs[part] / macs["total"] for part in titles]
+        rows.append([model["name"], *(f"{share:.1f}" for share in shares)])
+    header = ["", *(f"{what}: {title}" for what in ("parameters", "MACs") for title in titles.values())]
+    about = (
+        "per cent; projection: with the positional convolution and the norms outside of blocks, which no mask prunes"
+    )
+    return Table("Parts", header, rows, [about])
+
+
 def probe_table(results: dict[str, Any]) -> Table:
-    """Accuracy of each model and control in each task."""
-    scored = {model["name"]: model["probes"] for model in results["models"]} | results["controls"]
-    rows = [
-        [name, *(f"{found[task]['mean']:.1f} ± {found[task]['std']:.1f}" for task in results["probes"])]
-        for name, found in scored.items()
-    ]
+    """The score of each model and control in each task."""
+    scored = {model["name"]: model["probes"] for model in results["models"] if model["probes"]} | results["controls"]
+    rows = [[name, *(_score(found[task]) for task in results["probes"])] for name, found in scored.items()]
     rows.append(["chance", *(f"{task['chance']:.1f}" for task in results["probes"].values())])
-    about = "test accuracy in per cent, mean and standard deviation over the seeds"
-    return Table("Probes", ["", *results["probes"]], rows, [about])
+    about = (
+        "test score in per cent, mean and standard deviation over the seeds, and in brackets where 95% of bootstrap "
+        "samples of the test clips lie; less is better of an error rate"
+    )
+    return Table(
+        "Probes", ["", *(f"{name}: {task['metric']}" for name, task in results["probes"].items())], rows, [about]
+    )
+
+
+def _score(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['mean']:.1f} ± {found['std']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def quality_table(results: dict[str, Any]) -> Table:
+    """The figure of merit of each model beside what it costs."""
+    rows = []
+    for model in results["models"]:
+        if model["quality"]:
+            cost, (low, high) = model["cost"], model["quality"]["interval"]
+            speed = cost["speed"][0]["real_time_factor"] if cost["speed"] else None
+            rows.append(
+                [
+                    model["name"],
+                    f"{model['quality']['mean']:.1f} [{low:.1f}, {high:.1f}]",
+                    f"{cost['num_params'] / 1e6:.2f}",
+                    f"{cost['macs_per_second']['total'] / 1e9:.3f}",
+                    "-" if cost["num_bytes"] is None else f"{cost['num_bytes'] / 1e6:.1f}",
+                    "-" if speed is None else f"{speed:.4f}",
+                ]
+            )
+    about = "quality: mean over the probes of where the score lies between log-mel (0) and the teacher (100)"
+    notes = [f"{probe} is left out: {reason}" for probe, reason in results["left_out"].items()]
+    return Table("Quality and cost", ["", "quality", "M parameters", "GMACs/s", "MB", "RTF"], rows, [about, *notes])
 
 
 # ---------------------------------------------------------------------------------------------------

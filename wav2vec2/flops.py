@@ -1,31 +1,58 @@
-"""Operations of a forward pass, counted by torch itself."""
+"""Operations of a forward pass, counted by torch itself, by part of the model."""
 
-from collections.abc import Callable
+from collections import Counter
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .audio import SAMPLE_RATE
 from .fast import plain_paths
 from .model import Wav2Vec2Model, wav2vec2_model
 
 
-class Flops(NamedTuple):
-    """Operations by part; a multiplication and its addition are two.
+class Parts(NamedTuple):
+    """A number for each part of a model.
 
     Attributes:
-        conv: of the convolutional extractor.
-        transformer: of all behind it: projection, positional convolution, layers.
+        conv: the convolutional extractor.
+        projection: projection and positional convolution, with the norms that no block has of its own.
+        attention: all attention blocks.
+        feed_forward: all feed-forward blocks.
     """
 
     conv: int
-    transformer: int
+    projection: int
+    attention: int
+    feed_forward: int
 
 
-def count_flops(config: dict[str, Any], num_samples: int, num_layers: int | None = None) -> Flops:
-    """Operations of ``extract_features`` on one waveform without padding.
+def _modules(model: Wav2Vec2Model) -> dict[str, list[nn.Module]]:
+    """The modules of each part but ``projection``, which is what is left."""
+    layers = model.encoder.transformer.layers
+    return {
+        "conv": [model.feature_extractor],
+        "attention": [layer.attention for layer in layers if layer.attention is not None],
+        "feed_forward": [layer.feed_forward for layer in layers if layer.feed_forward is not None],
+    }
+
+
+def _parts(counts: Counter[str], total: int) -> Parts:
+    return Parts(
+        projection=total - counts.total(), **{part: counts[part] for part in Parts._fields if part != "projection"}
+    )
+
+
+def count_params(model: Wav2Vec2Model) -> Parts:
+    """The parameters of each part; an output layer (``aux``) counts to the projection's."""
+    counts: Counter[str] = Counter()
+    for part, modules in _modules(model).items():
+        counts[part] = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return _parts(counts, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def count_flops(config: dict[str, Any], num_samples: int, num_layers: int | None = None) -> Parts:
+    """Operations of ``extract_features`` on one waveform without padding; a multiplication and its addition are two.
 
     Torch counts convolutions and matrix products, those of attention included, as it meets them: on its meta device,
     which computes shapes only. Biases, norms, activations, softmax and the weight norm of the positional convolution
@@ -39,20 +66,12 @@ def count_flops(config: dict[str, Any], num_samples: int, num_layers: int | None
     with torch.device("meta"):
         model = wav2vec2_model(**config).eval()
         waveforms = torch.empty(1, num_samples)
-    with torch.no_grad(), plain_paths():
-        with FlopCounterMode(display=False) as conv:
-            features, _ = model.feature_extractor(waveforms, None)
-        with FlopCounterMode(display=False) as transformer:
-            model.encoder.extract_features(features, None, num_layers)
-    return Flops(conv.get_total_flops(), transformer.get_total_flops())
-
-
-def forward_flops(model: Wav2Vec2Model, num_layers: int) -> Callable[[int], float]:
-    """Operations of the first ``num_layers`` layers' forward pass over one waveform, by its samples.
-
-    Counted for three lengths: attention makes it a quadratic function of the length.
-    """
-    seconds = np.array([2, 8, 16])
-    counts = [sum(count_flops(model.config, int(n), max(num_layers, 1))) for n in seconds * SAMPLE_RATE]
-    polynomial = np.poly1d(np.polyfit(seconds, counts, 2))
-    return lambda num_samples: float(polynomial(num_samples / SAMPLE_RATE))
+    counter = FlopCounterMode(display=False)
+    counts: Counter[str] = Counter()
+    for part, modules in _modules(model).items():
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_, part=part: counts.subtract({part: counter.get_total_flops()}))
+            module.register_forward_hook(lambda *_, part=part: counts.update({part: counter.get_total_flops()}))
+    with torch.no_grad(), plain_paths(), counter:
+        model.extract_features(waveforms, num_layers=num_layers)
+    return _parts(counts, counter.get_total_flops())

@@ -19,8 +19,9 @@ from helpers import (
     small_config,
 )
 
+from dataset import labels
 from dataset.speech import load_audio
-from evaluation import cost, probes
+from evaluation import cost, features, probes, scores
 from evaluation.features import hidden_states
 from evaluation.fidelity import HeldOutSpeech, LinearCKA, make_student, measure_fidelity
 from evaluation.tables import architecture_tables, unit_counts
@@ -98,7 +99,13 @@ def test_macs_of_hubert_base():
     # By hand: 3200, 1600, 800, 400, 200, 100 and 50 outputs a second.
     conv = 512 * (3200 * 10 + 512 * (3 * (1600 + 800 + 400 + 200) + 2 * (100 + 50)))
     assert macs["conv"] == pytest.approx(conv, rel=5e-3)
-    assert macs["conv"] + macs["transformer"] == macs["total"]
+    # What no mask prunes: the projection, and a positional convolution of 128 frames in 16 groups (and its padding).
+    assert macs["projection"] == pytest.approx(50 * (512 * 768 + 768 * 768 // 16 * 128), rel=1e-2)
+    assert macs["attention"] == pytest.approx(
+        50 * 12 * (4 * 768 * 768 + 2 * 768 * 50 * cost.UTTERANCE_SECONDS), rel=1e-2
+    )
+    assert macs["feed_forward"] == pytest.approx(50 * 12 * 2 * 768 * 3072, rel=1e-2)
+    assert sum(value for part, value in macs.items() if part != "total") == macs["total"]
     superb = cost.superb_style_macs(macs)
     assert superb["total"] == pytest.approx(1.669e12)
     assert superb["conv"] / superb["total"] == pytest.approx(macs["conv"] / macs["total"])
@@ -112,15 +119,16 @@ def test_fused_attention_counts_as_the_plain_one(family, monkeypatch):
     monkeypatch.setattr(flops, "plain_paths", contextlib.nullcontext)
     assert flops.count_flops(config, 16_000) == plain
     no_heads = {"encoder_num_heads": [4, 0, 4]} if family == "hubert" else {"encoder_remaining_heads": [[0], [], [1]]}
-    assert flops.count_flops(small_config(family, **no_heads), 16_000).transformer < plain.transformer
+    fewer = flops.count_flops(small_config(family, **no_heads), 16_000)
+    assert fewer.attention < plain.attention and fewer._replace(attention=plain.attention) == plain
 
 
 def test_cost_of_a_file_and_speed(tmp_path):
     path = save_small_model(tmp_path / "model.pth", "hubert", "base")
     model = checkpoint.load_model(path).eval()
-    found = cost.cost(model, path)
+    found = cost.cost(model, path.stat().st_size)
     assert found["num_params"] == model.get_num_params() and found["num_bytes"] == path.stat().st_size
-    (entries,) = cost.measure_speed([model], [0.1, 0.2], [1, 2], 1, torch.device("cpu"))
+    (entries,) = cost.measure_speed([model.extract_features], [0.1, 0.2], [1, 2], 1, torch.device("cpu"))
     assert [(entry["seconds"], entry["batch"]) for entry in entries] == [(0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
     assert all(entry["real_time_factor"] > 0 and entry["threads"] == 1 for entry in entries)
 
@@ -142,7 +150,7 @@ def test_turns():
 def test_real_time_factor_is_work_per_second_of_audio(monkeypatch):
     model = random_model(small_config("hubert"))
     monkeypatch.setattr(cost, "take_turns", lambda work, repetitions: {name: (3.0, 1.0) for name in work})
-    (entries,) = cost.measure_speed([model], [0.5], [4], 1, torch.device("cpu"))
+    (entries,) = cost.measure_speed([model.extract_features], [0.5], [4], 1, torch.device("cpu"))
     assert entries[0]["real_time_factor"] == 1.5
 
 
@@ -283,143 +291,271 @@ def test_the_shortest_input_makes_one_frame():
 # --- probes ----------------------------------------------------------------------------------------
 
 
-def synthetic_probe(num_train: int = 60, num_test: int = 60) -> tuple[probes.Probe, torch.Tensor, torch.Tensor]:
+def synthetic_probe(num_train: int = 60, num_test: int = 60) -> tuple[labels.Probe, torch.Tensor, torch.Tensor]:
     """Three classes that only layer 2 of four can tell apart, and its features are the smallest."""
     generator = torch.Generator().manual_seed(0)
     clips, features = {}, {}
     for split, count in (("train", num_train), ("test", num_test)):
-        labels = torch.arange(count) % 3
+        classes = torch.arange(count) % 3
         values = 100 * torch.randn(count, 4, 8, generator=generator)
         values[:, 2] = 0.01 * (
-            torch.nn.functional.one_hot(labels, 8) + 0.2 * torch.randn(count, 8, generator=generator)
+            torch.nn.functional.one_hot(classes, 8) + 0.2 * torch.randn(count, 8, generator=generator)
         )
-        clips[split] = tuple(probes.Clip(Path(f"{split}{n}"), label) for n, label in enumerate(labels.tolist()))
+        clips[split] = tuple(labels.Clip(Path(f"{split}{n}"), label, n) for n, label in enumerate(classes.tolist()))
         features[split] = values
-    probe = probes.Probe("three", Path("three.tsv"), ("a", "b", "c"), clips["train"], clips["test"])
+    probe = labels.Probe("three", Path("three.tsv"), "clips", ("a", "b", "c"), clips["train"], clips["test"])
     return probe, features["train"], features["test"]
 
 
 def test_a_probe_finds_the_layer_that_knows():
     probe, train, test = synthetic_probe()
-    found = probes.run_probe(train, test, probe, seed=0)
-    assert found["accuracy"] > 95
-    assert sum(found["layer_weights"]) == pytest.approx(1) and np.argmax(found["layer_weights"]) == 2
-    assert found["layer_weights"][2] > 0.5
-    assert found == probes.run_probe(train, test, probe, seed=0)
+    found = probes.run_clips(train, test, probe, seed=0)
+    assert found.score.value() > 95
+    assert sum(found.layer_weights) == pytest.approx(1) and np.argmax(found.layer_weights) == 2
+    assert found.layer_weights[2] > 0.5
+    again = probes.run_clips(train, test, probe, seed=0)
+    assert (found.score.value(), found.layer_weights) == (again.score.value(), again.layer_weights)
 
 
 def test_a_probe_of_noise_is_near_chance():
     probe, train, test = synthetic_probe(num_test=600)
-    found = probes.run_probe(torch.randn_like(train), torch.randn_like(test), probe, seed=0)
-    assert abs(found["accuracy"] - 100 / 3) < 8
-    assert probe.summary() == {"num_classes": 3, "num_train": 60, "num_test": 600, "chance": pytest.approx(100 / 3)}
+    found = probes.run_clips(torch.randn_like(train), torch.randn_like(test), probe, seed=0)
+    assert abs(found.score.value() - 100 / 3) < 8
+    sizes = {"num_classes": 3, "num_train": 60, "num_test": 600}
+    about = {"kind": "clips", "metric": "accuracy", "chance": pytest.approx(100 / 3)}
+    assert probes.summary(probe) == {**sizes, **about}
 
 
 def test_the_test_clips_choose_nothing():
     probe, train, test = synthetic_probe()
-    found, other = (probes.run_probe(train, features, probe, seed=1) for features in (test, torch.randn_like(test)))
-    assert found["accuracy"] != other["accuracy"]
-    assert (found["penalty"], found["layer_weights"]) == (other["penalty"], other["layer_weights"])
+    found, other = (probes.run_clips(train, features, probe, seed=1) for features in (test, torch.randn_like(test)))
+    assert found.score.value() != other.score.value()
+    assert found.layer_weights == other.layer_weights
 
 
 def test_features_that_never_vary_say_nothing():
     probe, train, test = synthetic_probe()
     train, test = (torch.cat([part, torch.full_like(part, 7.0)], dim=2) for part in (train, test))
     test[..., 8:] = -1e6
-    assert probes.run_probe(train, test, probe, seed=0)["accuracy"] > 95
+    assert probes.run_clips(train, test, probe, seed=0).score.value() > 95
 
 
 def test_held_out_clips():
-    labels = torch.tensor([0] * 20 + [1] * 2 + [2] * 10)
-    out = probes.held_out(labels, torch.Generator().manual_seed(0))
-    assert [int(out[labels == label].sum()) for label in range(3)] == [4, 1, 2]
-    assert not torch.equal(out, probes.held_out(labels, torch.Generator().manual_seed(1)))
+    classes = torch.tensor([0] * 20 + [1] * 2 + [2] * 10)
+    out = probes.held_out(classes, torch.Generator().manual_seed(0))
+    assert [int(out[classes == label].sum()) for label in range(3)] == [4, 1, 2]
+    assert not torch.equal(out, probes.held_out(classes, torch.Generator().manual_seed(1)))
 
 
-def test_summary_of_runs():
-    runs = [{"accuracy": a, "layer_weights": [w, 1 - w], "penalty": 1.0} for a, w in ((90.0, 0.2), (80.0, 0.4))]
-    found = probes.summarize(runs)
-    assert (found["mean"], found["accuracies"]) == (85, [90, 80])
-    assert found["std"] == pytest.approx(50**0.5) and found["layer_weights"] == pytest.approx([0.3, 0.7])
-    assert probes.summarize(runs[:1])["std"] == 0
-
-
-def test_features_are_means_over_frames(corpus):
-    probe = probes.read_probe(corpus / "pitch.tsv")
-    assert (probe.name, probe.labels, len(probe.train), len(probe.test)) == ("pitch", ("high", "low"), 20, 8)
+def test_features_of_clips(corpus):
+    probe = labels.read_probe(corpus / "pitch.tsv")
+    assert (probe.name, probe.kind, probe.labels) == ("pitch", "clips", ("high", "low"))
+    assert (len(probe.train), len(probe.test)) == (20, 8)
     model = random_model(small_config("wavlm"))
-    pooled = probes.pooled_states(model, "model", probe, probe.test)
+    pooled = features.pooled_features(features.ModelFeatures(model, "model"), probe, probe.test)
     with torch.inference_mode():
         expected, _ = model.extract_features(load_audio(probe.test[5].path)[None])
     torch.testing.assert_close(pooled[5], torch.stack([state[0].mean(0) for state in expected]))
     assert pooled.shape == (8, 4, 16)
-    assert probes.log_mel_statistics(probe, probe.test).shape == (8, 1, 160)
+    assert features.pooled_features(features.LogMel(), probe, probe.test).shape == (8, 1, 160)
 
 
 def test_random_weights_differ_by_seed_and_leave_the_generator_alone(corpus):
-    probe = probes.read_probe(corpus / "pitch.tsv")
+    probe = labels.read_probe(corpus / "pitch.tsv")
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
     config, device = small_config("hubert"), torch.device("cpu")
-    found = probes.probe_random_models(config, [probe], [3, 4], device)
+    found = probes.probe_random_models(config, probe, [3, 4], device).summary()
     assert torch.equal(torch.rand(1), expected)
-    single = probes.probe_random_models(config, [probe], [4], device)["pitch"]
-    assert found["pitch"]["accuracies"][1] == single["accuracies"][0]
-    assert found["pitch"]["layer_weights"] != single["layer_weights"]
-
-
-def probe_lines(*lines: str) -> str:
-    return "\n".join(line.replace(" ", "\t") for line in lines)
-
-
-GOOD = ["train 0.wav a", "train 1.wav a", "train 2.wav b", "train 3.wav b"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (probe_lines("split path", *GOOD), r"line 1 is .*expected the columns .*\(label missing\)"),
-        ("", r"line 1 is \[\], expected the columns"),
-        (probe_lines("split path label", *GOOD), "no line has the split test"),
-        (probe_lines("split path label", "test 0.wav a"), "no line has the split train"),
-        (probe_lines("split path label", *GOOD[:2], "test 2.wav a"), "have one label, 'a', expected two or more"),
-        (probe_lines("split path label", *GOOD[:3], "test 3.wav a"), "one training clip has the label 'b'"),
-        (probe_lines("split path label", *GOOD, "test test-low-0.wav c"), "label 'c', which no training clip has"),
-        (probe_lines("split path label", *GOOD, "dev 3.wav a"), "line 6 has split 'dev'"),
-        (probe_lines("split path label", *GOOD, "test 3.wav"), "line 6 has .* label None"),
-        (probe_lines("split path label", *GOOD, "test 3.wav a"), "line 6 lists .*3.wav, which line 5 does already"),
-        (probe_lines("split path label", *GOOD, "test 9.wav a"), r"line 6: .*9\.wav does not exist"),
-        (probe_lines("split path label", "train " + "x" * 200_000 + " a"), "line 2 cannot be read"),
-    ],
-)
-def test_probes_that_cannot_be(text, message, corpus):
-    path = corpus / "bad.tsv"
-    path.write_text(text)
-    with pytest.raises(UserError, match=rf"bad\.tsv.*{message}"):
-        probes.read_probe(path)
-
-
-def test_a_probe_that_is_not_utf8(corpus):
-    path = corpus / "bad.tsv"
-    path.write_text(probe_lines("split path label", *GOOD).replace("a\n", "é\n"), encoding="latin-1")
-    with pytest.raises(UserError, match=r"bad\.tsv: line 2 is not UTF-8 text"):
-        probes.read_probe(path)
+    single = probes.probe_random_models(config, probe, [4], device).summary()
+    assert found["values"][1] == single["values"][0]
+    assert found["layer_weights"] != single["layer_weights"]
 
 
 def test_clips_that_cannot_be_read(corpus):
     (corpus / "text.wav").write_text("not audio")
     soundfile.write(corpus / "nan.wav", np.full(4000, np.nan), 16_000, subtype="FLOAT")
     soundfile.write(corpus / "short.wav", np.zeros(50), 16_000)
-    model = random_model(small_config("hubert"))
+    model = features.ModelFeatures(random_model(small_config("hubert")), "m")
     for name, message in (("text", "cannot be decoded"), ("nan", "NaN or infinite"), ("short", "has 50 samples")):
         path = corpus / "bad.tsv"
-        path.write_text(probe_lines("split path label", *GOOD, f"test {name}.wav a"))
-        probe = probes.read_probe(path)
-        for features in (lambda *what: probes.pooled_states(model, "m", *what), probes.log_mel_statistics):
-            with pytest.raises(UserError, match=rf"bad\.tsv: .*{name}\.wav.*{message}") as error:
-                features(probe, probe.test)
+        lines = ["train 0.wav a", "train 1.wav a", "train 2.wav b", "train 3.wav b", f"test {name}.wav a"]
+        path.write_text("\n".join(["split path label", *lines]).replace(" ", "\t"))
+        probe = labels.read_probe(path)
+        for source in (model, features.LogMel()):
+            with pytest.raises(UserError, match=rf"bad\.tsv: line 6.*{message}") as error:
+                features.pooled_features(source, probe, probe.test)
             assert "prepare_data" not in str(error.value)
+
+
+# --- probes of frames, by tones whose pitch is the label ------------------------------------------
+
+
+PITCHES = {"low": 200, "mid": 700, "high": 2500}
+HUMS = (3200, 3900, 4600, 5300, 6000, 6900)
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of tones that follow each other, with the lists ``segments``, ``permuted``, ``text`` and ``speakers``."""
+    root = tmp_path_factory.mktemp("tones")
+    draw = np.random.default_rng(0)
+    voices = 10 ** draw.uniform(-3, -1.2, (11, len(HUMS)))  # how loud each speaker's hums are
+    rows: dict[str, list[str]] = {
+        "segments": ["split\tpath\tstart\tend\tlabel"],
+        "text": ["split\tpath\ttext"],
+        "speakers": ["split\tpath\tlabel"],
+    }
+    for number in range(36):
+        split, speaker = ("train", number % 8) if number < 24 else ("test", 8 + number % 3)
+        units, waveform, at = [], [], 0.0
+        for _ in range(5):
+            unit, seconds = str(draw.choice(list(PITCHES))), draw.uniform(0.1, 0.2)
+            time = np.arange(round(seconds * 16_000)) / 16_000
+            waveform += [0.3 * np.sin(2 * np.pi * PITCHES[unit] * time), np.zeros(320)]
+            rows["segments"].append(f"{split}\t{number}.wav\t{at:.4f}\t{at + len(time) / 16_000:.4f}\t{unit}")
+            at += (len(time) + 320) / 16_000
+            units.append(unit)
+        samples = np.concatenate(waveform)
+        time = np.arange(len(samples)) / 16_000
+        samples += sum(loud * np.sin(2 * np.pi * hum * time) for hum, loud in zip(HUMS, voices[speaker], strict=True))
+        soundfile.write(root / f"{number}.wav", samples + 0.01 * draw.standard_normal(len(samples)), 16_000)
+        rows["text"].append(f"{split}\t{number}.wav\t{' '.join(units)}")
+        rows["speakers"].append(f"{split}\t{number}.wav\t{speaker}")
+    for name, lines in rows.items():
+        (root / f"{name}.tsv").write_text("\n".join(lines))
+    fields = [line.split("\t") for line in rows["segments"][1:]]
+    shuffled = draw.permutation([label for *_, label in fields])
+    lines = ["\t".join([*field[:4], label]) for field, label in zip(fields, shuffled, strict=True)]
+    (root / "permuted.tsv").write_text("\n".join([rows["segments"][0], *lines]))
+    return root
+
+
+def test_segments(tones):
+    """Frames of known pitch are told apart, each layer alone too; of permuted labels nothing is learnt."""
+    found = probes.run_probe(features.LogMel(), labels.read_probe(tones / "segments.tsv"), [0, 1], layers_alone=True)
+    summary = found.summary()
+    assert summary["mean"] > 85 and summary["by_layer"] == pytest.approx([summary["mean"]])
+    low, high = summary["interval"]
+    assert low <= summary["mean"] <= high <= 100
+    probe = labels.read_probe(tones / "permuted.tsv")
+    permuted = probes.run_probe(features.LogMel(), probe, [0]).summary()
+    assert abs(permuted["mean"] - probes.summary(probe)["chance"]) < 12
+
+
+def test_labels_of_frames():
+    """By the middle of the frame; the end of a segment belongs to the next."""
+    clip = labels.Clip(Path("a"), (labels.Segment(0.1, 0.2, 3), labels.Segment(0.2, 0.25, 1)), 2)
+    times = torch.tensor([0.05, 0.1, 0.15, 0.2, 0.2499, 0.25, 0.3])
+    assert probes.frame_labels(clip, times).tolist() == [-1, 3, 3, 1, 1, -1, -1]
+
+
+def test_frames_on_disk_are_those_in_memory(tones):
+    """All hidden states in half precision, by the frames that are wanted; mean and deviation are theirs."""
+    probe = labels.read_probe(tones / "text.tsv")
+    model = features.ModelFeatures(random_model(small_config("hubert", "large")), "model")
+    clips = probe.test[:3]
+
+    def wanted(_: labels.Clip, times: torch.Tensor) -> torch.Tensor:
+        return times > 0.2
+
+    with features.frames_on_disk(model, probe, clips, wanted) as frames:
+        kept = []
+        for clip in clips:
+            states = model.frames(load_audio(clip.path), "here")
+            times = (torch.arange(states.shape[1]) * model.hop + model.window / 2) / 16_000
+            kept.append(states[:, times > 0.2].transpose(0, 1))
+        expected = torch.cat(kept)
+        rows = frames.rows(torch.arange(len(frames.clips)))
+        largest = expected.abs().amax((0, 2), keepdim=True)
+        assert ((rows - expected).abs() <= 2e-3 * largest).all()
+        assert torch.bincount(frames.clips).tolist() == [len(part) for part in kept]
+        mean, deviation = frames.moments
+        torch.testing.assert_close(mean, rows.mean(0), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(deviation, rows.std(0, correction=0), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(frames.of_layer(2).rows(torch.tensor([5, 1])), rows[[5, 1], 2:3])
+
+
+@pytest.mark.slow
+def test_text(tones):
+    """CTC finds the pitches in their order, from log-mel and from the states of any model."""
+    probe = labels.read_probe(tones / "text.tsv")
+    assert len(probe.labels) == 3
+    found = probes.run_probe(features.LogMel(), probe, [0]).summary()
+    assert found["mean"] < 20
+    again = probes.run_probe(features.LogMel(), probe, [0]).summary()
+    assert found == again
+
+
+def test_verification(tones):
+    """Two clips of one unknown speaker are told from two of others better than by chance."""
+    probe = labels.read_probe(tones / "speakers.tsv")
+    assert (probe.kind, probes.summary(probe)["chance"]) == ("verification", 50.0)
+    assert {clip.target for clip in probe.test} == {8, 9, 10}
+    found = probes.run_probe(features.LogMel(), probe, [0]).summary()
+    assert found["mean"] < 40
+
+
+# --- scores ----------------------------------------------------------------------------------------
+
+
+def test_equal_error_rate():
+    """0 where all pairs are told apart, 50 by chance; each drawn clip counts as often as it is drawn."""
+    classes = np.repeat([0, 1, 2], 4)
+    apart = scores.EqualErrorRate(np.eye(3)[classes] + 0.01, classes)
+    assert apart.value() == pytest.approx(0, abs=1e-9)
+    draw = np.random.default_rng(0)
+    many = np.arange(400) % 20
+    assert scores.EqualErrorRate(draw.standard_normal((400, 8)), many).value() == pytest.approx(50, abs=2)
+    # By hand: same pairs score 1 and 0.6, others 0.8 and 0: at a threshold between 0.6 and 0.8 half of each is wrong.
+    angles = np.arccos([1, 1, 0.8])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
+    assert scores.EqualErrorRate(vectors, np.array([0, 0, 1])).value() == pytest.approx(0, abs=1e-9)
+    noisy = np.eye(3)[classes] + 0.7 * draw.standard_normal((12, 3))
+    weights = draw.integers(0, 3, 12)
+    repeated = np.repeat(np.arange(12), weights)
+    whole = scores.EqualErrorRate(noisy[repeated], classes[repeated])
+    # A clip is not compared with its own copies.
+    own = scores.EqualErrorRate(noisy, classes).value(weights)
+    assert own >= whole.value() - 1e-9
+
+
+def test_shares_and_their_intervals():
+    share = scores.Share(np.array([1.0, 0, 2]), np.array([1.0, 1, 2]))
+    assert share.value() == 75
+    assert share.value(np.array([0, 2, 1])) == 50
+    draw = np.random.default_rng(0)
+    right = (draw.uniform(size=400) < 0.7).astype(float)
+    found = scores.Scored([scores.Share(right, np.ones(400))] * 2, 400).summary()
+    low, high = found["interval"]
+    deviation = 100 * (0.7 * 0.3 / 400) ** 0.5
+    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)
+    assert found["std"] == 0 and found["values"] == [found["mean"]] * 2
+
+
+def test_figure_of_merit():
+    """0 is the control, 100 the teacher, whatever the direction; a probe where it is not better is left out."""
+    draw = np.random.default_rng(0)
+
+    def scored(share: float) -> scores.Scored:
+        return scores.Scored([scores.Share((draw.uniform(size=500) < share).astype(float), np.ones(500))], 500)
+
+    same = scored(0.5)
+    of = {
+        "teacher": {"accuracy": scored(0.9), "errors": scored(0.1), "same": same, "worse": scored(0.2)},
+        "half": {"accuracy": scored(0.6), "errors": scored(0.4), "same": same, "worse": scored(0.3)},
+        "control": {"accuracy": scored(0.3), "errors": scored(0.7), "same": same, "worse": scored(0.8)},
+    }
+    more_is_better = {"accuracy": True, "errors": False, "same": True, "worse": True}
+    found, left_out = scores.figure_of_merit(of, more_is_better, "teacher", "control")
+    assert left_out.keys() == {"same", "worse"} and "not better than control" in left_out["same"]
+    assert found["teacher"]["mean"] == 100 and found["control"]["mean"] == 0
+    assert found["teacher"]["interval"] == [100, 100]
+    assert found["half"]["mean"] == pytest.approx(50, abs=6)
+    low, high = found["half"]["interval"]
+    assert low < found["half"]["mean"] < high and high - low < 15
+    assert found["half"]["probes"].keys() == {"accuracy", "errors"}
 
 
 # --- the command -----------------------------------------------------------------------------------
@@ -483,14 +619,16 @@ def test_evaluate(files, corpus, monkeypatch, capsys):
     assert first["fidelity"]["tsv"] == str(corpus / "valid.tsv") and first["path"] == str(files["a"])
     assert {"layer", "l1", "cosine", "cka"} <= first["fidelity"]["layers"][0].keys()
     assert second["config"]["encoder_ff_interm_features"] == [10, 11, 12]
-    assert second["cost"]["superb_macs"]["transformer"] < teacher["cost"]["superb_macs"]["transformer"]
-    assert second["cost"].keys() == {"num_params", "num_bytes", "macs_per_second", "superb_macs"}
+    assert second["cost"]["superb_macs"]["feed_forward"] < teacher["cost"]["superb_macs"]["feed_forward"]
+    assert second["cost"].keys() == {"num_params", "params", "num_bytes", "macs_per_second", "superb_macs"}
     wav2vec2_model(**first["config"])
-    assert results["probes"] == {"pitch": {"num_classes": 2, "num_train": 20, "num_test": 8, "chance": 50}}
+    assert results["probes"] == {
+        "pitch": {"kind": "clips", "metric": "accuracy", "num_classes": 2, "num_train": 20, "num_test": 8, "chance": 50}
+    }
     assert results["controls"].keys() == {"log-mel", "random weights"}
     assert results["controls"]["log-mel"]["pitch"]["mean"] == 100  # low and high tones
     for probed in (teacher["probes"], second["probes"], results["controls"]["random weights"]):
-        assert len(probed["pitch"]["accuracies"]) == 2 and len(probed["pitch"]["layer_weights"]) == 4
+        assert len(probed["pitch"]["values"]) == 2 and len(probed["pitch"]["layer_weights"]) == 4
 
     printed = capsys.readouterr().out
     assert f"{teacher['cost']['num_params']:,}" in printed and "SUPERB-style MACs" in printed
@@ -515,11 +653,37 @@ def test_without_a_file_the_tables_are_printed(files, corpus, tmp_path, monkeypa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
+def test_backends(files, tones, monkeypatch, capsys):
+    """Each export is timed and probed; float32 knows what PyTorch knows, and int8 is smaller."""
+    pytest.importorskip("onnxruntime")
+    changes = {"models": files["a"], "names": "first", "tsv": None, "seeds": 0, "backends": "torch,onnx,onnx-int8"}
+    lists = [tones / "segments.tsv", tones / "speakers.tsv"]
+    run_script(monkeypatch, "evaluate", *command(files, tones, **changes, probes=lists))
+    results = json.loads(files["out"].read_text())
+    models = {model["name"]: model for model in results["models"]}
+    assert list(models) == [
+        "teacher",
+        "first",
+        *(f"{m} ({b})" for m in ("teacher", "first") for b in ("onnx", "onnx-int8")),
+    ]
+    for name in ("teacher", "first"):
+        plain, onnx, int8 = (models[f"{name}{backend}"] for backend in ("", " (onnx)", " (onnx-int8)"))
+        assert onnx["backend"] == "onnx" and not onnx["is_teacher"]
+        assert all(each["cost"]["speed"][0]["real_time_factor"] > 0 for each in (plain, onnx, int8))
+        for probe in ("segments", "speakers"):
+            assert onnx["probes"][probe]["mean"] == pytest.approx(plain["probes"][probe]["mean"], abs=3)
+            assert onnx["quality"] is None or onnx["quality"]["probes"].keys() <= {"segments", "speakers"}
+    assert "first (onnx-int8)" in capsys.readouterr().out
+    pictures = sorted(path.name for path in files["out"].parent.glob("*.svg"))
+    assert pictures == (["results-1.svg", "results-2.svg"] if models["first"]["quality"] else [])
+
+
 def test_names_of_files_that_are_called_alike(files, corpus, monkeypatch):
     changes = {"names": None, "tsv": None, "teacher": None, "speed_seconds": [], "seeds": 0}
     run_script(monkeypatch, "evaluate", *command(files, corpus, **changes), "--no_controls")
     results = json.loads(files["out"].read_text())
-    assert results["controls"] == {} and len(results["models"][1]["probes"]["pitch"]["accuracies"]) == 1
+    assert results["controls"] == {} and len(results["models"][1]["probes"]["pitch"]["values"]) == 1
     assert [model["name"] for model in results["models"]] == [str(files["a"]), str(files["b"])]
     assert results["teacher"] is None and not any(model["is_teacher"] for model in results["models"])
 
@@ -564,6 +728,8 @@ def test_bad_input_ends_before_anything_is_measured(files, corpus, tmp_path, mon
         ({"seeds": -1}, "--seeds -1"),
         ({"seeds": [1, 1]}, "--seeds: expected every seed once"),
         ({"threads": 0}, "--threads 0"),
+        ({"backends": "torch,onnx,tflite"}, "--backends torch,onnx,tflite: expected torch, and each once of"),
+        ({"backends": "onnx"}, "--backends onnx: expected torch"),
     ):
         assert run_to_exit(monkeypatch, "evaluate", *command(files, corpus, **changes)) == 1
         line = error_line(capsys)

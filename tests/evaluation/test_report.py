@@ -61,6 +61,9 @@ def exp_dir(tmp_path) -> Path:
     return tmp_path / "exp"
 
 
+PARTS = ("conv", "projection", "attention", "feed_forward")
+
+
 def results(name: str = "small", task: str = "keywords") -> dict[str, Any]:
     """What evaluate.py writes, of a teacher and a model."""
     models = []
@@ -69,20 +72,30 @@ def results(name: str = "small", task: str = "keywords") -> dict[str, Any]:
         cost = {
             "num_params": 94_700_000 - 1_234_567 * number,
             "num_bytes": 378_800_000,
-            "macs_per_second": {"conv": 2.5e9, "total": 7.3e9},
+            "params": dict.fromkeys(PARTS, 23_675_000),
+            "macs_per_second": dict.fromkeys(PARTS, 1.825e9) | {"total": 7.3e9},
             "superb_macs": {"total": 1.669e12},
             "speed": [{"seconds": 2, "batch": 1, "threads": 1, "real_time_factor": 0.0123}],
         }
         fidelity = {"layers": layers, "note": None} if number else None
-        probe = {"mean": 90.0 - number, "std": 1.25}
+        probe = {"mean": 90.0 - number, "std": 1.25, "interval": [88.0, 92.0], "by_layer": [50.0, 70.0, 60.0]}
+        quality = {"mean": 100.0 - 10 * number, "interval": [80.0, 100.0]}
         models.append(
-            {"name": model, "is_teacher": not number, "cost": cost, "fidelity": fidelity, "probes": {task: probe}}
+            {
+                "name": model,
+                "is_teacher": not number,
+                "cost": cost,
+                "fidelity": fidelity,
+                "probes": {task: probe},
+                "quality": quality,
+            }
         )
     return {
         "made_by": {"command": "python evaluate.py", "threads": 1},
         "models": models,
-        "controls": {"log-mel": {task: {"mean": 40.0, "std": 0.0}}},
-        "probes": {task: {"chance": 12.5}},
+        "controls": {"log-mel": {task: {"mean": 40.0, "std": 0.0, "interval": [40.0, 40.0]}}},
+        "probes": {task: {"metric": "accuracy", "chance": 12.5}},
+        "left_out": {"speakers": "the two differ by chance only"},
         "macs_counted_on": {"utterance_seconds": 7.42, "superb_seconds": 229.0},
     }
 
@@ -182,10 +195,15 @@ def test_evaluation(exp_dir, tmp_path, monkeypatch, capsys):
     run_script(monkeypatch, "evaluation.report", exp_dir, "--evaluation", tmp_path / "results.json")
     assert capsys.readouterr().out == f"report: {exp_dir / 'report.html'}\n"
     page = Page(exp_dir / "report.html")
-    cost = ["small", "93,465,433", "1.30%", "378.8", "7.300", "2.500", "1.669e+12", "0.0123"]
+    cost = ["small", "93,465,433", "1.30%", "378.8", "7.300", "1.825", "1.669e+12", "0.0123"]
     fidelity = ["small", "0.000", "0.100", "0.300", "0.900", "0.900", "0.900", "-", "-", "-"]
-    for row in (cost, fidelity, ["small", "89.0 ± 1.2"], ["log-mel", "40.0 ± 0.0"], ["chance", "12.5"]):
+    scores = [["small", "89.0 ± 1.2 [88.0, 92.0]"], ["log-mel", "40.0 ± 0.0 [40.0, 40.0]"], ["chance", "12.5"]]
+    quality = ["small", "90.0 [80.0, 100.0]", "93.47", "7.300", "378.8", "0.0123"]
+    parts = ["small", *["25.0"] * 8]
+    for row in (cost, parts, fidelity, *scores, quality):
         assert row in page.rows
+    for words in ("speakers is left out: the two differ", "quality against parameters", "each layer alone"):
+        assert words in page.text
     assert ["evaluation", "command", "python evaluate.py"] in page.rows
 
 

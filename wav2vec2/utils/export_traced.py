@@ -175,13 +175,13 @@ def write_onnx(
         path = Path(name) / ONNX
         with _quiet():
             _convert_to_onnx(program, model, outputs, path, opset)
-        difference = compare(model, outputs, _onnx_session(path))
+        difference = compare(model, outputs, onnx_session(path))
         check_difference(difference, folder / ONNX)
         differences = {ONNX: difference}
         if int8:
             with _quiet():
                 _quantize(path, path.with_name(ONNX_INT8))
-            differences[ONNX_INT8] = compare(model, outputs, _onnx_session(path.with_name(ONNX_INT8)))
+            differences[ONNX_INT8] = compare(model, outputs, onnx_session(path.with_name(ONNX_INT8)))
         files = []
         for file, measured in differences.items():
             parts = list(Path(name).glob(f"{file}*"))  # a large model has its weights beside it
@@ -238,7 +238,7 @@ def _quantize(source: Path, destination: Path) -> None:
     )
 
 
-def _onnx_session(path: Path) -> Run:
+def onnx_session(path: Path) -> Run:
     """The function that ONNX Runtime computes, on tensors."""
     import onnxruntime
 
