@@ -42,6 +42,17 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+def placeholder(path: Path) -> str | None:
+    """What a downloaded file is, and what to do, where it only stands for the wanted one; None for all else."""
+    with path.open("rb") as file:
+        head = file.read(64).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS in the place of the file; fetch the file itself: git lfs pull, or download it"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "a web page in the place of the file; look at it in a browser (a login, terms to accept?), then download"
+    return None
+
+
 def read_json(path: Path, expected: str, advice: str = "download it again") -> dict[str, Any]:
     """Read a JSON object.
 
@@ -63,7 +74,8 @@ def read_json(path: Path, expected: str, advice: str = "download it again") -> d
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({one_line(error)}); {advice}") from error
+        reason = placeholder(path) or f"not readable as JSON ({one_line(error)}); {advice}"
+        raise UserError(f"{path}: {reason}") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(contents).__name__}; {advice}")
     return contents
@@ -82,4 +94,5 @@ def read_safetensors(path: Path, advice: str = "download it again") -> "dict[str
     try:
         return load_file(path)
     except Exception as error:  # the file decides which
-        raise UserError(f"{path}: not readable as safetensors ({one_line(error)}); {advice}") from error
+        reason = placeholder(path) or f"not readable as safetensors ({one_line(error)}); {advice}"
+        raise UserError(f"{path}: {reason}") from error

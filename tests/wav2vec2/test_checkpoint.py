@@ -124,6 +124,27 @@ def test_missing_file(tmp_path: Path) -> None:
 NOT_SAID = ("damaged", "download it again", "no such file")
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 378000000\n"
+PAGE = b"\n<!DOCTYPE html>\n<html><title>Sign in</title></html>"
+
+
+@pytest.mark.parametrize(("contents", "word"), [(LFS, "git lfs pull"), (PAGE, "a web page")])
+def test_what_only_stands_for_a_file_is_named(contents: bytes, word: str, tmp_path: Path) -> None:
+    """In the place of a model file, and of each file of a folder."""
+    path = tmp_path / "model.pth"
+    path.write_bytes(contents)
+    check_refused(lambda: checkpoint.load_model(path), path, word)
+    whole = model_contents()
+    for name in ("config.json", "model.safetensors"):
+        folder = tmp_path / f"without-{name}"
+        hub.write_folder(whole["state_dict"], whole["config"], folder, "")
+        (folder / name).write_bytes(contents)
+        check_refused(lambda folder=folder: checkpoint.load_model(folder), folder / name, word)
+        with pytest.raises(UserError) as error:
+            checkpoint.load_model(folder)
+        assert not [word for word in NOT_SAID if word in str(error.value)]
+
+
 @pytest.mark.parametrize("kind", ["folder", "safetensors", "safetensors alone", "bin", "ours", "fairseq"])
 def test_other_kinds_are_named(kind: str, tmp_path: Path) -> None:
     """As what they are, with the command that takes them."""

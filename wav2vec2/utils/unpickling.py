@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, listed, single_line
-from ..files import read_json
+from ..files import placeholder, read_json
 
 FILE_SUFFIXES = (".pth", ".pt", ".ckpt")  # of what torch.save writes
 
@@ -102,7 +102,7 @@ def read_torch_file(path: str | PathLike) -> Any:
 
 
 def kind_of_path(path: Path) -> str | None:
-    """What a folder or a safetensors file is, and what to do with it; None for all else."""
+    """What a folder, a safetensors file or a placeholder is, and what to do with it; None for all else."""
     if path.is_dir():
         if _transformers_type(path):
             return (
@@ -120,6 +120,7 @@ def kind_of_path(path: Path) -> str | None:
             if not _transformers_type(path.parent):
                 return f"a safetensors file; give the folder that it lies in, {path.parent}"
             return f"a safetensors file; {_convert_folder(path.parent)}"
+        return placeholder(path)
     return None
 
 
