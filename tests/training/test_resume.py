@@ -212,6 +212,7 @@ def test_a_path_continues_with_other_settings_and_says_so(half_run, tmp_path, mo
 def test_auto_passes_over_a_damaged_checkpoint(half_run, monkeypatch, capsys, tmp_path):
     flags, exp_dir = half_run
     last, previous = (exp_dir / "ckpts" / name for name in ("last.ckpt", "last.ckpt.previous"))
+    assert list(last.parent.glob("*.ckpt")) == [last] and previous.is_file()  # prune.py is given ckpts/*.ckpt
     shutil.copytree(exp_dir, tmp_path / "whole")
     run_script(monkeypatch, "distill", *changed(flags, exp_dir=tmp_path / "whole"), "--resume_checkpoint", "auto")
     contents = last.read_bytes()

@@ -7,11 +7,8 @@ again and compared with the model before it is kept.
 
 import copy
 import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +20,7 @@ from ..audio import SAMPLE_RATE
 from ..errors import UserError, one_line
 from ..files import atomic_path
 from ..model import Wav2Vec2Model
+from .quiet import quiet
 
 OUTPUTS = ("last", "all")
 PT2, ONNX, ONNX_INT8 = "model.pt2", "model.onnx", "model.int8.onnx"
@@ -93,7 +91,7 @@ def trace(model: Wav2Vec2Model, outputs: str) -> Program:
     """
     function = Outputs(_with_plain_convolution(model), outputs).eval()
     dynamic = torch.export.Dim.DYNAMIC  # torch derives the least length itself: what makes two frames
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.export.export(
             function,
             _waveforms(model, _TRACED_BATCH, seed=0),
@@ -125,7 +123,7 @@ def write_pt2(program: Program, model: Wav2Vec2Model, outputs: str, folder: Path
         UserError: it differs from the model by more than :data:`LARGEST_DIFFERENCE`; nothing is written.
     """
     path = folder / PT2
-    with atomic_path(path) as temporary, _quiet():
+    with atomic_path(path) as temporary, quiet():
         with temporary.open("wb") as file:
             torch.export.save(program, file)
         with temporary.open("rb") as file:
@@ -173,13 +171,13 @@ def write_onnx(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as name:
         path = Path(name) / ONNX
-        with _quiet():
+        with quiet():
             _convert_to_onnx(program, model, outputs, path, opset)
         difference = compare(model, outputs, onnx_session(path))
         check_difference(difference, folder / ONNX)
         differences = {ONNX: difference}
         if int8:
-            with _quiet():
+            with quiet():
                 _quantize(path, path.with_name(ONNX_INT8))
             differences[ONNX_INT8] = compare(model, outputs, onnx_session(path.with_name(ONNX_INT8)))
         files = []
@@ -252,19 +250,6 @@ def onnx_session(path: Path) -> Run:
         return torch.from_numpy(hidden_states), torch.from_numpy(frames)
 
     return run
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what torch and the exporters warn of on the way, which is nothing that a user could change."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def compare(model: Wav2Vec2Model, outputs: str, run: Run) -> Difference:

@@ -8,10 +8,8 @@ the program that wrote it.
 
 import ast
 import importlib.util
-import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -28,6 +26,7 @@ from .importing import (
     import_weights,
     load_source_state,
 )
+from .quiet import quiet
 from .unpickling import kind_of_contents, read_torch_file, to_plain
 
 # (our prefix, fairseq's prefix); {} is a layer index.
@@ -142,13 +141,13 @@ def compare_with_fairseq(imported: ImportedModel, path: str | PathLike) -> float
     weights, settings, task = _read_checkpoint(path)
     architecture = _read_architecture(settings, task or {}, weights, str(path))
     try:
-        with _quiet_logging():
+        with quiet():
             importlib.import_module("fairseq.models.hubert")
     except Exception as error:  # fairseq's own releases raise many kinds on newer versions of Python
         imported.remarks.append(f"not compared with fairseq, which cannot be imported here ({one_line(error)})")
         return None
     try:
-        with _quiet_logging():
+        with quiet():
             model = _fairseq_model(architecture, settings)
             load_source_state(model, weights, "feature_extractor.conv_layers.0.0.weight")
     except Exception as error:  # whatever fairseq meets, the conversion cannot be checked
@@ -183,20 +182,6 @@ def _fairseq_model(architecture: Architecture, settings: dict[str, Any]) -> Any:
         return Wav2Vec2Model(config).eval()
     config.label_rate = 50  # of targets, which have no part here
     return HubertModel(config, HubertPretrainingConfig(), [None]).eval()
-
-
-@contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """Silence what fairseq logs when it is imported and when it builds a model."""
-    handlers, level = logging.root.handlers[:], logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        logging.root.handlers[:] = handlers
 
 
 def _read_checkpoint(path: str | PathLike) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any] | None]:
