@@ -26,6 +26,8 @@ class HardConcrete(nn.Module):
             which puts mass on exactly 0 and exactly 1.
         eps: uniform samples stay this far away from 0 and 1.
         min_kept: the deterministic mask keeps at least this many units (the strongest).
+        nested: the units lie one around the other, the innermost first: the deterministic mask drops them from the
+            outside in, whatever their ``log_alpha``.
 
     Attributes:
         multiple: the deterministic mask keeps a multiple of this many units, or none, or all: it is
@@ -46,6 +48,7 @@ class HardConcrete(nn.Module):
         stretch: float = 0.1,
         eps: float = 1e-6,
         min_kept: int = 0,
+        nested: bool = False,
     ) -> None:
         super().__init__()
         if not 0 < init_mean < 1:
@@ -58,6 +61,7 @@ class HardConcrete(nn.Module):
         self.limit_high = 1.0 + stretch
         self.eps = eps
         self.min_kept = min_kept
+        self.nested = nested
         self.multiple = 1
         self.shift = 0.0
         # P(mask > 0) = sigmoid(log_alpha + bias)
@@ -66,9 +70,13 @@ class HardConcrete(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw ``log_alpha`` from N(log(1 - init_mean) - log(init_mean), init_std)."""
-        mean = math.log(1 - self.init_mean) - math.log(self.init_mean)
-        nn.init.normal_(self.log_alpha, mean, self.init_std)
+        """Draw ``log_alpha`` from N(:attr:`init_log_alpha`, init_std)."""
+        nn.init.normal_(self.log_alpha, self.init_log_alpha, self.init_std)
+
+    @property
+    def init_log_alpha(self) -> float:
+        """The mean of the initial ``log_alpha``."""
+        return math.log(1 - self.init_mean) - math.log(self.init_mean)
 
     def l0_norm(self) -> Tensor:
         """Expected number of units that are not exactly zero: a differentiable scalar."""
@@ -94,7 +102,10 @@ class HardConcrete(nn.Module):
         num_zeros = (self.n_in - l0_norm.double()).round().clamp(max=self.n_in - self.min_kept)
         # Above n_in where that is no multiple: all are kept then.
         num_kept = ((self.n_in - num_zeros) / self.multiple).ceil() * self.multiple
-        rank = self.log_alpha.argsort(stable=True).argsort()  # 0 is the weakest unit
+        strength = self.log_alpha
+        if self.nested:
+            strength = torch.arange(self.n_in, 0, -1, device=strength.device)
+        rank = strength.argsort(stable=True).argsort()  # 0 is the weakest unit
         soft_mask = torch.sigmoid((self.log_alpha + max(self.shift, 0.0)) / self.temperature * _EVAL_SHARPNESS)
         # A kept unit must not count as dropped because its soft value underflows.
         soft_mask = soft_mask.clamp(min=torch.finfo(soft_mask.dtype).tiny)

@@ -16,9 +16,11 @@ from torch.nn import functional as F
 from wav2vec2.errors import UserError
 from wav2vec2.fast import fast_paths
 from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.sparsity import initial_num_params, meet_expected_size
 
 DISTILL_MODES = ("layer2layer", "predlayer")
 COS_TYPES = ("raw", "log_sig")
+SPARSITY_CONTROLS = ("lagrangian", "exact")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -142,12 +144,16 @@ class SparsityBudget:
         original_num_params: parameters of the teacher.
         target_sparsity: final target, 0 to 1.
         warmup_updates: optimiser steps over which the target rises linearly from zero.
+        start: the target is never below this, unless the final one is.
     """
 
-    def __init__(self, original_num_params: int, target_sparsity: float, warmup_updates: int) -> None:
+    def __init__(
+        self, original_num_params: int, target_sparsity: float, warmup_updates: int, start: float = 0.0
+    ) -> None:
         self.original_num_params = original_num_params
         self.target_sparsity = target_sparsity
         self.warmup_updates = warmup_updates
+        self.start = min(start, target_sparsity)
 
     def sparsity(self, num_params: Tensor | int) -> Tensor | float:
         """Share of the teacher's parameters that is gone."""
@@ -155,9 +161,8 @@ class SparsityBudget:
 
     def target(self, step: int) -> float:
         """Target sparsity at optimiser step ``step``."""
-        return (
-            self.target_sparsity * min(step / self.warmup_updates, 1.0) if self.warmup_updates else self.target_sparsity
-        )
+        share = min(step / self.warmup_updates, 1.0) if self.warmup_updates else 1.0
+        return max(self.start, self.target_sparsity * share)
 
 
 def linear_warmup_decay(warmup_updates: int, max_updates: int) -> Callable[[int], float]:
@@ -190,9 +195,13 @@ class DistillModule(pl.LightningModule):
         distill_loss: of the hidden states of a layer.
         learning_rate, weight_decay: of student weights and projections.
         warmup_updates, max_updates: of the schedule that all parameter groups follow.
-        use_reg: add λ1·(s − t) + λ2·(s − t)² and train masks and multipliers.
+        use_reg: train masks, towards the target.
         reg_learning_rate: of log_alpha (descent) and of λ1, λ2 (ascent).
         target_sparsity, sparsity_warmup_updates: see :class:`SparsityBudget`.
+        sparsity_control: "lagrangian" (paper, section 2.3) adds λ1·(s − t) + λ2·(s − t)² and trains the multipliers.
+            "exact" keeps s = t: after every update one number c is added to all log_alpha, so that the expected size is
+            the next step's target, and the gradient of log_alpha is that of log_alpha + c(log_alpha), by the implicit
+            function theorem: masks compete for what is left.
 
     Attributes:
         budget: of the masks; None without ``use_reg``.
@@ -217,6 +226,7 @@ class DistillModule(pl.LightningModule):
         reg_learning_rate: float | None = None,
         target_sparsity: float | None = None,
         sparsity_warmup_updates: int | None = None,
+        sparsity_control: str = "lagrangian",
     ) -> None:
         super().__init__()
         if distill_mode not in DISTILL_MODES:
@@ -234,10 +244,16 @@ class DistillModule(pl.LightningModule):
         self.reg_learning_rate = reg_learning_rate
         self.scalars: dict[str, Tensor] = {}
         self.budget: SparsityBudget | None = None
+        if sparsity_control not in SPARSITY_CONTROLS:
+            raise ValueError(f"sparsity_control: expected one of {SPARSITY_CONTROLS}, found {sparsity_control!r}")
+        self.controls_exactly = use_reg and sparsity_control == "exact"
         if use_reg:
-            self.lambda1 = nn.Parameter(torch.tensor(0.0))
-            self.lambda2 = nn.Parameter(torch.tensor(0.0))
             self.budget = SparsityBudget(int(teacher_model.get_num_params()), target_sparsity, sparsity_warmup_updates)
+            if self.controls_exactly:  # from the sparsity that masks begin with
+                self.budget.start = min(target_sparsity, self.budget.sparsity(initial_num_params(student_model)))
+            else:
+                self.lambda1 = nn.Parameter(torch.tensor(0.0))
+                self.lambda2 = nn.Parameter(torch.tensor(0.0))
         # extract_features runs at least one layer.
         self.teacher_depth = max(1, *self.distill_layers)
         num_student_layers = len(student_model.encoder.transformer.layers)
@@ -275,20 +291,19 @@ class DistillModule(pl.LightningModule):
             targets = self.targets(waveforms, lengths)
         loss, (mse, l1, cos), num_params = self.distillation(waveforms, lengths, targets)
         losses = {"loss_distill": loss, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
-        lagrangian = {}
+        control = {}
         if self.budget is not None:
             sparsity = self.budget.sparsity(num_params)
             # full_like: a tensor made from a number would be copied to the device.
             target = torch.full_like(sparsity, self.budget.target(self.global_step))
-            losses["loss_reg"] = self.lambda1 * (sparsity - target) + self.lambda2 * (sparsity - target) ** 2
-            lagrangian = {
-                "sparsity_expected": sparsity,
-                "sparsity_target": target,
-                "lambda1": self.lambda1.clone(),
-                "lambda2": self.lambda2.clone(),
-            }
-            loss = loss + losses["loss_reg"]
-        scalars = {**{f"{mode}_{name}": value for name, value in {"loss": loss, **losses}.items()}, **lagrangian}
+            control = {"sparsity_expected": sparsity, "sparsity_target": target}
+            if self.controls_exactly:
+                loss = loss + 0 * sparsity  # DDP waits for the gradient of masks above the distilled layers, too
+            else:
+                losses["loss_reg"] = self.lambda1 * (sparsity - target) + self.lambda2 * (sparsity - target) ** 2
+                control |= {"lambda1": self.lambda1.clone(), "lambda2": self.lambda2.clone()}
+                loss = loss + losses["loss_reg"]
+        scalars = {**{f"{mode}_{name}": value for name, value in {"loss": loss, **losses}.items()}, **control}
         return loss, {name: value.detach() for name, value in scalars.items()}
 
     def targets(self, waveforms: Tensor, lengths: Tensor | None) -> list[Tensor]:
@@ -315,6 +330,37 @@ class DistillModule(pl.LightningModule):
         means = [torch.stack(part).mean() for part in zip(*parts, strict=True)]
         return torch.stack(losses).mean(), means, self.student_model.get_num_params()
 
+    # --- exact control -------------------------------------------------------------------------------
+
+    def meet_target(self, step: int) -> None:
+        """Make the expected sparsity the target of an optimiser step, by one number added to all log_alpha."""
+        meet_expected_size(self.student_model, (1 - self.budget.target(step)) * self.budget.original_num_params)
+
+    def on_train_start(self) -> None:
+        """The first step's masks; nothing changes where a run is continued."""
+        if self.controls_exactly:
+            self.meet_target(self.global_step)
+
+    def on_after_backward(self) -> None:
+        """The gradient of log_alpha + c(log_alpha): dc/dlog_alpha = -n / sum(n) with n = dN/dlog_alpha, N the size.
+
+        It is linear, and done twice it gives the same, so that each batch of an update may do it.
+        """
+        if not self.controls_exactly:
+            return
+        log_alphas = [p for name, p in self.student_model.named_parameters() if name.endswith("log_alpha")]
+        size_gradients = torch.autograd.grad(self.student_model.get_num_params(), log_alphas)
+        total = torch.stack([parameter.grad.sum() for parameter in log_alphas]).sum()
+        size_total = torch.stack([gradient.sum() for gradient in size_gradients]).sum()
+        for parameter, gradient in zip(log_alphas, size_gradients, strict=True):
+            parameter.grad -= gradient * (total / size_total)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, and the masks of the next step."""
+        super().optimizer_step(*args, **kwargs)
+        if self.controls_exactly:
+            self.meet_target(self.global_step + 1)
+
     # --- optimisation --------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -329,11 +375,11 @@ class DistillModule(pl.LightningModule):
         ]
         if self.budget is not None:
             regularised = {"lr": self.reg_learning_rate, "weight_decay": 0.0}
-            groups += [
-                {"params": log_alphas, "name": "log_alpha", **regularised},
+            groups.append({"params": log_alphas, "name": "log_alpha", **regularised})
+            if not self.controls_exactly:
                 # The multipliers climb: they raise the price of being away from the target.
-                {"params": [self.lambda1, self.lambda2], "name": "lambda", "maximize": True, **regularised},
-            ]
+                multipliers = [self.lambda1, self.lambda2]
+                groups.append({"params": multipliers, "name": "lambda", "maximize": True, **regularised})
         return groups
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 ``data/reference/trace_*.pt`` hold 24 updates of small models from given weights, with every logged value before each.
 """
 
+import copy
 import json
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from helpers import REFERENCE, make_module, random_model, random_waveforms, read_reference, small_config, train_on
 from torch.utils.data import DataLoader
 
+from hardconcrete import HardConcrete
 from lightning import (
+    SPARSITY_CONTROLS,
     DistillLoss,
     DistillModule,
     SparsityBudget,
@@ -24,7 +27,7 @@ from lightning import (
 from training.callbacks import StopRequest, UpdateGuard
 from wav2vec2.errors import UserError
 from wav2vec2.fast import plain_paths
-from wav2vec2.model import wav2vec2_model, with_masks
+from wav2vec2.model import PRUNING_UNITS, wav2vec2_model, with_masks
 
 TRACES = ["trace_hubert_final", "trace_hubert_prune", "trace_hubert_large_prune", "trace_wavlm_prune"]
 # The trace's names -> ours.
@@ -157,6 +160,77 @@ def test_multipliers_climb_and_masks_close():
     assert float(module.student_model.get_num_params().detach()) < before
 
 
+def exact_module(**changes: Any) -> DistillModule:
+    """Controlled exactly, with a budget that masks on every unit can meet."""
+    student = random_model(with_masks(small_config("hubert"), PRUNING_UNITS), seed=1)
+    return make_module(student_model=student, sparsity_control="exact", target_sparsity=0.6, **changes)
+
+
+def test_exact_control_is_on_its_target_at_every_update():
+    """From the sparsity that masks begin with, which no target is below, to the end, the last update included."""
+    module = exact_module(reg_learning_rate=0.2, max_updates=12, sparsity_warmup_updates=8)
+    rows = []
+
+    class Recording(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            rows.append({name: float(value) for name, value in module.scalars.items()})
+
+    batch = (random_waveforms(800, 800)[0], None)
+    make_trainer(12, callbacks=[Recording()]).fit(module, DataLoader([batch] * 12, batch_size=None))
+    assert [row["sparsity_expected"] for row in rows] == pytest.approx(
+        [row["sparsity_target"] for row in rows], abs=2e-5
+    )
+    targets = [row["sparsity_target"] for row in rows]
+    assert targets[0] == pytest.approx(module.budget.start) and module.budget.start > 0
+    assert targets[0] < targets[1] < targets[7] < targets[8] == targets[-1] == pytest.approx(0.6)
+    assert not {"lambda1", "lambda2", "train_loss_reg"} & rows[0].keys()
+    size = float(module.student_model.get_num_params().detach())
+    assert size == pytest.approx(0.4 * module.budget.original_num_params, rel=2e-5)
+    before = copy.deepcopy(module.state_dict())
+    module.meet_target(12)  # as where a run is continued
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_exact_control_follows_the_gradient_at_constant_size():
+    """The gradient is that of the loss of masks moved back to the size, by finite differences in double precision."""
+    module = exact_module(sparsity_warmup_updates=0).double()
+    module.trainer = make_trainer(1)
+    module.meet_target(0)
+    module.student_model.eval()  # soft masks without noise
+    masks = [m for m in module.student_model.modules() if isinstance(m, HardConcrete)]
+    weights = [torch.randn(mask.n_in, dtype=torch.double, generator=torch.Generator().manual_seed(9)) for mask in masks]
+
+    def loss() -> torch.Tensor:
+        return sum((w * m.log_alpha.sigmoid()).sum() for w, m in zip(weights, masks, strict=True))
+
+    loss().backward()
+    module.on_after_backward()
+    found = [mask.log_alpha.grad.clone() for mask in masks]
+    assert float(sum(gradient.sum() for gradient in found)) == pytest.approx(0, abs=1e-9)
+    module.on_after_backward()
+    assert all(torch.allclose(mask.log_alpha.grad, gradient) for mask, gradient in zip(masks, found, strict=True))
+
+    step, wanted = 1e-3, float(module.student_model.get_num_params().detach())
+    for mask, gradient in list(zip(masks, found, strict=True))[::4]:
+        values = []
+        for sign in (1, -1):
+            before = [each.log_alpha.detach().clone() for each in masks]
+            with torch.no_grad():
+                mask.log_alpha[0] += sign * step
+                # To the size by Newton's method: the bisection stops too early for a difference quotient.
+                for _ in range(4):
+                    size = module.student_model.get_num_params
+                    with torch.enable_grad():
+                        gradients = torch.autograd.grad(size(), [each.log_alpha for each in masks])
+                    offset = (wanted - size()) / sum(each.sum() for each in gradients)
+                    for each in masks:
+                        each.log_alpha += offset
+                values.append(float(loss()))
+                for each, log_alpha in zip(masks, before, strict=True):
+                    each.log_alpha.copy_(log_alpha)
+        assert float(gradient[0]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-3, abs=1e-7)
+
+
 @pytest.mark.parametrize("family", ["hubert", "wavlm"])
 @pytest.mark.parametrize("size", ["base", "large"])
 @pytest.mark.parametrize(
@@ -172,11 +246,13 @@ def test_multipliers_climb_and_masks_close():
     ("mode", "layers"),
     [("layer2layer", [0, 1, 3]), ("layer2layer", [0, 2]), ("layer2layer", [0]), ("predlayer", [1, 2])],
 )
-def test_every_trained_parameter_gets_a_gradient(family, size, changes, mode, layers):
+@pytest.mark.parametrize("control", SPARSITY_CONTROLS)
+def test_every_trained_parameter_gets_a_gradient(family, size, changes, mode, layers, control):
     """DDP waits for the gradient of each parameter that asks for one, and a frozen one must have had none."""
     config = small_config(family, size, **changes)
-    student = random_model(with_masks(config, ["conv", "head", "interm", "attlayer", "ffnlayer"]))
+    student = random_model(with_masks(config, PRUNING_UNITS))
     module = make_module(
+        sparsity_control=control,
         teacher_model=random_model(small_config(family, size), seed=1),
         student_model=student,
         distill_mode=mode,

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 
-from lightning import COS_TYPES, DISTILL_MODES, parse_distill_layers
+from lightning import COS_TYPES, DISTILL_MODES, SPARSITY_CONTROLS, parse_distill_layers
 from training.checkpoints import AUTO
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
 from wav2vec2.errors import UserError
@@ -209,13 +209,23 @@ class OptimisationSettings(_Settings):
 class PruningSettings(_Settings):
     """Pruning."""
 
-    pruning_units: str = _option(",".join(PRUNING_UNITS), "units to put masks on", recorded=True)
+    pruning_units: str = _option(
+        ",".join(name for name, unit in PRUNING_UNITS.items() if unit.is_published),
+        f"units to put masks on, of {', '.join(PRUNING_UNITS)}",
+        recorded=True,
+    )
     reg_learning_rate: float = _option(0.02, "of masks and multipliers", recorded=True, check=_not_negative)
     target_sparsity: float = _option(
         0.75, "share of the parameters to remove", recorded=True, check=_between_zero_and_one
     )
     sparsity_warmup_updates: int = _option(
         5000, "the target rises over these updates", recorded=True, check=_not_negative
+    )
+    sparsity_control: str = _option(
+        SPARSITY_CONTROLS[0],
+        "a Lagrangian that learns its multipliers, as published, or masks that are moved to the target at every update",
+        recorded=True,
+        choices=SPARSITY_CONTROLS,
     )
     round_to: int | None = _option(
         None, "recorded for prune.py: keep conv and feed-forward widths in multiples of this", check=_above_zero
@@ -231,6 +241,13 @@ class PruningSettings(_Settings):
     @property
     def units(self) -> list[str]:
         return self.pruning_units.split(",")
+
+    def recorded(self) -> dict[str, Any]:
+        """As of all groups; runs from before there was a choice have no control recorded."""
+        settings = super().recorded()
+        if self.sparsity_control == SPARSITY_CONTROLS[0]:
+            del settings["sparsity_control"]
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)

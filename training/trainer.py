@@ -146,6 +146,7 @@ def make_module(
             "reg_learning_rate": pruning.reg_learning_rate,
             "target_sparsity": pruning.target_sparsity,
             "sparsity_warmup_updates": pruning.sparsity_warmup_updates,
+            "sparsity_control": pruning.sparsity_control,
         }
     return DistillModule(
         teacher_model=teacher,

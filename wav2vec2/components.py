@@ -12,7 +12,8 @@ dimension, H heads, K the head dimension, F the intermediate dimension of the fe
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,15 +79,31 @@ _SAMPLES_AT_ONCE = 32_000
 _PADDING_SCORE = -10000.0
 
 
-def _make_mask(config: ModelConfig, unit: str, num_units: int = 1, min_kept: int = 0) -> HardConcrete | None:
+def _make_mask(config: ModelConfig, unit: str, num_units: int = 1, **options: Any) -> HardConcrete | None:
     """The mask over a block's units of one kind (a key of ``PRUNING_UNITS``), or None where the config has none."""
-    switch, _, drop_rate = PRUNING_UNITS[unit]
-    return HardConcrete(num_units, drop_rate, min_kept=min_kept) if getattr(config, switch) else None
+    switch, drop_rate = PRUNING_UNITS[unit].switch, PRUNING_UNITS[unit].drop_rate
+    return HardConcrete(num_units, drop_rate, **options) if getattr(config, switch) else None
 
 
-def _expected_size(mask: HardConcrete | None, size: int) -> Tensor | int:
+# What the masks are taken to keep inside of :func:`assumed_sizes`.
+_assumed_sizes: dict[HardConcrete, float] = {}
+
+
+@contextmanager
+def assumed_sizes(sizes: Mapping[HardConcrete, float]) -> Iterator[None]:
+    """Let ``get_num_params`` count with these plain numbers of kept units in the place of what masks expect."""
+    _assumed_sizes.update(sizes)
+    try:
+        yield
+    finally:
+        _assumed_sizes.clear()
+
+
+def _expected_size(mask: HardConcrete | None, size: int) -> Tensor | float | int:
     """Number of units a mask is expected to keep, or all of them where there is no mask."""
-    return size if mask is None else mask.l0_norm()
+    if mask is None:
+        return size
+    return _assumed_sizes[mask] if _assumed_sizes else mask.l0_norm()
 
 
 def _mask_for(x: Tensor, mask: Tensor) -> Tensor:
@@ -358,8 +375,11 @@ class WeightNormConv1d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(D, D / groups, kernel)"""
+        return self._weight(self.weight_g)
+
+    def _weight(self, scale: Tensor) -> Tensor:
         # The operator behind torch.nn.utils.parametrizations.weight_norm: the same to the last bit, gradients too.
-        return torch._weight_norm(self.weight_v, self.weight_g, 2)
+        return torch._weight_norm(self.weight_v, scale, 2)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -368,14 +388,23 @@ class WeightNormConv1d(nn.Module):
         self.weight_v.requires_grad_(False)
         self.folded_weight = self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D, T) -> (B, D, T), one more frame if the kernel is even"""
+    def forward(self, x: Tensor, tap_mask: Tensor | None = None) -> Tensor:
+        """(B, D, T) -> (B, D, T), one more frame if the kernel is even; with a mask (kernel,) over its taps"""
         # Requiring gradients again invalidates the folded weight.
         is_folded = self.folded_weight is not None and not self.weight_v.requires_grad
-        weight = self.folded_weight if is_folded and fast_paths() else self.weight
+        if tap_mask is not None:
+            weight = self._weight(self.weight_g * tap_mask)
+        else:
+            weight = self.folded_weight if is_folded and fast_paths() else self.weight
         if fast_paths() and on_cpu(x):
             return conv_channels_last(x, weight, self.bias, padding=self.padding, groups=self.groups)
         return F.conv1d(x, weight, self.bias, padding=self.padding, groups=self.groups)
+
+    def prune(self, index: Tensor, soft_mask: Tensor) -> None:
+        """Keep the taps of ``index`` (n,), each times its entry of the mask (n,)."""
+        self.weight_v = nn.Parameter(self.weight_v.detach()[..., index].clone())
+        self.weight_g = nn.Parameter(self.weight_g.detach()[..., index] * soft_mask)
+        self.kernel_size, self.padding, self.folded_weight = len(index), len(index) // 2, None
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.folded_weight = None
@@ -385,21 +414,56 @@ class WeightNormConv1d(nn.Module):
 
 
 class ConvolutionalPositionalEmbedding(nn.Module):
-    """Relative position from a wide grouped convolution over time."""
+    """Relative position from a wide grouped convolution over time, with a mask over its taps.
+
+    A unit is a ring: the two taps that are as far from the middle, or the one in the middle of an odd kernel. What is
+    left between the outermost kept taps is a convolution again, so rings go from the outside in.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.conv = WeightNormConv1d(
             config.encoder_embed_dim, config.encoder_pos_conv_kernel, config.encoder_pos_conv_groups
         )
+        # One ring stays: a kernel has at least a tap.
+        num_rings = (self.conv.kernel_size + 1) // 2
+        self.hard_concrete = _make_mask(config, "posconv", num_rings, min_kept=1, nested=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
         num_frames = x.size(1)
         if num_frames == 0:  # torch has no convolution over nothing
             return x
-        x = self.conv(x.transpose(1, 2))[..., :num_frames]  # an even kernel makes one frame too many
-        return F.gelu(x).transpose(1, 2)
+        x, mask = x.transpose(1, 2), self._tap_mask()
+        x = self.conv(x) if mask is None else self.conv(x, mask)
+        return F.gelu(x[..., :num_frames]).transpose(1, 2)  # an even kernel makes one frame too many
+
+    def _tap_mask(self) -> Tensor | None:
+        """(kernel,), or None without a mask"""
+        if self.hard_concrete is None:
+            return None
+        rings = self.hard_concrete()  # from the middle outwards
+        return torch.cat([rings.flip(0), rings[self.conv.kernel_size % 2 :]])
+
+    def get_num_params(self) -> Tensor | int:
+        """Expected parameters."""
+        taps = self.conv.kernel_size
+        taps = 2 * _expected_size(self.hard_concrete, (taps + 1) // 2) - taps % 2
+        dim, dim_of_group, _ = self.conv.weight_v.shape
+        return dim + taps * (dim * dim_of_group + 1)
+
+    def prune(self) -> None:
+        """Drop masked taps."""
+        mask = self._tap_mask()
+        if mask is not None:
+            index = mask.nonzero().squeeze(-1)
+            self.conv.prune(index, mask[index])
+            self.hard_concrete = None
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Its size, as the config says it."""
+        return {"encoder_pos_conv_kernel": self.conv.kernel_size}
 
 
 class SelfAttention(nn.Module):
@@ -759,7 +823,7 @@ class Transformer(nn.Module):
 
     def get_num_params(self) -> Tensor | int:
         """Expected parameters."""
-        num_params = sum(p.numel() for p in self.pos_conv_embed.parameters()) + 2 * self.layer_norm.normalized_shape[0]
+        num_params = self.pos_conv_embed.get_num_params() + 2 * self.layer_norm.normalized_shape[0]
         for layer in self.layers:
             num_params = num_params + layer.get_num_params()
         return num_params + self._num_table_params()
@@ -775,7 +839,8 @@ class Transformer(nn.Module):
         return holder.rel_attn_embed.weight.numel() * (1 - all_gone)
 
     def prune(self) -> None:
-        """Prune every layer; WavLM's bucket table moves to the first attention that is left."""
+        """Prune convolution and layers; WavLM's bucket table moves to the first attention that is left."""
+        self.pos_conv_embed.prune()
         holder = self.table_holder
         for layer in self.layers:
             layer.prune()

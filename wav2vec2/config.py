@@ -5,7 +5,7 @@ Each field says what it means and what it may be. The arguments of ``wav2vec2_mo
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from .errors import short_repr
@@ -71,9 +71,9 @@ def _per_layer(rule: _Rule, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"rule": rule, "per_layer": True})
 
 
-def _masks(unit: str, mask_name: str, drop_rate: float) -> Any:
+def _masks(unit: str, mask_name: str, drop_rate: float, is_published: bool = True) -> Any:
     """The switch that puts masks on a kind of unit, and its row of :data:`PRUNING_UNITS`."""
-    return field(default=False, metadata={"rule": _FLAG, "unit": (unit, mask_name, drop_rate)})
+    return field(default=False, metadata={"rule": _FLAG, "unit": (unit, mask_name, drop_rate, is_published)})
 
 
 @dataclass(kw_only=True)
@@ -133,6 +133,8 @@ class ModelConfig:
     """Masks on whole attention blocks."""
     encoder_prune_feed_forward_layer: bool = _masks("ffnlayer", "feed_forward.hard_concrete_for_layer", drop_rate=0.01)
     """Masks on whole feed-forward blocks."""
+    encoder_prune_pos_conv: bool = _masks("posconv", "pos_conv_embed.hard_concrete", drop_rate=0.01, is_published=False)
+    """Masks on the taps of the positional convolution, from the outside in."""
 
     def __post_init__(self) -> None:
         rules = {entry.name: entry.metadata for entry in fields(self)}
@@ -162,6 +164,14 @@ class ModelConfig:
         for layer, entry in enumerate(value):
             rule.check(f"{key} of layer {layer}", entry)
         return [list(entry) if isinstance(entry, (list, tuple)) else entry for entry in value]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys, but switches that the published program does not know only where they are on: it refuses others."""
+        config = asdict(self)
+        for unit in PRUNING_UNITS.values():
+            if not unit.is_published and not config[unit.switch]:
+                del config[unit.switch]
+        return config
 
     def of_layer(self, layer: int) -> dict[str, Any]:
         """One layer's entries of the keys that have one for each."""
@@ -271,14 +281,15 @@ class PruningUnit(NamedTuple):
     switch: str  # the config key that puts masks on it
     mask_name: str  # where a model has its masks, {} standing for the layer
     drop_rate: float  # how likely a unit is off when training starts (released settings)
+    is_published: bool  # whether the published program knows it
 
 
 # By the names that the training scripts know them by.
 PRUNING_UNITS = {
-    unit: PruningUnit(entry.name, mask_name, drop_rate)
+    unit: PruningUnit(entry.name, *row)
     for entry in fields(ModelConfig)
     if "unit" in entry.metadata
-    for unit, mask_name, drop_rate in [entry.metadata["unit"]]
+    for unit, *row in [entry.metadata["unit"]]
 }
 
 

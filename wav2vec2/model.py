@@ -7,7 +7,7 @@ torchaudio's (``torchaudio.models.wav2vec2``), extended with per-layer shapes an
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -159,8 +159,9 @@ class Wav2Vec2Model(nn.Module):
         """The config that builds this model: what it was built from, with the shapes it has now."""
         layers = [layer.shape for layer in self.encoder.transformer.layers]
         return {
-            **asdict(self._config),
+            **self._config.to_dict(),
             "extractor_conv_layer_config": [list(layer.shape) for layer in self.feature_extractor.conv_layers],
+            **self.encoder.transformer.pos_conv_embed.shape,
             **{key: [shape[key] for shape in layers] for key in layers[0]},
         }
 

@@ -19,8 +19,12 @@ from torch import Tensor
 
 from hardconcrete import HardConcrete
 
+from .components import assumed_sizes
 from .errors import UserError, short_repr
 from .model import Wav2Vec2Model
+
+# Relative; float32 masks cannot be brought nearer than about a tenth of it.
+_EXPECTED_SIZE_TOLERANCE = 1e-5
 
 # sigmoid(+-40) is exactly 1 and practically 0 in float32: a mask without any doubt left in it.
 _CERTAIN = 40.0
@@ -97,6 +101,51 @@ def smallest_num_params(model: Wav2Vec2Model) -> float:
     masks = _masks(model)
     with _log_alphas(masks, [torch.full_like(mask.log_alpha, -_CERTAIN) for mask in masks]):
         return float(model.get_num_params())
+
+
+@torch.no_grad()
+def initial_num_params(model: Wav2Vec2Model) -> float:
+    """Expected parameters with every ``log_alpha`` at the mean that it is drawn around."""
+    masks = _masks(model)
+    with _log_alphas(masks, [torch.full_like(mask.log_alpha, mask.init_log_alpha) for mask in masks]):
+        return float(model.get_num_params())
+
+
+@torch.no_grad()
+def meet_expected_size(model: Wav2Vec2Model, num_params: float) -> float:
+    """Add one number to all ``log_alpha`` of ``model``, so that it is expected to have ``num_params`` parameters.
+
+    Nothing is changed where it has, up to :data:`_EXPECTED_SIZE_TOLERANCE`. The number is found by bisection, for which
+    sizes are counted on the CPU in double precision, from the few sums of probabilities that they depend on.
+
+    Returns:
+        The number added.
+    """
+    masks = _masks(model)
+    # One copy from the device for all of them.
+    scores = torch.cat([mask.log_alpha + mask.bias for mask in masks]).cpu().double()
+
+    def excess(offset: float) -> float:
+        parts = (scores + offset).sigmoid().split([mask.n_in for mask in masks])
+        with assumed_sizes(dict(zip(masks, [float(part.sum()) for part in parts], strict=True))):
+            return model.get_num_params() / num_params - 1
+
+    start = excess(0.0)
+    if abs(start) <= _EXPECTED_SIZE_TOLERANCE:
+        return 0.0
+    bound = -0.01 if start > 0 else 0.01  # the size grows with the offset
+    while abs(bound) < _CERTAIN and excess(bound) * start > 0:
+        bound *= 4
+    low, high = sorted((0.0, bound))
+    while high - low > 1e-7:
+        middle = (low + high) / 2
+        if excess(middle) > 0:
+            high = middle
+        else:
+            low = middle
+    for mask in masks:
+        mask.log_alpha.add_(low)
+    return low
 
 
 @torch.no_grad()

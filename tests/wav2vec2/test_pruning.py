@@ -27,6 +27,7 @@ from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, masked_units, wav2vec2_
 from wav2vec2.sparsity import (
     expected_num_params,
     fit_masks,
+    meet_expected_size,
     num_params_without_rounding,
     pruned_num_params,
     round_widths,
@@ -215,7 +216,11 @@ WIDTH_MASKS = ("hard_concrete", "hard_concrete_for_intermediate")  # the last pa
 
 
 def width_masks(model: Wav2Vec2Model) -> dict[str, HardConcrete]:
-    return {name: mask for name, mask in masks_of(model).items() if name.rpartition(".")[2] in WIDTH_MASKS}
+    return {
+        name: mask
+        for name, mask in masks_of(model).items()
+        if name.rpartition(".")[2] in WIDTH_MASKS and "pos_conv" not in name
+    }
 
 
 def kept(model: Wav2Vec2Model) -> dict[str, Tensor]:
@@ -329,6 +334,38 @@ def test_every_unit_lowers_the_expected_count(masked: Wav2Vec2Model) -> None:
     assert masked.get_num_params().item() < num_elements(masked)
 
 
+@pytest.mark.parametrize("kernel", [7, 8])
+@pytest.mark.parametrize("num_rings", [1, 3])
+def test_taps_go_from_the_outside_in(kernel: int, num_rings: int) -> None:
+    """Whatever their order by ``log_alpha``: what is left is the middle of the kernel, in the published config key."""
+    model = random_model(with_masks(small_config("hubert", encoder_pos_conv_kernel=kernel), ["posconv"]))
+    conv = model.encoder.transformer.pos_conv_embed
+    values = torch.full((conv.hard_concrete.n_in,), -CERTAIN)
+    values[-num_rings:] = CERTAIN  # the outermost are the strongest
+    conv.hard_concrete.log_alpha.data.copy_(values)
+    taps = 2 * num_rings - kernel % 2
+    first = (kernel - taps + 1) // 2 if kernel % 2 else (kernel - taps) // 2
+    direction = conv.conv.weight_v.detach()[..., first : first + taps].clone()
+    pruned = check_pruning(model)
+    assert pruned.config["encoder_pos_conv_kernel"] == taps
+    assert "encoder_prune_pos_conv" not in pruned.config  # the published program would refuse it
+    assert torch.equal(pruned.state_dict()["encoder.transformer.pos_conv_embed.conv.weight_v"].float(), direction)
+
+
+@PROPERTY
+@given(masked_models(kinds=("scattered", "undecided")), st.floats(0.05, 0.95))
+def test_expected_size_is_met(masked: Wav2Vec2Model, share: float) -> None:
+    """By one number for all masks, whatever the units; a second time there is nothing to do."""
+    smallest, largest = smallest_num_params(masked), num_elements(masked)
+    wanted = smallest + share * (largest - smallest)
+    before = log_alphas(masked)
+    offset = meet_expected_size(masked, wanted)
+    assert expected_num_params(masked) == pytest.approx(wanted, rel=2e-5)
+    for found, value in zip(log_alphas(masked), before, strict=True):
+        torch.testing.assert_close(found, value + offset)
+    assert meet_expected_size(masked, wanted) == 0.0
+
+
 def test_expected_count_by_hand() -> None:
     """HuBERT with all units at one undecided value each: the formula written out."""
     model = random_model(with_masks(small_config("hubert", "large"), PRUNING_UNITS))
@@ -344,7 +381,7 @@ def test_expected_count_by_hand() -> None:
     attention = 3 * (16 + 1) * 16 * share + (16 * share + 1) * 16
     feed_forward = (16 + 1) * 20 * share + (20 * share + 1) * 16
     layers = 3 * (share * attention + share * feed_forward + 4 * 16)
-    pos_conv_and_norm = 8 + 16 * 4 * 8 + 16 + 2 * 16
+    pos_conv_and_norm = share * 8 * (1 + 16 * 4) + 16 + 2 * 16
     expected = extractor + channels[-1] + projection + pos_conv_and_norm + layers
     assert model.get_num_params().item() == pytest.approx(expected, rel=1e-6)
 
@@ -669,7 +706,8 @@ def test_multiples_of_one(masked: Wav2Vec2Model) -> None:
         log_alpha = mask.log_alpha.detach()
         num_zeros = (mask.n_in - mask.l0_norm().double()).round().clamp(max=mask.n_in - mask.min_kept)
         soft_mask = torch.sigmoid(log_alpha / (2 / 3) * 0.8).clamp(min=torch.finfo(torch.float32).tiny)
-        assert torch.equal(mask(), soft_mask * (log_alpha.argsort(stable=True).argsort() >= num_zeros)), name
+        strength = torch.arange(mask.n_in, 0, -1) if mask.nested else log_alpha
+        assert torch.equal(mask(), soft_mask * (strength.argsort(stable=True).argsort() >= num_zeros)), name
     back = rounded_copy(rounded_copy(masked, 8), 1)
     masked.prune()
     back.prune()
