@@ -55,6 +55,7 @@ def test_published_flags_and_defaults(monkeypatch):
     assert {name: joint[name] for name in PUBLISHED} == PUBLISHED
     own = {"learning_rate": 1e-4, "warmup_updates": 5000, "max_updates": 25000}
     pruning = {"pruning_units", "reg_learning_rate", "target_sparsity", "sparsity_warmup_updates", "round_to"}
+    pruning.add("sparsity_control")
     assert final == {name: value for name, value in joint.items() if name not in pruning} | own
 
 

@@ -59,19 +59,23 @@ def run_processes(*command: object, timeout: int = 300) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "seconds_per_batch", "accum_grad"),
+    ("family", "size", "seconds_per_batch", "accum_grad", "control"),
     [
-        ("hubert", "base", 0.6, 1),  # 6 batches: the last update of an epoch is topped up with two
-        ("wavlm", "large", 0.4, 3),  # 8 batches for 2 x 3
+        ("hubert", "base", 0.6, 1, "lagrangian"),  # 6 batches: the last update of an epoch is topped up with two
+        ("wavlm", "large", 0.4, 3, "lagrangian"),  # 8 batches for 2 x 3
+        ("hubert", "large", 0.4, 3, "exact"),
     ],
 )
-def test_two_processes_train_as_one(manifests, tmp_path, monkeypatch, family, size, seconds_per_batch, accum_grad):
+def test_two_processes_train_as_one(
+    manifests, tmp_path, monkeypatch, family, size, seconds_per_batch, accum_grad, control
+):
     """With dropout and sampled masks: noise belongs to the batch, not to the process."""
     teacher = save_small_model(tmp_path / "teacher.pth", family, size)
 
     def flags(name: str, **changes: object) -> list[object]:
         run = {"max_updates": 9, "seconds_per_batch": seconds_per_batch, "valid_interval": None, **changes}
-        return [*small_run(manifests, teacher, **run), *PRUNING, "--exp_dir", tmp_path / name]
+        chosen = ("--sparsity_control", control, "--exp_dir", tmp_path / name)
+        return [*small_run(manifests, teacher, **run), *PRUNING, *chosen]
 
     run_script(monkeypatch, "distill", *flags("one", accum_grad=2 * accum_grad))
     run_processes(sys.executable, "distill.py", *flags("two", gpus=2, accum_grad=accum_grad))
