@@ -45,7 +45,9 @@ def main(args: argparse.Namespace) -> None:
     pl.seed_everything(settings.data.seed, verbose=False)
     teacher = load_model(settings.models.teacher_ckpt)
     original = read_model_file(settings.models.student_ckpt)
-    contents = with_extractor(original, settings) if args.student_extractor else original
+    contents = original
+    if args.student_extractor:
+        contents = with_extractor(original, settings.extractor, settings.models.student_ckpt)
     student = masked_model_of(contents, settings.pruning.units, settings.models.student_ckpt)
     projections = new_projections(settings, teacher, student)
     highest = 1 - smallest_num_params(student) / teacher.get_num_params()

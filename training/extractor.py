@@ -1,13 +1,14 @@
 """Another extractor for the student: its layers, and the phase in which it learns what the student's own makes."""
 
 import dataclasses
+import os
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from training.arguments import LIGHT, RunSettings
+from training.arguments import LIGHT, ExtractorSettings, RunSettings
 from training.data import SpeechDataModule
 from training.trainer import train
 from wav2vec2.checkpoint import model_of
@@ -36,13 +37,18 @@ def light_layers(extractor: FeatureExtractor) -> list[list[int]]:
     return [[channels, kernel, stride], [channels * 3 // 2, 4, 4], [channels, 2, 2]]
 
 
-def with_extractor(contents: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
+def with_extractor(contents: dict[str, Any], settings: ExtractorSettings, source: str | os.PathLike) -> dict[str, Any]:
     """A model file's ``config`` and ``state_dict`` with a fresh extractor of the layers of ``--student_extractor``.
+
+    Args:
+        contents: of the model file.
+        settings: that name the layers.
+        source: the file, named in errors.
 
     Raises:
         UserError: no model can have these layers, or they do not make the frames and channels of its own.
     """
-    option = f"--student_extractor {settings.extractor.student_extractor}"
+    option = f"--student_extractor {settings.student_extractor}"
 
     def checked(layers: Any) -> ModelConfig:
         try:
@@ -55,15 +61,14 @@ def with_extractor(contents: dict[str, Any], settings: RunSettings) -> dict[str,
 
     with torch.device("meta"):  # a wrong number may ask for more memory than there is
         own = FeatureExtractor(checked(contents["config"]["extractor_conv_layer_config"]))
-        layers = light_layers(own) if settings.extractor.student_extractor == LIGHT else settings.extractor.layers
+        layers = light_layers(own) if settings.student_extractor == LIGHT else settings.layers
         config = checked(layers)
         found, expected = output(FeatureExtractor(config)), output(own)
     if found != expected:
+        frames = "every {} samples, of {} samples and {} channels"
         raise UserError(
-            "{}: expected frames every {} samples, of {} samples and {} channels, as those of --student_ckpt are; "
-            "found every {}, of {} samples and {} channels (hop, receptive field, channels of the last layer)".format(
-                option, *expected, *found
-            )
+            f"{option}: expected frames {frames.format(*expected)}, as those of {source} are; found "
+            f"{frames.format(*found)} (hop, receptive field, channels of the last layer)"
         )
     fresh = {f"feature_extractor.{key}": value for key, value in FeatureExtractor(config).state_dict().items()}
     kept = {key: value for key, value in contents["state_dict"].items() if not key.startswith("feature_extractor.")}
