@@ -59,8 +59,8 @@ def main(args: argparse.Namespace) -> None:
     # What is continued has learnt its extractor.
     if args.student_extractor and choose_checkpoint(args.resume_checkpoint, args.exp_dir) is None:
         learnt = learn_extractor(settings, data, original, contents)
-        masks = student.feature_extractor.state_dict()
-        load_state(student.feature_extractor, {**masks, **learnt}, "--student_extractor")
+        fresh = student.feature_extractor.state_dict()  # with the masks
+        load_state(student.feature_extractor, {**fresh, **learnt}, "--student_extractor")
     train(settings, data, teacher, student, projections)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import cli
 from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
-from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
+from wav2vec2.checkpoint import build_model, check_weights, expected_state, load_state, read_model_file, save
+from wav2vec2.components import published_state
 from wav2vec2.errors import UserError, short_repr
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
 from wav2vec2.sparsity import (
@@ -138,9 +139,12 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files with the same settings: {out}", file=sys.stderr)
         return
 
-    config = original["config"] | student_extractor(training, args.distilled_ckpt)
-    model = build_model(with_masks(config, units), args.original_ckpt)
-    load_state(model, student_state, f"{args.distilled_ckpt} in the model of {args.original_ckpt}")
+    masked = with_masks(original["config"] | student_extractor(training, args.distilled_ckpt), units)
+    source = f"{args.distilled_ckpt} in the model of {args.original_ckpt}"
+    # Before memory is taken for what the checkpoint says of its layers.
+    check_weights(expected_state(masked, source), published_state(student_state), source)
+    model = build_model(masked, source)
+    load_state(model, student_state, source)
     num_original = int(build_model(with_masks(original["config"], ()), args.original_ckpt).get_num_params())
     round_widths(model, round_to)
     shift = fit_to_target(model, training, args, num_original, round_to)

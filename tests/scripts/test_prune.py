@@ -116,9 +116,14 @@ def test_extractor_of_the_checkpoint(prune, monkeypatch, capsys) -> None:
     flags = ("--distilled_ckpt", prune.checkpoint, "--original_ckpt", prune.teacher)
     assert run_to_exit(monkeypatch, "prune", *flags) == 1
     assert "distillation: student_config: expected a dict, found [1]" in error_line(capsys)
-    record(prune.checkpoint, student_config={"extractor_conv_layer_config": [[9, 60, 40]]})
-    assert run_to_exit(monkeypatch, "prune", *flags) == 1
-    assert "weights do not fit the model" in error_line(capsys)
+    for layers, message in (
+        ([[9, 60, 40]], "weights do not fit the model"),
+        ([[2**20, 2**20, 1]] * 3, "weights do not fit the model"),
+        ("[[9, 60, 40]]", "extractor_conv_layer_config: expected a list of 1 to 64 layers"),
+    ):
+        record(prune.checkpoint, student_config={"extractor_conv_layer_config": layers})
+        assert run_to_exit(monkeypatch, "prune", *flags) == 1
+        assert message in error_line(capsys)
 
 
 def test_default_is_the_published_rounding(prune) -> None:
