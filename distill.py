@@ -4,6 +4,8 @@ The student starts as a copy of --student_ckpt with masks on the units of --prun
 masks and the multipliers of the sparsity penalty are trained together; the result is
 EXP_DIR/ckpts/last.ckpt, which prune.py turns into a smaller model.
 
+With --student_extractor the student starts with another extractor, which first learns what its own makes.
+
 One GPU, keeping the published total batch of 4 x 160 s:
   python distill.py --tsv_dir data/librispeech --train_subset train960 --seconds_per_batch 160 \\
       --gpus 1 --accum_grad 4 --precision 16 --pruning_units conv,head,interm --exp_dir exp/hubert-base \\
@@ -20,9 +22,11 @@ import pytorch_lightning as pl
 
 import cli
 from training.arguments import DEFAULT_MODEL, add_arguments, read_arguments
+from training.checkpoints import choose_checkpoint
 from training.data import SpeechDataModule
+from training.extractor import learn_extractor, with_extractor
 from training.trainer import new_projections, train
-from wav2vec2.checkpoint import load_masked_model, load_model
+from wav2vec2.checkpoint import load_model, load_state, masked_model_of, read_model_file
 from wav2vec2.errors import UserError
 from wav2vec2.sparsity import smallest_num_params
 
@@ -40,7 +44,11 @@ def main(args: argparse.Namespace) -> None:
     data = SpeechDataModule(settings.data)
     pl.seed_everything(settings.data.seed, verbose=False)
     teacher = load_model(settings.models.teacher_ckpt)
-    student = load_masked_model(settings.models.student_ckpt, settings.pruning.units)
+    original = read_model_file(settings.models.student_ckpt)
+    contents = original
+    if args.student_extractor:
+        contents = with_extractor(original, settings.extractor, settings.models.student_ckpt)
+    student = masked_model_of(contents, settings.pruning.units, settings.models.student_ckpt)
     projections = new_projections(settings, teacher, student)
     highest = 1 - smallest_num_params(student) / teacher.get_num_params()
     if settings.pruning.target_sparsity > highest:
@@ -48,6 +56,11 @@ def main(args: argparse.Namespace) -> None:
             f"--target_sparsity {args.target_sparsity}: pruning {args.pruning_units} removes at most {highest:.4f} "
             "of the teacher's parameters; lower the target or add --pruning_units"
         )
+    # What is continued has learnt its extractor.
+    if args.student_extractor and choose_checkpoint(args.resume_checkpoint, args.exp_dir) is None:
+        learnt = learn_extractor(settings, data, original, contents)
+        fresh = student.feature_extractor.state_dict()  # with the masks
+        load_state(student.feature_extractor, {**fresh, **learnt}, "--student_extractor")
     train(settings, data, teacher, student, projections)
 
 

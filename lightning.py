@@ -76,11 +76,13 @@ def check_pair(teacher: Wav2Vec2Model, student: Wav2Vec2Model, layers: list[int]
                 f"layer {max(layers)} is to be distilled, but the {name} has {num_layers} layers; "
                 f"choose layers between 0 and {num_layers}"
             )
-    shapes = [[layer.shape[1:] for layer in model.feature_extractor.conv_layers] for model in (teacher, student)]
-    if shapes[0] != shapes[1]:
+    # These two make the number of frames of every length: floor((length - receptive field) / hop) + 1.
+    frames = [(model.feature_extractor.stride, model.feature_extractor.receptive_field) for model in (teacher, student)]
+    if frames[0] != frames[1]:
+        found, expected = (f"one of {field} samples every {hop}" for hop, field in reversed(frames))
         raise UserError(
-            f"the student's frames do not fit the teacher's: conv (kernel, stride) are {shapes[1]}, "
-            f"the teacher's {shapes[0]}; give a student with the teacher's frame rate"
+            f"the student's frames do not fit the teacher's: {found}, the teacher's {expected}; give a student whose "
+            "extractor makes the teacher's frames"
         )
     if teacher.normalize_waveform != student.normalize_waveform:
         difference = (

@@ -15,8 +15,9 @@ from typing import Any
 
 import cli
 from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
-from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
-from wav2vec2.errors import UserError
+from wav2vec2.checkpoint import build_model, check_weights, expected_state, load_state, read_model_file, save
+from wav2vec2.components import published_state
+from wav2vec2.errors import UserError, short_repr
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
 from wav2vec2.sparsity import (
     check_round_to,
@@ -61,6 +62,15 @@ def chosen_round_to(training: dict[str, Any], args: argparse.Namespace) -> int:
         return 1
     check_round_to(value, source)
     return value
+
+
+def student_extractor(training: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config's entry for the layers that the student's extractor had; empty where the checkpoint does not say."""
+    config = training.get("student_config", {})
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: distillation: student_config: expected a dict, found {short_repr(config)}")
+    key = "extractor_conv_layer_config"  # the only one that --student_extractor makes another than --original_ckpt's
+    return {key: config[key]} if key in config else {}
 
 
 def fit_to_target(
@@ -129,8 +139,12 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files with the same settings: {out}", file=sys.stderr)
         return
 
-    model = build_model(with_masks(original["config"], units), args.original_ckpt)
-    load_state(model, student_state, f"{args.distilled_ckpt} in the model of {args.original_ckpt}")
+    masked = with_masks(original["config"] | student_extractor(training, args.distilled_ckpt), units)
+    source = f"{args.distilled_ckpt} in the model of {args.original_ckpt}"
+    # Before memory is taken for what the checkpoint says of its layers.
+    check_weights(expected_state(masked, source), published_state(student_state), source)
+    model = build_model(masked, source)
+    load_state(model, student_state, source)
     num_original = int(build_model(with_masks(original["config"], ()), args.original_ckpt).get_num_params())
     round_widths(model, round_to)
     shift = fit_to_target(model, training, args, num_original, round_to)

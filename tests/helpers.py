@@ -41,6 +41,8 @@ PRUNING = ("--pruning_units", "conv,head,interm", "--target_sparsity", 0.4, "--s
 
 # 40 samples a frame, so that short waveforms make enough of them.
 SMALL_CONV_LAYERS = [[10, 10, 5], [12, 3, 2], [8, 3, 2], [9, 2, 2]]
+# Others for the same frames.
+SMALL_LIGHT_LAYERS = [[7, 20, 10], [9, 5, 4]]
 
 
 def small_config(family: str, size: str = "base", **changes: Any) -> dict[str, Any]:

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import REFERENCE, make_module, random_model, random_waveforms, read_reference, small_config, train_on
+from helpers import (
+    REFERENCE,
+    SMALL_LIGHT_LAYERS,
+    make_module,
+    random_model,
+    random_waveforms,
+    read_reference,
+    small_config,
+    train_on,
+)
 from torch.utils.data import DataLoader
 
 from hardconcrete import HardConcrete
@@ -27,7 +36,7 @@ from lightning import (
 from training.callbacks import StopRequest, UpdateGuard
 from wav2vec2.errors import UserError
 from wav2vec2.fast import plain_paths
-from wav2vec2.model import PRUNING_UNITS, wav2vec2_model, with_masks
+from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, wav2vec2_model, with_masks
 
 TRACES = ["trace_hubert_final", "trace_hubert_prune", "trace_hubert_large_prune", "trace_wavlm_prune"]
 # The trace's names -> ours.
@@ -333,9 +342,34 @@ def test_pairs_that_do_not_fit():
     check_pair(teacher, random_model(small_config("hubert")), [0, 3], "layer2layer")
     with pytest.raises(UserError, match=r"layer 4 .* has 3 layers"):
         check_pair(teacher, teacher, [0, 4], "layer2layer")
-    other_frames = small_config("hubert", extractor_conv_layer_config=[[10, 10, 5], [12, 3, 2], [8, 3, 2]])
-    with pytest.raises(UserError, match="the student's frames do not fit"):
-        check_pair(teacher, random_model(other_frames), [0], "layer2layer")
+
+
+def with_layers(layers: list[list[int]]) -> Wav2Vec2Model:
+    return random_model(small_config("hubert", extractor_conv_layer_config=layers))
+
+
+@pytest.mark.parametrize("layers", [SMALL_LIGHT_LAYERS, [[4, 60, 40]], [[4, 25, 5], [5, 4, 4], [9, 2, 2]]], ids=str)
+def test_pairs_of_other_layers_that_make_the_same_frames(layers):
+    teacher, student = random_model(small_config("hubert")), with_layers(layers)
+    check_pair(teacher, student, [0, 3], "layer2layer")
+    for model in (teacher, student):
+        assert [model.feature_extractor.num_frames(n) for n in range(400)] == [
+            max((n - 60) // 40 + 1, 0) for n in range(400)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"),
+    [
+        ([[10, 10, 5], [12, 3, 2], [8, 3, 2]], "one of 40 samples every 20"),
+        ([[7, 20, 10], [9, 6, 4]], "one of 70 samples every 40"),  # the same frame rate
+        ([[7, 20, 10], [9, 5, 2]], "one of 60 samples every 20"),  # the same receptive field
+    ],
+)
+def test_pairs_of_other_frames(layers, found):
+    message = f"frames do not fit the teacher's: {found}, the teacher's one of 60 samples every 40;"
+    with pytest.raises(UserError, match=message):
+        check_pair(random_model(small_config("hubert")), with_layers(layers), [0], "layer2layer")
 
 
 def test_pairs_that_normalize_differently():

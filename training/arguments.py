@@ -6,6 +6,7 @@ checkpoints record these, and a run is continued only with the same.
 
 import argparse
 import dataclasses
+import json
 import re
 import types
 import typing
@@ -20,7 +21,7 @@ import torch
 from lightning import COS_TYPES, DISTILL_MODES, SPARSITY_CONTROLS, parse_distill_layers
 from training.checkpoints import AUTO
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
-from wav2vec2.errors import UserError
+from wav2vec2.errors import UserError, short_repr
 from wav2vec2.model import PRUNING_UNITS
 
 # The published number of GPUs of one node (run.sh).
@@ -250,6 +251,43 @@ class PruningSettings(_Settings):
         return settings
 
 
+# The named choice of --student_extractor.
+LIGHT = "light"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorSettings(_Settings):
+    """Another extractor for the student."""
+
+    student_extractor: str | None = _option(
+        None,
+        f"'{LIGHT}', or JSON: [[channels, kernel, stride], ...]; the student gets an extractor of these layers, which "
+        "learns what its own makes before the masks are trained (default: it keeps its own)",
+        recorded=True,
+    )
+    extractor_updates: int = _option(4000, "updates in which it learns that", recorded=True, check=_above_zero)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.student_extractor not in (None, LIGHT) and not isinstance(self.layers, list):
+            raise UserError(
+                f"--student_extractor: expected {LIGHT}, or a list of layers in JSON such as "
+                f"[[128, 120, 40], [192, 4, 4], [128, 2, 2]], found {short_repr(self.student_extractor)}"
+            )
+
+    @property
+    def layers(self) -> Any:
+        """What the JSON says; None where it is none, or where there is a name."""
+        try:
+            return json.loads(self.student_extractor or "")
+        except (ValueError, RecursionError):
+            return None
+
+    def recorded(self) -> dict[str, Any]:
+        # Runs of before the option was there are continued as those without it.
+        return super().recorded() if self.student_extractor is not None else {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class MachineSettings(_Settings):
     """Machine. Of these only the precision changes what comes out of a run."""
@@ -328,7 +366,7 @@ class RunSettings:
 
     Attributes:
         stage: its name, for people.
-        pruning: None in the final distillation.
+        pruning, extractor: None in the final distillation.
     """
 
     stage: str
@@ -337,11 +375,12 @@ class RunSettings:
     optimisation: OptimisationSettings
     machine: MachineSettings
     pruning: PruningSettings | None = None
+    extractor: ExtractorSettings | None = None
 
     def recorded(self) -> dict[str, Any]:
         """The settings that decide what comes out of the run."""
-        groups = [self.data, self.models, self.optimisation, self.machine, *([self.pruning] if self.pruning else [])]
-        settings = {name: value for group in groups for name, value in group.recorded().items()}
+        groups = [self.data, self.models, self.optimisation, self.machine, self.pruning, self.extractor]
+        settings = {name: value for group in groups if group for name, value in group.recorded().items()}
         # Four processes, or one with --accum_grad 4: the same updates.
         num_batches = self.machine.num_processes * self.optimisation.accum_grad
         return {"stage": self.stage, **settings, "gpus x accum_grad": num_batches}
@@ -353,6 +392,8 @@ _SHARED = {
     "optimisation": OptimisationSettings,
     "machine": MachineSettings,
 }
+# Of the stage that trains masks.
+_JOINT = {"pruning": PruningSettings, "extractor": ExtractorSettings}
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, prunes: bool, **defaults: Any) -> None:
@@ -363,8 +404,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, prunes: bool, **defaults: 
         prunes: whether it trains masks.
         defaults: of the flags whose default is the stage's own.
     """
-    groups = [*_SHARED.values(), *([PruningSettings] if prunes else [])]
-    for group in groups:
+    for group in (_SHARED | (_JOINT if prunes else {})).values():
         group.add_to(parser)
     for action in parser._actions:
         if action.dest in defaults:
@@ -378,5 +418,5 @@ def read_arguments(args: argparse.Namespace, stage: str, *, prunes: bool) -> Run
     Raises:
         UserError: names the option, what was found and what is expected.
     """
-    groups = {**_SHARED, **({"pruning": PruningSettings} if prunes else {})}
+    groups = _SHARED | (_JOINT if prunes else {})
     return RunSettings(stage=stage, **{name: group.from_args(args) for name, group in groups.items()})

@@ -54,9 +54,9 @@ def test_published_flags_and_defaults(monkeypatch):
     assert str(defaults["teacher_ckpt"]) == str(defaults["student_ckpt"]) == "pretrained_ckpts/hubert-base-ls960.pth"
     assert {name: joint[name] for name in PUBLISHED} == PUBLISHED
     own = {"learning_rate": 1e-4, "warmup_updates": 5000, "max_updates": 25000}
-    pruning = {"pruning_units", "reg_learning_rate", "target_sparsity", "sparsity_warmup_updates", "round_to"}
-    pruning.add("sparsity_control")
-    assert final == {name: value for name, value in joint.items() if name not in pruning} | own
+    own_of_joint = {"pruning_units", "reg_learning_rate", "target_sparsity", "sparsity_warmup_updates", "round_to"}
+    own_of_joint |= {"sparsity_control", "student_extractor", "extractor_updates"}
+    assert final == {name: value for name, value in joint.items() if name not in own_of_joint} | own
 
 
 def test_every_flag_arrives_in_a_typed_field(monkeypatch):
@@ -64,7 +64,10 @@ def test_every_flag_arrives_in_a_typed_field(monkeypatch):
     settings = read_arguments(args, "a stage", prunes=True)
     assert settings.data.max_crop_seconds == 2.0 and settings.machine.plain and not settings.machine.compile
     assert settings.machine.devices == ("cpu", 2) and settings.models.layer_groups == [[0], [4, 8, 12]]
-    groups = (settings.data, settings.models, settings.optimisation, settings.machine, settings.pruning)
+    groups = (
+        *(settings.data, settings.models, settings.optimisation),
+        *(settings.machine, settings.pruning, settings.extractor),
+    )
     fields = [name for group in groups for name in vars(group)]
     assert sorted(fields) == sorted(set(vars(args)) - {"debug"})
     assert settings.recorded()["gpus x accum_grad"] == 2
@@ -76,6 +79,9 @@ def test_only_what_decides_the_result_is_recorded(monkeypatch):
 
     same = ["--num_workers", "3", "--exp_dir", "x", "--compile", "--skip_nonfinite", "2", "--round_to", "8"]
     assert recorded(*same) == recorded()
+    extractor = ["--student_extractor", "light"]
+    assert recorded("--extractor_updates", "9") == recorded() != recorded(*extractor)
+    assert recorded(*extractor) != recorded(*extractor, "--extractor_updates", "9")
     for flags in (["--seed", "1"], ["--precision", "bf16"], ["--target_sparsity", "0.5"], ["--accum_grad", "2"]):
         assert recorded(*flags) != recorded()
 

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PRUNING, REPOSITORY, error_line, logged, run_script, run_to_exit, save_small_model, small_run
+from helpers import (
+    PRUNING,
+    REPOSITORY,
+    SMALL_LIGHT_LAYERS,
+    error_line,
+    logged,
+    run_script,
+    run_to_exit,
+    save_small_model,
+    small_run,
+)
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from cli import AllProcessesError
@@ -80,6 +90,20 @@ def test_two_processes_train_as_one(
     run_script(monkeypatch, "distill", *flags("one", accum_grad=2 * accum_grad))
     run_processes(sys.executable, "distill.py", *flags("two", gpus=2, accum_grad=accum_grad))
     compare(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_train_an_extractor_and_what_follows_as_one(manifests, tmp_path, monkeypatch):
+    """The processes that were started for the first go on to the second."""
+    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "large")
+
+    def flags(name: str, **changes: object) -> list[object]:
+        run = {"seconds_per_batch": 0.6, "student_extractor": SMALL_LIGHT_LAYERS, "extractor_updates": 6, **changes}
+        return [*small_run(manifests, teacher, **run), *PRUNING, "--exp_dir", tmp_path / name]
+
+    run_script(monkeypatch, "distill", *flags("one", accum_grad=2))
+    run_processes(sys.executable, "distill.py", *flags("two", gpus=2))
+    for phase in (Path("extractor"), Path()):
+        compare(tmp_path / "one" / phase, tmp_path / "two" / phase)
 
 
 def free_port() -> int:

@@ -166,7 +166,7 @@ def test_fused_attention_on_a_cpu():
 
 
 # Kernels above, at and below the stride, and frames that no window covers.
-WINDOWS = [(3, 2, 11), (3, 2, 12), (2, 2, 9), (10, 5, 33), (5, 1, 5), (2, 3, 12), (1, 1, 4)]
+WINDOWS = [(3, 2, 11), (3, 2, 12), (2, 2, 9), (10, 5, 33), (5, 1, 5), (2, 3, 12), (1, 1, 4), (12, 4, 30)]
 
 
 def double(*shape: int, seed: int = 0) -> Tensor:
@@ -286,6 +286,29 @@ def test_blocks_change_nothing(size, num_frames, monkeypatch):
                 expected = extractor(waveforms, None)[0]
         assert found.shape == expected.shape == (3, num_frames, 9)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_wide_kernels(size):
+    """Layers that see the waveform at a low rate: the first and the others, whole and in blocks, and gradients."""
+    layers = [[16, 120, 40], [24, 4, 4], [12, 2, 2]]
+    extractor = random_model(small_config("hubert", size, extractor_conv_layer_config=layers)).feature_extractor
+    assert (extractor.stride, extractor.receptive_field) == (320, 400)
+    waveforms = random_waveforms(70_000, 70_000)[0]  # three blocks
+    results = []
+    for plain in (False, True):
+        extractor.zero_grad()
+        with plain_paths(plain):
+            with torch.no_grad():
+                in_blocks = extractor(waveforms, None)[0]
+            whole = extractor(waveforms, None)[0]
+        whole.square().mean().backward()
+        gradients = {name: p.grad.clone() for name, p in extractor.named_parameters() if p.grad is not None}
+        results.append([in_blocks, whole.detach(), gradients])
+    (ours_in_blocks, ours, our_gradients), (theirs_in_blocks, theirs, their_gradients) = results
+    for found, expected in ((ours_in_blocks, theirs), (ours, theirs), (theirs_in_blocks, theirs)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_gradients, their_gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_take_little_memory(monkeypatch):

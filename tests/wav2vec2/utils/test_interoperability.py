@@ -70,6 +70,19 @@ def test_huggingface_hidden_states(model_type: str, size: str, padded: bool, tmp
     assert_same_frames(ours, stages, frames, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("size", ["base", "large"])
+@torch.inference_mode()
+def test_huggingface_light_extractor(size: str, tmp_path: Path) -> None:
+    """conv_dim, conv_kernel and conv_stride say any layers."""
+    layers = {"extractor_conv_layer_config": [[10, 120, 40], [12, 4, 4], [9, 2, 2]]}
+    model = unpruned_model("hubert", size, normalize_waveform=False, **layers)
+    export_huggingface(model.state_dict(), model.config, tmp_path)
+    waveforms = random_waveforms(5000, 5000)[0]
+    stages = transformers_stages(load_with_transformers(tmp_path), waveforms, None)
+    ours = [*model.extract_features(waveforms)[0], model(waveforms)[0]]
+    assert_same_frames(ours, stages, None, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", ["base", "large"])
 @pytest.mark.parametrize("family", ["hubert", "wavlm"])
