@@ -193,6 +193,11 @@ def small_run(manifests: Path, teacher: Path, **changes: object) -> list[object]
     return [word for name, value in chosen.items() for word in (f"--{name}", value)]
 
 
+def load_masked_model(path: Path, units: list[str]) -> Wav2Vec2Model:
+    """The student that joint distillation begins with."""
+    return checkpoint.masked_model_of(checkpoint.read_model_file(path), units, path)
+
+
 def load_as_others_do(path: Path) -> torch.nn.Module:
     """How other people's programs load a compressed model."""
     contents = torch.load(path, weights_only=True)

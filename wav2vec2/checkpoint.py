@@ -162,17 +162,12 @@ def model_of(contents: dict[str, Any], source: str | os.PathLike) -> Wav2Vec2Mod
     return model
 
 
-def load_masked_model(path: str | os.PathLike, units: Iterable[str]) -> Wav2Vec2Model:
-    """Build the model of an unmasked ``.pth`` file with fresh masks on ``units`` (names as in ``--pruning_units``).
+def masked_model_of(contents: dict[str, Any], units: Iterable[str], source: str | os.PathLike) -> Wav2Vec2Model:
+    """:func:`model_of` with fresh masks on ``units`` (names as in ``--pruning_units``).
 
     Raises:
-        UserError: as :func:`load_model`.
+        UserError: as :func:`load_state`.
     """
-    return masked_model_of(read_model_file(path), units, path)
-
-
-def masked_model_of(contents: dict[str, Any], units: Iterable[str], source: str | os.PathLike) -> Wav2Vec2Model:
-    """:func:`model_of` with fresh masks on ``units``."""
     model = build_model(with_masks(contents["config"], units), source)
     # The one thing that the file cannot have is the state of the masks; everything else must be there.
     fresh_masks = {key: value for key, value in model.state_dict().items() if key.endswith("log_alpha")}

@@ -13,6 +13,7 @@ from helpers import (
     SMALL_LIGHT_LAYERS,
     last_checkpoint,
     load_as_others_do,
+    load_masked_model,
     logged,
     random_waveforms,
     run_command,
@@ -176,7 +177,7 @@ def test_prune_without_correction_is_the_published_rounding(manifests, small_tea
         *(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", small_teacher),
         *("--sparsity_tolerance", 1),
     )
-    masked = checkpoint.load_masked_model(small_teacher, units.split(","))
+    masked = load_masked_model(small_teacher, units.split(","))
     state = torch.load(last, weights_only=True)["state_dict"]
     prefix = "student_model."
     masked.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import masks_of, random_model, small_config
+from helpers import load_masked_model, masks_of, random_model, small_config
 
 from wav2vec2 import checkpoint, files, hub
 from wav2vec2.errors import UserError
@@ -166,7 +166,7 @@ def test_other_kinds_are_named(kind: str, tmp_path: Path) -> None:
     elif kind != "ours":
         (folder / "config.json").write_text('{"model_type": "hubert"}')
     path, *words = parts[kind]
-    for call in (checkpoint.load_model, lambda path: checkpoint.load_masked_model(path, ["head"])):
+    for call in (checkpoint.load_model, lambda path: load_masked_model(path, ["head"])):
         check_refused(lambda call=call: call(path), path, *words)
         with pytest.raises(UserError) as error:
             call(path)
@@ -177,7 +177,7 @@ def test_folder_of_ours_is_read(tmp_path: Path) -> None:
     """Wherever a model file is."""
     contents = model_contents("wavlm")
     hub.write_folder(contents["state_dict"], contents["config"], tmp_path, "")
-    for model in (checkpoint.load_model(tmp_path), checkpoint.load_masked_model(tmp_path, ["head"])):
+    for model in (checkpoint.load_model(tmp_path), load_masked_model(tmp_path, ["head"])):
         state = model.state_dict()
         assert all(torch.equal(state[key], tensor) for key, tensor in contents["state_dict"].items())
 
@@ -195,7 +195,7 @@ def test_weight_norm_removed(form: str, tmp_path: Path) -> None:
         checkpoint.save(path, contents)
     else:
         hub.write_folder(contents["state_dict"], contents["config"], path, "")
-    for model in (checkpoint.load_model(path), checkpoint.load_masked_model(path, ["head"])):
+    for model in (checkpoint.load_model(path), load_masked_model(path, ["head"])):
         torch.testing.assert_close(model.encoder.transformer.pos_conv_embed.conv.weight, wanted, rtol=1e-6, atol=0)
 
 
@@ -228,7 +228,7 @@ def test_file_of_another_kind(contents: Any, parts: list[str], tmp_path: Path) -
     path = tmp_path / "model.pth"
     torch.save(contents, path)
     check_refused(lambda: checkpoint.load_model(path), path, *parts)
-    check_refused(lambda: checkpoint.load_masked_model(path, ["head"]), path, *parts)
+    check_refused(lambda: load_masked_model(path, ["head"]), path, *parts)
 
 
 # --- configs
@@ -340,7 +340,7 @@ def test_weights_that_do_not_fit(case: str, tmp_path: Path) -> None:
     edit(contents["state_dict"])
     checkpoint.save(path, contents)
     check_refused(lambda: checkpoint.load_model(path), path, message)
-    check_refused(lambda: checkpoint.load_masked_model(path, ["conv", "head"]), path, message)
+    check_refused(lambda: load_masked_model(path, ["conv", "head"]), path, message)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -366,7 +366,7 @@ def test_masked_model(family: str, units: list[str], tmp_path: Path) -> None:
     """Fresh masks on these units and no others, the file's weights everywhere else."""
     path, contents = tmp_path / "model.pth", model_contents(family)
     checkpoint.save(path, contents)
-    model = checkpoint.load_masked_model(path, units)
+    model = load_masked_model(path, units)
     assert model.config == with_masks(contents["config"], units)
     state_dict = model.state_dict()
     assert state_dict.keys() - contents["state_dict"].keys() == {f"{name}.log_alpha" for name in masks_of(model)}
@@ -382,7 +382,7 @@ def test_masks_in_the_file_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     model = random_model(with_masks(small_config("hubert"), ["head"]))
     checkpoint.save(path, {"state_dict": model.state_dict(), "config": model.config})
-    for loaded in (checkpoint.load_model(path), checkpoint.load_masked_model(path, ["head"])):
+    for loaded in (checkpoint.load_model(path), load_masked_model(path, ["head"])):
         for name, mask in masks_of(loaded).items():
             assert torch.equal(mask.log_alpha, masks_of(model)[name].log_alpha)
-    check_refused(lambda: checkpoint.load_masked_model(path, ["interm"]), path, "hard_concrete_for_heads")
+    check_refused(lambda: load_masked_model(path, ["interm"]), path, "hard_concrete_for_heads")
