@@ -166,12 +166,8 @@ class ModelConfig:
         return [list(entry) if isinstance(entry, (list, tuple)) else entry for entry in value]
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys, but switches that the published program does not know only where they are on: it refuses others."""
-        config = asdict(self)
-        for unit in PRUNING_UNITS.values():
-            if not unit.is_published and not config[unit.switch]:
-                del config[unit.switch]
-        return config
+        """The keys and their values, as a file holds them."""
+        return _published(asdict(self))
 
     def of_layer(self, layer: int) -> dict[str, Any]:
         """One layer's entries of the keys that have one for each."""
@@ -296,4 +292,10 @@ PRUNING_UNITS = {
 def with_masks(config: Mapping[str, Any], units: Iterable[str]) -> dict[str, Any]:
     """The config with masks on exactly these units, keys of :data:`PRUNING_UNITS`."""
     units = set(units)
-    return {**config, **{unit.switch: name in units for name, unit in PRUNING_UNITS.items()}}
+    return _published({**config, **{unit.switch: name in units for name, unit in PRUNING_UNITS.items()}})
+
+
+def _published(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the switches that the published program does not know and refuses, where they are off."""
+    unknown = {unit.switch for unit in PRUNING_UNITS.values() if not unit.is_published}
+    return {key: value for key, value in config.items() if value or key not in unknown}
