@@ -5,7 +5,8 @@
 #       bash benchmarks/results.sh phones/phone_segments.tsv probes/keywords.tsv
 #
 # $teacher is what convert_hubert_from_hf.py --model takes; the arguments are lists of labelled clips. Flags for training,
-# such as "--accelerator cpu --seed 1", come in $flags. Call it again to continue where it was stopped.
+# such as "--accelerator cpu --seed 1", come in $flags, another config file in $conf. Call it again to continue where it
+# was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${teacher:?}" "${layers:?}" "${targets:?}" "${corpus:?}" "${out:?}" "${1:?give lists of labelled clips}"
@@ -17,7 +18,7 @@ export python tsv_dir=$out/data teacher_ckpt=$out/teacher.pth
 models=() names=()
 for target in $targets; do
     # shellcheck disable=SC2086 # flags are words
-    target=$target exp_dir=$out/$target bash run.sh conf/small.conf --distill_layers "$layers" $flags
+    target=$target exp_dir=$out/$target bash run.sh "${conf:-conf/small.conf}" --distill_layers "$layers" $flags
     models+=("$out/$target/final/ckpts/pruned_hubert_base.pth") names+=("$target off")
 done
 "$python" evaluate.py --teacher "$teacher_ckpt" --models "${models[@]}" --names "${names[@]}" --tsv "$tsv_dir/valid.tsv" \
