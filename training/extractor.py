@@ -4,7 +4,6 @@ import dataclasses
 import os
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -117,8 +116,6 @@ def learn_extractor(
     teacher, student = _up_to_projection(original), _up_to_projection(light)
     student.encoder.requires_grad_(False)
     train(phase, data, teacher, student, nn.ModuleList([nn.Identity()]))
-    # The noise of what follows is the same whether this phase has just been trained or was complete already.
-    pl.seed_everything(settings.data.seed, verbose=False)
     return student.feature_extractor.state_dict()
 
 
