@@ -153,9 +153,14 @@ def start_two(manifests: Path, teacher: Path, exp_dir: Path, **changes: object) 
 
 def second_process(pid: int) -> int:
     """The other training process, which Lightning starts as a child of the first, as are loader processes."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    (other,) = [int(child) for child in children if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes()]
-    return other
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # a child has its own environment only once it runs its own program
+        for child in children.read_text().split():
+            if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes():
+                return int(child)
+        time.sleep(0.02)
+    raise AssertionError(f"process {pid} has started no other")
 
 
 def test_a_signal_to_one_process_stops_both(manifests, small_teacher, tmp_path):
@@ -348,9 +353,6 @@ def test_a_run_whose_second_process_does_not_come(manifests, small_teacher, tmp_
 def test_a_signal_before_training_ends_the_processes_that_were_started(manifests, small_teacher, tmp_path):
     flags = [*small_run(manifests, small_teacher, gpus=2), "--exp_dir", tmp_path / "exp"]
     with subprocess.Popen([sys.executable, "distill.py", *map(str, flags)], cwd=REPOSITORY) as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while not children.read_text():
-            time.sleep(0.02)
         other = second_process(process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 143
