@@ -1,5 +1,7 @@
 """What the paper says of training: projections, loss (equation 1), sparsity budget and Lagrangian, schedule.
 
+Beside the Lagrangian stands a control of the size that the paper does not have, "exact".
+
 Named as in the published program. The file shadows the ``lightning`` package: this project imports
 ``pytorch_lightning``, and never installs this file.
 """

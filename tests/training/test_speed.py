@@ -26,7 +26,7 @@ from helpers import (
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
-from lightning import DistillModule, make_projections
+from lightning import SPARSITY_CONTROLS, DistillModule, make_projections
 from training import speed
 from training.speed import COLUMNS, FetchTimer, forward_flops, peak_flops, update_flops
 from wav2vec2.errors import UserError
@@ -224,8 +224,12 @@ def test_compiled_steps_have_the_same_numbers_for_twenty_lengths(count_graphs):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_may_go_on_without(manifests, small_teacher, tmp_path, monkeypatch, disturb, count_graphs):
-    flags = (*small_run(manifests, small_teacher, max_crop_seconds=None, max_updates=9, distill_layers="0.1"), *PRUNING)
+@pytest.mark.parametrize("control", SPARSITY_CONTROLS)
+def test_a_compiled_run_may_go_on_without(
+    manifests, small_teacher, tmp_path, monkeypatch, disturb, count_graphs, control
+):
+    changes = {"max_crop_seconds": None, "max_updates": 9, "distill_layers": "0.1", "sparsity_control": control}
+    flags = (*small_run(manifests, small_teacher, **changes), *PRUNING)
     run_script(monkeypatch, "distill", *flags, "--compile", "--exp_dir", tmp_path / "whole")
     numbers = [float(row["compiled_graphs"]) for row in logged_speed(tmp_path / "whole")]
     assert len(numbers) == 9 and numbers[-1] == count_graphs() <= 6  # teacher and student; validation; single rows
