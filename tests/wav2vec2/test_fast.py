@@ -291,7 +291,7 @@ def test_blocks_change_nothing(size, num_frames, monkeypatch):
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_wide_kernels(size):
     """Layers that see the waveform at a low rate: the first and the others, whole and in blocks, and gradients."""
-    layers = [[16, 120, 40], [24, 4, 4], [12, 2, 2]]
+    layers = [[16, 40, 40], [24, 6, 4], [12, 2, 2]]
     extractor = random_model(small_config("hubert", size, extractor_conv_layer_config=layers)).feature_extractor
     assert (extractor.stride, extractor.receptive_field) == (320, 400)
     waveforms = random_waveforms(70_000, 70_000)[0]  # three blocks
