@@ -21,14 +21,15 @@ import argparse
 import pytorch_lightning as pl
 
 import cli
-from training.arguments import DEFAULT_MODEL, add_arguments, read_arguments
+from training.arguments import DEFAULT_MODEL, PruningSettings, add_arguments, read_arguments
 from training.checkpoints import choose_checkpoint
 from training.data import SpeechDataModule
 from training.extractor import learn_extractor, with_extractor
 from training.trainer import new_projections, train
 from wav2vec2.checkpoint import load_model, load_state, masked_model_of, read_model_file
 from wav2vec2.errors import UserError
-from wav2vec2.sparsity import smallest_num_params
+from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.sparsity import Size, size_of, smallest_size
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,6 +38,24 @@ def parse_args() -> argparse.Namespace:
         parser, prunes=True, student_ckpt=DEFAULT_MODEL, learning_rate=2e-4, warmup_updates=15000, max_updates=50000
     )
     return parser.parse_args()
+
+
+def check_budgets(pruning: PruningSettings, teacher: Wav2Vec2Model, student: Wav2Vec2Model) -> None:
+    """Check that the units that masks are on can be pruned so far.
+
+    Raises:
+        UserError: names the target, and the most that can go.
+    """
+    original, smallest = size_of(teacher), smallest_size(student)
+    targets = Size(pruning.target_sparsity, pruning.target_macs)
+    options = Size("--target_sparsity", "--target_macs")
+    things = Size("parameters", "multiply-adds")
+    for option, target, before, after, thing in zip(options, targets, original, smallest, things, strict=True):
+        if target is not None and target > (highest := 1 - after / before):
+            raise UserError(
+                f"{option} {target}: pruning {pruning.pruning_units} removes at most {highest:.4f} of the teacher's "
+                f"{thing}; lower the target or add --pruning_units"
+            )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -50,12 +69,7 @@ def main(args: argparse.Namespace) -> None:
         contents = with_extractor(original, settings.extractor, settings.models.student_ckpt)
     student = masked_model_of(contents, settings.pruning.units, settings.models.student_ckpt)
     projections = new_projections(settings, teacher, student)
-    highest = 1 - smallest_num_params(student) / teacher.get_num_params()
-    if settings.pruning.target_sparsity > highest:
-        raise UserError(
-            f"--target_sparsity {args.target_sparsity}: pruning {args.pruning_units} removes at most {highest:.4f} "
-            "of the teacher's parameters; lower the target or add --pruning_units"
-        )
+    check_budgets(settings.pruning, teacher, student)
     # What is continued has learnt its extractor.
     if args.student_extractor and choose_checkpoint(args.resume_checkpoint, args.exp_dir) is None:
         learnt = learn_extractor(settings, data, original, contents)

@@ -28,6 +28,7 @@ class HardConcrete(nn.Module):
         min_kept: the deterministic mask keeps at least this many units (the strongest).
         nested: the units lie one around the other, the innermost first: the deterministic mask drops them from the
             outside in, whatever their ``log_alpha``.
+        binary: the deterministic mask has 1 for every unit that it keeps.
 
     Attributes:
         multiple: the deterministic mask keeps a multiple of this many units, or none, or all: it is
@@ -49,6 +50,7 @@ class HardConcrete(nn.Module):
         eps: float = 1e-6,
         min_kept: int = 0,
         nested: bool = False,
+        binary: bool = False,
     ) -> None:
         super().__init__()
         if not 0 < init_mean < 1:
@@ -62,6 +64,7 @@ class HardConcrete(nn.Module):
         self.eps = eps
         self.min_kept = min_kept
         self.nested = nested
+        self.binary = binary
         self.multiple = 1
         self.shift = 0.0
         # P(mask > 0) = sigmoid(log_alpha + bias)
@@ -106,10 +109,13 @@ class HardConcrete(nn.Module):
         if self.nested:
             strength = torch.arange(self.n_in, 0, -1, device=strength.device)
         rank = strength.argsort(stable=True).argsort()  # 0 is the weakest unit
+        kept = rank >= self.n_in - num_kept
+        if self.binary:
+            return kept.to(self.log_alpha.dtype)
         soft_mask = torch.sigmoid((self.log_alpha + max(self.shift, 0.0)) / self.temperature * _EVAL_SHARPNESS)
         # A kept unit must not count as dropped because its soft value underflows.
         soft_mask = soft_mask.clamp(min=torch.finfo(soft_mask.dtype).tiny)
-        return soft_mask * (rank >= self.n_in - num_kept)
+        return soft_mask * kept
 
     def extra_repr(self) -> str:
         return f"n_in={self.n_in}, init_mean={self.init_mean}, min_kept={self.min_kept}"

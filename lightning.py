@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from wav2vec2.errors import UserError
 from wav2vec2.fast import fast_paths
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.sparsity import initial_num_params, meet_expected_size
+from wav2vec2.sparsity import Size, compete, initial_size, meet_expected_size, size_of
 
 DISTILL_MODES = ("layer2layer", "predlayer")
 COS_TYPES = ("raw", "log_sig")
@@ -145,28 +145,35 @@ class SparsityBudget:
     """How sparse the student is, and how sparse it should be at step k (paper, section 2.3).
 
     Args:
-        original_num_params: parameters of the teacher.
-        target_sparsity: final target, 0 to 1.
+        original_size: of the teacher: parameters, or multiply-adds.
+        target_sparsity: final target, 0 to 1; None where there is none.
         warmup_updates: optimiser steps over which the target rises linearly from zero.
         start: the target is never below this, unless the final one is.
     """
 
     def __init__(
-        self, original_num_params: int, target_sparsity: float, warmup_updates: int, start: float = 0.0
+        self, original_size: int, target_sparsity: float | None, warmup_updates: int, start: float = 0.0
     ) -> None:
-        self.original_num_params = original_num_params
+        self.original_size = original_size
         self.target_sparsity = target_sparsity
         self.warmup_updates = warmup_updates
-        self.start = min(start, target_sparsity)
+        self.start = start
 
-    def sparsity(self, num_params: Tensor | int) -> Tensor | float:
-        """Share of the teacher's parameters that is gone."""
-        return 1.0 - num_params / self.original_num_params
+    def sparsity(self, size: Tensor | float) -> Tensor | float:
+        """Share of the teacher's size that is gone."""
+        return 1.0 - size / self.original_size
 
-    def target(self, step: int) -> float:
+    def target(self, step: int) -> float | None:
         """Target sparsity at optimiser step ``step``."""
+        if self.target_sparsity is None:
+            return None
         share = min(step / self.warmup_updates, 1.0) if self.warmup_updates else 1.0
-        return max(self.start, self.target_sparsity * share)
+        return max(min(self.start, self.target_sparsity), self.target_sparsity * share)
+
+    def size(self, step: int) -> float | None:
+        """What is left of the teacher's size at the target of optimiser step ``step``."""
+        target = self.target(step)
+        return None if target is None else (1 - target) * self.original_size
 
 
 def linear_warmup_decay(warmup_updates: int, max_updates: int) -> Callable[[int], float]:
@@ -203,12 +210,12 @@ class DistillModule(pl.LightningModule):
         reg_learning_rate: of log_alpha (descent) and of λ1, λ2 (ascent).
         target_sparsity, sparsity_warmup_updates: see :class:`SparsityBudget`.
         sparsity_control: "lagrangian" (paper, section 2.3) adds λ1·(s − t) + λ2·(s − t)² and trains the multipliers.
-            "exact" keeps s = t: after every update one number c is added to all log_alpha, so that the expected size is
-            the next step's target, and the gradient of log_alpha is that of log_alpha + c(log_alpha), by the implicit
-            function theorem: masks compete for what is left.
+            "exact" keeps s = t: after every update the masks are moved to the next step's target, and their gradients
+            are those along which the size stays (:mod:`wav2vec2.sparsity`).
+        target_macs: a target for the share of multiply-adds, beside or instead of that of parameters; for "exact".
 
     Attributes:
-        budget: of the masks; None without ``use_reg``.
+        budget, macs_budget: of the masks; None without ``use_reg``, or without ``target_macs``.
         scalars: what the last training batch gave, by the published names: ``train_loss`` and its parts, and
             the state of the Lagrangian.
     """
@@ -231,6 +238,7 @@ class DistillModule(pl.LightningModule):
         target_sparsity: float | None = None,
         sparsity_warmup_updates: int | None = None,
         sparsity_control: str = "lagrangian",
+        target_macs: float | None = None,
     ) -> None:
         super().__init__()
         if distill_mode not in DISTILL_MODES:
@@ -248,16 +256,23 @@ class DistillModule(pl.LightningModule):
         self.reg_learning_rate = reg_learning_rate
         self.scalars: dict[str, Tensor] = {}
         self.budget: SparsityBudget | None = None
+        self.macs_budget: SparsityBudget | None = None
         if sparsity_control not in SPARSITY_CONTROLS:
             raise ValueError(f"sparsity_control: expected one of {SPARSITY_CONTROLS}, found {sparsity_control!r}")
         self.controls_exactly = use_reg and sparsity_control == "exact"
         if use_reg:
-            self.budget = SparsityBudget(int(teacher_model.get_num_params()), target_sparsity, sparsity_warmup_updates)
+            original, initial = size_of(teacher_model), initial_size(student_model)
+            budgets = [
+                SparsityBudget(int(before), target, sparsity_warmup_updates)
+                for before, target in zip(original, (target_sparsity, target_macs), strict=True)
+            ]
             if self.controls_exactly:  # from the sparsity that masks begin with
-                self.budget.start = min(target_sparsity, self.budget.sparsity(initial_num_params(student_model)))
+                for budget, size in zip(budgets, initial, strict=True):
+                    budget.start = budget.sparsity(size)
             else:
                 self.lambda1 = nn.Parameter(torch.tensor(0.0))
                 self.lambda2 = nn.Parameter(torch.tensor(0.0))
+            self.budget, self.macs_budget = budgets[0], budgets[1] if target_macs is not None else None
         # extract_features runs at least one layer.
         self.teacher_depth = max(1, *self.distill_layers)
         num_student_layers = len(student_model.encoder.transformer.layers)
@@ -298,12 +313,17 @@ class DistillModule(pl.LightningModule):
         control = {}
         if self.budget is not None:
             sparsity = self.budget.sparsity(num_params)
-            # full_like: a tensor made from a number would be copied to the device.
-            target = torch.full_like(sparsity, self.budget.target(self.global_step))
-            control = {"sparsity_expected": sparsity, "sparsity_target": target}
+            control = {"sparsity_expected": sparsity}
+            if self.macs_budget is not None:
+                control["macs_expected"] = self.macs_budget.sparsity(size_of(self.student_model).macs)
+            for name, budget in (("sparsity", self.budget), ("macs", self.macs_budget)):
+                if budget is not None and budget.target_sparsity is not None:
+                    # full_like: a tensor made from a number would be copied to the device.
+                    control[f"{name}_target"] = torch.full_like(sparsity, budget.target(self.global_step))
             if self.controls_exactly:
                 loss = loss + 0 * sparsity  # DDP waits for the gradient of masks above the distilled layers, too
             else:
+                target = control["sparsity_target"]
                 losses["loss_reg"] = self.lambda1 * (sparsity - target) + self.lambda2 * (sparsity - target) ** 2
                 control |= {"lambda1": self.lambda1.clone(), "lambda2": self.lambda2.clone()}
                 loss = loss + losses["loss_reg"]
@@ -337,8 +357,9 @@ class DistillModule(pl.LightningModule):
     # --- exact control -------------------------------------------------------------------------------
 
     def meet_target(self, step: int) -> None:
-        """Make the expected sparsity the target of an optimiser step, by one number added to all log_alpha."""
-        meet_expected_size(self.student_model, (1 - self.budget.target(step)) * self.budget.original_num_params)
+        """Make the expected size that of an optimiser step."""
+        macs = None if self.macs_budget is None else self.macs_budget.size(step)
+        self.binding_size = meet_expected_size(self.student_model, Size(self.budget.size(step), macs))
 
     def on_train_start(self) -> None:
         """The first step's masks; nothing changes where a run is continued."""
@@ -346,18 +367,9 @@ class DistillModule(pl.LightningModule):
             self.meet_target(self.global_step)
 
     def on_after_backward(self) -> None:
-        """The gradient of log_alpha + c(log_alpha): dc/dlog_alpha = -n / sum(n) with n = dN/dlog_alpha, N the size.
-
-        It is linear, and done twice it gives the same, so that each batch of an update may do it.
-        """
-        if not self.controls_exactly:
-            return
-        log_alphas = [p for name, p in self.student_model.named_parameters() if name.endswith("log_alpha")]
-        size_gradients = torch.autograd.grad(self.student_model.get_num_params(), log_alphas)
-        total = torch.stack([parameter.grad.sum() for parameter in log_alphas]).sum()
-        size_total = torch.stack([gradient.sum() for gradient in size_gradients]).sum()
-        for parameter, gradient in zip(log_alphas, size_gradients, strict=True):
-            parameter.grad -= gradient * (total / size_total)
+        """Masks compete for what there is."""
+        if self.controls_exactly:
+            compete(self.student_model, self.binding_size)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's, and the masks of the next step."""

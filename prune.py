@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import cli
 from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
 from wav2vec2.checkpoint import build_model, check_weights, expected_state, load_state, read_model_file, save
@@ -20,12 +22,14 @@ from wav2vec2.components import published_state
 from wav2vec2.errors import UserError, short_repr
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
 from wav2vec2.sparsity import (
+    Size,
     check_round_to,
-    expected_num_params,
+    expected_size,
     fit_masks,
     num_params_without_rounding,
-    pruned_num_params,
+    pruned_size,
     round_widths,
+    size_of,
 )
 
 
@@ -74,33 +78,51 @@ def student_extractor(training: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def fit_to_target(
-    model: Wav2Vec2Model, training: dict[str, Any], args: argparse.Namespace, original: int, round_to: int
+    model: Wav2Vec2Model, training: dict[str, Any], args: argparse.Namespace, original: Size, round_to: int
 ) -> float:
-    """Meet the target sparsity where the checkpoint or the user names one, and say what that took: the shift."""
-    original = training.get("original_num_params") or original
-    target = args.target_sparsity if args.target_sparsity is not None else training.get("target_sparsity")
-    if target is None:
+    """Meet the targets of the checkpoint, or the sparsity of the user, and say what that took: the shift."""
+    original = Size(*(training.get(f"original_num_{name}") or size for name, size in original._asdict().items()))
+    targets = Size(training.get("target_sparsity"), training.get("target_macs"))
+    if args.target_sparsity is not None:
+        targets = Size(args.target_sparsity, None)
+    if targets == (None, None):
         return 0.0
-    if not 0 < target < 1:
-        raise UserError(f"--target_sparsity: expected a number between 0 and 1, found {target}")
+    if targets.params is not None and not 0 < targets.params < 1:
+        raise UserError(f"--target_sparsity: expected a number between 0 and 1, found {targets.params}")
     model.eval()
-    expected, rounded = (1 - size(model) / original for size in (expected_num_params, pruned_num_params))
-    wanted, tolerance = (1 - target) * original, args.sparsity_tolerance * original
+    names = Size("sparsity", "multiply-adds gone")
+
+    def gone(size: Size) -> list[tuple[str, float, float]]:
+        """Name, target and what there is of what has a target."""
+        parts = zip(names, targets, size, original, strict=True)
+        return [(name, target, 1 - after / before) for name, target, after, before in parts if target is not None]
+
+    wanted = Size(*(target and (1 - target) * before for target, before in zip(targets, original, strict=True)))
+    tolerance = Size(*(args.sparsity_tolerance * before for before in original))
+    sizes = expected_size(model), pruned_size(model)
     shift = fit_masks(model, wanted, tolerance)
     action = f"threshold moved by {shift:+.4f} to meet the target" if shift else "within tolerance, masks as trained"
-    print(
-        f"sparsity: target {target:.4f}, expected after training {expected:.4f}, rounded {rounded:.4f}; {action}",
-        file=sys.stderr,
-    )
-    fitted = pruned_num_params(model)
-    if round_to > 1 and abs(fitted - wanted) > tolerance:
-        taken = "the nearest that is not larger" if fitted <= wanted else "the smallest model there is"
+    for (name, target, expected), (_, _, rounded) in zip(*map(gone, sizes), strict=True):
         print(
-            f"round_to {round_to}: no threshold gives a sparsity within {args.sparsity_tolerance:g} of {target:.4f}; "
-            f"{taken} has {1 - fitted / original:.4f}",
+            f"{name}: target {target:.4f}, expected after training {expected:.4f}, rounded {rounded:.4f}; {action}",
             file=sys.stderr,
         )
+    for name, target, fitted in gone(pruned_size(model)):
+        if round_to > 1 and abs(fitted - target) > args.sparsity_tolerance:
+            taken = "the nearest that is not larger" if fitted >= target else "the smallest model there is"
+            print(
+                f"round_to {round_to}: no threshold gives a {name} within {args.sparsity_tolerance:g} of {target:.4f}; "
+                f"{taken} has {fitted:.4f}",
+                file=sys.stderr,
+            )
     return shift
+
+
+def narrow_projections(projections: dict[str, Tensor], kept_dims: Tensor) -> None:
+    """Keep, in place, what projections onto the teacher's frames read of the dimensions that are left (n,)."""
+    for key, value in projections.items():
+        if key.endswith("weight"):
+            projections[key] = value[:, kept_dims].clone()
 
 
 def warn_if_unfinished(distilled: dict[str, Any], path: Path, shift: float) -> None:
@@ -145,12 +167,16 @@ def main(args: argparse.Namespace) -> None:
     check_weights(expected_state(masked, source), published_state(student_state), source)
     model = build_model(masked, source)
     load_state(model, student_state, source)
-    num_original = int(build_model(with_masks(original["config"], ()), args.original_ckpt).get_num_params())
+    original_size = size_of(build_model(with_masks(original["config"], ()), args.original_ckpt))
+    num_original = original_size.params
     round_widths(model, round_to)
-    shift = fit_to_target(model, training, args, num_original, round_to)
+    shift = fit_to_target(model, training, args, original_size, round_to)
     warn_if_unfinished(distilled, args.distilled_ckpt, shift)
     num_unrounded = num_params_without_rounding(model) if round_to > 1 else None  # it takes a copy of the model
+    kept_dims = model.eval().encoder.kept_dims()
     config = model.prune()
+    if kept_dims is not None:
+        narrow_projections(projections, kept_dims)
     contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}
     save(out, {**contents, "made_by": made_by})
     num_params = model.get_num_params()

@@ -62,6 +62,7 @@ PANELS = (
     _loss("loss: −cosine", "loss_cos"),
     _loss("size penalty", "loss_reg"),
     Panel("sparsity (%)", {"expected": "sparsity_expected", "target": "sparsity_target"}, factor=100),
+    Panel("multiply-adds gone (%)", {"expected": "macs_expected", "target": "macs_target"}, factor=100),
     Panel("multiplier λ₁", {"λ₁": "lambda1"}),
     Panel("multiplier λ₂", {"λ₂": "lambda2"}),
     Panel("learning rate of the weights", {"": "lr-AdamW/main_params"}),

@@ -37,6 +37,7 @@ from training.callbacks import StopRequest, UpdateGuard
 from wav2vec2.errors import UserError
 from wav2vec2.fast import plain_paths
 from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, wav2vec2_model, with_masks
+from wav2vec2.sparsity import Size, size_of
 
 TRACES = ["trace_hubert_final", "trace_hubert_prune", "trace_hubert_large_prune", "trace_wavlm_prune"]
 # The trace's names -> ours.
@@ -172,7 +173,7 @@ def test_multipliers_climb_and_masks_close():
 def exact_module(**changes: Any) -> DistillModule:
     """Controlled exactly, with a budget that masks on every unit can meet."""
     student = random_model(with_masks(small_config("hubert"), PRUNING_UNITS), seed=1)
-    return make_module(student_model=student, sparsity_control="exact", target_sparsity=0.6, **changes)
+    return make_module(student_model=student, sparsity_control="exact", **{"target_sparsity": 0.6, **changes})
 
 
 def test_exact_control_is_on_its_target_at_every_update():
@@ -194,15 +195,35 @@ def test_exact_control_is_on_its_target_at_every_update():
     assert targets[0] < targets[1] < targets[7] < targets[8] == targets[-1] == pytest.approx(0.6)
     assert not {"lambda1", "lambda2", "train_loss_reg"} & rows[0].keys()
     size = float(module.student_model.get_num_params().detach())
-    assert size == pytest.approx(0.4 * module.budget.original_num_params, rel=2e-5)
+    assert size == pytest.approx(0.4 * module.budget.original_size, rel=2e-5)
     before = copy.deepcopy(module.state_dict())
     module.meet_target(12)  # as where a run is continued
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
-def test_exact_control_follows_the_gradient_at_constant_size():
+def test_two_budgets_are_never_exceeded():
+    """The target of multiply-adds rises as that of parameters, from the same masks; one of the two is always met."""
+    module = exact_module(reg_learning_rate=0.2, max_updates=8, sparsity_warmup_updates=6, target_macs=0.7)
+    rows = []
+
+    class Recording(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            rows.append({name: float(value) for name, value in module.scalars.items()})
+
+    batch = (random_waveforms(800, 800)[0], None)
+    make_trainer(8, callbacks=[Recording()]).fit(module, DataLoader([batch] * 8, batch_size=None))
+    margins = [[row[f"{name}_expected"] - row[f"{name}_target"] for name in ("sparsity", "macs")] for row in rows]
+    assert [min(margin) for margin in margins] == pytest.approx([0] * 8, abs=2e-5)
+    assert rows[-1]["macs_target"] == pytest.approx(0.7)
+    original = module.teacher_model.get_num_macs(160_000)
+    assert rows[-1]["macs_expected"] >= 0.7 - 2e-5 and module.macs_budget.original_size == original
+
+
+@pytest.mark.parametrize("name", Size._fields)
+def test_exact_control_follows_the_gradient_at_constant_size(name):
     """The gradient is that of the loss of masks moved back to the size, by finite differences in double precision."""
-    module = exact_module(sparsity_warmup_updates=0).double()
+    targets = {"target_sparsity": 0.6} if name == "params" else {"target_sparsity": None, "target_macs": 0.6}
+    module = exact_module(sparsity_warmup_updates=0, **targets).double()
     module.trainer = make_trainer(1)
     module.meet_target(0)
     module.student_model.eval()  # soft masks without noise
@@ -219,7 +240,10 @@ def test_exact_control_follows_the_gradient_at_constant_size():
     module.on_after_backward()
     assert all(torch.allclose(mask.log_alpha.grad, gradient) for mask, gradient in zip(masks, found, strict=True))
 
-    step, wanted = 1e-3, float(module.student_model.get_num_params().detach())
+    def size() -> torch.Tensor:
+        return getattr(size_of(module.student_model), name)
+
+    step, wanted = 1e-3, float(size().detach())
     for mask, gradient in list(zip(masks, found, strict=True))[::4]:
         values = []
         for sign in (1, -1):
@@ -228,7 +252,6 @@ def test_exact_control_follows_the_gradient_at_constant_size():
                 mask.log_alpha[0] += sign * step
                 # To the size by Newton's method: the bisection stops too early for a difference quotient.
                 for _ in range(4):
-                    size = module.student_model.get_num_params
                     with torch.enable_grad():
                         gradients = torch.autograd.grad(size(), [each.log_alpha for each in masks])
                     offset = (wanted - size()) / sum(each.sum() for each in gradients)

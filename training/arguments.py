@@ -23,11 +23,14 @@ from training.checkpoints import AUTO
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
 from wav2vec2.errors import UserError, short_repr
 from wav2vec2.model import PRUNING_UNITS
+from wav2vec2.sparsity import MACS_SECONDS
 
 # The published number of GPUs of one node (run.sh).
 DEFAULT_GPUS = 4
 # The published place of the teacher, which the student starts from.
 DEFAULT_MODEL = Path("pretrained_ckpts/hubert-base-ls960.pth")
+# Published.
+TARGET_SPARSITY = 0.75
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -41,6 +44,10 @@ def _not_negative(value: float) -> str | None:
 
 def _between_zero_and_one(value: float) -> str | None:
     return None if 0 < value < 1 else "a number between 0 and 1"
+
+
+def _share(value: float) -> str | None:
+    return None if 0 <= value < 1 else "a number from 0 to below 1"
 
 
 def _option(
@@ -151,6 +158,12 @@ class ModelSettings(_Settings):
 
     teacher_ckpt: Path = _option(DEFAULT_MODEL, "teacher .pth from a converter")
     student_ckpt: Path = _option(MISSING, ".pth that the student starts from")
+    student_dropout: float | None = _option(
+        None,
+        "of the student in this training (default: as its file says, which stays in the result)",
+        recorded=True,
+        check=_share,
+    )
     distill_layers: str = _option("0.4,8,12", "groups by period, layers in a group by comma", recorded=True)
     distill_mode: str = _option("layer2layer", "see the README", recorded=True, choices=DISTILL_MODES)
     l2_weight: float = _option(0.0, "of the mean squared error", recorded=True)
@@ -172,6 +185,13 @@ class ModelSettings(_Settings):
             parse_distill_layers(self.distill_layers)
         except UserError as error:
             raise UserError(f"--distill_layers: {error}") from None
+
+    def recorded(self) -> dict[str, Any]:
+        # Runs from before the option was there are continued as those without it.
+        settings = super().recorded()
+        if self.student_dropout is None:
+            del settings["student_dropout"]
+        return settings
 
     @property
     def layer_groups(self) -> list[list[int]]:
@@ -216,8 +236,18 @@ class PruningSettings(_Settings):
         recorded=True,
     )
     reg_learning_rate: float = _option(0.02, "of masks and multipliers", recorded=True, check=_not_negative)
-    target_sparsity: float = _option(
-        0.75, "share of the parameters to remove", recorded=True, check=_between_zero_and_one
+    target_sparsity: float | None = _option(
+        None,
+        f"share of the parameters to remove (default: {TARGET_SPARSITY}, or any where --target_macs is given)",
+        recorded=True,
+        check=_between_zero_and_one,
+    )
+    target_macs: float | None = _option(
+        None,
+        f"share of the multiply-adds of {MACS_SECONDS} s of speech to remove, instead of --target_sparsity or, if both "
+        "are given, both at least; with --sparsity_control exact",
+        recorded=True,
+        check=_between_zero_and_one,
     )
     sparsity_warmup_updates: int = _option(
         5000, "the target rises over these updates", recorded=True, check=_not_negative
@@ -238,16 +268,24 @@ class PruningSettings(_Settings):
             raise UserError(
                 f"--pruning_units: {', '.join(map(repr, unknown))} unknown; choose from {', '.join(PRUNING_UNITS)}"
             )
+        if self.target_macs is None and self.target_sparsity is None:
+            object.__setattr__(self, "target_sparsity", TARGET_SPARSITY)
+        if self.target_macs is not None and self.sparsity_control != "exact":
+            raise UserError(
+                f"--target_macs {self.target_macs}: the {self.sparsity_control} knows parameters only; add "
+                "--sparsity_control exact"
+            )
 
     @property
     def units(self) -> list[str]:
         return self.pruning_units.split(",")
 
     def recorded(self) -> dict[str, Any]:
-        """As of all groups; runs from before there was a choice have no control recorded."""
+        """As of all groups; runs from before there was a choice have none of these recorded."""
         settings = super().recorded()
-        if self.sparsity_control == SPARSITY_CONTROLS[0]:
-            del settings["sparsity_control"]
+        for option in ("target_macs", "sparsity_control"):
+            if settings[option] == type(self).__dataclass_fields__[option].default:
+                del settings[option]
         return settings
 
 
@@ -272,7 +310,7 @@ class ExtractorSettings(_Settings):
         if self.student_extractor not in (None, LIGHT) and not isinstance(self.layers, list):
             raise UserError(
                 f"--student_extractor: expected {LIGHT}, or a list of layers in JSON such as "
-                f"[[128, 120, 40], [192, 4, 4], [128, 2, 2]], found {short_repr(self.student_extractor)}"
+                f"[[128, 40, 40], [192, 6, 4], [128, 2, 2]], found {short_repr(self.student_extractor)}"
             )
 
     @property

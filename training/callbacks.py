@@ -474,10 +474,13 @@ class RunCheckpoints(pl.Callback):
         checkpoint["distillation"] = {
             "student_config": pl_module.student_model.config,
             "target_sparsity": budget.target_sparsity if budget else None,
-            "original_num_params": budget.original_num_params if budget else None,
+            "original_num_params": budget.original_size if budget else None,
             "settings": self._settings,
             "round_to": self._round_to,
         }
+        if (macs_budget := pl_module.macs_budget) is not None:
+            checkpoint["distillation"]["target_macs"] = macs_budget.target_sparsity
+            checkpoint["distillation"]["original_num_macs"] = macs_budget.original_size
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)

@@ -98,6 +98,8 @@ def train(
             return
 
     student.recompute_activations(machine.checkpoint_activations)
+    if settings.models.student_dropout is not None:
+        student.set_dropout(settings.models.student_dropout)
     _quiet_lightning()
     with StopRequest() as stop, plain_paths(machine.plain), contextlib.ExitStack() as stack:
         if fast_paths() and machine.devices[0] == "cpu":
@@ -147,6 +149,7 @@ def make_module(
             "target_sparsity": pruning.target_sparsity,
             "sparsity_warmup_updates": pruning.sparsity_warmup_updates,
             "sparsity_control": pruning.sparsity_control,
+            "target_macs": pruning.target_macs,
         }
     return DistillModule(
         teacher_model=teacher,

@@ -3,8 +3,9 @@
 Module and parameter names are torchaudio's, so that its checkpoints and the published ones load.
 A block that can be pruned does three things beside its forward:
 
-- ``get_num_params()`` counts its expected parameters (differentiable while it has masks),
-- ``prune()`` makes it physically smaller and says whether anything is left of it,
+- ``get_num_params()`` and ``get_num_macs()`` count its expected parameters and multiply-adds (differentiable while it
+  has masks),
+- ``prune()`` makes it physically smaller and says whether anything is left of it, ``prune_embed()`` narrower,
 - ``shape`` says its size in the config's terms.
 
 Throughout, B is the batch, T the number of samples or frames, C conv channels, D the embedding
@@ -106,6 +107,11 @@ def _expected_size(mask: HardConcrete | None, size: int) -> Tensor | float | int
     return _assumed_sizes[mask] if _assumed_sizes else mask.l0_norm()
 
 
+def _part(size: Any, num_parts: int) -> Any:
+    """One of ``num_parts`` equal parts of an expected size; a whole number stays one."""
+    return size // num_parts if isinstance(size, int) else size / num_parts
+
+
 def _mask_for(x: Tensor, mask: Tensor) -> Tensor:
     """``mask`` in the precision of what it multiplies: a float32 mask would turn all that follows into float32."""
     return mask.to(x.dtype) if fast_paths() else mask
@@ -136,6 +142,19 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class FrameNorm(nn.LayerNorm):
+    """LayerNorm over frames (B, T, D), which a mask (D,) turns into one over the dimensions that it keeps."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D), with a mask: mean and variance weighted by it, and the output times it."""
+        if mask is None:
+            return super().forward(x)
+        weights = mask / mask.sum().clamp(min=torch.finfo(mask.dtype).tiny)
+        centred = x - (x * weights).sum(-1, keepdim=True)
+        variance = (centred.square() * weights).sum(-1, keepdim=True)
+        return (centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias) * mask
 
 
 class ConvLayerBlock(nn.Module):
@@ -196,6 +215,11 @@ class ConvLayerBlock(nn.Module):
         if self.layer_norm is not None:
             num_params = num_params + 2 * out_channels
         return num_params, out_channels
+
+    def get_num_macs(self, in_channels: Tensor | int, num_frames: int) -> tuple[Tensor | int, Tensor | int]:
+        """Expected multiply-adds given the expected input channels and the frames made, and the output channels."""
+        out_channels = _expected_size(self.hard_concrete, self.conv.out_channels)
+        return in_channels * out_channels * (self.conv.kernel_size[0] * num_frames), out_channels
 
     def prune_outputs(self) -> tuple[Tensor, Tensor] | None:
         """Drop masked output channels; returns (kept index, kept soft mask) for whoever consumes them, or None."""
@@ -315,6 +339,15 @@ class FeatureExtractor(nn.Module):
             num_params = num_params + layer_params
         return num_params + channels, channels  # dummy_weight has one entry per channel
 
+    def get_num_macs(self, num_samples: int) -> tuple[Tensor | int, Tensor | int]:
+        """Expected multiply-adds for a waveform of ``num_samples``, and the expected number of output channels."""
+        num_macs, channels, length = 0, 1, num_samples
+        for layer in self.conv_layers:
+            length = layer.num_frames(length)
+            layer_macs, channels = layer.get_num_macs(channels, length)
+            num_macs = num_macs + layer_macs
+        return num_macs, channels
+
     def prune(self) -> Tensor | None:
         """Prune all layers; returns the kept output channels (n,), or None if the last layer has no mask."""
         kept = None
@@ -346,9 +379,13 @@ class FeatureProjection(nn.Module):
         """(B, frames, C) -> (B, frames, D)"""
         return self.dropout(self.projection(self.layer_norm(x)))
 
-    def get_num_params(self, in_features: Tensor | int) -> Tensor | int:
-        """Expected parameters given the extractor's expected output channels."""
-        return in_features * 2 + (in_features + 1) * self.projection.out_features
+    def get_num_params(self, in_features: Tensor | int, embed_dim: Tensor | int) -> Tensor | int:
+        """Expected parameters given the expected output channels of the extractor and the expected D."""
+        return in_features * 2 + (in_features + 1) * embed_dim
+
+    def get_num_macs(self, in_features: Tensor | int, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
+        """Expected multiply-adds, given these."""
+        return in_features * embed_dim * num_frames
 
     def prune(self, index: Tensor) -> None:
         """Keep the input channels of ``index`` (n,)."""
@@ -406,6 +443,14 @@ class WeightNormConv1d(nn.Module):
         self.weight_g = nn.Parameter(self.weight_g.detach()[..., index] * soft_mask)
         self.kernel_size, self.padding, self.folded_weight = len(index), len(index) // 2, None
 
+    def prune_embed(self, index: Tensor) -> None:
+        """Keep the channels of ``index`` (n,), which are the same in each group."""
+        weight_v = self.weight_v.detach()[index][:, index[: len(index) // self.groups]]
+        kept, before = (torch.linalg.vector_norm(v, dim=(0, 1), keepdim=True) for v in (weight_v, self.weight_v))
+        self.weight_g = nn.Parameter(self.weight_g.detach() * kept / before)
+        self.weight_v, self.bias = nn.Parameter(weight_v), nn.Parameter(self.bias.detach()[index])
+        self.folded_weight = None
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.folded_weight = None
         for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -445,12 +490,19 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         rings = self.hard_concrete()  # from the middle outwards
         return torch.cat([rings.flip(0), rings[self.conv.kernel_size % 2 :]])
 
-    def get_num_params(self) -> Tensor | int:
-        """Expected parameters."""
+    def _expected_taps(self) -> Tensor | int:
         taps = self.conv.kernel_size
-        taps = 2 * _expected_size(self.hard_concrete, (taps + 1) // 2) - taps % 2
-        dim, dim_of_group, _ = self.conv.weight_v.shape
-        return dim + taps * (dim * dim_of_group + 1)
+        return 2 * _expected_size(self.hard_concrete, (taps + 1) // 2) - taps % 2
+
+    def get_num_params(self, embed_dim: Tensor | int) -> Tensor | int:
+        """Expected parameters given the expected D."""
+        return embed_dim + self._expected_taps() * (embed_dim * _part(embed_dim, self.conv.groups) + 1)
+
+    def get_num_macs(self, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
+        """Expected multiply-adds given the expected D."""
+        if self.conv.kernel_size % 2 == 0:
+            num_frames += 1  # the one too many
+        return self._expected_taps() * embed_dim * _part(embed_dim, self.conv.groups) * num_frames
 
     def prune(self) -> None:
         """Drop masked taps."""
@@ -471,14 +523,14 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, num_heads: int, head_dim: int) -> None:
         super().__init__()
-        self.embed_dim = config.encoder_embed_dim
+        embed_dim = config.encoder_embed_dim
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.dropout = config.encoder_attention_dropout
-        self.k_proj = nn.Linear(self.embed_dim, num_heads * head_dim)
-        self.v_proj = nn.Linear(self.embed_dim, num_heads * head_dim)
-        self.q_proj = nn.Linear(self.embed_dim, num_heads * head_dim)
-        self.out_proj = nn.Linear(num_heads * head_dim, self.embed_dim)
+        self.k_proj = nn.Linear(embed_dim, num_heads * head_dim)
+        self.v_proj = nn.Linear(embed_dim, num_heads * head_dim)
+        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim)
+        self.out_proj = nn.Linear(num_heads * head_dim, embed_dim)
         self.hard_concrete_for_heads = _make_mask(config, "head", num_heads)
         self.hard_concrete_for_layer = _make_mask(config, "attlayer")
 
@@ -522,13 +574,24 @@ class SelfAttention(nn.Module):
     def _gate(self, x: Tensor, position_bias: Tensor) -> Tensor:
         raise NotImplementedError("only WavLM's attention has a position bias")
 
-    def get_num_params(self) -> Tensor | int:
-        """Expected parameters."""
+    def get_num_params(self, embed_dim: Tensor | int) -> Tensor | int:
+        """Expected parameters given the expected D."""
         width = _expected_size(self.hard_concrete_for_heads, self.num_heads) * self.head_dim
-        num_params = 3 * (self.embed_dim + 1) * width + (width + 1) * self.embed_dim + self._num_gate_params()
+        num_params = 3 * (embed_dim + 1) * width + (width + 1) * embed_dim + self._num_gate_params(embed_dim)
         return num_params * _expected_size(self.hard_concrete_for_layer, 1)
 
-    def _num_gate_params(self) -> int:
+    def _num_gate_params(self, embed_dim: Tensor | int) -> Tensor | int:
+        return 0
+
+    def get_num_macs(self, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
+        """Expected multiply-adds given the expected D."""
+        num_heads = _expected_size(self.hard_concrete_for_heads, self.num_heads)
+        projections = num_heads * embed_dim * (4 * self.head_dim * num_frames)
+        num_macs = projections + num_heads * (2 * self.head_dim * num_frames**2)
+        num_macs = num_macs + self._num_gate_macs(num_heads, embed_dim, num_frames)
+        return num_macs * _expected_size(self.hard_concrete_for_layer, 1)
+
+    def _num_gate_macs(self, num_heads: Tensor | int, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
         return 0
 
     def prune(self) -> bool:
@@ -549,6 +612,12 @@ class SelfAttention(nn.Module):
     def _keep_heads(self, head_index: Tensor) -> None:
         self.num_heads = len(head_index)
 
+    def prune_embed(self, index: Tensor) -> None:
+        """Keep the dimensions of ``index`` (n,) of the input and of the output."""
+        for projection in (self.k_proj, self.v_proj, self.q_proj):
+            prune_linear(projection, index, "input")
+        prune_linear(self.out_proj, index, "output")
+
     @property
     def shape(self) -> dict[str, Any]:
         """This layer's entries of the list-valued attention keys of the config."""
@@ -567,14 +636,14 @@ class WavLMSelfAttention(SelfAttention):
     def __init__(self, config: WavLMConfig, layer: int) -> None:
         self.total_num_heads = config.encoder_total_num_heads[layer]
         self.remaining_heads = list(config.encoder_remaining_heads[layer])
-        super().__init__(config, len(self.remaining_heads), config.encoder_embed_dim // self.total_num_heads)
+        super().__init__(config, len(self.remaining_heads), config.encoder_head_dim)
         self.num_buckets = config.encoder_num_buckets
         self.max_distance = config.encoder_max_distance
         # The same on the model's device, so that selecting them waits for nothing.
         self.register_buffer("head_index", torch.tensor(self.remaining_heads, dtype=torch.long), persistent=False)
         holds_table = not any(config.encoder_use_attention[:layer])
         self.rel_attn_embed = nn.Embedding(self.num_buckets, self.total_num_heads) if holds_table else None
-        self.gru_rel_pos_linear = nn.Linear(self.head_dim, 8)
+        self.gru_rel_pos_linear = nn.Linear(config.encoder_embed_dim // self.total_num_heads, 8)
         self.gru_rel_pos_const = nn.Parameter(torch.ones(1, self.total_num_heads, 1, 1))
 
     def position_bias(self, num_frames: int) -> Tensor:
@@ -597,7 +666,7 @@ class WavLMSelfAttention(SelfAttention):
     def _gate(self, x: Tensor, position_bias: Tensor) -> Tensor:
         """(B, T, D) input of the attention, (H_total, T, T) -> (B, H, T, T)"""
         batch, frames, _ = x.shape
-        per_head = x.view(batch, frames, self.total_num_heads, self.head_dim).transpose(1, 2)  # (B, H_total, T, K)
+        per_head = x.view(batch, frames, self.total_num_heads, -1).transpose(1, 2)  # (B, H_total, T, D / H_total)
         const = self.gru_rel_pos_const
         if self.num_heads < self.total_num_heads:
             per_head = per_head.index_select(1, self.head_index)
@@ -609,9 +678,16 @@ class WavLMSelfAttention(SelfAttention):
         gate = gate_a * (gate_b * const - 1.0) + 2.0
         return (gate.to(position_bias.dtype) if fast_paths() else gate) * position_bias
 
-    def _num_gate_params(self) -> int:
+    def _num_gate_params(self, embed_dim: Tensor | int) -> Tensor | int:
         # The table is counted by the transformer: it lives as long as any attention does.
-        return 8 * (self.head_dim + 1) + self.total_num_heads
+        return 8 * (_part(embed_dim, self.total_num_heads) + 1) + self.total_num_heads
+
+    def _num_gate_macs(self, num_heads: Tensor | int, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
+        return num_heads * _part(embed_dim, self.total_num_heads) * (8 * num_frames)
+
+    def prune_embed(self, index: Tensor) -> None:
+        super().prune_embed(index)
+        prune_linear(self.gru_rel_pos_linear, index[: len(index) // self.total_num_heads], "input")
 
     def _keep_heads(self, head_index: Tensor) -> None:
         super()._keep_heads(head_index)
@@ -652,12 +728,19 @@ class FeedForward(nn.Module):
             x = x * self.hard_concrete_for_layer()
         return x
 
-    def get_num_params(self) -> Tensor | int:
-        """Expected parameters."""
-        features = self.intermediate_dense.in_features
-        width = _expected_size(self.hard_concrete_for_intermediate, self.intermediate_dense.out_features)
-        num_params = (features + 1) * width + (width + 1) * features
+    def _expected_width(self) -> Tensor | int:
+        return _expected_size(self.hard_concrete_for_intermediate, self.intermediate_dense.out_features)
+
+    def get_num_params(self, embed_dim: Tensor | int) -> Tensor | int:
+        """Expected parameters given the expected D."""
+        width = self._expected_width()
+        num_params = (embed_dim + 1) * width + (width + 1) * embed_dim
         return num_params * _expected_size(self.hard_concrete_for_layer, 1)
+
+    def get_num_macs(self, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
+        """Expected multiply-adds given the expected D."""
+        num_macs = self._expected_width() * embed_dim * (2 * num_frames)
+        return num_macs * _expected_size(self.hard_concrete_for_layer, 1)
 
     def prune(self) -> bool:
         """Drop masked intermediate dimensions; returns whether anything of the block is left."""
@@ -670,6 +753,11 @@ class FeedForward(nn.Module):
             prune_linear(self.output_dense, index, "input")
             self.hard_concrete_for_intermediate = None
         return is_kept and self.intermediate_dense.out_features > 0
+
+    def prune_embed(self, index: Tensor) -> None:
+        """Keep the dimensions of ``index`` (n,) of the input and of the output."""
+        prune_linear(self.intermediate_dense, index, "input")
+        prune_linear(self.output_dense, index, "output")
 
     @property
     def shape(self) -> dict[str, int]:
@@ -690,36 +778,51 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = _make_attention(config, layer) if config.encoder_use_attention[layer] else None
         self.dropout = nn.Dropout(config.encoder_dropout)
-        self.layer_norm = nn.LayerNorm(config.encoder_embed_dim)
+        self.layer_norm = FrameNorm(config.encoder_embed_dim)
         self.layer_norm_first = config.encoder_layer_norm_first
         self.feed_forward = FeedForward(config, layer) if config.encoder_use_feed_forward[layer] else None
-        self.final_layer_norm = nn.LayerNorm(config.encoder_embed_dim)
+        self.final_layer_norm = FrameNorm(config.encoder_embed_dim)
         self._absent_shape = config.of_layer(layer)  # with the shape of a block that is not there
 
-    def forward(self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None) -> Tensor:
-        """(B, T, D) -> (B, T, D); see :meth:`SelfAttention.forward` for the other arguments."""
+    def forward(
+        self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None, embed_mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D)
+
+        Args:
+            x: input frames.
+            padding_scores, position_bias: as of :meth:`SelfAttention.forward`.
+            embed_mask: (D,), or None. Only what is read is masked: pre-norm layers leave other dimensions behind.
+        """
         if self.attention is not None:
             residual = x
             if self.layer_norm_first:
-                x = self.layer_norm(x)
+                x = self.layer_norm(x, embed_mask)
             x = residual + self.dropout(self.attention(x, padding_scores, position_bias))
         if self.layer_norm_first:
             if self.feed_forward is not None:
-                x = x + self.feed_forward(self.final_layer_norm(x))
+                x = x + self.feed_forward(self.final_layer_norm(x, embed_mask))
             return x
         # Post-norm: both norms act on the residual stream itself and stay when a block is gone.
-        x = self.layer_norm(x)
+        x = self.layer_norm(x, embed_mask)
         if self.feed_forward is not None:
             x = x + self.feed_forward(x)
-        return self.final_layer_norm(x)
+        return self.final_layer_norm(x, embed_mask)
 
-    def get_num_params(self) -> Tensor | int:
-        """Expected parameters, both LayerNorms included."""
-        num_params = 4 * self.layer_norm.normalized_shape[0]
-        for block in (self.attention, self.feed_forward):
-            if block is not None:
-                num_params = num_params + block.get_num_params()
+    @property
+    def _blocks(self) -> list["SelfAttention | FeedForward"]:
+        return [block for block in (self.attention, self.feed_forward) if block is not None]
+
+    def get_num_params(self, embed_dim: Tensor | int) -> Tensor | int:
+        """Expected parameters given the expected D, both LayerNorms included."""
+        num_params = 4 * embed_dim
+        for block in self._blocks:
+            num_params = num_params + block.get_num_params(embed_dim)
         return num_params
+
+    def get_num_macs(self, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
+        """Expected multiply-adds given the expected D."""
+        return sum(block.get_num_macs(embed_dim, num_frames) for block in self._blocks)
 
     def prune(self) -> None:
         """Prune both blocks and drop what is empty."""
@@ -728,6 +831,13 @@ class EncoderLayer(nn.Module):
             if block is not None and not block.prune():
                 self._absent_shape |= block.shape
                 setattr(self, name, None)
+
+    def prune_embed(self, index: Tensor) -> None:
+        """Keep the dimensions of ``index`` (n,) of all frames."""
+        for norm in (self.layer_norm, self.final_layer_norm):
+            prune_norm(norm, index)
+        for block in self._blocks:
+            block.prune_embed(index)
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -755,17 +865,17 @@ class Transformer(nn.Module):
         super().__init__()
         layers = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.encoder_num_layers))
         self.pos_conv_embed = ConvolutionalPositionalEmbedding(config)
-        self.layer_norm = nn.LayerNorm(config.encoder_embed_dim)
+        self.layer_norm = FrameNorm(config.encoder_embed_dim)
         self.layer_norm_first = config.encoder_layer_norm_first
         self.layer_drop = config.encoder_layer_drop
         self.dropout = nn.Dropout(config.encoder_dropout)
         self.layers = layers
         self.recompute = False
 
-    def _preprocess(self, x: Tensor) -> Tensor:
+    def _preprocess(self, x: Tensor, embed_mask: Tensor | None) -> Tensor:
         x = x + self.pos_conv_embed(x)
         if not self.layer_norm_first:
-            x = self.layer_norm(x)
+            x = self.layer_norm(x, embed_mask)
         return self.dropout(x)
 
     def _position_bias(self, num_frames: int) -> Tensor | None:
@@ -787,15 +897,15 @@ class Transformer(nn.Module):
                 return layer.attention
         return None
 
-    def forward(self, x: Tensor, padding_scores: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, padding_scores: Tensor | None = None, embed_mask: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), with layer drop in training"""
-        x = self._preprocess(x)
+        x = self._preprocess(x, embed_mask)
         # Made here and not by the first layer, so that layer drop cannot take it away.
         position_bias = self._position_bias(x.size(1))
         for layer in self.layers:
             if not (self.training and torch.rand(1).item() <= self.layer_drop):
-                x = _run(layer, self.recompute, x, padding_scores, position_bias)
-        return self.layer_norm(x) if self.layer_norm_first else x
+                x = _run(layer, self.recompute, x, padding_scores, position_bias, embed_mask)
+        return self.layer_norm(x, embed_mask) if self.layer_norm_first else x
 
     def get_intermediate_outputs(
         self,
@@ -803,6 +913,7 @@ class Transformer(nn.Module):
         padding_scores: Tensor | None = None,
         num_layers: int | None = None,
         kept: Collection[int] | None = None,
+        embed_mask: Tensor | None = None,
     ) -> list[Tensor]:
         """(B, T, D) -> the outputs (B, T, D) of the first ``num_layers`` layers (default: all), without layer drop.
 
@@ -813,20 +924,26 @@ class Transformer(nn.Module):
         """
         if num_layers is not None and not 0 < num_layers <= len(self.layers):
             raise ValueError(f"num_layers must be between 1 and {len(self.layers)}, found {num_layers}")
-        x = self._preprocess(x)
+        x = self._preprocess(x, embed_mask)
         position_bias = self._position_bias(x.size(1))
         outputs = []
         for number, layer in enumerate(self.layers[:num_layers], start=1):
-            x = _run(layer, self.recompute, x, padding_scores, position_bias)
-            outputs.append(x if kept is None or number in kept else x.new_empty(0))
+            x = _run(layer, self.recompute, x, padding_scores, position_bias, embed_mask)
+            output = x if embed_mask is None or not self.layer_norm_first else x * embed_mask
+            outputs.append(output if kept is None or number in kept else x.new_empty(0))
         return outputs
 
-    def get_num_params(self) -> Tensor | int:
-        """Expected parameters."""
-        num_params = self.pos_conv_embed.get_num_params() + 2 * self.layer_norm.normalized_shape[0]
+    def get_num_params(self, embed_dim: Tensor | int) -> Tensor | int:
+        """Expected parameters given the expected D."""
+        num_params = self.pos_conv_embed.get_num_params(embed_dim) + 2 * embed_dim
         for layer in self.layers:
-            num_params = num_params + layer.get_num_params()
+            num_params = num_params + layer.get_num_params(embed_dim)
         return num_params + self._num_table_params()
+
+    def get_num_macs(self, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
+        """Expected multiply-adds given the expected D."""
+        num_macs = self.pos_conv_embed.get_num_macs(embed_dim, num_frames)
+        return num_macs + sum(layer.get_num_macs(embed_dim, num_frames) for layer in self.layers)
 
     def _num_table_params(self) -> Tensor | int:
         holder = self.table_holder
@@ -852,28 +969,51 @@ class Transformer(nn.Module):
                 layer.attention.rel_attn_embed = table
                 return
 
+    def prune_embed(self, index: Tensor) -> None:
+        """Keep the dimensions of ``index`` (n,) of all frames."""
+        self.pos_conv_embed.conv.prune_embed(index)
+        prune_norm(self.layer_norm, index)
+        for layer in self.layers:
+            layer.prune_embed(index)
+
 
 class Encoder(nn.Module):
-    """Projection of the extractor's frames, padding, and the transformer."""
+    """Projection of the extractor's frames, padding, and the transformer, with a mask over the dimensions of frames.
+
+    A unit of this mask is a dimension at the same place in each group of the positional convolution (and in each head,
+    as WavLM's gates see them): groups and heads stay alike. Its deterministic values are 0 and 1: what the convolution
+    adds passes an activation, behind which no weight could take another value.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         transformer = Transformer(config)
         self.feature_projection = FeatureProjection(config)
         self.transformer = transformer
+        self.embed_dim, self.num_embed_units = config.encoder_embed_dim, config.num_embed_units
+        self.hard_concrete = _make_mask(config, "embed", self.num_embed_units, min_kept=1, binary=True)
 
-    def _preprocess(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        x = self.feature_projection(features)
+    def _preprocess(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The projected frames, the scores of padding, and the mask (D,) over dimensions of frames."""
+        x, mask = self.feature_projection(features), self._embed_mask()
+        if mask is not None:
+            x = x * mask
         if lengths is None:
-            return x, None
+            return x, None, mask
         padded = torch.arange(x.size(1), device=x.device) >= lengths[:, None]  # (B, T)
         x = x.masked_fill(padded[..., None], 0.0)
-        return x, padded[:, None, None].to(x.dtype) * _PADDING_SCORE
+        return x, padded[:, None, None].to(x.dtype) * _PADDING_SCORE, mask
+
+    def _embed_mask(self) -> Tensor | None:
+        """(D,), or None without a mask"""
+        return (
+            None if self.hard_concrete is None else self.hard_concrete().repeat(self.embed_dim // self.num_embed_units)
+        )
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, frames, C) and (B,) valid frames -> (B, frames, D)"""
-        x, padding_scores = self._preprocess(features, lengths)
-        return self.transformer(x, padding_scores)
+        x, padding_scores, embed_mask = self._preprocess(features, lengths)
+        return self.transformer(x, padding_scores, embed_mask)
 
     def extract_features(
         self,
@@ -883,5 +1023,42 @@ class Encoder(nn.Module):
         kept: Collection[int] | None = None,
     ) -> list[Tensor]:
         """The projected features and the output of each layer: num_layers + 1 tensors (B, frames, D)."""
-        x, padding_scores = self._preprocess(features, lengths)
-        return [x, *self.transformer.get_intermediate_outputs(x, padding_scores, num_layers, kept)]
+        x, padding_scores, embed_mask = self._preprocess(features, lengths)
+        return [x, *self.transformer.get_intermediate_outputs(x, padding_scores, num_layers, kept, embed_mask)]
+
+    def _expected_embed_dim(self) -> Tensor | int:
+        num_units = self.num_embed_units
+        return _expected_size(self.hard_concrete, num_units) * (self.embed_dim // num_units)
+
+    def get_num_params(self, in_features: Tensor | int) -> Tensor | int:
+        """Expected parameters given the extractor's expected output channels."""
+        embed_dim = self._expected_embed_dim()
+        num_params = self.feature_projection.get_num_params(in_features, embed_dim)
+        return num_params + self.transformer.get_num_params(embed_dim)
+
+    def get_num_macs(self, in_features: Tensor | int, num_frames: int) -> Tensor | int:
+        """Expected multiply-adds given the extractor's expected output channels and its frames."""
+        embed_dim = self._expected_embed_dim()
+        num_macs = self.feature_projection.get_num_macs(in_features, embed_dim, num_frames)
+        return num_macs + self.transformer.get_num_macs(embed_dim, num_frames)
+
+    def kept_dims(self) -> Tensor | None:
+        """The dimensions (n,) that :meth:`prune` keeps, in eval mode, or None where all stay: there is no mask."""
+        mask = self._embed_mask()
+        return None if mask is None else mask.nonzero().squeeze(-1)
+
+    def prune(self, channels: Tensor | None) -> None:
+        """Prune all blocks, then the dimensions of frames.
+
+        Args:
+            channels: the extractor's output channels (n,) that are left, or None if all are.
+        """
+        if channels is not None:
+            self.feature_projection.prune(channels)
+        self.transformer.prune()
+        index = self.kept_dims()
+        if index is not None:
+            prune_linear(self.feature_projection.projection, index, "output")
+            self.transformer.prune_embed(index)
+            self.embed_dim, self.num_embed_units = len(index), len(index) * self.num_embed_units // self.embed_dim
+            self.hard_concrete = None

@@ -4,6 +4,7 @@ Each field says what it means and what it may be. The arguments of ``wav2vec2_mo
 ``Wav2Vec2Model.config`` and the table of pruning units follow from these fields.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, NamedTuple
@@ -135,6 +136,8 @@ class ModelConfig:
     """Masks on whole feed-forward blocks."""
     encoder_prune_pos_conv: bool = _masks("posconv", "pos_conv_embed.hard_concrete", drop_rate=0.01, is_published=False)
     """Masks on the taps of the positional convolution, from the outside in."""
+    encoder_prune_embed_dim: bool = _masks("embed", "encoder.hard_concrete", drop_rate=0.01, is_published=False)
+    """One mask on the dimensions of frames, the same in all layers."""
 
     def __post_init__(self) -> None:
         rules = {entry.name: entry.metadata for entry in fields(self)}
@@ -172,6 +175,11 @@ class ModelConfig:
     def of_layer(self, layer: int) -> dict[str, Any]:
         """One layer's entries of the keys that have one for each."""
         return {entry.name: getattr(self, entry.name)[layer] for entry in fields(self) if "per_layer" in entry.metadata}
+
+    @property
+    def num_embed_units(self) -> int:
+        """Dimensions of a frame that can go one by one, each with those at its place in the other groups."""
+        return self.encoder_embed_dim // self.encoder_pos_conv_groups
 
     def _check_divides(self, key: str, value: int) -> None:
         if self.encoder_embed_dim % value:
@@ -212,6 +220,8 @@ class WavLMConfig(ModelConfig):
     """Buckets of the relative position table: half for each sign, half of those for a single distance each."""
     encoder_max_distance: int = _key(_SIZE)
     """The distance, in frames, from which on all fall in the last bucket."""
+    encoder_head_dim: int | None = _key(_SIZE.or_none(), default=None)
+    """K, the size of a head; None means D / heads before pruning. Not published: left out where it is that."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,6 +232,8 @@ class WavLMConfig(ModelConfig):
                 f"found {short_repr(self.encoder_total_num_heads)}"
             )
         self._check_divides("encoder_total_num_heads", total)
+        if self.encoder_head_dim is None:
+            self.encoder_head_dim = self.encoder_embed_dim // total
         for layer, heads in enumerate(self.encoder_remaining_heads):
             if heads and heads[-1] >= total:
                 raise ValueError(
@@ -235,6 +247,18 @@ class WavLMConfig(ModelConfig):
                 "encoder_max_distance: expected more than a quarter of encoder_num_buckets "
                 f"{self.encoder_num_buckets}, found {self.encoder_max_distance}"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of the base class."""
+        config = super().to_dict()
+        if self.encoder_head_dim == self.encoder_embed_dim // self.encoder_total_num_heads[0]:
+            del config["encoder_head_dim"]
+        return config
+
+    @property
+    def num_embed_units(self) -> int:
+        """As of the base class, and at its place in the other heads, which the gates of attention read one by one."""
+        return math.gcd(super().num_embed_units, self.encoder_embed_dim // self.encoder_total_num_heads[0])
 
 
 def is_wavlm(config: Mapping[str, Any]) -> bool:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .components import Encoder, FeatureExtractor
+from .components import Encoder, FeatureExtractor, SelfAttention
 from .config import CONV_LAYERS, PRUNING_UNITS, ModelConfig, check_config, with_masks
 from .fast import fast_paths, on_cpu
+from .pruning_utils import prune_linear
 
 __all__ = ["CONV_LAYERS", "PRUNING_UNITS", "Wav2Vec2Model", "masked_units", "wav2vec2_model", "with_masks"]
 
@@ -117,8 +118,19 @@ class Wav2Vec2Model(nn.Module):
         downstream task and is never pruned.
         """
         num_params, channels = self.feature_extractor.get_num_params()
-        num_params = num_params + self.encoder.feature_projection.get_num_params(channels)
-        return num_params + self.encoder.transformer.get_num_params()
+        return num_params + self.encoder.get_num_params(channels)
+
+    def get_num_macs(self, num_samples: int) -> Tensor | int:
+        """Expected multiply-adds of ``extract_features`` on a waveform: a differentiable scalar while there are masks.
+
+        Convolutions and matrix products only, those of attention included; without masks it is the exact number, half
+        of what :func:`~wav2vec2.flops.count_flops` gives.
+
+        Args:
+            num_samples: T, at 16 kHz; attention grows with its square.
+        """
+        num_macs, channels = self.feature_extractor.get_num_macs(num_samples)
+        return num_macs + self.encoder.get_num_macs(channels, self.feature_extractor.num_frames(num_samples))
 
     def recompute_activations(self, enabled: bool = True) -> None:
         """In training, keep only the input of each conv and encoder layer, and run it again for the backward pass.
@@ -127,6 +139,14 @@ class Wav2Vec2Model(nn.Module):
         """
         self.feature_extractor.recompute = enabled
         self.encoder.transformer.recompute = enabled
+
+    def set_dropout(self, probability: float) -> None:
+        """Drop this share in training wherever the model drops anything but layers; :attr:`config` stays as it is."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = probability
+            elif isinstance(module, SelfAttention):
+                module.dropout = probability
 
     def fold_weight_norm(self) -> None:
         """Freeze the positional convolution's weight and compute it once instead of in every forward pass.
@@ -147,11 +167,12 @@ class Wav2Vec2Model(nn.Module):
             The config of the pruned model: ``wav2vec2_model(**config)`` loads its ``state_dict()`` strictly.
         """
         self.eval()  # the deterministic masks
-        kept_channels = self.feature_extractor.prune()
-        if kept_channels is not None:
-            self.encoder.feature_projection.prune(kept_channels)
-        self.encoder.transformer.prune()
-        self._config = replace(self._config, **{unit.switch: False for unit in PRUNING_UNITS.values()})
+        kept_dims = self.encoder.kept_dims()
+        self.encoder.prune(self.feature_extractor.prune())
+        if self.aux is not None and kept_dims is not None:
+            prune_linear(self.aux, kept_dims, "input")
+        switches = {unit.switch: False for unit in PRUNING_UNITS.values()}
+        self._config = replace(self._config, encoder_embed_dim=self.encoder.embed_dim, **switches)
         return self.config
 
     @property

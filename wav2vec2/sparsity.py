@@ -5,29 +5,49 @@ rounds its own number of units, and a short schedule can end before the Lagrangi
 pruned size differs from the target. :func:`fit_masks` closes that gap with one number, which moves
 the threshold between kept and dropped units in all masks and leaves their order alone.
 
+A size is parameters, multiply-adds (MACs), or both. With budgets for both it is met where none is
+exceeded and one is used up.
+
 :func:`round_widths` makes the widths that masks decide multiples of a number, for hardware that
 multiplies such matrices faster; the functions below then count and fit with it.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hardconcrete import HardConcrete
 
+from .audio import SAMPLE_RATE
 from .components import assumed_sizes
 from .errors import UserError, short_repr
 from .model import Wav2Vec2Model
+
+# What MACs are counted for: attention grows with the square of it.
+MACS_SECONDS = 10
+_MACS_SAMPLES = MACS_SECONDS * SAMPLE_RATE
 
 # Relative; float32 masks cannot be brought nearer than about a tenth of it.
 _EXPECTED_SIZE_TOLERANCE = 1e-5
 
 # sigmoid(+-40) is exactly 1 and practically 0 in float32: a mask without any doubt left in it.
 _CERTAIN = 40.0
+
+
+class Size(NamedTuple):
+    """Parameters, and MACs of :data:`MACS_SECONDS` of speech; None where a budget is for the other one only."""
+
+    params: Any
+    macs: Any
+
+
+def size_of(model: Wav2Vec2Model) -> Size:
+    """Expected parameters and MACs: differentiable scalars while there are masks, and the exact numbers without."""
+    return Size(model.get_num_params(), model.get_num_macs(_MACS_SAMPLES))
 
 
 def _masks(model: Wav2Vec2Model) -> list[HardConcrete]:
@@ -90,79 +110,135 @@ def _log_alphas(masks: list[HardConcrete], values: list[Tensor]) -> Iterator[Non
 
 
 @torch.no_grad()
-def expected_num_params(model: Wav2Vec2Model) -> float:
-    """``model.get_num_params()`` as a plain number."""
-    return float(model.get_num_params())
+def expected_size(model: Wav2Vec2Model) -> Size:
+    """:func:`size_of` in plain numbers."""
+    return Size(*map(float, size_of(model)))
 
 
 @torch.no_grad()
-def smallest_num_params(model: Wav2Vec2Model) -> float:
-    """Expected parameters if every mask dropped what it may: no target below this can be reached."""
+def smallest_size(model: Wav2Vec2Model) -> Size:
+    """The expected size if every mask dropped what it may: no target below this can be reached."""
     masks = _masks(model)
     with _log_alphas(masks, [torch.full_like(mask.log_alpha, -_CERTAIN) for mask in masks]):
-        return float(model.get_num_params())
+        return expected_size(model)
 
 
 @torch.no_grad()
-def initial_num_params(model: Wav2Vec2Model) -> float:
-    """Expected parameters with every ``log_alpha`` at the mean that it is drawn around."""
+def initial_size(model: Wav2Vec2Model) -> Size:
+    """The expected size with every ``log_alpha`` at the mean that it is drawn around."""
     masks = _masks(model)
     with _log_alphas(masks, [torch.full_like(mask.log_alpha, mask.init_log_alpha) for mask in masks]):
-        return float(model.get_num_params())
+        return expected_size(model)
 
 
 @torch.no_grad()
-def meet_expected_size(model: Wav2Vec2Model, num_params: float) -> float:
-    """Add one number to all ``log_alpha`` of ``model``, so that it is expected to have ``num_params`` parameters.
-
-    Nothing is changed where it has, up to :data:`_EXPECTED_SIZE_TOLERANCE`. The number is found by bisection, for which
-    sizes are counted on the CPU in double precision, from the few sums of probabilities that they depend on.
-
-    Returns:
-        The number added.
-    """
-    masks = _masks(model)
-    # One copy from the device for all of them.
-    scores = torch.cat([mask.log_alpha + mask.bias for mask in masks]).cpu().double()
-
-    def excess(offset: float) -> float:
-        parts = (scores + offset).sigmoid().split([mask.n_in for mask in masks])
-        with assumed_sizes(dict(zip(masks, [float(part.sum()) for part in parts], strict=True))):
-            return model.get_num_params() / num_params - 1
-
-    start = excess(0.0)
-    if abs(start) <= _EXPECTED_SIZE_TOLERANCE:
-        return 0.0
-    bound = -0.01 if start > 0 else 0.01  # the size grows with the offset
-    while abs(bound) < _CERTAIN and excess(bound) * start > 0:
-        bound *= 4
-    low, high = sorted((0.0, bound))
-    while high - low > 1e-7:
-        middle = (low + high) / 2
-        if excess(middle) > 0:
-            high = middle
-        else:
-            low = middle
-    for mask in masks:
-        mask.log_alpha.add_(low)
-    return low
-
-
-@torch.no_grad()
-def pruned_num_params(model: Wav2Vec2Model) -> float:
-    """Parameters that ``model.prune()`` would leave, without pruning it; the model must be in eval mode.
+def pruned_size(model: Wav2Vec2Model) -> Size:
+    """The size that ``model.prune()`` would leave, without pruning it; the model must be in eval mode.
 
     Biases and gates that go with a block whose units all go are still counted here.
     """
     masks = _masks(model)
     decided = [torch.where(mask() != 0, _CERTAIN, -_CERTAIN) for mask in masks]
     with _log_alphas(masks, decided):
-        return float(model.get_num_params())
+        return expected_size(model)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Meeting a target
+# ---------------------------------------------------------------------------------------------------
+
+
+def _crossing(excess: Callable[[float], float], tolerance: float, precision: float) -> tuple[float, float]:
+    """Two numbers, ``precision`` apart, between which a growing function passes 0; the same one twice where it is there
+    up to ``tolerance``, or where it does not pass 0 between the masks' extremes: then the extreme that is nearer.
+    """
+    start = excess(0.0)
+    low = high = bound = 0.0
+    at_low = at_high = start
+    step = -0.01 if start > 0 else 0.01
+    while abs(start) > tolerance and at_low * at_high > 0:
+        if abs(bound) == _CERTAIN:
+            return bound, bound
+        bound = max(-_CERTAIN, min(bound + step, _CERTAIN))
+        step *= 4
+        if start > 0:
+            low, at_low, high, at_high = bound, excess(bound), low, at_low
+        else:
+            low, at_low, high, at_high = high, at_high, bound, excess(bound)
+    by_secant = True
+    while high - low > precision:
+        # Secants find zeros of smooth functions, bisection those of steps.
+        middle = low + (high - low) * (at_low / (at_low - at_high) if by_secant else 0.5)
+        by_secant = not by_secant
+        value = excess(middle)
+        if abs(value) <= tolerance:
+            return middle, middle
+        if value > 0:
+            high, at_high = middle, value
+        else:
+            low, at_low = middle, value
+    return low, high
+
+
+def _excesses(size: Size, wanted: Size) -> dict[str, float]:
+    """By how much of what is wanted a size is above it, by the names of what is wanted."""
+    wanted_parts = {name: value for name, value in wanted._asdict().items() if value is not None}
+    return {name: (getattr(size, name) - value) / max(value, 1.0) for name, value in wanted_parts.items()}
 
 
 @torch.no_grad()
-def fit_masks(model: Wav2Vec2Model, target_num_params: float, tolerance: float) -> float:
-    """Set the ``shift`` of all masks of ``model`` to the one number that brings its pruned size to the target.
+def meet_expected_size(model: Wav2Vec2Model, wanted: Size) -> str:
+    """Add one number to all ``log_alpha`` of ``model``, so that its expected size is the wanted one.
+
+    Nothing is changed where it is, up to :data:`_EXPECTED_SIZE_TOLERANCE`. Sizes are counted on the CPU in double
+    precision, from the few sums of probabilities that they depend on.
+
+    Returns:
+        The part of the size that binds: the name that :func:`compete` takes.
+    """
+    masks = _masks(model)
+    # One copy from the device for all of them.
+    scores = torch.cat([mask.log_alpha + mask.bias for mask in masks]).cpu().double()
+
+    def excesses(offset: float) -> dict[str, float]:
+        parts = (scores + offset).sigmoid().split([mask.n_in for mask in masks])
+        with assumed_sizes(dict(zip(masks, [float(part.sum()) for part in parts], strict=True))):
+            return _excesses(size_of(model), wanted)
+
+    def excess(offset: float) -> float:
+        return max(excesses(offset).values())
+
+    offset = 0.0
+    if abs(excess(offset)) > _EXPECTED_SIZE_TOLERANCE:
+        offset, _ = _crossing(excess, _EXPECTED_SIZE_TOLERANCE / 10, precision=1e-7)
+        for mask in masks:
+            mask.log_alpha.add_(offset)
+    found = excesses(offset)
+    return max(found, key=found.__getitem__)
+
+
+def compete(model: Wav2Vec2Model, name: str) -> None:
+    """Make the gradients of ``log_alpha`` those of masks that are moved back to the size: they compete for it.
+
+    They are those of log_alpha + c(log_alpha), where c is what :func:`meet_expected_size` adds: by the implicit
+    function theorem dc/dlog_alpha = -n / sum(n) with n = dN/dlog_alpha, N the size. The change is linear, and done
+    twice it gives the same, so that each batch of an update may do it.
+
+    Args:
+        model: whose masks have gradients.
+        name: of a field of :class:`Size`.
+    """
+    log_alphas = [mask.log_alpha for mask in _masks(model)]
+    size_gradients = torch.autograd.grad(getattr(size_of(model), name), log_alphas)
+    total = torch.stack([parameter.grad.sum() for parameter in log_alphas]).sum()
+    size_total = torch.stack([gradient.sum() for gradient in size_gradients]).sum()
+    for parameter, gradient in zip(log_alphas, size_gradients, strict=True):
+        parameter.grad -= gradient * (total / size_total)
+
+
+@torch.no_grad()
+def fit_masks(model: Wav2Vec2Model, wanted: Size, tolerance: Size) -> float:
+    """Set the ``shift`` of all masks of ``model`` to the one number that brings its pruned size to the wanted one.
 
     Nothing is changed where the masks already land within ``tolerance``. Otherwise the nearest size that
     a shift can give is taken; with :func:`round_widths`, whose steps are coarse, the nearest that is not
@@ -170,8 +246,8 @@ def fit_masks(model: Wav2Vec2Model, target_num_params: float, tolerance: float) 
 
     Args:
         model: a masked model; put in eval mode.
-        target_num_params: the size wanted.
-        tolerance: the deviation, in parameters, that needs no correction.
+        wanted: parameters, MACs, or both.
+        tolerance: the deviations that need no correction.
 
     Returns:
         The shift (0.0 if none was needed), see :class:`hardconcrete.HardConcrete`.
@@ -179,22 +255,24 @@ def fit_masks(model: Wav2Vec2Model, target_num_params: float, tolerance: float) 
     model.eval()
     masks = _masks(model)
 
-    def size(shift: float) -> float:
+    def excess(shift: float) -> float:
         for mask in masks:
             mask.shift = shift
-        return pruned_num_params(model)
+        return max(_excesses(pruned_size(model), wanted).values())
 
-    if abs(size(0.0) - target_num_params) <= tolerance:
+    def is_met(shift: float) -> bool:
+        excess(shift)
+        sizes = zip(pruned_size(model), wanted, tolerance, strict=True)
+        beyond = [(size - value, allowed) for size, value, allowed in sizes if value is not None]
+        return (
+            max(above - allowed for above, allowed in beyond) <= 0 <= max(above + allowed for above, allowed in beyond)
+        )
+
+    if is_met(0.0):
         return 0.0
-    low, high = -_CERTAIN, _CERTAIN  # the size grows with the shift
-    while high - low > 1e-5:
-        middle = (low + high) / 2
-        if size(middle) <= target_num_params:
-            low = middle
-        else:
-            high = middle
-    shift = min(low, high, key=lambda value: abs(size(value) - target_num_params))
-    if any(mask.multiple > 1 for mask in masks) and abs(size(shift) - target_num_params) > tolerance:
+    low, high = _crossing(excess, tolerance=0.0, precision=1e-5)
+    shift = min(low, high, key=lambda value: abs(excess(value)))
+    if any(mask.multiple > 1 for mask in masks) and not is_met(shift):
         shift = low
-    size(shift)
+    excess(shift)
     return shift

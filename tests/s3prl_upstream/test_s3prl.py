@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 SOURCE = REPOSITORY / "s3prl_upstream"
 KINDS = [(family, size) for family in ("hubert", "wavlm") for size in ("base", "large")]
-NUM_LAYERS, EMBED_DIM = 3, 16
+NUM_LAYERS, EMBED_DIM = 3, 12
 
 
 @pytest.fixture(params=KINDS, ids="-".join)
@@ -30,12 +30,13 @@ def pruned(request, tmp_path: Path) -> Path:
     """A pruned model of each kind with the published strides, 320 samples a frame."""
     layers = [[6, kernel, stride] for _, kernel, stride in CONV_LAYERS]
     config = small_config(*request.param, extractor_conv_layer_config=layers, encoder_layer_drop=1.0)
-    model = random_model(with_masks(config, ("conv", "head", "interm", "attlayer")))
+    model = random_model(with_masks(config, ("conv", "head", "interm", "attlayer", "posconv", "embed")))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("log_alpha"):
             drawn = 3 * torch.randn(parameter.shape, generator=generator)
             parameter.data = drawn.abs() if len(drawn) == 1 else drawn
+    model.encoder.hard_concrete.log_alpha.data = torch.tensor([9.0, 9.0, -9.0, 9.0])
     config = model.prune()
     assert sum(config["encoder_ff_interm_features"]) < 3 * 20
     path = tmp_path / "pruned.pth"

@@ -25,6 +25,7 @@ from helpers import (
 from training.arguments import DataSettings
 from training.data import SpeechDataModule
 from wav2vec2 import checkpoint
+from wav2vec2.sparsity import size_of
 
 pytestmark = pytest.mark.slow
 
@@ -164,6 +165,43 @@ def test_another_extractor(manifests, tmp_path, monkeypatch, family, size, units
         torch.testing.assert_close(exported(waveforms)[0], student.eval()(waveforms)[0])
     run_script(monkeypatch, "evaluation.report", exp_dir)
     assert (exp_dir / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("family", "size"), [("hubert", "large"), ("wavlm", "base")])
+def test_every_unit_to_both_budgets(manifests, tmp_path, monkeypatch, capsys, family, size):
+    """Frames of fewer dimensions and fewer taps come out of every stage; neither budget is exceeded, one is used up."""
+    shapes = {"encoder_ff_interm_features": [300] * 3, "encoder_embed_dim": 64, "encoder_pos_conv_kernel": 16}
+    teacher = save_small_model(tmp_path / "teacher.pth", family, size, **shapes)
+    exp_dir, final = tmp_path / "exp", tmp_path / "exp" / "final"
+    flags = small_run(manifests, teacher, max_updates=40, sparsity_warmup_updates=10, reg_learning_rate=0.1)
+    targets = {"sparsity": 0.6, "macs": 0.62}
+    chosen = ("--target_sparsity", targets["sparsity"], "--target_macs", targets["macs"], "--student_dropout", 0)
+    control = ("--sparsity_control", "exact", "--pruning_units", "conv,head,interm,posconv,embed")
+    run_script(monkeypatch, "distill", *flags, *chosen, *control, "--exp_dir", exp_dir)
+    rows = [row for row in logged(exp_dir) if "macs_expected" in row]
+    margins = [min(float(row[f"{name}_expected"]) - float(row[f"{name}_target"]) for name in targets) for row in rows]
+    assert margins == pytest.approx([0] * 40, abs=1e-4)
+    capsys.readouterr()
+    run_script(monkeypatch, "prune", "--distilled_ckpt", exp_dir / "ckpts/last.ckpt", "--original_ckpt", teacher)
+    printed = capsys.readouterr().err
+    assert "sparsity: target 0.6000" in printed and "multiply-adds gone: target 0.6200" in printed
+    pruned = exp_dir / "ckpts" / "pruned_hubert_base.pth"
+    run_script(monkeypatch, "final_distill", *small_run(manifests, teacher, student_ckpt=pruned), "--exp_dir", final)
+    last = final / "ckpts" / "last.ckpt"
+    run_script(monkeypatch, "save_final_ckpt", "--config_path", pruned, "--ckpt_after_final_distill", last)
+    saved = last.parent / "pruned_hubert_base.pth"
+    student, original = load_as_others_do(saved), load_as_others_do(teacher)
+    config = student.config
+    assert config["encoder_embed_dim"] < 64 and config["encoder_pos_conv_kernel"] < 16
+    gone = [1 - after / before for after, before in zip(size_of(student), size_of(original), strict=True)]
+    beyond = [share - target for share, target in zip(gone, targets.values(), strict=True)]
+    assert min(beyond) > -0.02 and min(map(abs, beyond)) < 0.02  # a head is that much of such models
+    evaluated = tmp_path / "evaluation.json"
+    measured = ("--teacher", teacher, "--models", saved, "--tsv", manifests / "valid.tsv", "--out", evaluated)
+    run_script(monkeypatch, "evaluate", *measured, "--device", "cpu", "--distill_layers", "0.1,3")
+    assert json.loads(evaluated.read_text())
+    run_script(monkeypatch, "evaluation.report", exp_dir)
+    assert "multiply-adds gone" in (exp_dir / "report.html").read_text()
 
 
 def test_prune_without_correction_is_the_published_rounding(manifests, small_teacher, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 
 import distill
 import final_distill
-from training.arguments import DataSettings, MachineSettings, add_arguments, read_arguments
+from training.arguments import DataSettings, MachineSettings, PruningSettings, add_arguments, read_arguments
 from wav2vec2.errors import UserError
 
 REQUIRED = ["--tsv_dir", "data", "--teacher_ckpt", "teacher.pth", "--student_ckpt", "student.pth"]
@@ -52,10 +52,11 @@ def test_published_flags_and_defaults(monkeypatch):
     monkeypatch.setattr("sys.argv", ["distill.py", "--tsv_dir", "data"])
     defaults = vars(distill.parse_args())
     assert str(defaults["teacher_ckpt"]) == str(defaults["student_ckpt"]) == "pretrained_ckpts/hubert-base-ls960.pth"
+    joint["target_sparsity"] = PruningSettings.from_args(argparse.Namespace(**joint)).target_sparsity
     assert {name: joint[name] for name in PUBLISHED} == PUBLISHED
     own = {"learning_rate": 1e-4, "warmup_updates": 5000, "max_updates": 25000}
     own_of_joint = {"pruning_units", "reg_learning_rate", "target_sparsity", "sparsity_warmup_updates", "round_to"}
-    own_of_joint |= {"sparsity_control", "student_extractor", "extractor_updates"}
+    own_of_joint |= {"sparsity_control", "target_macs", "student_extractor", "extractor_updates"}
     assert final == {name: value for name, value in joint.items() if name not in own_of_joint} | own
 
 

@@ -23,15 +23,18 @@ from torch import Tensor, nn
 
 from hardconcrete import HardConcrete
 from wav2vec2 import checkpoint
+from wav2vec2.flops import count_flops
 from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, masked_units, wav2vec2_model, with_masks
 from wav2vec2.sparsity import (
-    expected_num_params,
+    Size,
+    expected_size,
     fit_masks,
     meet_expected_size,
     num_params_without_rounding,
-    pruned_num_params,
+    pruned_size,
     round_widths,
-    smallest_num_params,
+    size_of,
+    smallest_size,
 )
 
 # --- random architectures and masks
@@ -178,8 +181,12 @@ def check_pruning(masked: Wav2Vec2Model) -> Wav2Vec2Model:
 
     waveforms, lengths = random_waveforms(400, 260, 330)
     waveforms = waveforms.double()
+    assert 2 * pruned.get_num_macs(400) == sum(count_flops(config, 400))
     for given_lengths in (None, lengths):
         expected, frame_lengths = outputs(reference, given_lengths, waveforms)
+        if (dims := reference.encoder.kept_dims()) is not None:
+            assert all(x.abs().sum((0, 1)).nonzero().flatten().tolist() == dims.tolist() for x in expected)
+            expected = [x[..., dims] for x in expected]
         for model in (pruned, rebuilt):
             found, found_lengths = outputs(model, given_lengths, waveforms)
             assert_same_frames(found, expected, frame_lengths, tolerance=1e-6)
@@ -219,8 +226,13 @@ def width_masks(model: Wav2Vec2Model) -> dict[str, HardConcrete]:
     return {
         name: mask
         for name, mask in masks_of(model).items()
-        if name.rpartition(".")[2] in WIDTH_MASKS and "pos_conv" not in name
+        if name.rpartition(".")[2] in WIDTH_MASKS and "pos_conv" not in name and name != "encoder.hard_concrete"
     }
+
+
+def fit_params(model: Wav2Vec2Model, target: float, tolerance: float) -> float:
+    """With a target for parameters alone."""
+    return fit_masks(model, Size(target, None), Size(tolerance, None))
 
 
 def kept(model: Wav2Vec2Model) -> dict[str, Tensor]:
@@ -314,10 +326,11 @@ def test_unmasked_count_is_exact(config: dict[str, Any]) -> None:
 def test_expected_count_of_certain_masks(masked: Wav2Vec2Model) -> None:
     """Equals the size after pruning; biases and gates of a block whose units all go are the one difference."""
     expected, blocks = masked.get_num_params().item(), blocks_of(masked)
-    decided = pruned_num_params(masked)
+    decided = pruned_size(masked).params
     masked.prune()
     channels = [channels for channels, _, _ in masked.config["extractor_conv_layer_config"]]
-    if blocks_of(masked) == blocks and 1 not in channels:  # one channel left may be the one that must stay
+    is_forced = 1 in channels or masked.encoder.num_embed_units == 1  # what is left may be the one that must stay
+    if blocks_of(masked) == blocks and not is_forced:
         assert expected == pytest.approx(num_elements(masked), rel=1e-6)
     if blocks_of(masked) == blocks:
         assert decided == pytest.approx(num_elements(masked), rel=1e-6)
@@ -356,14 +369,28 @@ def test_taps_go_from_the_outside_in(kernel: int, num_rings: int) -> None:
 @given(masked_models(kinds=("scattered", "undecided")), st.floats(0.05, 0.95))
 def test_expected_size_is_met(masked: Wav2Vec2Model, share: float) -> None:
     """By one number for all masks, whatever the units; a second time there is nothing to do."""
-    smallest, largest = smallest_num_params(masked), num_elements(masked)
+    smallest, largest = smallest_size(masked).params, num_elements(masked)
     wanted = smallest + share * (largest - smallest)
-    before = log_alphas(masked)
-    offset = meet_expected_size(masked, wanted)
-    assert expected_num_params(masked) == pytest.approx(wanted, rel=2e-5)
-    for found, value in zip(log_alphas(masked), before, strict=True):
-        torch.testing.assert_close(found, value + offset)
-    assert meet_expected_size(masked, wanted) == 0.0
+    before = torch.cat(log_alphas(masked))
+    assert meet_expected_size(masked, Size(wanted, None)) == "params"
+    assert expected_size(masked).params == pytest.approx(wanted, rel=2e-5)
+    found = torch.cat(log_alphas(masked))
+    torch.testing.assert_close(found, before + (found - before).mean())
+    meet_expected_size(masked, Size(wanted, None))
+    assert torch.equal(torch.cat(log_alphas(masked)), found)
+
+
+@PROPERTY
+@given(masked_models(kinds=("undecided",)), st.tuples(st.floats(0.05, 0.95), st.floats(0.05, 0.95)))
+def test_two_sizes_are_met(masked: Wav2Vec2Model, shares: tuple[float, float]) -> None:
+    """Neither is above what is wanted, and the one that is named is there."""
+    largest = size_of(wav2vec2_model(**with_masks(masked.config, ())))
+    sizes = zip(smallest_size(masked), largest, shares, strict=True)
+    wanted = Size(*(smallest + share * (largest - smallest) for smallest, largest, share in sizes))
+    binding = meet_expected_size(masked, wanted)
+    found = expected_size(masked)
+    assert getattr(found, binding) == pytest.approx(getattr(wanted, binding), rel=2e-5)
+    assert all(size <= most * (1 + 2e-5) for size, most in zip(found, wanted, strict=True))
 
 
 def test_expected_count_by_hand() -> None:
@@ -377,11 +404,12 @@ def test_expected_count_by_hand() -> None:
     extractor = sum(
         inputs * n * kernel + 3 * n for inputs, n, kernel in zip([1, *channels], channels, kernels, strict=False)
     )
-    projection = 2 * channels[-1] + (channels[-1] + 1) * 16
-    attention = 3 * (16 + 1) * 16 * share + (16 * share + 1) * 16
-    feed_forward = (16 + 1) * 20 * share + (20 * share + 1) * 16
-    layers = 3 * (share * attention + share * feed_forward + 4 * 16)
-    pos_conv_and_norm = share * 8 * (1 + 16 * 4) + 16 + 2 * 16
+    dim = 16 * share
+    projection = 2 * channels[-1] + (channels[-1] + 1) * dim
+    attention = 3 * (dim + 1) * 16 * share + (16 * share + 1) * dim
+    feed_forward = (dim + 1) * 20 * share + (20 * share + 1) * dim
+    layers = 3 * (share * attention + share * feed_forward + 4 * dim)
+    pos_conv_and_norm = share * 8 * (1 + dim * 4 * share) + dim + 2 * dim
     expected = extractor + channels[-1] + projection + pos_conv_and_norm + layers
     assert model.get_num_params().item() == pytest.approx(expected, rel=1e-6)
 
@@ -571,12 +599,12 @@ def largest_unit(model: Wav2Vec2Model) -> float:
 def test_fit_masks_meets_the_target(family: str, units: list[str], share: float) -> None:
     """Within half the largest unit, by one number for all masks; what is pruned then has that size."""
     model = trained_masks(family, units)
-    originals, smallest = log_alphas(model), smallest_num_params(model)
+    originals, smallest = log_alphas(model), smallest_size(model).params
     target = smallest + share * (num_elements(model) - smallest)
-    shift = fit_masks(model, target, tolerance=0)
+    shift = fit_params(model, target, tolerance=0)
     assert all(mask.shift == shift for mask in masks_of(model).values())
     assert all(map(torch.equal, log_alphas(model), originals))
-    size = pruned_num_params(model)
+    size = pruned_size(model).params
     assert abs(size - target) <= largest_unit(model) / 2 + 1
     blocks = blocks_of(model)
     model.prune()
@@ -587,14 +615,14 @@ def test_fit_masks_meets_the_target(family: str, units: list[str], share: float)
 def test_fit_masks_leaves_a_met_target_alone() -> None:
     """Up to the tolerance, on either side; the model comes back in eval mode."""
     model = trained_masks("hubert", ["conv", "head", "interm"]).train()
-    originals, size = log_alphas(model), pruned_num_params(copy.deepcopy(model).eval())
+    originals, size = log_alphas(model), pruned_size(copy.deepcopy(model).eval()).params
     for target in (size - 50, size, size + 50):
-        assert fit_masks(model, target, tolerance=50) == 0.0
+        assert fit_params(model, target, tolerance=50) == 0.0
         assert not model.training
         assert all(map(torch.equal, log_alphas(model), originals))
-    assert fit_masks(model, size + 500, tolerance=50) > 0.0
+    assert fit_params(model, size + 500, tolerance=50) > 0.0
     model = trained_masks("hubert", ["conv", "head", "interm"])
-    assert fit_masks(model, size - 500, tolerance=50) < 0.0
+    assert fit_params(model, size - 500, tolerance=50) < 0.0
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])
@@ -602,8 +630,8 @@ def test_fit_masks_keeps_what_training_gave(share: float) -> None:
     """Which units stay is decided as if all logits were shifted; what they count for never falls below its training."""
     model = trained_masks("wavlm", ["conv", "head", "interm"])
     trained = copy.deepcopy(model).eval()
-    smallest = smallest_num_params(model)
-    shift = fit_masks(model, smallest + share * (num_elements(model) - smallest), tolerance=0)
+    smallest = smallest_size(model).params
+    shift = fit_params(model, smallest + share * (num_elements(model) - smallest), tolerance=0)
     assert (shift < 0) == (share < 0.5)
     shifted = copy.deepcopy(trained)
     for mask in masks_of(shifted).values():
@@ -620,8 +648,8 @@ def test_fit_masks_is_monotone() -> None:
     sizes, kept = [], []
     for target in range(2500, 9500, 500):
         model = trained_masks("wavlm", ["conv", "head", "interm"])
-        fit_masks(model, target, tolerance=0)
-        sizes.append(pruned_num_params(model))
+        fit_params(model, target, tolerance=0)
+        sizes.append(pruned_size(model).params)
         kept.append(torch.cat([mask() != 0 for mask in masks_of(model).values()]))
     assert sizes == sorted(sizes)
     assert len(set(sizes)) > 10
@@ -633,9 +661,9 @@ def test_fit_masks_is_monotone() -> None:
 def test_fit_masks_out_of_reach(target: int, bound: str) -> None:
     """The nearest size there is."""
     model = trained_masks("hubert", ["interm"])
-    nearest = {"smallest": smallest_num_params(model), "dense": num_elements(model)}[bound]
-    fit_masks(model, target, tolerance=0)
-    assert pruned_num_params(model) == pytest.approx(nearest, rel=1e-6)
+    nearest = {"smallest": smallest_size(model).params, "dense": num_elements(model)}[bound]
+    fit_params(model, target, tolerance=0)
+    assert pruned_size(model).params == pytest.approx(nearest, rel=1e-6)
 
 
 @PROPERTY
@@ -643,7 +671,7 @@ def test_fit_masks_out_of_reach(target: int, bound: str) -> None:
 def test_sizes_leave_the_masks_alone(masked: Wav2Vec2Model) -> None:
     """Asking for a size changes nothing; no pruned size is below the smallest."""
     before = log_alphas(masked)
-    smallest, decided = smallest_num_params(masked), pruned_num_params(masked)
+    smallest, decided = smallest_size(masked).params, pruned_size(masked).params
     assert all(map(torch.equal, log_alphas(masked), before))
     assert smallest <= decided * (1 + 1e-6)
     assert decided <= num_elements(masked) * (1 + 1e-6)
@@ -653,7 +681,7 @@ def test_smallest_num_params() -> None:
     """With only intermediate dimensions to lose, all else is left."""
     model = trained_masks("hubert", ["interm"])
     lost = sum((16 + 1) * features + features * 16 for features in model.config["encoder_ff_interm_features"])
-    assert smallest_num_params(model) == pytest.approx(num_elements(model) - lost, rel=1e-6)
+    assert smallest_size(model).params == pytest.approx(num_elements(model) - lost, rel=1e-6)
 
 
 # --- widths in multiples
@@ -686,11 +714,11 @@ def test_sizes_in_multiples(masked: Wav2Vec2Model, multiple: int) -> None:
     """Rounding up adds parameters, the same blocks go, training's expected size is not concerned, and what the model
     would be without it is known to the parameter."""
     rounded, before = rounded_copy(masked, multiple), log_alphas(masked)
-    assert expected_num_params(rounded) == expected_num_params(masked)
-    assert pruned_num_params(rounded) >= pruned_num_params(masked)
+    assert expected_size(rounded).params == expected_size(masked).params
+    assert pruned_size(rounded).params >= pruned_size(masked).params
     num_plain = num_params_without_rounding(rounded)
     assert all(map(torch.equal, log_alphas(rounded), before))
-    decided = pruned_num_params(rounded)
+    decided = pruned_size(rounded).params
     for model in (masked, rounded):
         model.prune()
     assert num_plain == num_elements(masked) <= num_elements(rounded)
@@ -706,6 +734,7 @@ def test_multiples_of_one(masked: Wav2Vec2Model) -> None:
         log_alpha = mask.log_alpha.detach()
         num_zeros = (mask.n_in - mask.l0_norm().double()).round().clamp(max=mask.n_in - mask.min_kept)
         soft_mask = torch.sigmoid(log_alpha / (2 / 3) * 0.8).clamp(min=torch.finfo(torch.float32).tiny)
+        soft_mask = torch.ones_like(soft_mask) if mask.binary else soft_mask
         strength = torch.arange(mask.n_in, 0, -1) if mask.nested else log_alpha
         assert torch.equal(mask(), soft_mask * (strength.argsort(stable=True).argsort() >= num_zeros)), name
     back = rounded_copy(rounded_copy(masked, 8), 1)
@@ -776,7 +805,7 @@ def test_what_goes_stays_gone(family: str) -> None:
 def test_fit_masks_counts_the_rounding(family: str, multiple: int, share: float) -> None:
     """Within the tolerance, or else the largest that is not above the target; by one number for all masks."""
     model = rounded_copy(wide_model(family, "base", ["conv", "head", "interm"]), multiple)
-    originals, smallest = log_alphas(model), smallest_num_params(model)
+    originals, smallest = log_alphas(model), smallest_size(model).params
     target = smallest + share * (num_elements(model) - smallest)
 
     shifted = copy.deepcopy(model)
@@ -784,24 +813,24 @@ def test_fit_masks_counts_the_rounding(family: str, multiple: int, share: float)
     def size(shift: float) -> float:
         for mask, value in zip(masks_of(shifted).values(), originals, strict=True):
             mask.log_alpha.data.copy_(value + shift)
-        return pruned_num_params(shifted)
+        return pruned_size(shifted).params
 
     reached = sorted({size(shift / 25) for shift in range(-200, 200)})
     nearest = min(reached, key=lambda found: abs(found - target))
     below = max(found for found in reached if found <= target)
     for tolerance in (0.0, abs(nearest - target) * 0.99, abs(nearest - target) * 1.01):
-        shift = fit_masks(model, target, tolerance)
-        assert pruned_num_params(model) == size(shift)
+        shift = fit_params(model, target, tolerance)
+        assert pruned_size(model).params == size(shift)
         expected = nearest if abs(nearest - target) <= tolerance else below
-        assert abs(pruned_num_params(model) - target) <= abs(expected - target) + 1
-        assert pruned_num_params(model) <= target + tolerance
+        assert abs(pruned_size(model).params - target) <= abs(expected - target) + 1
+        assert pruned_size(model).params <= target + tolerance
 
 
 @pytest.mark.parametrize(("target", "bound"), [(0, "smallest"), (10**9, "dense")])
 def test_multiples_out_of_reach(target: int, bound: str) -> None:
     """The nearest size there is: every conv layer keeps its N, or all of everything."""
     model = rounded_copy(wide_model("hubert", "base", ["conv"]), 8)
-    fit_masks(model, target, tolerance=0)
+    fit_params(model, target, tolerance=0)
     model.prune()
     assert widths(model.config)[:4] == {"smallest": [8] * 4, "dense": [40, 36, 48, 41]}[bound]
 
@@ -811,8 +840,8 @@ def test_rounding_is_paid_for(share: float) -> None:
     """What rounding up adds is taken away again by a higher threshold."""
     model = wide_model("wavlm", "large", ["conv", "interm"])
     target = share * num_elements(model)
-    fit_masks(model, target, tolerance=0)
+    fit_params(model, target, tolerance=0)
     rounded, tolerance = rounded_copy(model, 16), 0.01 * num_elements(model)
-    assert pruned_num_params(rounded) > target + tolerance
-    assert fit_masks(rounded, target, tolerance) < 0
-    assert pruned_num_params(rounded) <= target + tolerance
+    assert pruned_size(rounded).params > target + tolerance
+    assert fit_params(rounded, target, tolerance) < 0
+    assert pruned_size(rounded).params <= target + tolerance

@@ -115,10 +115,11 @@ def _check_shapes(config: Mapping[str, Any]) -> None:
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, list[int]]:
     """The heads that fill the embedding, and those that each layer has."""
-    if is_wavlm(config):
+    wavlm = is_wavlm(config)
+    total, rest = divmod(config["encoder_embed_dim"], config.get("encoder_head_dim", 1))
+    if wavlm and "encoder_head_dim" not in config:
         return config["encoder_total_num_heads"][0], [len(heads) for heads in config["encoder_remaining_heads"]]
-    total, rest = divmod(config["encoder_embed_dim"], config["encoder_head_dim"])
-    if rest:
+    if rest or wavlm:
         raise UserError(
             f"huggingface format: attention heads of {config['encoder_head_dim']} dimensions, but those of "
             f"transformers' models divide the embedding, which has {config['encoder_embed_dim']}; export it "

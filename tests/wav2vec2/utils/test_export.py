@@ -44,6 +44,7 @@ SIZE = {"encoder_num_layers": 2, "extractor_conv_layer_config": CONV_LAYERS}
 PRUNED = {
     "hubert": {
         **SIZE,
+        "encoder_embed_dim": 12,
         "encoder_num_heads": [0, 3],
         "encoder_use_attention": [False, True],
         "encoder_use_feed_forward": [True, False],
@@ -51,6 +52,8 @@ PRUNED = {
     },
     "wavlm": {
         **SIZE,
+        "encoder_embed_dim": 12,
+        "encoder_head_dim": 4,
         "encoder_total_num_heads": [4, 4],
         "encoder_remaining_heads": [[1, 3], [0, 1, 2, 3]],
         "encoder_use_attention": [True, True],
@@ -149,7 +152,7 @@ def test_onnx_files(wavlm: Exported, hubert: Exported) -> None:
             value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
             for value in (*model.graph.input, *model.graph.output)
         }
-        states = ["batch", "frames", 16]
+        states = ["batch", "frames", 12]
         assert axes == {
             "waveforms": ["batch", "samples"],
             "lengths": ["batch"],

@@ -74,7 +74,7 @@ def test_huggingface_hidden_states(model_type: str, size: str, padded: bool, tmp
 @torch.inference_mode()
 def test_huggingface_light_extractor(size: str, tmp_path: Path) -> None:
     """conv_dim, conv_kernel and conv_stride say any layers."""
-    layers = {"extractor_conv_layer_config": [[10, 120, 40], [12, 4, 4], [9, 2, 2]]}
+    layers = {"extractor_conv_layer_config": [[10, 40, 40], [12, 6, 4], [9, 2, 2]]}
     model = unpruned_model("hubert", size, normalize_waveform=False, **layers)
     export_huggingface(model.state_dict(), model.config, tmp_path)
     waveforms = random_waveforms(5000, 5000)[0]
@@ -155,6 +155,7 @@ PRUNED_FFN = {"encoder_ff_interm_features": [20, 20, 19]}
         ("hubert", {"encoder_num_heads": [2, 2, 2]}, "layer 1 has 2 attention heads, .* 4 in every layer"),
         ("hubert", {"encoder_head_dim": 5}, "attention heads of 5 dimensions, .* which has 16"),
         ("wavlm", {"encoder_remaining_heads": [[0, 1, 2, 3], [0, 1, 3], [1]]}, "layer 2 has 3 attention heads"),
+        ("wavlm", {"encoder_embed_dim": 8, "encoder_head_dim": 4}, "attention heads of 4 dimensions, .* which has 8"),
         ("wavlm", {"encoder_use_attention": [True, True, False]}, "layer 3 has no attention"),
         ("hubert", {"encoder_use_feed_forward": [False, True, True]}, "layer 1 has no feed-forward"),
         ("hubert", {"aux_num_out": 7}, "has an output layer .aux_num_out 7."),
