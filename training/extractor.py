@@ -106,6 +106,7 @@ def learn_extractor(
         "l2_weight": 1.0,
         "l1_weight": 0.0,
         "cos_weight": 0.0,
+        "student_dropout": None,
     }
     schedule = {"learning_rate": LEARNING_RATE, "warmup_updates": num_updates // 10, "max_updates": num_updates}
     phase = dataclasses.replace(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import (
+    PRUNING,
     REPOSITORY,
     SMALL_LIGHT_LAYERS,
     last_checkpoint,
@@ -235,6 +236,23 @@ def test_same_seed_same_weights(manifests, small_teacher, tmp_path, monkeypatch)
     assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
 
 
+def test_students_dropout_is_of_the_training_alone(manifests, tmp_path, monkeypatch):
+    """The run is that of a student without dropout; the file keeps its own, for those who fine-tune."""
+    states = []
+    for name, dropout, flags in (("own", 0.1, {"student_dropout": 0}), ("none", 0.0, {}), ("same", 0.1, {})):
+        teacher = save_small_model(tmp_path / f"{name}.pth", "hubert", "base", encoder_attention_dropout=dropout)
+        contents = checkpoint.read_model_file(teacher)
+        contents["config"]["encoder_dropout"] = dropout
+        checkpoint.save(teacher, contents)
+        run = small_run(manifests, teacher, max_updates=3, **flags)
+        run_script(monkeypatch, "distill", *run, *PRUNING, "--exp_dir", tmp_path / name)
+        trained = torch.load(tmp_path / name / "ckpts" / "last.ckpt", weights_only=True)
+        assert trained["distillation"]["student_config"]["encoder_dropout"] == dropout
+        states.append(trained["state_dict"])
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
+
+
 def test_validation_counts_each_batch_once(manifests):
     """One process needs no topping up, which would weigh one batch twice in the validation loss."""
     data = SpeechDataModule(DataSettings(tsv_dir=manifests, seconds_per_batch=4, num_workers=0))
@@ -293,6 +311,14 @@ BAD_FLAGS = [
     ({"pruning_units": ""}, "--pruning_units: '' unknown"),
     ({"target_sparsity": 1.5}, "--target_sparsity: expected a number between 0 and 1"),
     ({"target_sparsity": 0.9, "pruning_units": "head"}, "pruning head removes at most"),
+    (
+        {"target_macs": 0.9, "sparsity_control": "exact", "pruning_units": "conv"},
+        "--target_macs 0.9: pruning conv removes at most 0.",
+    ),
+    ({"target_macs": 0.5}, "--target_macs 0.5: the lagrangian knows parameters only; add --sparsity_control exact"),
+    ({"target_macs": 1.5, "sparsity_control": "exact"}, "--target_macs: expected a number between 0 and 1, found 1.5"),
+    ({"student_dropout": 1}, "--student_dropout: expected a number from 0 to below 1, found 1.0"),
+    ({"pruning_units": "conv,width"}, "--pruning_units: 'width' unknown; choose from conv, head, interm"),
     ({"warmup_updates": 100}, "--warmup_updates 100 is above --max_updates 6"),
     ({"max_updates": 0}, "--max_updates: expected a number above 0"),
     ({"accelerator": "auto", "gpus": 64}, "--gpus: 64 GPUs asked for"),

@@ -83,6 +83,10 @@ def test_only_what_decides_the_result_is_recorded(monkeypatch):
     extractor = ["--student_extractor", "light"]
     assert recorded("--extractor_updates", "9") == recorded() != recorded(*extractor)
     assert recorded(*extractor) != recorded(*extractor, "--extractor_updates", "9")
+    exact = ["--sparsity_control", "exact"]
+    assert recorded(*exact) != recorded(*exact, "--target_macs", "0.5") != recorded(*exact, "--target_macs", "0.6")
+    assert recorded() != recorded("--student_dropout", "0")
+    assert not {"sparsity_control", "target_macs", "student_dropout"} & recorded().keys()  # as of older runs
     for flags in (["--seed", "1"], ["--precision", "bf16"], ["--target_sparsity", "0.5"], ["--accum_grad", "2"]):
         assert recorded(*flags) != recorded()
 
