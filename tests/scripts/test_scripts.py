@@ -238,12 +238,11 @@ def test_same_seed_same_weights(manifests, small_teacher, tmp_path, monkeypatch)
 
 def test_students_dropout_is_of_the_training_alone(manifests, tmp_path, monkeypatch):
     """The run is that of a student without dropout; the file keeps its own, for those who fine-tune."""
-    states = []
+    states, contents = [], checkpoint.read_model_file(save_small_model(tmp_path / "teacher.pth", "hubert", "base"))
     for name, dropout, flags in (("own", 0.1, {"student_dropout": 0}), ("none", 0.0, {}), ("same", 0.1, {})):
-        teacher = save_small_model(tmp_path / f"{name}.pth", "hubert", "base", encoder_attention_dropout=dropout)
-        contents = checkpoint.read_model_file(teacher)
-        contents["config"]["encoder_dropout"] = dropout
-        checkpoint.save(teacher, contents)
+        dropouts = {key: dropout for key in contents["config"] if key.endswith("_dropout")}
+        teacher = tmp_path / f"{name}.pth"
+        checkpoint.save(teacher, {**contents, "config": contents["config"] | dropouts})
         run = small_run(manifests, teacher, max_updates=3, **flags)
         run_script(monkeypatch, "distill", *run, *PRUNING, "--exp_dir", tmp_path / name)
         trained = torch.load(tmp_path / name / "ckpts" / "last.ckpt", weights_only=True)
