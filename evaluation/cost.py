@@ -17,11 +17,9 @@ import torch
 
 from cli import progress
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.flops import count_flops, count_params
+from wav2vec2.flops import UTTERANCE_SECONDS, count_flops, count_params
 from wav2vec2.model import Wav2Vec2Model, hubert_base
 
-# What MACs are counted on: the mean length of LibriSpeech test-clean (5.4 h in 2,620 utterances).
-UTTERANCE_SECONDS = 7.42
 # SUPERB's profile of HuBERT Base, as the DPHuBERT paper gives it.
 SUPERB_HUBERT_BASE_MACS = 1.669e12
 

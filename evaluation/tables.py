@@ -194,11 +194,19 @@ def unit_counts(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def architecture_tables(before: dict[str, Any], after: dict[str, Any]) -> list[Table]:
-    """Kept units of each layer as ``after/before``: of the transformer, and of the extractor."""
+    """Kept units of each layer as ``after/before``: of the transformer, of the extractor, and what all layers share.
+
+    The last is left out where nothing of it is pruned.
+    """
     old, new = unit_counts(before), unit_counts(after)
     cells = {name: [f"{kept}/{count}" for kept, count in zip(new[name], old[name], strict=True)] for name in new}
     layers = zip(cells["heads"], cells["FFN dimensions"], strict=True)
-    return [
+    keys = {
+        "dimensions of a frame": "encoder_embed_dim",
+        "taps of the positional convolution": "encoder_pos_conv_kernel",
+    }
+    shared = [[name, f"{after[key]}/{before[key]}"] for name, key in keys.items() if after[key] != before[key]]
+    tables = [
         Table(
             "Kept units of the transformer",
             ["layer", "heads", "FFN dimensions"],
@@ -212,3 +220,4 @@ def architecture_tables(before: dict[str, Any], after: dict[str, Any]) -> list[T
             [],
         ),
     ]
+    return [*tables, Table("Kept units of all layers", ["unit", "kept"], shared, [])] if shared else tables

@@ -22,8 +22,8 @@ from lightning import COS_TYPES, DISTILL_MODES, SPARSITY_CONTROLS, parse_distill
 from training.checkpoints import AUTO
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
 from wav2vec2.errors import UserError, short_repr
+from wav2vec2.flops import UTTERANCE_SECONDS
 from wav2vec2.model import PRUNING_UNITS
-from wav2vec2.sparsity import MACS_SECONDS
 
 # The published number of GPUs of one node (run.sh).
 DEFAULT_GPUS = 4
@@ -244,8 +244,8 @@ class PruningSettings(_Settings):
     )
     target_macs: float | None = _option(
         None,
-        f"share of the multiply-adds of {MACS_SECONDS} s of speech to remove, instead of --target_sparsity or, if both "
-        "are given, both at least; with --sparsity_control exact",
+        f"share of the multiply-adds of {UTTERANCE_SECONDS} s of speech to remove, instead of --target_sparsity or, if "
+        "both are given, both at least; with --sparsity_control exact",
         recorded=True,
         check=_between_zero_and_one,
     )

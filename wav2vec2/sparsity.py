@@ -25,11 +25,11 @@ from hardconcrete import HardConcrete
 from .audio import SAMPLE_RATE
 from .components import assumed_sizes
 from .errors import UserError, short_repr
+from .flops import UTTERANCE_SECONDS
 from .model import Wav2Vec2Model
 
 # What MACs are counted for: attention grows with the square of it.
-MACS_SECONDS = 10
-_MACS_SAMPLES = MACS_SECONDS * SAMPLE_RATE
+_MACS_SAMPLES = round(UTTERANCE_SECONDS * SAMPLE_RATE)
 
 # Relative; float32 masks cannot be brought nearer than about a tenth of it.
 _EXPECTED_SIZE_TOLERANCE = 1e-5
@@ -39,7 +39,7 @@ _CERTAIN = 40.0
 
 
 class Size(NamedTuple):
-    """Parameters, and MACs of :data:`MACS_SECONDS` of speech; None where a budget is for the other one only."""
+    """Parameters, and MACs of :data:`~wav2vec2.flops.UTTERANCE_SECONDS` of speech; None where there is no budget."""
 
     params: Any
     macs: Any

@@ -88,6 +88,9 @@ def test_architecture():
     layers, extractor = architecture_tables(wavlm, config)
     assert layers.rows[1:] == [["2", "2/0", "20/20"], ["3", "3/4", "0/20"]]
     assert str(extractor).splitlines()[1:3] == ["conv layer  channels", "0              10/10"]
+    narrow = {**config, "encoder_embed_dim": 12, "encoder_pos_conv_kernel": 4}
+    *_, shared = architecture_tables(config, narrow)
+    assert shared.rows == [["dimensions of a frame", "12/16"], ["taps of the positional convolution", "4/8"]]
 
 
 def test_macs_of_hubert_base():
