@@ -211,7 +211,7 @@ class DistillModule(pl.LightningModule):
         target_sparsity, sparsity_warmup_updates: see :class:`SparsityBudget`.
         sparsity_control: "lagrangian" (paper, section 2.3) adds λ1·(s − t) + λ2·(s − t)² and trains the multipliers.
             "exact" keeps s = t: after every update the masks are moved to the next step's target, and their gradients
-            are those along which the size stays (:mod:`wav2vec2.sparsity`).
+            count that in (:mod:`wav2vec2.sparsity`).
         target_macs: a target for the share of multiply-adds, beside or instead of that of parameters; for "exact".
 
     Attributes:
