@@ -929,7 +929,7 @@ class Transformer(nn.Module):
         outputs = []
         for number, layer in enumerate(self.layers[:num_layers], start=1):
             x = _run(layer, self.recompute, x, padding_scores, position_bias, embed_mask)
-            output = x if embed_mask is None or not self.layer_norm_first else x * embed_mask
+            output = x if embed_mask is None or not self.layer_norm_first else x * _mask_for(x, embed_mask)
             outputs.append(output if kept is None or number in kept else x.new_empty(0))
         return outputs
 
@@ -997,7 +997,7 @@ class Encoder(nn.Module):
         """The projected frames, the scores of padding, and the mask (D,) over dimensions of frames."""
         x, mask = self.feature_projection(features), self._embed_mask()
         if mask is not None:
-            x = x * mask
+            x = x * _mask_for(x, mask)
         if lengths is None:
             return x, None, mask
         padded = torch.arange(x.size(1), device=x.device) >= lengths[:, None]  # (B, T)
@@ -1006,9 +1006,9 @@ class Encoder(nn.Module):
 
     def _embed_mask(self) -> Tensor | None:
         """(D,), or None without a mask"""
-        return (
-            None if self.hard_concrete is None else self.hard_concrete().repeat(self.embed_dim // self.num_embed_units)
-        )
+        if self.hard_concrete is None:
+            return None
+        return self.hard_concrete().repeat(self.embed_dim // self.num_embed_units)
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, frames, C) and (B,) valid frames -> (B, frames, D)"""
