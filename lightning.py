@@ -261,13 +261,12 @@ class DistillModule(pl.LightningModule):
             raise ValueError(f"sparsity_control: expected one of {SPARSITY_CONTROLS}, found {sparsity_control!r}")
         self.controls_exactly = use_reg and sparsity_control == "exact"
         if use_reg:
-            original, initial = size_of(teacher_model), initial_size(student_model)
             budgets = [
-                SparsityBudget(int(before), target, sparsity_warmup_updates)
-                for before, target in zip(original, (target_sparsity, target_macs), strict=True)
+                SparsityBudget(int(original), target, sparsity_warmup_updates)
+                for original, target in zip(size_of(teacher_model), (target_sparsity, target_macs), strict=True)
             ]
             if self.controls_exactly:  # from the sparsity that masks begin with
-                for budget, size in zip(budgets, initial, strict=True):
+                for budget, size in zip(budgets, initial_size(student_model), strict=True):
                     budget.start = budget.sparsity(size)
             else:
                 self.lambda1 = nn.Parameter(torch.tensor(0.0))
