@@ -665,8 +665,8 @@ class WavLMSelfAttention(SelfAttention):
 
     def _gate(self, x: Tensor, position_bias: Tensor) -> Tensor:
         """(B, T, D) input of the attention, (H_total, T, T) -> (B, H, T, T)"""
-        batch, frames, _ = x.shape
-        per_head = x.view(batch, frames, self.total_num_heads, -1).transpose(1, 2)  # (B, H_total, T, D / H_total)
+        batch, frames, embed_dim = x.shape
+        per_head = x.view(batch, frames, self.total_num_heads, embed_dim // self.total_num_heads).transpose(1, 2)
         const = self.gru_rel_pos_const
         if self.num_heads < self.total_num_heads:
             per_head = per_head.index_select(1, self.head_index)
@@ -872,7 +872,7 @@ class Transformer(nn.Module):
         self.layers = layers
         self.recompute = False
 
-    def _preprocess(self, x: Tensor, embed_mask: Tensor | None) -> Tensor:
+    def _preprocess(self, x: Tensor, embed_mask: Tensor | None = None) -> Tensor:
         x = x + self.pos_conv_embed(x)
         if not self.layer_norm_first:
             x = self.layer_norm(x, embed_mask)
