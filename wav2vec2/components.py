@@ -1026,21 +1026,10 @@ class Encoder(nn.Module):
         x, padding_scores, embed_mask = self._preprocess(features, lengths)
         return [x, *self.transformer.get_intermediate_outputs(x, padding_scores, num_layers, kept, embed_mask)]
 
-    def _expected_embed_dim(self) -> Tensor | int:
+    def expected_embed_dim(self) -> Tensor | int:
+        """The expected D."""
         num_units = self.num_embed_units
         return _expected_size(self.hard_concrete, num_units) * (self.embed_dim // num_units)
-
-    def get_num_params(self, in_features: Tensor | int) -> Tensor | int:
-        """Expected parameters given the extractor's expected output channels."""
-        embed_dim = self._expected_embed_dim()
-        num_params = self.feature_projection.get_num_params(in_features, embed_dim)
-        return num_params + self.transformer.get_num_params(embed_dim)
-
-    def get_num_macs(self, in_features: Tensor | int, num_frames: int) -> Tensor | int:
-        """Expected multiply-adds given the extractor's expected output channels and its frames."""
-        embed_dim = self._expected_embed_dim()
-        num_macs = self.feature_projection.get_num_macs(in_features, embed_dim, num_frames)
-        return num_macs + self.transformer.get_num_macs(embed_dim, num_frames)
 
     def kept_dims(self) -> Tensor | None:
         """The dimensions (n,) that :meth:`prune` keeps, in eval mode, or None where all stay: there is no mask."""

@@ -117,8 +117,10 @@ class Wav2Vec2Model(nn.Module):
         Without masks it is the exact number. The auxiliary head is not counted: it belongs to a
         downstream task and is never pruned.
         """
+        embed_dim = self.encoder.expected_embed_dim()
         num_params, channels = self.feature_extractor.get_num_params()
-        return num_params + self.encoder.get_num_params(channels)
+        num_params = num_params + self.encoder.feature_projection.get_num_params(channels, embed_dim)
+        return num_params + self.encoder.transformer.get_num_params(embed_dim)
 
     def get_num_macs(self, num_samples: int) -> Tensor | int:
         """Expected multiply-adds of ``extract_features`` on a waveform: a differentiable scalar while there are masks.
@@ -129,8 +131,10 @@ class Wav2Vec2Model(nn.Module):
         Args:
             num_samples: T, at 16 kHz; attention grows with its square.
         """
+        embed_dim, num_frames = self.encoder.expected_embed_dim(), self.feature_extractor.num_frames(num_samples)
         num_macs, channels = self.feature_extractor.get_num_macs(num_samples)
-        return num_macs + self.encoder.get_num_macs(channels, self.feature_extractor.num_frames(num_samples))
+        num_macs = num_macs + self.encoder.feature_projection.get_num_macs(channels, embed_dim, num_frames)
+        return num_macs + self.encoder.transformer.get_num_macs(embed_dim, num_frames)
 
     def recompute_activations(self, enabled: bool = True) -> None:
         """In training, keep only the input of each conv and encoder layer, and run it again for the backward pass.
