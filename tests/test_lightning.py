@@ -177,9 +177,8 @@ def exact_module(**changes: Any) -> DistillModule:
     return make_module(student_model=student, sparsity_control="exact", **{"target_sparsity": 0.6, **changes})
 
 
-def test_exact_control_is_on_its_target_at_every_update():
-    """From the sparsity that masks begin with, which no target is below, to the end, the last update included."""
-    module = exact_module(reg_learning_rate=0.2, max_updates=12, sparsity_warmup_updates=8)
+def train_and_record(module: DistillModule, num_updates: int) -> list[dict[str, float]]:
+    """The scalars of every update of a run."""
     rows = []
 
     class Recording(pl.Callback):
@@ -187,7 +186,14 @@ def test_exact_control_is_on_its_target_at_every_update():
             rows.append({name: float(value) for name, value in module.scalars.items()})
 
     batch = (random_waveforms(800, 800)[0], None)
-    make_trainer(12, callbacks=[Recording()]).fit(module, DataLoader([batch] * 12, batch_size=None))
+    make_trainer(num_updates, callbacks=[Recording()]).fit(module, DataLoader([batch] * num_updates, batch_size=None))
+    return rows
+
+
+def test_exact_control_is_on_its_target_at_every_update():
+    """From the sparsity that masks begin with, which no target is below, to the end, the last update included."""
+    module = exact_module(reg_learning_rate=0.2, max_updates=12, sparsity_warmup_updates=8)
+    rows = train_and_record(module, 12)
     assert [row["sparsity_expected"] for row in rows] == pytest.approx(
         [row["sparsity_target"] for row in rows], abs=2e-5
     )
@@ -205,14 +211,7 @@ def test_exact_control_is_on_its_target_at_every_update():
 def test_two_budgets_are_never_exceeded():
     """The target of multiply-adds rises as that of parameters, from the same masks; one of the two is always met."""
     module = exact_module(reg_learning_rate=0.2, max_updates=8, sparsity_warmup_updates=6, target_macs=0.7)
-    rows = []
-
-    class Recording(pl.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            rows.append({name: float(value) for name, value in module.scalars.items()})
-
-    batch = (random_waveforms(800, 800)[0], None)
-    make_trainer(8, callbacks=[Recording()]).fit(module, DataLoader([batch] * 8, batch_size=None))
+    rows = train_and_record(module, 8)
     margins = [[row[f"{name}_expected"] - row[f"{name}_target"] for name in ("sparsity", "macs")] for row in rows]
     assert [min(margin) for margin in margins] == pytest.approx([0] * 8, abs=2e-5)
     assert rows[-1]["macs_target"] == pytest.approx(0.7)
