@@ -25,6 +25,7 @@ from training.arguments import DEFAULT_MODEL, PruningSettings, add_arguments, re
 from training.checkpoints import choose_checkpoint
 from training.data import SpeechDataModule
 from training.extractor import learn_extractor, with_extractor
+from training.objectives import with_layer_groups
 from training.trainer import new_projections, train
 from wav2vec2.checkpoint import load_model, load_state, masked_model_of, read_model_file
 from wav2vec2.errors import UserError
@@ -63,6 +64,7 @@ def main(args: argparse.Namespace) -> None:
     data = SpeechDataModule(settings.data)
     pl.seed_everything(settings.data.seed, verbose=False)
     teacher = load_model(settings.models.teacher_ckpt)
+    settings = with_layer_groups(settings, data, teacher)
     original = read_model_file(settings.models.student_ckpt)
     contents = original
     if args.student_extractor:

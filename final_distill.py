@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import cli
 from training.arguments import add_arguments, read_arguments
 from training.data import SpeechDataModule
+from training.objectives import with_layer_groups
 from training.trainer import new_projections, train
 from wav2vec2.checkpoint import load_model, load_state, model_of, read_model_file
 from wav2vec2.errors import UserError
@@ -33,6 +34,7 @@ def main(args: argparse.Namespace) -> None:
     data = SpeechDataModule(settings.data)
     pl.seed_everything(settings.data.seed, verbose=False)
     teacher = load_model(settings.models.teacher_ckpt)
+    settings = with_layer_groups(settings, data, teacher)
     pruned = read_model_file(settings.models.student_ckpt)
     if not isinstance(pruned.get("distill_linear_projs"), dict):
         raise UserError(f"{args.student_ckpt}: no distill_linear_projs in it; give the file that prune.py wrote")
@@ -43,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
         pruned["distill_linear_projs"],
         f"{args.student_ckpt} (distill_linear_projs; --distill_layers and --distill_mode must be those of distill.py)",
     )
-    train(settings, data, teacher, student, projections)
+    train(settings, data, teacher, student, projections, pruned.get("objectives"))
 
 
 if __name__ == "__main__":

@@ -118,11 +118,13 @@ def fit_to_target(
     return shift
 
 
-def narrow_projections(projections: dict[str, Tensor], kept_dims: Tensor) -> None:
-    """Keep, in place, what projections onto the teacher's frames read of the dimensions that are left (n,)."""
-    for key, value in projections.items():
+def narrow(state: dict[str, Tensor], kept_dims: Tensor) -> None:
+    """Keep, in place, what projections and objectives read of the dimensions of frames that are left (n,)."""
+    for key, value in state.items():
         if key.endswith("weight"):
-            projections[key] = value[:, kept_dims].clone()
+            state[key] = value[:, kept_dims].clone()
+        elif key.endswith("hidden_frame"):
+            state[key] = value[kept_dims].clone()
 
 
 def warn_if_unfinished(distilled: dict[str, Any], path: Path, shift: float) -> None:
@@ -140,7 +142,7 @@ def warn_if_unfinished(distilled: dict[str, Any], path: Path, shift: float) -> N
 
 def main(args: argparse.Namespace) -> None:
     distilled = read_training_checkpoint(args.distilled_ckpt)
-    student_state, projections = split_state_dict(distilled["state_dict"])
+    student_state, projections, objectives = split_state_dict(distilled["state_dict"])
     units = masked_units(student_state)
     if not units:
         raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")
@@ -176,8 +178,11 @@ def main(args: argparse.Namespace) -> None:
     kept_dims = model.eval().encoder.kept_dims()
     config = model.prune()
     if kept_dims is not None:
-        narrow_projections(projections, kept_dims)
+        narrow(projections, kept_dims)
+        narrow(objectives, kept_dims)
     contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}
+    if objectives:
+        contents["objectives"] = objectives
     save(out, {**contents, "made_by": made_by})
     num_params = model.get_num_params()
     print(json.dumps(config, indent=2))

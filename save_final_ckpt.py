@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files: {out}")
         return
 
-    student_state, projections = split_state_dict(trained["state_dict"])
+    student_state, projections, _ = split_state_dict(trained["state_dict"])
     model = build_model(config, args.config_path)
     load_state(model, student_state, f"{args.ckpt_after_final_distill} in the model of {args.config_path}")
     contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}

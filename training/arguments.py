@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import torch
 
-from lightning import COS_TYPES, DISTILL_MODES, SPARSITY_CONTROLS, parse_distill_layers
+from lightning import COS_TYPES, DISTILL_MODES, SPARSITY_CONTROLS, Layers, parse_distill_layers
 from training.checkpoints import AUTO
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
 from wav2vec2.errors import UserError, short_repr
@@ -164,7 +164,12 @@ class ModelSettings(_Settings):
         recorded=True,
         check=_share,
     )
-    distill_layers: str = _option("0.4,8,12", "groups by period, layers in a group by comma", recorded=True)
+    distill_layers: str = _option(
+        "0.4,8,12",
+        "groups by period, layers in a group by comma, layers whose mean is one target by plus; auto:K: 0, and K means "
+        "of the teacher's layers that are alike",
+        recorded=True,
+    )
     distill_mode: str = _option("layer2layer", "see the README", recorded=True, choices=DISTILL_MODES)
     l2_weight: float = _option(0.0, "of the mean squared error", recorded=True)
     l1_weight: float = _option(1.0, "of the mean absolute error", recorded=True)
@@ -179,12 +184,11 @@ class ModelSettings(_Settings):
                     f"--{option}: {DEFAULT_MODEL}, the default, does not exist; make it with "
                     f"python convert_hubert_from_hf.py --out {DEFAULT_MODEL}, or give another file"
                 )
-        if not (self.l2_weight or self.l1_weight or self.cos_weight):
-            raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: nothing would be distilled")
-        try:
-            parse_distill_layers(self.distill_layers)
-        except UserError as error:
-            raise UserError(f"--distill_layers: {error}") from None
+        if self.num_auto_groups is None:
+            try:
+                parse_distill_layers(self.distill_layers)
+            except UserError as error:
+                raise UserError(f"--distill_layers: {error}") from None
 
     def recorded(self) -> dict[str, Any]:
         # Runs from before the option was there are continued as those without it.
@@ -194,14 +198,52 @@ class ModelSettings(_Settings):
         return settings
 
     @property
-    def layer_groups(self) -> list[list[int]]:
-        """The distilled layers, by group."""
+    def num_auto_groups(self) -> int | None:
+        """K of ``auto:K``; None where the layers are named."""
+        match = re.fullmatch(r"auto:([1-9][0-9]{0,2})", self.distill_layers)
+        return int(match[1]) if match else None
+
+    @property
+    def layer_groups(self) -> list[list[Layers]]:
+        """What is distilled, by group."""
         return parse_distill_layers(self.distill_layers)
 
     @property
-    def layers(self) -> list[int]:
-        """The distilled layers, all groups together."""
-        return [layer for group in self.layer_groups for layer in group]
+    def layers(self) -> list[Layers]:
+        """What is distilled, all groups together."""
+        return [layers for group in self.layer_groups for layers in group]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings(_Settings):
+    """Other objectives, beside --l2_weight, --l1_weight and --cos_weight or instead of them."""
+
+    star_weight: float = _option(
+        0.0,
+        "of the temporal relations of --distill_layers, as STaR (arXiv 2312.09040)",
+        recorded=True,
+        check=_not_negative,
+    )
+    unit_weight: float = _option(
+        0.0,
+        "of the teacher's units in masked frames, as DiceHuBERT (arXiv 2507.02911)",
+        recorded=True,
+        check=_not_negative,
+    )
+    unit_layer: int | None = _option(
+        None,
+        "the teacher's layer of these units (default: at three quarters of its depth)",
+        recorded=True,
+        check=_not_negative,
+    )
+    num_units: int = _option(500, "clusters of k-means", recorded=True, check=_above_zero)
+
+    def recorded(self) -> dict[str, Any]:
+        """What is not as it always was: runs of before the options were there are continued as those without them."""
+        settings = super().recorded()
+        if not self.star_weight:
+            del settings["star_weight"]
+        return settings if self.unit_weight else {k: v for k, v in settings.items() if "unit" not in k}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,6 +446,7 @@ class RunSettings:
 
     Attributes:
         stage: its name, for people.
+        objectives: None where equation 1 is all.
         pruning, extractor: None in the final distillation.
     """
 
@@ -412,12 +455,25 @@ class RunSettings:
     models: ModelSettings
     optimisation: OptimisationSettings
     machine: MachineSettings
+    objectives: ObjectiveSettings | None = None
     pruning: PruningSettings | None = None
     extractor: ExtractorSettings | None = None
 
+    def __post_init__(self) -> None:
+        models, objectives = self.models, self.objectives
+        others = objectives and (objectives.star_weight or objectives.unit_weight)
+        if not (models.l2_weight or models.l1_weight or models.cos_weight or others):
+            raise UserError(
+                "--l2_weight, --l1_weight, --cos_weight, --star_weight and --unit_weight are all 0: nothing would be "
+                "distilled"
+            )
+
     def recorded(self) -> dict[str, Any]:
         """The settings that decide what comes out of the run."""
-        groups = [self.data, self.models, self.optimisation, self.machine, self.pruning, self.extractor]
+        groups = [
+            *(self.data, self.models, self.objectives, self.optimisation),
+            *(self.machine, self.pruning, self.extractor),
+        ]
         settings = {name: value for group in groups if group for name, value in group.recorded().items()}
         # Four processes, or one with --accum_grad 4: the same updates.
         num_batches = self.machine.num_processes * self.optimisation.accum_grad
@@ -427,6 +483,7 @@ class RunSettings:
 _SHARED = {
     "data": DataSettings,
     "models": ModelSettings,
+    "objectives": ObjectiveSettings,
     "optimisation": OptimisationSettings,
     "machine": MachineSettings,
 }

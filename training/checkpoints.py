@@ -131,13 +131,13 @@ def changed_settings(recorded: dict[str, Any] | None, current: dict[str, Any]) -
     ]
 
 
-def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The student's and the projections' parts of a training checkpoint's state dict, without their prefixes."""
+def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The student's, the projections' and the objectives' parts of a training checkpoint's, without their prefixes."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
 
-    return part("student_model."), part("distill_linear_projs.")
+    return part("student_model."), part("distill_linear_projs."), part("objectives.")
 
 
 def made_before(out: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:

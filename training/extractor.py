@@ -115,6 +115,7 @@ def learn_extractor(
         models=dataclasses.replace(settings.models, **models),
         optimisation=dataclasses.replace(settings.optimisation, **schedule),
         machine=dataclasses.replace(settings.machine, exp_dir=settings.machine.exp_dir / "extractor"),
+        objectives=None,
         pruning=None,
     )
     teacher, student = _up_to_projection(original), _up_to_projection(light)

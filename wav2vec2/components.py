@@ -993,9 +993,14 @@ class Encoder(nn.Module):
         self.embed_dim, self.num_embed_units = config.encoder_embed_dim, config.num_embed_units
         self.hard_concrete = _make_mask(config, "embed", self.num_embed_units, min_kept=1, binary=True)
 
-    def _preprocess(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _preprocess(
+        self, features: Tensor, lengths: Tensor | None, hidden: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The projected frames, the scores of padding, and the mask (D,) over dimensions of frames."""
         x, mask = self.feature_projection(features), self._embed_mask()
+        if hidden is not None:
+            is_hidden, stand_in = hidden
+            x = torch.where(is_hidden[..., None], stand_in.to(x.dtype), x)
         if mask is not None:
             x = x * _mask_for(x, mask)
         if lengths is None:
@@ -1021,9 +1026,16 @@ class Encoder(nn.Module):
         lengths: Tensor | None = None,
         num_layers: int | None = None,
         kept: Collection[int] | None = None,
+        hidden: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """The projected features and the output of each layer: num_layers + 1 tensors (B, frames, D)."""
-        x, padding_scores, embed_mask = self._preprocess(features, lengths)
+        """The projected features and the output of each layer: num_layers + 1 tensors (B, frames, D).
+
+        Args:
+            features, lengths: as of :meth:`forward`.
+            num_layers, kept: as of :meth:`~wav2vec2.model.Wav2Vec2Model.extract_features`.
+            hidden: frames (B, frames) that the transformer does not see, and what stands in their place (D,).
+        """
+        x, padding_scores, embed_mask = self._preprocess(features, lengths, hidden)
         return [x, *self.transformer.get_intermediate_outputs(x, padding_scores, num_layers, kept, embed_mask)]
 
     def expected_embed_dim(self) -> Tensor | int:

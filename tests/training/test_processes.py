@@ -74,6 +74,8 @@ def run_processes(*command: object, timeout: int = 300) -> None:
         ("hubert", "base", 0.6, 1, "lagrangian"),  # 6 batches: the last update of an epoch is topped up with two
         ("wavlm", "large", 0.4, 3, "lagrangian"),  # 8 batches for 2 x 3
         ("hubert", "large", 0.4, 3, "exact --target_macs 0.35 --pruning_units conv,head,interm,posconv,embed"),
+        # No equation 1, whose projections then have no gradient.
+        ("hubert", "large", 0.6, 1, "exact --unit_weight 1 --num_units 5 --star_weight 1 --l1_weight 0 --cos_weight 0"),
     ],
 )
 def test_two_processes_train_as_one(
