@@ -68,13 +68,15 @@ def chosen_round_to(training: dict[str, Any], args: argparse.Namespace) -> int:
     return value
 
 
-def student_extractor(training: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The config's entry for the layers that the student's extractor had; empty where the checkpoint does not say."""
-    config = training.get("student_config", {})
+def student_config(training: dict[str, Any], original: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config that the student had: where it was made another than ``original``, what the checkpoint says."""
+    config, settings = training.get("student_config", {}), training.get("settings")
     if not isinstance(config, dict):
         raise UserError(f"{path}: distillation: student_config: expected a dict, found {short_repr(config)}")
-    key = "extractor_conv_layer_config"  # the only one that --student_extractor makes another than --original_ckpt's
-    return {key: config[key]} if key in config else {}
+    if isinstance(settings, dict) and "student_config" in settings:
+        return config
+    key = "extractor_conv_layer_config"  # the only one that --student_extractor makes another
+    return original | ({key: config[key]} if key in config else {})
 
 
 def fit_to_target(
@@ -163,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files with the same settings: {out}", file=sys.stderr)
         return
 
-    masked = with_masks(original["config"] | student_extractor(training, args.distilled_ckpt), units)
+    masked = with_masks(student_config(training, original["config"], args.distilled_ckpt), units)
     source = f"{args.distilled_ckpt} in the model of {args.original_ckpt}"
     # Before memory is taken for what the checkpoint says of its layers.
     check_weights(expected_state(masked, source), published_state(student_state), source)

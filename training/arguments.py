@@ -22,6 +22,7 @@ from lightning import COS_TYPES, DISTILL_MODES, SPARSITY_CONTROLS, Layers, parse
 from training.checkpoints import AUTO
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
 from wav2vec2.errors import UserError, short_repr
+from wav2vec2.files import read_json
 from wav2vec2.flops import UTTERANCE_SECONDS
 from wav2vec2.model import PRUNING_UNITS
 
@@ -368,6 +369,60 @@ class ExtractorSettings(_Settings):
         return super().recorded() if self.student_extractor is not None else {}
 
 
+# The value of --init_layers for layers that start from nothing.
+RANDOM = "random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSettings(_Settings):
+    """A student of another shape."""
+
+    student_config: Path | None = _option(
+        None,
+        "JSON of the config's keys in which the student differs from --student_ckpt, which it is a slice of where that "
+        "can be (default: the student has its shape)",
+    )
+    init_layers: str | None = _option(
+        None,
+        f"the layers of --student_ckpt, from 1, that the student's layers start from, or '{RANDOM}' (default: spread "
+        "evenly over its depth)",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.student_config is None:
+            if self.init_layers is not None:
+                raise UserError(f"--init_layers {self.init_layers}: of a --student_config, which is not given")
+            return
+        self.recorded()  # a file that cannot be read is refused before all else
+        if self.init_layers not in (None, RANDOM) and not self.layers:
+            raise UserError(
+                f"--init_layers: expected {RANDOM}, or layers from 1 such as 1,2, found {short_repr(self.init_layers)}"
+            )
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What the JSON says.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        expected = "JSON of the config's keys in which the student differs from --student_ckpt"
+        return read_json(self.student_config, expected, "give such JSON with --student_config")
+
+    @property
+    def layers(self) -> list[int] | None:
+        """The layers that --init_layers names; None where it names none."""
+        words = (self.init_layers or "").split(",")
+        return [int(word) for word in words] if all(re.fullmatch("[1-9][0-9]{0,3}", word) for word in words) else None
+
+    def recorded(self) -> dict[str, Any]:
+        # Wherever the file lies. Runs of before the option was there are continued as those without it.
+        if self.student_config is None:
+            return {}
+        return {"student_config": json.dumps(self.changes, sort_keys=True), "init_layers": self.init_layers}
+
+
 @dataclass(frozen=True, kw_only=True)
 class MachineSettings(_Settings):
     """Machine. Of these only the precision changes what comes out of a run."""
@@ -453,6 +508,7 @@ class RunSettings:
     stage: str
     data: DataSettings
     models: ModelSettings
+    student: StudentSettings
     optimisation: OptimisationSettings
     machine: MachineSettings
     objectives: ObjectiveSettings | None = None
@@ -471,7 +527,7 @@ class RunSettings:
     def recorded(self) -> dict[str, Any]:
         """The settings that decide what comes out of the run."""
         groups = [
-            *(self.data, self.models, self.objectives, self.optimisation),
+            *(self.data, self.models, self.student, self.objectives, self.optimisation),
             *(self.machine, self.pruning, self.extractor),
         ]
         settings = {name: value for group in groups if group for name, value in group.recorded().items()}
@@ -483,6 +539,7 @@ class RunSettings:
 _SHARED = {
     "data": DataSettings,
     "models": ModelSettings,
+    "student": StudentSettings,
     "objectives": ObjectiveSettings,
     "optimisation": OptimisationSettings,
     "machine": MachineSettings,

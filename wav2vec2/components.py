@@ -366,22 +366,26 @@ class FeatureExtractor(nn.Module):
 
 
 class FeatureProjection(nn.Module):
-    """LayerNorm, Linear and dropout between extractor and transformer."""
+    """LayerNorm (which DistilHuBERT leaves out), Linear and dropout between extractor and transformer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         in_features = config.extractor_conv_layer_config[-1][0]
-        self.layer_norm = nn.LayerNorm(in_features)
+        has_norm = config.encoder_feature_projection_layer_norm
+        self.layer_norm = nn.LayerNorm(in_features) if has_norm else None
         self.projection = nn.Linear(in_features, config.encoder_embed_dim)
         self.dropout = nn.Dropout(config.encoder_projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, frames, C) -> (B, frames, D)"""
-        return self.dropout(self.projection(self.layer_norm(x)))
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return self.dropout(self.projection(x))
 
     def get_num_params(self, in_features: Tensor | int, embed_dim: Tensor | int) -> Tensor | int:
         """Expected parameters given the expected output channels of the extractor and the expected D."""
-        return in_features * 2 + (in_features + 1) * embed_dim
+        num_params = 0 if self.layer_norm is None else in_features * 2
+        return num_params + (in_features + 1) * embed_dim
 
     def get_num_macs(self, in_features: Tensor | int, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
         """Expected multiply-adds, given these."""
@@ -389,7 +393,8 @@ class FeatureProjection(nn.Module):
 
     def prune(self, index: Tensor) -> None:
         """Keep the input channels of ``index`` (n,)."""
-        prune_norm(self.layer_norm, index)
+        if self.layer_norm is not None:
+            prune_norm(self.layer_norm, index)
         prune_linear(self.projection, index, "input")
 
 
