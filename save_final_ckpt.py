@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import cli
-from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
+from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, trained_weights
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
 
 
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files: {out}")
         return
 
-    student_state, projections = split_state_dict(trained["state_dict"])
+    student_state, projections = trained_weights(trained, args.ckpt_after_final_distill)
     model = build_model(config, args.config_path)
     load_state(model, student_state, f"{args.ckpt_after_final_distill} in the model of {args.config_path}")
     contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}

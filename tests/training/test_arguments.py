@@ -86,7 +86,8 @@ def test_only_what_decides_the_result_is_recorded(monkeypatch):
     exact = ["--sparsity_control", "exact"]
     assert recorded(*exact) != recorded(*exact, "--target_macs", "0.5") != recorded(*exact, "--target_macs", "0.6")
     assert recorded() != recorded("--student_dropout", "0")
-    assert not {"sparsity_control", "target_macs", "student_dropout"} & recorded().keys()  # as of older runs
+    assert recorded() != recorded("--ema", "0") != recorded("--ema", "0.9")
+    assert not {"sparsity_control", "target_macs", "student_dropout", "ema"} & recorded().keys()  # as of older runs
     for flags in (["--seed", "1"], ["--precision", "bf16"], ["--target_sparsity", "0.5"], ["--accum_grad", "2"]):
         assert recorded(*flags) != recorded()
 
