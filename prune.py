@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 import cli
-from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
+from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, trained_weights
 from wav2vec2.checkpoint import build_model, check_weights, expected_state, load_state, read_model_file, save
 from wav2vec2.components import published_state
 from wav2vec2.errors import UserError, short_repr
@@ -144,7 +144,7 @@ def warn_if_unfinished(distilled: dict[str, Any], path: Path, shift: float) -> N
 
 def main(args: argparse.Namespace) -> None:
     distilled = read_training_checkpoint(args.distilled_ckpt)
-    student_state, projections, objectives = split_state_dict(distilled["state_dict"])
+    student_state, projections, objectives = trained_weights(distilled, args.distilled_ckpt)
     units = masked_units(student_state)
     if not units:
         raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")

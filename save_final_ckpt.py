@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
-from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
+from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, trained_weights
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
 from wav2vec2.errors import UserError, short_repr
 from wav2vec2.model import with_masks
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files: {out}")
         return
 
-    student_state, projections, _ = split_state_dict(trained["state_dict"])
+    student_state, projections, _ = trained_weights(trained, args.ckpt_after_final_distill)
     model = build_model(config, source)
     load_state(model, student_state, f"{args.ckpt_after_final_distill} in the model of {source}")
     contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}

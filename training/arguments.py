@@ -257,6 +257,13 @@ class OptimisationSettings(_Settings):
     max_updates: int = _option(MISSING, "updates of the whole run", recorded=True, check=_above_zero)
     clip_norm: float = _option(10.0, "clip the gradient's norm; 0 switches it off", recorded=True, check=_not_negative)
     accum_grad: int = _option(1, "batches per update", check=_above_zero)  # recorded times the processes
+    ema: float | None = _option(
+        None,
+        "average student, masks and projections over the updates, each as DECAY times the average and 1 - DECAY times "
+        "the update's; later stages take the average (default: none)",
+        recorded=True,
+        check=_share,
+    )
     skip_nonfinite: int = _option(
         0,
         "updates with a loss or gradient that is not finite to pass over (--precision 16: 20 in a row, always)",
@@ -267,6 +274,13 @@ class OptimisationSettings(_Settings):
         super().__post_init__()
         if self.warmup_updates > self.max_updates:
             raise UserError(f"--warmup_updates {self.warmup_updates} is above --max_updates {self.max_updates}")
+
+    def recorded(self) -> dict[str, Any]:
+        # As of runs from before the option was there.
+        settings = super().recorded()
+        if self.ema is None:
+            del settings["ema"]
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,12 @@ def learn_extractor(
         "cos_weight": 0.0,
         "student_dropout": None,
     }
-    schedule = {"learning_rate": LEARNING_RATE, "warmup_updates": num_updates // 10, "max_updates": num_updates}
+    schedule = {
+        "learning_rate": LEARNING_RATE,
+        "warmup_updates": num_updates // 10,
+        "max_updates": num_updates,
+        "ema": None,
+    }
     phase = dataclasses.replace(
         settings,
         stage="extractor",

@@ -27,7 +27,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from cli import AllProcessesError
 from lightning import DistillLoss, DistillModule, check_pair, linear_warmup_decay, make_projections
 from training.arguments import PRECISIONS, RunSettings
-from training.callbacks import CheckpointIO, RunCheckpoints, StopRequest, UpdateGuard, UpdateProgressBar
+from training.callbacks import CheckpointIO, RunCheckpoints, StopRequest, UpdateGuard, UpdateProgressBar, WeightAverage
 from training.checkpoints import (
     AUTO,
     CONTINUE,
@@ -224,6 +224,7 @@ def make_trainer(
         guard,
         Throughput(timer, update_flops(module), machine.precision, machine.compile),
         UpdateProgressBar(settings.stage),
+        *([] if optimisation.ema is None else [WeightAverage(optimisation.ema)]),  # before what saves it
         checkpoints,
     ]
     with refusals_of_lightning(MisconfigurationException, ValueError, RuntimeError):

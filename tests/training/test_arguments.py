@@ -90,7 +90,8 @@ def test_only_what_decides_the_result_is_recorded(monkeypatch):
     assert recorded() != recorded("--star_weight", "1") != recorded("--star_weight", "2")
     units = ["--unit_weight", "1"]
     assert recorded() != recorded(*units) != recorded(*units, "--num_units", "9")
-    assert not {"sparsity_control", "target_macs", "student_dropout"} & recorded().keys()  # as of older runs
+    assert recorded() != recorded("--ema", "0") != recorded("--ema", "0.9")
+    assert not {"sparsity_control", "target_macs", "student_dropout", "ema"} & recorded().keys()  # as of older runs
     for flags in (["--seed", "1"], ["--precision", "bf16"], ["--target_sparsity", "0.5"], ["--accum_grad", "2"]):
         assert recorded(*flags) != recorded()
 
