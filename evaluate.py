@@ -31,7 +31,7 @@ from evaluation.features import LogMel
 from evaluation.fidelity import HeldOutSpeech, make_student, measure_fidelity, shared_min_samples
 from evaluation.pictures import layers_alone, quality
 from evaluation.probes import METRICS, Probed, probe_random_models, run_probe, summary
-from evaluation.scores import figure_of_merit
+from evaluation.scores import LOG_MEL, figure_of_merit
 from evaluation.tables import evaluation_tables
 from lightning import DISTILL_MODES, parse_distill_layers
 from wav2vec2.audio import MAX_SECONDS
@@ -67,10 +67,6 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each probe per seed")
     group.add_argument("--no_controls", action="store_true", help="no probes of log-mel features and random weights")
     return parser.parse_args()
-
-
-# The control that quality is measured from.
-LOG_MEL = "log-mel"
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from wav2vec2.files import atomic_path
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 # Text and axes: the page replaces it by the colour of its own text.
 INK = "#1b1f24"
 MOST_POINTS = 400  # of a line; longer logs are averaged
@@ -174,6 +175,37 @@ def _points(models: Sequence[Mapping[str, Any]], title: str, costs: Sequence[flo
         axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
         axes.set_title("quality (log-mel 0, teacher 100)")
         axes.set_xlabel(title)
+        return Picture(f"quality against {title}", _svg(figure))
+
+
+class Point(NamedTuple):
+    """What a method reaches at a cost, and how far its runs lie apart."""
+
+    cost: float
+    mean: float
+    lowest: float
+    highest: float
+
+
+def methods(lines: Mapping[str, Sequence[Point]], title: str) -> Picture:
+    """Quality against a cost: a line for each method, a point for each size with the range of its runs."""
+    with matplotlib.rc_context({**_STYLE, "figure.figsize": (7.2, 4), "figure.subplot.right": 0.72}):
+        figure = Figure()
+        axes = figure.subplots()
+        # Colours come again with other markers.
+        styles = product(MARKERS, COLOURS)
+        for (marker, colour), (name, points) in zip(styles, lines.items(), strict=False):
+            costs, means, lowest, highest = zip(*sorted(points), strict=True)
+            spread = [np.subtract(means, lowest), np.subtract(highest, means)]
+            axes.errorbar(
+                *(costs, means, spread), color=colour, marker=marker, markersize=4, capsize=2, lw=1, label=_label(name)
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
+        axes.set_title("quality (log-mel 0, teacher 100), mean and range of the seeds")
+        axes.set_xlabel(title)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
         return Picture(f"quality against {title}", _svg(figure))
 
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+# The control that quality is measured from.
+LOG_MEL = "log-mel"
 # Bootstrap samples of the test clips, and the share of them that an interval holds.
 NUM_SAMPLES = 1000
 COVERAGE = 0.95
@@ -105,6 +107,11 @@ class Scored:
         }
 
 
+def placed(score: Any, bottom: Any, top: Any) -> Any:
+    """Where scores, numbers or arrays of them, lie between the control's (0) and the teacher's (100)."""
+    return 100 * (score - bottom) / (top - bottom)
+
+
 def figure_of_merit(
     scored: Mapping[str, Mapping[str, Scored]], more_is_better: Mapping[str, bool], top: str, bottom: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -134,15 +141,9 @@ def figure_of_merit(
     kept = [probe for probe in scored[top] if probe not in left_out]
     found = {}
     for name in samples:
-        of_probes = {
-            probe: 100 * (values[name][probe] - values[bottom][probe]) / (values[top][probe] - values[bottom][probe])
-            for probe in kept
-        }
+        of_probes = {probe: placed(values[name][probe], values[bottom][probe], values[top][probe]) for probe in kept}
         if kept:
-            parts = [
-                100 * (samples[name][probe] - samples[bottom][probe]) / (samples[top][probe] - samples[bottom][probe])
-                for probe in kept
-            ]
+            parts = [placed(samples[name][probe], samples[bottom][probe], samples[top][probe]) for probe in kept]
             found[name] = {
                 "mean": float(np.mean(list(of_probes.values()))),
                 "interval": interval(np.mean(parts, axis=0)),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPOSITORY, error_line, run_command, run_script, run_to_exit, small_config
+from helpers import error_line, run_command, run_script, run_to_exit, small_config
 
 from benchmarks import bench_data, bench_gpu, bench_model
 from benchmarks.results import Result, write_results
@@ -125,26 +125,3 @@ def test_memory_is_kept():
     assert kept.returncode in (0, 3)
     if kept.returncode == 0:  # glibc
         assert int(kept.stdout) < int(returned.stdout) / 5
-
-
-def test_results_script_makes_a_model_of_each_size_and_measures_all(tmp_path: Path) -> None:
-    """The commands, by a python that prints its arguments."""
-    sizes = {"teacher": "HF", "layers": "0.2,4", "targets": "0.75 0.9", "corpus": "C", "out": tmp_path / "r"}
-    command = ("bash", REPOSITORY / "benchmarks/results.sh", "a.tsv", "b.tsv")
-    result = run_command(*command, **sizes, python="echo", flags="--seed 1")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    called = [line.split() for line in lines if line.split()[0].endswith(".py")]
-    assert [words[0] for words in called] == [
-        "prepare_data.py",
-        "convert_hubert_from_hf.py",
-        *2 * ["distill.py", "prune.py", "final_distill.py", "save_final_ckpt.py"],
-        "evaluate.py",
-    ]
-    trained = [words for words in called if words[0] == "distill.py"]
-    assert [words[words.index("--target_sparsity") + 1] for words in trained] == ["0.75", "0.9"]
-    assert all(" ".join(words).count("--distill_layers 0.2,4 --seed 1") == 1 for words in trained)
-    models = [f"{tmp_path}/r/{size}/final/ckpts/pruned_hubert_base.pth" for size in ("0.75", "0.9")]
-    assert f"--models {' '.join(models)}" in " ".join(called[-1]) and "--probes a.tsv b.tsv" in " ".join(called[-1])
-    missing = run_command(*command[:2], **sizes)
-    assert missing.returncode and "give lists of labelled clips" in missing.stderr

@@ -1,0 +1,213 @@
+#!/usr/bin/env bash
+# Compress one teacher by every method to every size, from the same data in as many updates, and measure all with the
+# same probes: the table and the pictures of docs/results.md.
+#
+#   TEACHER=demo/mini-hubert LAYERS=0.2,4,6 DATA=LibriSpeech OUT=results/mini \
+#       bash benchmarks/methods.sh phones/phone_segments.tsv probes/digits.tsv
+#
+# TEACHER is what convert_hubert_from_hf.py --model takes, LAYERS are those to distil, the last of them the teacher's
+# last; the arguments are lists of labelled clips (docs/measuring.md). The rows are those of benchmarks/methods.conf.
+# A run is OUT/ROW-SIZE-SEED: its compressed model is final/ckpts/pruned_hubert_base.pth, and what was measured of it
+# fidelity.json and evaluation.json.
+#
+#   --dry-run         show the commands, run nothing
+#   --train-only      measure nothing
+#   --evaluate-only   measure the models that are there, train nothing
+#
+# From the environment, too: ROWS, SIZES and SEEDS choose runs; JOBS of them go on side by side (2), each on one thread;
+# FLAGS are of both trainings, "--accelerator cpu" where there is no GPU. Call it again to continue where it was stopped:
+# what is complete is left alone.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+dry_run=false train=true evaluate=true
+while [[ ${1-} == --* ]]; do
+    case $1 in
+        --dry-run) dry_run=true ;;
+        --train-only) evaluate=false ;;
+        --evaluate-only) train=false ;;
+        *) fail "$1: expected --dry-run, --train-only or --evaluate-only, or lists of labelled clips" ;;
+    esac
+    shift
+done
+: "${TEACHER:?}" "${LAYERS:?}" "${DATA:?}" "${OUT:?}"
+probes=("$@")
+((${#probes[@]})) || ! $evaluate || fail "give lists of labelled clips"
+all_rows="published exact schedule units macs light star masked_units ema together distilhubert half_width fithubert"
+rows=${ROWS:-$all_rows}
+for row in $rows; do
+    [[ " $all_rows " == *" $row "* ]] || fail "ROWS: $row is none of: $all_rows"
+done
+sizes=${SIZES:-0.75 0.9 0.95} seeds=${SEEDS:-0 1} jobs=${JOBS:-2} flags=${FLAGS:-}
+python=${python:-python} teacher_ckpt=$OUT/teacher.pth tsv_dir=$OUT/data students=$OUT/students
+export python teacher_ckpt tsv_dir students OMP_NUM_THREADS=1
+measure=("$python" evaluate.py --threads 1 --device cpu)
+
+# Shows a command, and runs it, if it is to be run at all. Where this script is stopped, so is the command, which gets SIGTERM and
+# has time to save a checkpoint.
+child=''
+call() {
+    local word line='+'
+    for word in "$@"; do
+        [[ $word =~ ^[[:alnum:]_./,:=+-]+$ ]] || word=${word@Q}
+        line+=" $word"
+    done
+    echo "$line"
+    if ! $dry_run; then
+        "$@" &
+        child=$!
+        wait "$child"
+    fi
+}
+
+# The layers that a row distils.
+layers_of() {
+    case $1 in
+        distilhubert) echo "${LAYERS#0[.,]}" ;;
+        fithubert) seq -s. "${LAYERS##*[.,]}" ;;
+        *) echo "$LAYERS" ;;
+    esac
+}
+
+# The folder of a run, and its compressed model.
+folder_of() { echo "$OUT/$1-$2-$3"; }
+model_of() { echo "$(folder_of "$@")/final/ckpts/pruned_hubert_base.pth"; }
+
+# Trains and measures one run. What is written last says that all is there.
+run() {
+    local row=$1 size=$2 folder model layers settings
+    folder=$(folder_of "$@") model=$(model_of "$@") layers=$(layers_of "$1")
+    if $train && [[ ! -f $model ]]; then
+        settings=(
+            row="$row" size="$size" layers="$layers" students="$students"
+            exp_dir="$folder" tsv_dir="$tsv_dir" teacher_ckpt="$teacher_ckpt"
+        )
+        # shellcheck disable=SC2086 # flags are words
+        call env "${settings[@]}" bash run.sh benchmarks/methods.conf --seed "$3" $flags
+        # shellcheck disable=SC2086
+        ! $dry_run || env "${settings[@]}" bash run.sh --print benchmarks/methods.conf --seed "$3" $flags | sed 's/^/    /'
+    fi
+    if $evaluate; then
+        call "${measure[@]}" --teacher "$teacher_ckpt" --models "$model" --tsv "$tsv_dir/valid.tsv" --max_seconds 40 \
+            --distill_layers "$layers" --speed_seconds --out "$folder/fidelity.json"
+        call "${measure[@]}" --models "$model" --probes "${probes[@]}" --no_controls --seeds 0 --speed_seconds \
+            --out "$folder/evaluation.json"
+    fi
+}
+
+# What scores are compared with, once for all runs.
+teacher() {
+    call "${measure[@]}" --teacher "$teacher_ckpt" --probes "${probes[@]}" --seeds 0 --speed_seconds \
+        --out "$OUT/teacher.json"
+}
+
+# What times each model that was measured: all take turns, so that the times can be compared.
+speed() {
+    local folder folders=()
+    for folder in "$OUT"/*-*-*; do
+        [[ ! -f $folder/evaluation.json ]] || folders+=("$folder")
+    done
+    ! $dry_run || folders=("$OUT"/ROW-SIZE-SEED)
+    ((!${#folders[@]})) || call "${measure[@]}" --teacher "$teacher_ckpt" \
+        --models "${folders[@]/%//final/ckpts/pruned_hubert_base.pth}" --names "${folders[@]##*/}" \
+        --speed_seconds 10 --out "$OUT/speed.json"
+}
+
+declare -A names=() logs=() begun=() # by process
+failed=() done=0
+
+# Starts a job in the background: teacher, speed, or run ROW SIZE SEED.
+start() {
+    local name=$1 log=$OUT/logs/$1.log
+    if [[ $1 == run ]]; then
+        name="$2 $3 seed $4" log=$OUT/logs/$2-$3-$4.log
+    fi
+    if $dry_run; then
+        "$@"
+        return
+    fi
+    while ((${#names[@]} >= jobs)); do finish; done
+    (
+        trap 'kill -TERM "$child" 2>/dev/null; wait "$child"; exit 143' TERM
+        "$@"
+    ) >>"$log" 2>&1 &
+    names[$!]=$name logs[$!]=$log begun[$!]=$SECONDS
+}
+
+# Waits until a job has ended, and says how it went.
+finish() {
+    local pid status took
+    wait -n || true
+    for pid in "${!names[@]}"; do
+        ! kill -0 "$pid" 2>/dev/null || continue
+        status=0 done=$((done + 1)) took="$(((SECONDS - begun[$pid] + 30) / 60)) min"
+        wait "$pid" || status=$?
+        if ((status)); then
+            failed+=("${names[$pid]}")
+            echo "$done/$total ${names[$pid]}: failed after $took with status $status, see ${logs[$pid]}"
+        else
+            echo "$done/$total ${names[$pid]}: done in $took"
+        fi
+        unset "names[$pid]"
+    done
+}
+
+# Ends all that is running; trainings save a checkpoint first.
+stop() {
+    trap '' INT TERM
+    kill -TERM $child "${!names[@]}" 2>/dev/null || true
+    wait
+    echo "stopped; call it again to continue" >&2
+    exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
+$dry_run || mkdir -p "$OUT/logs"
+[[ -f $tsv_dir/valid.tsv ]] || call "$python" prepare_data.py --data "$DATA" --out "$tsv_dir"
+[[ -f $teacher_ckpt ]] || call "$python" convert_hubert_from_hf.py --model "$TEACHER" --out "$teacher_ckpt"
+# shellcheck disable=SC2086 # sizes are words
+call "$python" -m benchmarks.students --teacher_ckpt "$teacher_ckpt" --sizes $sizes --out "$students"
+
+plan=() # jobs, each a line of words
+if $evaluate; then
+    if [[ -f $OUT/teacher.json ]]; then done=1; else plan=(teacher); fi
+fi
+for seed in $seeds; do
+    for size in $sizes; do
+        for row in $rows; do
+            model=$(model_of "$row" "$size" "$seed") last=$(folder_of "$row" "$size" "$seed")/evaluation.json
+            $evaluate || last=$model
+            if [[ $row =~ ^(distilhubert|half_width|fithubert)$ && ! -f $students/$row-$size.json ]] && ! $dry_run; then
+                continue # benchmarks.students has said why
+            elif [[ -f $last ]]; then
+                done=$((done + 1))
+            elif ! $train && [[ ! -f $model ]]; then
+                echo "$row $size seed $seed: left out, it is not trained yet"
+            else
+                plan+=("run $row $size $seed")
+            fi
+        done
+    done
+done
+total=$((done + ${#plan[@]}))
+((!done)) || echo "$done/$total are complete"
+
+# shellcheck disable=SC2086 # jobs are words
+for job in "${plan[@]}"; do start $job; done
+while ((${#names[@]})); do finish; done
+if $evaluate; then
+    total=$((total + 1))
+    start speed
+    while ((${#names[@]})); do finish; done
+    call "$python" -m benchmarks.methods "$OUT"
+fi
+if ((${#failed[@]})); then
+    printf 'failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
