@@ -148,7 +148,7 @@ def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
 def trained_weights(
     contents: dict[str, Any], path: str | os.PathLike
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """The weights of student, projections and objectives that the next stage takes: the average, where the run kept one.
+    """The weights of student, projections and objectives that the next stage takes: averages, where the run kept them.
 
     Args:
         contents: of a training checkpoint.
