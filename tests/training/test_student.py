@@ -23,9 +23,10 @@ from helpers import (
 )
 from torch import Tensor
 
+from s3prl_upstream.expert import UpstreamExpert
 from training.arguments import StudentSettings
 from training.student import student_of
-from wav2vec2 import checkpoint
+from wav2vec2 import checkpoint, extract, load
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model
 
@@ -324,6 +325,41 @@ def test_every_stage(manifests, tmp_path, monkeypatch, capsys, family, size):
     flags = ("--ckpt_after_final_distill", tmp_path / "published.ckpt")
     assert run_to_exit(monkeypatch, "save_final_ckpt", *flags) == 1
     assert "found None); give the model that prune.py wrote with --config_path" in error_line(capsys)
+
+
+@pytest.mark.slow
+def test_whatever_takes_models_takes_it(manifests, tmp_path, monkeypatch, capsys):
+    """Of other depth and width and without the projection's norm: report, evaluation, exports, extraction, s3prl."""
+    source = random_model(small_config("hubert"))
+    source.feature_extractor.dummy_weight.data.fill_(1)  # transformers' models have none
+    teacher, saved = tmp_path / "teacher.pth", tmp_path / "exp/final/ckpts/pruned_hubert_base.pth"
+    checkpoint.save(teacher, {"state_dict": source.state_dict(), "config": source.config})
+    changes = {"encoder_num_layers": 2, "encoder_embed_dim": 8, "encoder_num_heads": 2, **WITHOUT_NORM}
+    student = {"student_config": write(tmp_path, changes), "distill_mode": "predlayer", "distill_layers": "1,3"}
+    run_script(
+        monkeypatch, "final_distill", *small_run(manifests, teacher, **student), "--exp_dir", tmp_path / "exp/final"
+    )
+    run_script(monkeypatch, "save_final_ckpt", "--ckpt_after_final_distill", saved.with_name("last.ckpt"))
+    run_script(monkeypatch, "evaluation.report", tmp_path / "exp")
+    assert (tmp_path / "exp/report.html").is_file()
+    flags = ("--teacher", teacher, "--models", saved, "--tsv", manifests / "valid.tsv", "--distill_layers", "1,3")
+    once = ("--speed_seconds", 0.1, "--repetitions", 1, "--device", "cpu", "--out", tmp_path / "evaluation.json")
+    run_script(monkeypatch, "evaluate", *flags, *once)
+    found = json.loads((tmp_path / "evaluation.json").read_text())["models"][1]
+    model = load_as_others_do(saved)
+    assert found["cost"]["num_params"] == model.get_num_params()
+    assert [layer["layer"] for layer in found["fidelity"]["layers"]] == [1, 3]
+    run_script(monkeypatch, "export", "--model", saved, "--formats", "hub,huggingface", "--out", tmp_path)
+    run_script(
+        monkeypatch, "convert_hubert_from_hf", "--model", tmp_path / "huggingface", "--out", tmp_path / "back.pth"
+    )
+    waveforms, _ = random_waveforms(2000)
+    with torch.no_grad():
+        states = torch.stack(model.extract_features(waveforms)[0])
+        upstream = torch.stack(UpstreamExpert(str(saved)).eval()([waveforms[0]])["hidden_states"])
+    torch.testing.assert_close(upstream, states)
+    for path in (saved, tmp_path / "hub", tmp_path / "back.pth"):
+        torch.testing.assert_close(extract(load(path), [waveforms[0]])[0], states[:, 0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
