@@ -184,7 +184,7 @@ def _at_most(key: str, found: Any, most: Any) -> tuple[str, bool]:
         return f"{most}, as there", found == most
     if isinstance(most, list):
         return f"some of {short_repr(most)}", set(found) <= set(most)
-    return f"at most {most}", found <= most
+    return "False, as there" if most is False else f"at most {most}", found <= most
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def test_every_flag_arrives_in_a_typed_field(monkeypatch):
     assert settings.data.max_crop_seconds == 2.0 and settings.machine.plain and not settings.machine.compile
     assert settings.machine.devices == ("cpu", 2) and settings.models.layers == [(0,), (4,), (8,), (12,)]
     groups = (
-        *(settings.data, settings.models, settings.objectives, settings.optimisation),
+        *(settings.data, settings.models, settings.student, settings.objectives, settings.optimisation),
         *(settings.machine, settings.pruning, settings.extractor),
     )
     fields = [name for group in groups for name in vars(group)]

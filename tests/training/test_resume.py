@@ -92,6 +92,28 @@ def test_stopped_while_the_extractor_learns_and_behind_it(
     assert "distill and prune: complete already, 8 updates done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script", ["distill", "final_distill"])
+def test_stopped_with_a_student_of_another_shape(manifests, tmp_path, monkeypatch, disturb, capsys, script):
+    """Fresh layers, too; and another shape is another run."""
+    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
+    student = {"student_config": tmp_path / "student.json", "init_layers": "random", "distill_mode": "predlayer"}
+    student["student_config"].write_text('{"encoder_num_layers": 2, "encoder_embed_dim": 8}')
+    flags = small_run(manifests, teacher, max_updates=8, seconds_per_batch=0.6, **student)
+    flags += ["--pruning_units", "conv,head", "--target_sparsity", 0.7] if script == "distill" else []
+    run_script(monkeypatch, script, *flags, "--exp_dir", tmp_path / "whole")
+    flags = (*flags, "--exp_dir", tmp_path / "stopped", "--resume_checkpoint", "auto")
+    for update in (1, 5):
+        disturb.at[update] = send(signal.SIGTERM)
+        assert run_to_exit(monkeypatch, script, *flags) == 143
+    student["student_config"].write_text('{"encoder_num_layers": 2, "encoder_embed_dim": 12}')
+    capsys.readouterr()
+    assert run_to_exit(monkeypatch, script, *flags) == 1
+    assert 'student_config: {"encoder_embed_dim": 8, "encoder_num_layers": 2} there' in error_line(capsys)
+    student["student_config"].write_text('{"encoder_embed_dim": 8, "encoder_num_layers": 2}')  # the same
+    run_script(monkeypatch, script, *flags)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_another_extractor_is_another_run(manifests, small_teacher, tmp_path, monkeypatch, capsys):
     def flags(**changes: object) -> tuple[object, ...]:
         run = small_run(manifests, small_teacher, max_updates=2, extractor_updates=2, **changes)

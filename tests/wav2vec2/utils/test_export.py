@@ -49,6 +49,7 @@ PRUNED = {
         "encoder_use_attention": [False, True],
         "encoder_use_feed_forward": [True, False],
         "encoder_ff_interm_features": [5, 0],
+        "encoder_feature_projection_layer_norm": False,
     },
     "wavlm": {
         **SIZE,
