@@ -290,13 +290,18 @@ def test_auto_continues_the_same_run_only(half_run, monkeypatch, capsys):
 def test_a_path_continues_with_other_settings_and_says_so(half_run, tmp_path, monkeypatch, capsys):
     flags, exp_dir = half_run
     path = exp_dir / "ckpts" / "last.ckpt"
-    new = changed(flags, learning_rate=5e-4, max_updates=9, accum_grad=2, exp_dir=tmp_path / "other")
+    new = changed(flags, learning_rate=5e-4, max_updates=9, accum_grad=2, ema=0.5, exp_dir=tmp_path / "other")
     run_script(monkeypatch, "distill", *new, "--resume_checkpoint", path)
     warning = capsys.readouterr().err
-    for change in ("learning_rate: 0.0002 there, 0.0005 now", "max_updates: 6 there, 9 now", "accum_grad: 1 there"):
+    for change in (
+        "learning_rate: 0.0002 there, 0.0005 now",
+        "max_updates: 6 there, 9 now",
+        "accum_grad: 1 there",
+        "ema: None there",
+    ):
         assert change in warning
     trained = last_checkpoint(tmp_path / "other")
-    assert trained["global_step"] == 9
+    assert trained["global_step"] == 9 and trained["averaged_state_dict"]  # begun with update 5
     assert trained["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 18
     name = "lr-AdamW/main_params"
     rates = {int(row["step"]): float(row[name]) for row in logged(tmp_path / "other") if name in row}
