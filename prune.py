@@ -16,7 +16,14 @@ from typing import Any
 from torch import Tensor
 
 import cli
-from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, trained_weights
+from training.checkpoints import (
+    PRUNED_MODEL,
+    fingerprint,
+    is_on_the_way,
+    made_before,
+    read_training_checkpoint,
+    trained_weights,
+)
 from wav2vec2.checkpoint import build_model, check_weights, expected_state, load_state, read_model_file, save
 from wav2vec2.components import published_state
 from wav2vec2.errors import UserError, short_repr
@@ -133,7 +140,8 @@ def warn_if_unfinished(distilled: dict[str, Any], path: Path, shift: float) -> N
     """Say so where the run of a checkpoint has not come to its end; the published program's do not tell."""
     settings = distilled["distillation"].get("settings")
     num_updates = settings.get("max_updates") if isinstance(settings, dict) else None
-    if isinstance(num_updates, int) and distilled["global_step"] < num_updates:
+    is_final = not is_on_the_way(distilled["distillation"])
+    if is_final and isinstance(num_updates, int) and distilled["global_step"] < num_updates:
         print(
             f"warning: {path} is of update {distilled['global_step']} of {num_updates}, an unfinished run: its masks "
             f"were still on their way (threshold moved by {shift:+.4f}), and the model will be worse than its size "

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from training.checkpoints import CHECKPOINTS, LAST_CHECKPOINT, PRUNED_MODEL, read_training_checkpoint
+from training.checkpoints import (
+    CHECKPOINTS,
+    LAST_CHECKPOINT,
+    PRUNED_MODEL,
+    is_on_the_way,
+    read_training_checkpoint,
+)
 from wav2vec2.checkpoint import build_model, read_model_file
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, with_masks
@@ -149,15 +155,18 @@ def read_experiment(exp_dir: Path) -> Experiment:
     stages, models = [], []
     for title, folder, model_name in STAGES:
         checkpoints = exp_dir / folder / CHECKPOINTS
+        about = read(checkpoints / LAST_CHECKPOINT, read_training_checkpoint) or {}
+        logs, last_update = exp_dir / folder, math.inf
+        if is_on_the_way(about.get("distillation", {})):  # the run's, up to here
+            logs, last_update = exp_dir.resolve().parent, about["global_step"]
         log: dict[str, Column] = {}
-        for path in sorted((exp_dir / folder).glob(LOGS), key=lambda path: (len(path.parent.name), path.parent.name)):
+        for path in sorted(logs.glob(LOGS), key=lambda path: (len(path.parent.name), path.parent.name)):
             # A run that was continued has made the updates behind its checkpoint again: the later version counts.
             for name, column in (read(path, read_log) or {}).items():
+                column = {update: value for update, value in column.items() if update <= last_update}
                 log[name] = dict(sorted({**log.get(name, {}), **column}.items()))
-        trained = read(checkpoints / LAST_CHECKPOINT, read_training_checkpoint)
-        if log or trained:
-            about = trained or {}
-            stages.append(Stage(title, log, about.get("global_step"), about.get("distillation") or {}))
+        if log or about:
+            stages.append(Stage(title, log, about.get("global_step"), about.get("distillation", {})))
         model = read(checkpoints / PRUNED_MODEL, lambda path, name=model_name: _read_model(name, path))
         if model is not None:
             models.append(model)

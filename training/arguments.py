@@ -315,6 +315,12 @@ class PruningSettings(_Settings):
         recorded=True,
         choices=SPARSITY_CONTROLS,
     )
+    save_at_sparsity: str | None = _option(
+        None,
+        "sparsities below the target, such as 0.5,0.65: where the target reaches them, EXP_DIR/sparsity_0.5 and so on "
+        "get a checkpoint for prune.py",
+        recorded=True,
+    )
     round_to: int | None = _option(
         None, "recorded for prune.py: keep conv and feed-forward widths in multiples of this", check=_above_zero
     )
@@ -332,6 +338,22 @@ class PruningSettings(_Settings):
                 f"--target_macs {self.target_macs}: the {self.sparsity_control} knows parameters only; add "
                 "--sparsity_control exact"
             )
+        below = self.target_sparsity
+        if self.save_at_sparsity is not None and not (
+            below is not None
+            and all(re.fullmatch(r"0\.[0-9]{1,6}", text) and 0 < float(text) < below for text in self.sizes)
+            and len(set(map(float, self.sizes))) == len(self.sizes)
+        ):
+            raise UserError(
+                "--save_at_sparsity: expected different numbers between 0 and --target_sparsity "
+                f"({'not given' if below is None else below}), such as 0.5,0.65; found "
+                f"{short_repr(self.save_at_sparsity)}"
+            )
+
+    @property
+    def sizes(self) -> list[str]:
+        """The sparsities of ``--save_at_sparsity``, as they are written."""
+        return self.save_at_sparsity.split(",") if self.save_at_sparsity is not None else []
 
     @property
     def units(self) -> list[str]:
@@ -340,7 +362,7 @@ class PruningSettings(_Settings):
     def recorded(self) -> dict[str, Any]:
         """As of all groups; runs from before there was a choice have none of these recorded."""
         settings = super().recorded()
-        for option in ("target_macs", "sparsity_control"):
+        for option in ("target_macs", "sparsity_control", "save_at_sparsity"):
             if settings[option] == type(self).__dataclass_fields__[option].default:
                 del settings[option]
         return settings

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -27,7 +28,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from cli import AllProcessesError, Interrupted, progress
-from training.checkpoints import AVERAGED, CHECKPOINTS, CONTINUE, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, print_line
+from training.checkpoints import (
+    AVERAGED,
+    CHECKPOINTS,
+    CONTINUE,
+    LAST_CHECKPOINT,
+    PREVIOUS_CHECKPOINT,
+    SIZE_FOLDER,
+    print_line,
+)
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
 
@@ -413,10 +422,8 @@ class CheckpointIO(TorchCheckpointIO):
                 _keep_as(path, path.with_name(PREVIOUS_CHECKPOINT))
             ckpt.save(path, checkpoint)
             self._keep_previous = False
-        except OSError as error:
-            self.error = str(error)
-        except RuntimeError as error:  # torch's archive writer, when it cannot finish what a full disk cut short
-            self.error = str(error.__context__ or error)
+        except (OSError, RuntimeError) as error:
+            self.error = _reason(error)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -425,6 +432,11 @@ class CheckpointIO(TorchCheckpointIO):
         if loaded is not None and loaded[0] == Path(path):
             return loaded[1]
         return ckpt.read(path)
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    """Why a checkpoint could not be written; torch's archive writer hides that a full disk cut it short."""
+    return str(error if isinstance(error, OSError) else error.__context__ or error)
 
 
 def _keep_as(path: Path, name: Path) -> None:
@@ -447,6 +459,7 @@ class RunCheckpoints(pl.Callback):
         io: the trainer's checkpoint writer.
         settings: of the run, recorded in each checkpoint.
         round_to: recorded for prune.py.
+        sizes: sparsities; where the target reaches one, ``sparsity_SIZE/ckpts/last.ckpt`` is saved as well.
         save_interval: updates between checkpoints.
         updates_per_epoch: an epoch's end is saved too.
     """
@@ -459,14 +472,17 @@ class RunCheckpoints(pl.Callback):
         *,
         settings: dict[str, Any],
         round_to: int | None,
+        sizes: Sequence[str],
         save_interval: int,
         updates_per_epoch: int,
     ) -> None:
+        self._exp_dir = exp_dir
         self.path = exp_dir / CHECKPOINTS / LAST_CHECKPOINT
         self._guard = guard
         self._io = io
         self._settings = settings
         self._round_to = round_to
+        self._sizes = sizes
         self._save_interval = save_interval
         self._updates_per_epoch = updates_per_epoch
         self._updates_done = 0
@@ -495,6 +511,11 @@ class RunCheckpoints(pl.Callback):
         if trainer.global_step == self._updates_done:
             return  # in the middle of an update
         self._updates_done = trainer.global_step
+        # Before last.ckpt: a run continued from behind this update would not make up for it.
+        for size in self._sizes:
+            budget = pl_module.budget
+            if budget.target(trainer.global_step - 1) < float(size) <= budget.target(trainer.global_step):
+                self._save_size(trainer, pl_module, size)
         is_due = (
             self._guard.signum
             or trainer.global_step % self._save_interval == 0
@@ -540,6 +561,21 @@ class RunCheckpoints(pl.Callback):
         if self._guard.signum or trainer.global_step == trainer.max_steps:
             raise UserError(f"{message}; make room, then {CONTINUE}")
         print_line(f"warning: {message}; training goes on")
+
+    def _save_size(self, trainer: pl.Trainer, pl_module: pl.LightningModule, size: str) -> None:
+        """Save what prune.py turns into a model of this sparsity: a checkpoint whose targets are this update's."""
+        contents = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        contents["distillation"]["target_sparsity"] = float(size)
+        if pl_module.macs_budget is not None:
+            contents["distillation"]["target_macs"] = pl_module.macs_budget.target(trainer.global_step)
+        if not trainer.is_global_zero:
+            return
+        path = self._exp_dir / f"{SIZE_FOLDER}{size}" / CHECKPOINTS / LAST_CHECKPOINT
+        try:
+            ckpt.save(path, contents)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path}: could not be saved ({_reason(error)}); make room, then {CONTINUE}") from error
+        print_line(f"sparsity {size}: saved update {trainer.global_step} in {path}")
 
     def _leave(self, trainer: pl.Trainer) -> None:
         signum = signal.Signals(self._guard.signum)

@@ -21,6 +21,8 @@ LAST_CHECKPOINT = "last.ckpt"
 # What last.ckpt was before, while a run is going on: should the disk damage one, the other is there. Its ending keeps
 # it out of ckpts/*.ckpt, which the published commands give to prune.py.
 PREVIOUS_CHECKPOINT = f"{LAST_CHECKPOINT}.previous"
+# Where --save_at_sparsity saves, with the sparsity behind it.
+SIZE_FOLDER = "sparsity_"
 # The published name of what prune.py and save_final_ckpt.py write, whatever the model.
 PRUNED_MODEL = "pruned_hubert_base.pth"
 # The entry of a checkpoint that holds the average of --ema, beside state_dict, from which training goes on.
@@ -81,6 +83,16 @@ def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             if not (is_named and value.is_floating_point() and value.isfinite().all()):
                 raise UserError(f"{path}: {name}: {short_repr(key)} is not a tensor of finite floats; it is damaged")
     return contents
+
+
+def is_on_the_way(distillation: dict[str, Any]) -> bool:
+    """Whether a checkpoint is one of ``--save_at_sparsity``: it is for a smaller sparsity than its run.
+
+    Args:
+        distillation: what it says of its run.
+    """
+    settings, target = distillation.get("settings"), distillation.get("target_sparsity")
+    return isinstance(settings, dict) and settings.get("target_sparsity", target) != target
 
 
 def choose_checkpoint(choice: str | None, exp_dir: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -96,6 +96,7 @@ def train(
     data.check_crops(teacher.feature_extractor.receptive_field)
     objectives = new_objectives(settings, teacher, student, learnt_objectives)
     module = make_module(settings, teacher, student, projections, objectives)
+    check_sizes(settings, module)
     recorded = {**settings.recorded(), **_fingerprints(settings, data)}
     resumed = choose_checkpoint(machine.resume_checkpoint, machine.exp_dir)
     start = 0
@@ -181,6 +182,21 @@ def make_module(
     )
 
 
+def check_sizes(settings: RunSettings, module: DistillModule) -> None:
+    """Check that the target, on its way up, reaches all that ``--save_at_sparsity`` names.
+
+    Raises:
+        UserError: names one that it does not.
+    """
+    for size in settings.pruning.sizes if settings.pruning else ():
+        first, last = (module.budget.target(step) for step in (0, settings.optimisation.max_updates))
+        if not first < float(size) <= last:
+            raise UserError(
+                f"--save_at_sparsity {size}: the target rises from {first:.4f} to {last:.4f} in this run (see "
+                "--sparsity_warmup_updates, --max_updates); give sparsities between them"
+            )
+
+
 def make_trainer(
     settings: RunSettings,
     data: SpeechDataModule,
@@ -215,6 +231,7 @@ def make_trainer(
         io,
         settings=recorded,
         round_to=settings.pruning.round_to if settings.pruning else None,
+        sizes=settings.pruning.sizes if settings.pruning else [],
         save_interval=machine.save_interval,
         updates_per_epoch=len(batches) // optimisation.accum_grad,
     )

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -181,6 +182,31 @@ def test_pages_of_parts_of_a_run(exp_dir):
         path.with_suffix(".away").rename(path)
     page = Page(write_report(exp_dir))
     assert page.rows[1][:3] == ["after pruning", "5,085", "-"] and "Architecture" not in page.text
+
+
+def test_page_of_a_size_on_the_way_of_a_run(exp_dir):
+    """Its curves are the run's, which lie one folder up, as far as it was."""
+    settings = {"max_updates": 5000, "target_sparsity": 0.4}
+    about = {"student_config": small_config("hubert"), "target_sparsity": 0.3, "settings": settings}
+    write_stage(exp_dir / "sparsity_0.3", about, {"script": "prune.py"})
+    (exp_dir / "sparsity_0.3/csv/version_0/metrics.csv").unlink()
+    write_log(exp_dir / "csv/version_1/metrics.csv", [{"step": 4320, "train_loss": 0.1}, {"step": 4321, "lambda1": 9}])
+    write_stage(exp_dir / "sparsity_0.3/final", {"settings": {"max_updates": 2500}}, {"script": "save_final_ckpt.py"})
+    joint, final = read_experiment(exp_dir / "sparsity_0.3").stages
+    assert joint.log["train_loss"] == {1: 0.5, 2: 0.25, 4321: 0.1} and joint.log["lambda1"] == {1: 0.1, 2: 0.2}
+    assert final.log["train_loss"] == {1: 0.5, 2: 0.25}
+    page = Page(write_report(exp_dir / "sparsity_0.3"))
+    assert "a sparsity of 30.00% was wanted" in page.text and "4,321 of 5,000 updates" in page.text
+    assert "training 0.1, held-out speech 0.3 in the end" in page.text
+
+
+def test_page_of_a_run_without_pruning(exp_dir):
+    for path in ("ckpts", "csv"):
+        shutil.rmtree(exp_dir / path)
+    page = Page(write_report(exp_dir))
+    assert page.rows[1][0] == "after final distillation" and len(read_experiment(exp_dir).models) == 1
+    assert "4,321 of 2,500 updates" in page.text and "Not in this report" not in page.text
+    assert not {"Architecture", "pruning"} & set(page.text.split())
 
 
 def test_damaged_files_are_named_and_the_rest_is_shown(exp_dir):

@@ -42,7 +42,7 @@ TARGET = 0.75
 
 
 def test_from_raw_audio_to_the_loaded_model(corpus, manifests, tmp_path):
-    """run.sh on a teacher converted from Hugging Face: every stage, every output, the target met."""
+    """run.sh on a teacher converted from Hugging Face: every stage, every output, both targets met."""
     teacher = tmp_path / "teacher.pth"
     converted = run_command(sys.executable, "convert_hubert_from_hf.py", "--model", MINI_HUBERT, "--out", teacher)
     assert converted.returncode == 0, converted.stderr
@@ -52,7 +52,7 @@ def test_from_raw_audio_to_the_loaded_model(corpus, manifests, tmp_path):
         "shared=(--train_subset train100 --seconds_per_batch 4 --max_crop_seconds 1 --distill_layers 0.2,4,6\n"
         "    --accelerator cpu --log_interval 5)\n"
         "distill=(--pruning_units conv,head,interm --learning_rate 1e-3 --warmup_updates 10 --max_updates 30\n"
-        "    --sparsity_warmup_updates 15 --reg_learning_rate 0.1)\n"
+        "    --sparsity_warmup_updates 15 --reg_learning_rate 0.1 --save_at_sparsity 0.42 --ema 0.5)\n"
         "final=(--learning_rate 5e-4 --warmup_updates 2 --max_updates 6)\n"
     )
     result = run_command("bash", "run.sh", config, "--num_workers", 1)
@@ -80,6 +80,13 @@ def test_from_raw_audio_to_the_loaded_model(corpus, manifests, tmp_path):
     assert abs(1 - model.get_num_params() / original - TARGET) < 0.005
     hidden, _ = model.extract_features(torch.randn(2, 16000))
     assert len(hidden) == 7 and all(torch.isfinite(h).all() for h in hidden)
+
+    size = tmp_path / "exp" / "sparsity_0.42"
+    smaller = load_as_others_do(size / "final" / "ckpts" / "pruned_hubert_base.pth")
+    assert abs(1 - smaller.get_num_params() / original - 0.42) < 0.005
+    assert (size / "report.html").stat().st_size > 10_000 and last_checkpoint(size)["global_step"] == 9
+    for log in (size / "prune.log", tmp_path / "exp" / "prune.log"):
+        assert "averaged over the updates" in log.read_text() and "warning" not in log.read_text()
 
     report = run_command(
         *(sys.executable, "-m", "demo.report", "--exp_dir", tmp_path / "exp", "--teacher_ckpt", teacher),
@@ -361,6 +368,17 @@ BAD_FLAGS = [
     ),
     ({"target_macs": 0.5}, "--target_macs 0.5: the lagrangian knows parameters only; add --sparsity_control exact"),
     ({"target_macs": 1.5, "sparsity_control": "exact"}, "--target_macs: expected a number between 0 and 1, found 1.5"),
+    (
+        {"save_at_sparsity": "0.5,0.9"},
+        "--save_at_sparsity: expected different numbers between 0 and --target_sparsity (0.",
+    ),
+    ({"save_at_sparsity": "0.3"}, "--save_at_sparsity 0.3: the target rises from 0.0000 to 0.0009 in this run"),
+    (
+        {"save_at_sparsity": "0.01", "sparsity_control": "exact"},
+        "--save_at_sparsity 0.01: the target rises from 0.0",
+    ),
+    ({"save_at_sparsity": "0.3", "sparsity_warmup_updates": 0}, "the target rises from 0.7500 to 0.7500 in this run"),
+    ({"ema": 1}, "--ema: expected a number from 0 to below 1, found 1.0"),
     ({"student_dropout": 1}, "--student_dropout: expected a number from 0 to below 1, found 1.0"),
     ({"pruning_units": "conv,width"}, "--pruning_units: 'width' unknown; choose from conv, head, interm"),
     ({"warmup_updates": 100}, "--warmup_updates 100 is above --max_updates 6"),

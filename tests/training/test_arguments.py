@@ -8,7 +8,14 @@ import torch
 
 import distill
 import final_distill
-from training.arguments import DataSettings, MachineSettings, PruningSettings, add_arguments, read_arguments
+from training.arguments import (
+    DataSettings,
+    MachineSettings,
+    OptimisationSettings,
+    PruningSettings,
+    add_arguments,
+    read_arguments,
+)
 from wav2vec2.errors import UserError
 
 REQUIRED = ["--tsv_dir", "data", "--teacher_ckpt", "teacher.pth", "--student_ckpt", "student.pth"]
@@ -56,7 +63,7 @@ def test_published_flags_and_defaults(monkeypatch):
     assert {name: joint[name] for name in PUBLISHED} == PUBLISHED
     own = {"learning_rate": 1e-4, "warmup_updates": 5000, "max_updates": 25000}
     own_of_joint = {"pruning_units", "reg_learning_rate", "target_sparsity", "sparsity_warmup_updates", "round_to"}
-    own_of_joint |= {"sparsity_control", "target_macs", "student_extractor", "extractor_updates"}
+    own_of_joint |= {"sparsity_control", "target_macs", "student_extractor", "extractor_updates", "save_at_sparsity"}
     assert final == {name: value for name, value in joint.items() if name not in own_of_joint} | own
 
 
@@ -91,7 +98,9 @@ def test_only_what_decides_the_result_is_recorded(monkeypatch):
     units = ["--unit_weight", "1"]
     assert recorded() != recorded(*units) != recorded(*units, "--num_units", "9")
     assert recorded() != recorded("--ema", "0") != recorded("--ema", "0.9")
-    assert not {"sparsity_control", "target_macs", "student_dropout", "ema"} & recorded().keys()  # as of older runs
+    assert recorded() != recorded("--save_at_sparsity", "0.5") != recorded("--save_at_sparsity", "0.5,0.6")
+    new = {"sparsity_control", "target_macs", "student_dropout", "ema", "save_at_sparsity"}
+    assert not new & recorded().keys()  # as of older runs
     for flags in (["--seed", "1"], ["--precision", "bf16"], ["--target_sparsity", "0.5"], ["--accum_grad", "2"]):
         assert recorded(*flags) != recorded()
 
@@ -125,6 +134,27 @@ def test_devices(monkeypatch):
     for accelerator in ("auto", "gpu"):
         with pytest.raises(UserError, match=r"--gpus: 1 GPUs asked for, 0 found .* --accelerator cpu"):
             devices(accelerator, 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0.75", "0.8", "0.5,", "0.5,0.50", "0.5;0.6", "0", "0.0", "1", "-0.5", ".5", "5e-1", "0.5/../..", "nan"],
+)
+def test_sizes_that_cannot_be_saved(text):
+    with pytest.raises(UserError, match=r"--save_at_sparsity: expected .* between 0 and --target_sparsity \(0.75\)"):
+        PruningSettings(save_at_sparsity=text)
+
+
+def test_sizes_need_a_target():
+    with pytest.raises(UserError, match=r"--save_at_sparsity: .* --target_sparsity \(not given\)"):
+        PruningSettings(save_at_sparsity="0.5", target_macs=0.5, sparsity_control="exact")
+    assert PruningSettings(save_at_sparsity="0.50,0.7").sizes == ["0.50", "0.7"]
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan"), 2.0])
+def test_averages_that_cannot_be(decay):
+    with pytest.raises(UserError, match="--ema: expected a number from 0 to below 1, found"):
+        OptimisationSettings(learning_rate=1.0, warmup_updates=1, max_updates=2, ema=decay)
 
 
 @pytest.mark.parametrize("option", ["teacher_ckpt", "student_ckpt"])

@@ -20,6 +20,7 @@ from helpers import (
     SMALL_LIGHT_LAYERS,
     assert_same_run,
     error_line,
+    largest_difference,
     last_checkpoint,
     logged,
     run_script,
@@ -35,6 +36,17 @@ from wav2vec2 import checkpoint
 
 pytestmark = pytest.mark.slow
 
+SIZES = {"save_at_sparsity": "0.2,0.26"}  # with PRUNING, the target reaches them with updates 5 and 7
+
+
+def assert_same_sizes(one: Path, other: Path) -> None:
+    """What was saved on the way of two runs is the same, too."""
+    for size, update in (("0.2", 5), ("0.26", 7)):
+        ones, others = (last_checkpoint(exp_dir / f"sparsity_{size}") for exp_dir in (one, other))
+        assert ones["global_step"] == update and ones["distillation"]["target_sparsity"] == float(size)
+        assert ones["distillation"] == others["distillation"] and largest_difference(ones, others) == 0
+
+
 # --- stopped and continued -------------------------------------------------------------------------
 
 
@@ -42,10 +54,10 @@ pytestmark = pytest.mark.slow
     ("family", "size", "changes"),
     [
         ("hubert", "base", {}),
-        ("hubert", "large", {"accum_grad": 3}),
+        ("hubert", "large", {"accum_grad": 3, "save_at_sparsity": "0.26,0.2"}),
         ("wavlm", "base", {"valid_interval": 3, "save_interval": 2}),
         ("wavlm", "large", {"accum_grad": 2, "num_workers": 1, "valid_interval": 4}),
-        ("hubert", "large", {"accum_grad": 2, "sparsity_control": "exact", "target_macs": 0.35, "ema": 0.7}),
+        ("hubert", "large", {"accum_grad": 2, "sparsity_control": "exact", "target_macs": 0.35, **SIZES, "ema": 0.7}),
         ("hubert", "base", {"star_weight": 2, "unit_weight": 0.5, "num_units": 5, "distill_layers": "auto:2"}),
     ],
 )
@@ -62,6 +74,37 @@ def test_stopped_at_any_update(manifests, tmp_path, monkeypatch, disturb, family
         assert last_checkpoint(tmp_path / "stopped")["global_step"] == update
     run_script(monkeypatch, "distill", *flags)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert ("save_at_sparsity" in changes) == any(tmp_path.glob("*/sparsity_*"))
+    if "save_at_sparsity" in changes:
+        assert_same_sizes(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
+def test_stopped_while_a_size_is_saved(manifests, small_teacher, tmp_path, monkeypatch, capsys, error):
+    """The run goes on from before it, and saves it then; nothing is saved again behind it."""
+    flags = (*small_run(manifests, small_teacher, max_updates=9, save_interval=3, **SIZES), *PRUNING)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "whole")
+    save, exp_dir = callbacks.ckpt.save, tmp_path / "killed"
+
+    def fail(path: Path, contents: dict[str, Any]) -> None:
+        if path.parent.parent.name == "sparsity_0.26":
+            raise error
+        save(path, contents)
+
+    flags = (*flags, "--exp_dir", exp_dir, "--resume_checkpoint", "auto")
+    capsys.readouterr()
+    with monkeypatch.context() as context:
+        context.setattr(callbacks.ckpt, "save", fail)
+        assert run_to_exit(context, "distill", *flags) != 0
+    if isinstance(error, OSError):
+        path = exp_dir / "sparsity_0.26" / "ckpts" / "last.ckpt"
+        assert error_line(capsys).startswith(f"{path}: could not be saved (No space left on device); make room, then")
+    assert last_checkpoint(exp_dir)["global_step"] == 6
+    first = (exp_dir / "sparsity_0.2" / "ckpts" / "last.ckpt").stat().st_mtime_ns
+    run_script(monkeypatch, "distill", *flags)
+    assert (exp_dir / "sparsity_0.2" / "ckpts" / "last.ckpt").stat().st_mtime_ns == first
+    assert_same_run(tmp_path / "whole", exp_dir)
+    assert_same_sizes(tmp_path / "whole", exp_dir)
 
 
 def test_stopped_while_the_extractor_learns_and_behind_it(
@@ -270,13 +313,18 @@ def test_auto_continues_the_same_run_only(half_run, monkeypatch, capsys):
 def test_a_path_continues_with_other_settings_and_says_so(half_run, tmp_path, monkeypatch, capsys):
     flags, exp_dir = half_run
     path = exp_dir / "ckpts" / "last.ckpt"
-    new = changed(flags, learning_rate=5e-4, max_updates=9, accum_grad=2, exp_dir=tmp_path / "other")
+    new = changed(flags, learning_rate=5e-4, max_updates=9, accum_grad=2, ema=0.5, exp_dir=tmp_path / "other")
     run_script(monkeypatch, "distill", *new, "--resume_checkpoint", path)
     warning = capsys.readouterr().err
-    for change in ("learning_rate: 0.0002 there, 0.0005 now", "max_updates: 6 there, 9 now", "accum_grad: 1 there"):
+    for change in (
+        "learning_rate: 0.0002 there, 0.0005 now",
+        "max_updates: 6 there, 9 now",
+        "accum_grad: 1 there",
+        "ema: None there",
+    ):
         assert change in warning
     trained = last_checkpoint(tmp_path / "other")
-    assert trained["global_step"] == 9
+    assert trained["global_step"] == 9 and trained["averaged_state_dict"]  # begun with update 5
     assert trained["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 18
     name = "lr-AdamW/main_params"
     rates = {int(row["step"]): float(row[name]) for row in logged(tmp_path / "other") if name in row}
