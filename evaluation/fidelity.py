@@ -105,7 +105,8 @@ def make_student(
         model: what it holds, in eval mode.
         teacher: in eval mode.
         layers: the distilled layers, in the order of training.
-        mode: "layer2layer" or "predlayer"; None takes that of the projections, and layer2layer without any.
+        mode: "layer2layer" or "predlayer"; None takes that of the projections, and without any layer2layer, or
+            predlayer where the model has no layer at the depth of one of these.
 
     Raises:
         UserError: the projections do not fit the layers, the mode or the models; or see :func:`lightning.check_pair`.
@@ -116,9 +117,13 @@ def make_student(
         found = "predlayer" if any(key.endswith(".0.weight") for key in state) else "layer2layer"
     if found and mode not in (None, found):
         raise UserError(f"{path}: its projections are those of distill_mode {found}, expected those of {mode}")
-    mode = mode or found or "layer2layer"
+    mode = mode or found
+    matched = [layer for each in layers for layer in each]
+    if mode is None:  # of others' models, which may have no layer at the depth of each of the teacher's
+        depths = [len(each.encoder.transformer.layers) for each in (teacher, model)]
+        mode = "predlayer" if any(layer * depths[1] % depths[0] for layer in matched) else "layer2layer"
     try:
-        check_pair(teacher, model, [layer for each in layers for layer in each], mode)
+        check_pair(teacher, model, matched, mode)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     projections = None

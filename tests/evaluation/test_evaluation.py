@@ -236,6 +236,35 @@ def test_fidelity_without_projections_and_with_other_dimensions(corpus, tmp_path
     assert "no L1 and cosine" in found["note"]
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "mode", "sources"), [(2, "predlayer", [2, 2, 2]), (3, "layer2layer", [0, 1, 3])]
+)
+def test_a_model_of_another_program_has_its_last_layer_where_it_has_none_at_that_depth(
+    corpus, tmp_path, num_layers, mode, sources
+):
+    path = save_student(
+        tmp_path / "shallow.pth",
+        None,
+        encoder_num_layers=num_layers,
+        encoder_use_attention=True,
+        encoder_use_feed_forward=True,
+        encoder_num_heads=[2] * num_layers,
+        encoder_ff_interm_features=20,
+    )
+    found = compare(random_model(small_config("hubert")), path, corpus)
+    assert found["mode"] == mode and [entry["source"] for entry in found["layers"]] == sources
+
+
+def test_fidelity_of_the_mean_of_layers(corpus, tmp_path):
+    path = save_student(tmp_path / "copy.pth", None)
+    teacher = checkpoint.load_model(path).eval()
+    layers = [(0,), (1, 2)]
+    student = make_student("student", path, checkpoint.load_model(path).eval(), teacher, layers)
+    (found,) = measure_fidelity(teacher, [student], layers, HeldOutSpeech(corpus / "valid.tsv", 1.0, 200))
+    assert [entry["layer"] for entry in found["layers"]] == [0, "1+2"]
+    assert found["layers"][1]["l1"] == 0 and found["layers"][1]["cka"] == pytest.approx(1)
+
+
 def test_max_seconds_leaves_long_utterances_out(corpus):
     assert len(HeldOutSpeech(corpus / "valid.tsv", 0.45, 200)) == 3
     with pytest.raises(UserError, match=r"valid\.tsv: none of 4 utterances lasts"):
