@@ -211,6 +211,8 @@ def main(args: argparse.Namespace) -> None:
         runs, missing = read_runs(args.out, teacher)
         groups = grouped(runs)
         text = table(groups, teacher)
+    except UserError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{args.out}: its files are not the results of benchmarks/methods.sh ({type(error).__name__}: {error})"

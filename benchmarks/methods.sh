@@ -37,6 +37,7 @@ while [[ ${1-} == --* ]]; do
 done
 : "${TEACHER:?}" "${LAYERS:?}" "${DATA:?}" "${OUT:?}"
 probes=("$@")
+$train || $evaluate || fail "--train-only and --evaluate-only leave nothing to do; give one of them"
 ((${#probes[@]})) || ! $evaluate || fail "give lists of labelled clips"
 all_rows="published exact schedule units macs light star masked_units ema together distilhubert half_width fithubert"
 rows=${ROWS:-$all_rows} sizes=${SIZES:-0.75 0.9 0.95} seeds=${SEEDS:-0 1} jobs=${JOBS:-2} flags=${FLAGS:-}
@@ -110,14 +111,15 @@ teacher() {
         --out "$OUT/teacher.json"
 }
 
-# What times each model that was measured: all take turns, so that the times can be compared.
+# Times all models again where one is new: they take turns, so that the times can be compared.
 speed() {
-    local folder folders=()
+    local folder folders=() is_new=$dry_run
     for folder in "$OUT"/*-*-*; do
         [[ ! -f $folder/evaluation.json ]] || folders+=("$folder")
+        [[ ! $folder/evaluation.json -nt $OUT/speed.json ]] || is_new=true
     done
-    ! $dry_run || folders=("$OUT"/ROW-SIZE-SEED)
-    ((!${#folders[@]})) || call "${measure[@]}" --teacher "$teacher_ckpt" \
+    ! $dry_run || folders=("$OUT/ROW-SIZE-SEED")
+    ! $is_new || call "${measure[@]}" --teacher "$teacher_ckpt" \
         --models "${folders[@]/%//final/ckpts/pruned_hubert_base.pth}" --names "${folders[@]##*/}" \
         --speed_seconds 10 --out "$OUT/speed.json"
 }

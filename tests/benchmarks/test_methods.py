@@ -99,7 +99,11 @@ def test_each_run_is_trained_and_measured_once(setting):
     setting["CALLS"].unlink()
     again = script(*LISTS, **setting)
     assert "9/9 are complete" in again.stdout
-    assert not calls(setting, "distill.py") and len(calls(setting, "evaluate.py")) == 1
+    assert not calls(setting, "distill.py") and not calls(setting, "evaluate.py")
+    (setting["OUT"] / "exact-0.9-0/evaluation.json").touch()  # the times are of before
+    script(*LISTS, **setting)
+    (times,) = calls(setting, "evaluate.py")
+    assert "--speed_seconds 10" in times
 
 
 @pytest.mark.slow
@@ -162,6 +166,7 @@ def test_stopped_runs_save_first(setting):
         ([], {}, "give lists of labelled clips"),
         (["--evaluate_only", LISTS[0]], {}, "--evaluate_only: expected --dry-run, --train-only or --evaluate-only"),
         ([LISTS[0]], {"ROWS": "published exakt"}, "ROWS: exakt is none of: published exact"),
+        (["--train-only", "--evaluate-only"], {}, "leave nothing to do"),
         ([LISTS[0]], {"OUT": ""}, "OUT"),
         ([LISTS[0]], {"LAYERS": "0-2-4"}, "LAYERS: expected layers such as 0.2,4, found 0-2-4"),
         ([LISTS[0]], {"JOBS": "0"}, "JOBS: expected a number from 1, found 0"),
@@ -338,7 +343,11 @@ def test_quality_is_that_of_evaluate():
 def test_bad_folders(out, monkeypatch, capsys):
     write(out / "star-0.9-0/evaluation.json", models=[entry(1, {"phones": 40})])
     assert run_to_exit(monkeypatch, "benchmarks.methods", out) == 1
-    assert "its probes are phones, the teacher's phones, errors, speakers; delete it" in error_line(capsys)
+    message = error_line(capsys)
+    assert message.startswith(f"{out}/star-0.9-0/evaluation.json: its probes are phones, the teacher's phones, errors")
+    write(out / "star-0.9-0/evaluation.json", models=[{}])
+    assert run_to_exit(monkeypatch, "benchmarks.methods", out) == 1
+    assert f"{out}: its files are not the results of benchmarks/methods.sh (KeyError: 'probes')" in error_line(capsys)
     (out / "star-0.9-0/evaluation.json").write_text("{")
     assert run_to_exit(monkeypatch, "benchmarks.methods", out) == 1
     assert "star-0.9-0/evaluation.json: not the results of evaluate.py" in error_line(capsys)
