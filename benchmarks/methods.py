@@ -191,7 +191,7 @@ def points(groups: Iterable[Sequence[Run]], cost: Callable[[Run], float | None])
     lines: dict[str, list[Point]] = {}
     for group in groups:
         known = [(cost(run), run.quality) for run in group]
-        if all(None not in pair for pair in known):
+        if group[0].size is not None and all(None not in pair for pair in known):
             costs, qualities = zip(*known, strict=True)
             lines.setdefault(group[0].row, []).append(
                 Point(fmean(costs), fmean(qualities), min(qualities), max(qualities))
