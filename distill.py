@@ -4,7 +4,8 @@ The student starts as a copy of --student_ckpt with masks on the units of --prun
 masks and the multipliers of the sparsity penalty are trained together; the result is
 EXP_DIR/ckpts/last.ckpt, which prune.py turns into a smaller model.
 
-With --student_extractor the student starts with another extractor, which first learns what its own makes.
+With --student_extractor the student starts with another extractor, which first learns what its own makes; with
+--student_config it is of another shape than --student_ckpt.
 
 One GPU, keeping the published total batch of 4 x 160 s:
   python distill.py --tsv_dir data/librispeech --train_subset train960 --seconds_per_batch 160 \\
@@ -19,16 +20,19 @@ No GPU: --accelerator cpu.
 import argparse
 
 import pytorch_lightning as pl
+import torch
 
 import cli
 from training.arguments import DEFAULT_MODEL, PruningSettings, add_arguments, read_arguments
 from training.checkpoints import choose_checkpoint
 from training.data import SpeechDataModule
 from training.extractor import learn_extractor, with_extractor
+from training.objectives import with_layer_groups
+from training.student import student_of
 from training.trainer import new_projections, train
-from wav2vec2.checkpoint import load_model, load_state, masked_model_of, read_model_file
+from wav2vec2.checkpoint import build_model, load_model, load_state, masked_model_of, read_model_file
 from wav2vec2.errors import UserError
-from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.model import Wav2Vec2Model, with_masks
 from wav2vec2.sparsity import Size, size_of, smallest_size
 
 
@@ -41,16 +45,23 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_budgets(pruning: PruningSettings, teacher: Wav2Vec2Model, student: Wav2Vec2Model) -> None:
-    """Check that the units that masks are on can be pruned so far.
+    """Check that the units that masks are on can be pruned so far, and that the student is not smaller already.
 
     Raises:
-        UserError: names the target, and the most that can go.
+        UserError: names the target, and the most that can go, or what is gone.
     """
     original, smallest = size_of(teacher), smallest_size(student)
+    with torch.device("meta"):
+        largest = size_of(build_model(with_masks(student.config, ())))
     targets = Size(pruning.target_sparsity, pruning.target_macs)
     options = Size("--target_sparsity", "--target_macs")
     things = Size("parameters", "multiply-adds")
-    for option, target, before, after, thing in zip(options, targets, original, smallest, things, strict=True):
+    rows = zip(options, targets, original, smallest, largest, things, strict=True)
+    for option, target, before, after, start, thing in rows:
+        if target is not None and target < (lowest := 1 - start / before):
+            raise UserError(
+                f"{option} {target}: the student starts without {lowest:.4f} of the teacher's {thing}; raise the target"
+            )
         if target is not None and target > (highest := 1 - after / before):
             raise UserError(
                 f"{option} {target}: pruning {pruning.pruning_units} removes at most {highest:.4f} of the teacher's "
@@ -63,7 +74,10 @@ def main(args: argparse.Namespace) -> None:
     data = SpeechDataModule(settings.data)
     pl.seed_everything(settings.data.seed, verbose=False)
     teacher = load_model(settings.models.teacher_ckpt)
+    settings = with_layer_groups(settings, data, teacher)
     original = read_model_file(settings.models.student_ckpt)
+    if args.student_config:
+        original = student_of(original, settings.student, args.student_ckpt)
     contents = original
     if args.student_extractor:
         contents = with_extractor(original, settings.extractor, settings.models.student_ckpt)

@@ -8,6 +8,9 @@ EXP_DIR/ckpts/last.ckpt, from which save_final_ckpt.py makes the model file.
       --teacher_ckpt pretrained/hubert-base-ls960.hf.pth --student_ckpt exp/hubert-base/ckpts/pruned_hubert_base.pth
 
 Several GPUs, nodes, SLURM, CPU: as in distill.py.
+
+With --student_config the student is of another shape and its projections are fresh; --student_ckpt, which it is a slice
+of, is any model. Methods without pruning are this stage alone (conf/distilhubert.conf).
 """
 
 import argparse
@@ -17,6 +20,8 @@ import pytorch_lightning as pl
 import cli
 from training.arguments import add_arguments, read_arguments
 from training.data import SpeechDataModule
+from training.objectives import with_layer_groups
+from training.student import student_of
 from training.trainer import new_projections, train
 from wav2vec2.checkpoint import load_model, load_state, model_of, read_model_file
 from wav2vec2.errors import UserError
@@ -33,17 +38,25 @@ def main(args: argparse.Namespace) -> None:
     data = SpeechDataModule(settings.data)
     pl.seed_everything(settings.data.seed, verbose=False)
     teacher = load_model(settings.models.teacher_ckpt)
+    settings = with_layer_groups(settings, data, teacher)
     pruned = read_model_file(settings.models.student_ckpt)
-    if not isinstance(pruned.get("distill_linear_projs"), dict):
-        raise UserError(f"{args.student_ckpt}: no distill_linear_projs in it; give the file that prune.py wrote")
+    if args.student_config:
+        pruned = student_of(pruned, settings.student, args.student_ckpt)
+    elif not isinstance(pruned.get("distill_linear_projs"), dict):
+        raise UserError(
+            f"{args.student_ckpt}: no distill_linear_projs in it; give the file that prune.py wrote, or "
+            "--student_config for a student that is not pruned"
+        )
     student = model_of(pruned, settings.models.student_ckpt)
     projections = new_projections(settings, teacher, student)
-    load_state(
-        projections,
-        pruned["distill_linear_projs"],
-        f"{args.student_ckpt} (distill_linear_projs; --distill_layers and --distill_mode must be those of distill.py)",
-    )
-    train(settings, data, teacher, student, projections)
+    if not args.student_config:
+        load_state(
+            projections,
+            pruned["distill_linear_projs"],
+            f"{args.student_ckpt} (distill_linear_projs; --distill_layers and --distill_mode must be those of "
+            "distill.py)",
+        )
+    train(settings, data, teacher, student, projections, pruned.get("objectives"))
 
 
 if __name__ == "__main__":

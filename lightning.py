@@ -6,7 +6,8 @@ Named as in the published program. The file shadows the ``lightning`` package: t
 ``pytorch_lightning``, and never installs this file.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,24 +31,54 @@ SPARSITY_CONTROLS = ("lagrangian", "exact")
 # ---------------------------------------------------------------------------------------------------
 
 
-def parse_distill_layers(text: str) -> list[list[int]]:
-    """``"0.4,8,12"`` -> ``[[0], [4, 8, 12]]``: a period separates groups, a comma layers of one group.
+# A layer, or several whose mean stands for them (SKILL, arXiv 2402.16830).
+Layers = tuple[int, ...]
+
+
+def parse_distill_layers(text: str) -> list[list[Layers]]:
+    """``"0.4,7+8"`` -> ``[[(0,)], [(4,), (7, 8)]]``: a period separates groups, a comma what is matched in one group.
 
     Raises:
         UserError: not of this form.
     """
     try:
-        groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
+        groups = [
+            [tuple(int(layer) for layer in layers.split("+")) for layers in group.split(",")]
+            for group in text.split(".")
+        ]
     except ValueError:
         raise UserError(f"expected layers and groups such as 0.4,8,12, found {text!r}") from None
-    layers = [layer for group in groups for layer in group]
-    if min(layers) < 0 or len(set(layers)) < len(layers):
+    every = [layer for group in groups for layers in group for layer in layers]
+    if min(every) < 0 or len(set(every)) < len(every):
         raise UserError(f"expected every layer once and none below 0, found {text!r}")
     return groups
 
 
-def make_projections(mode: str, groups: list[list[int]], student_dim: int, teacher_dim: int) -> nn.ModuleList:
-    """One projection (student_dim -> teacher_dim) per distilled layer.
+def mean_of(hidden_states: Mapping[int, Tensor] | Sequence[Tensor], layers: Layers) -> Tensor:
+    """The mean of these layers (B, frames, D); the layer itself where there is one."""
+    first = hidden_states[layers[0]]
+    return first if len(layers) == 1 else torch.stack([hidden_states[layer] for layer in layers]).mean(0)
+
+
+def student_layers(layers: Layers, num_teacher_layers: int, num_student_layers: int) -> Layers:
+    """The student's layers at the same relative depth, which learn these of the teacher; each once.
+
+    Raises:
+        UserError: a layer of the teacher has no counterpart.
+    """
+    depths = [layer * num_student_layers for layer in layers]
+    for layer, depth in zip(layers, depths, strict=True):
+        if depth % num_teacher_layers:
+            raise UserError(
+                f"layer {layer} of the teacher's {num_teacher_layers} lies between two of the student's "
+                f"{num_student_layers} layers; choose multiples of "
+                f"{num_teacher_layers // math.gcd(num_teacher_layers, num_student_layers)}"
+            )
+    return tuple(dict.fromkeys(depth // num_teacher_layers for depth in depths))
+
+
+def make_projections(mode: str, groups: Sequence[Sequence[Any]], student_dim: int, teacher_dim: int) -> nn.ModuleList:
+    """One projection (student_dim -> teacher_dim) per entry of the groups of distilled layers.
 
     layer2layer: a Linear per group, shared in the group (the entry repeats) and initialised to identity.
     predlayer: an own Linear and GELU per layer.
@@ -65,19 +96,20 @@ def make_projections(mode: str, groups: list[list[int]], student_dim: int, teach
     return projections
 
 
-def check_pair(teacher: Wav2Vec2Model, student: Wav2Vec2Model, layers: list[int], mode: str) -> None:
+def check_pair(teacher: Wav2Vec2Model, student: Wav2Vec2Model, layers: Sequence[int], mode: str) -> None:
     """Check that the student can learn these layers of the teacher; warn where they differ in what moves little.
 
     Raises:
         UserError: a model does not have one of the layers, or the two make different frames or take different input.
     """
-    for name, model, needed in (("teacher", teacher, True), ("student", student, mode == "layer2layer")):
-        num_layers = len(model.encoder.transformer.layers)
-        if needed and max(layers) > num_layers:
-            raise UserError(
-                f"layer {max(layers)} is to be distilled, but the {name} has {num_layers} layers; "
-                f"choose layers between 0 and {num_layers}"
-            )
+    num_layers, num_student_layers = (len(model.encoder.transformer.layers) for model in (teacher, student))
+    if max(layers) > num_layers:
+        raise UserError(
+            f"layer {max(layers)} is to be distilled, but the teacher has {num_layers} layers; "
+            f"choose layers between 0 and {num_layers}"
+        )
+    if mode == "layer2layer":
+        student_layers(tuple(layers), num_layers, num_student_layers)
     # These two make the number of frames of every length: floor((length - receptive field) / hop) + 1.
     frames = [(model.feature_extractor.stride, model.feature_extractor.receptive_field) for model in (teacher, student)]
     if frames[0] != frames[1]:
@@ -123,6 +155,11 @@ class DistillLoss(nn.Module):
         self.l1_weight = l1_weight
         self.cos_weight = cos_weight
         self.cos_type = cos_type
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any part has a weight."""
+        return bool(self.l2_weight or self.l1_weight or self.cos_weight)
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Weighted sum and its parts (mse, l1, cos) for two tensors (..., D).
@@ -201,7 +238,8 @@ class DistillModule(pl.LightningModule):
         student_model: trained; with masks if ``use_reg``.
         distill_mode: "layer2layer" (student layer k learns teacher layer k) or "predlayer" (all teacher
             layers are predicted from the student's last output, as DistilHuBERT).
-        distill_layers: indices into the list of ``extract_features``.
+        distill_layers: the teacher's, indices into the list of ``extract_features``; a tuple stands for the mean of
+            several.
         distill_linear_projs: one projection per entry of ``distill_layers``, see :func:`make_projections`.
         distill_loss: of the hidden states of a layer.
         learning_rate, weight_decay: of student weights and projections.
@@ -213,6 +251,7 @@ class DistillModule(pl.LightningModule):
             "exact" keeps s = t: after every update the masks are moved to the next step's target, and their gradients
             count that in (:mod:`wav2vec2.sparsity`).
         target_macs: a target for the share of multiply-adds, beside or instead of that of parameters; for "exact".
+        objectives: what else is learnt, by name (:mod:`training.objectives`).
 
     Attributes:
         budget, macs_budget: of the masks; None without ``use_reg``, or without ``target_macs``.
@@ -226,7 +265,7 @@ class DistillModule(pl.LightningModule):
         teacher_model: Wav2Vec2Model,
         student_model: Wav2Vec2Model,
         distill_mode: str,
-        distill_layers: list[int],
+        distill_layers: Sequence[int | Layers],
         distill_linear_projs: nn.ModuleList,
         distill_loss: DistillLoss,
         learning_rate: float,
@@ -239,6 +278,7 @@ class DistillModule(pl.LightningModule):
         sparsity_warmup_updates: int | None = None,
         sparsity_control: str = "lagrangian",
         target_macs: float | None = None,
+        objectives: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if distill_mode not in DISTILL_MODES:
@@ -248,7 +288,8 @@ class DistillModule(pl.LightningModule):
         self.distill_linear_projs = distill_linear_projs
         self.distill_loss = distill_loss
         self.distill_mode = distill_mode
-        self.distill_layers = list(distill_layers)
+        self.distill_layers = [(layer,) if isinstance(layer, int) else layer for layer in distill_layers]
+        self.objectives = nn.ModuleDict(objectives)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_updates = warmup_updates
@@ -272,13 +313,24 @@ class DistillModule(pl.LightningModule):
                 self.lambda1 = nn.Parameter(torch.tensor(0.0))
                 self.lambda2 = nn.Parameter(torch.tensor(0.0))
             self.budget, self.macs_budget = budgets[0], budgets[1] if target_macs is not None else None
-        # extract_features runs at least one layer.
-        self.teacher_depth = max(1, *self.distill_layers)
-        num_student_layers = len(student_model.encoder.transformer.layers)
-        self.student_depth = self.teacher_depth if distill_mode == "layer2layer" else num_student_layers
-        freeze_unreached(
-            student_model, max(self.distill_layers) if distill_mode == "layer2layer" else num_student_layers
+        num_layers, num_student_layers = (
+            len(model.encoder.transformer.layers) for model in (teacher_model, student_model)
         )
+        if distill_mode == "layer2layer":
+            self.source_layers = [student_layers(each, num_layers, num_student_layers) for each in self.distill_layers]
+        else:
+            self.source_layers = [(num_student_layers,)] * len(self.distill_layers)
+        others = list(self.objectives.values())
+        matched = list(zip(self.distill_layers, self.source_layers, strict=True)) if distill_loss.is_on else []
+        needed = [layers for layers, _ in matched] + [each.teacher_layers for each in others]
+        self.teacher_layers = sorted({layer for layers in needed for layer in layers})
+        self.reads_student = bool(matched) or any(each.reads_student for each in others)
+        depth = max([layer for _, layers in matched for layer in layers] + [each.student_depth for each in others])
+        # extract_features runs at least one layer.
+        self.teacher_depth, self.student_depth = max(1, *self.teacher_layers), max(1, depth)
+        freeze_unreached(student_model, depth)
+        if not distill_loss.is_on:
+            distill_linear_projs.requires_grad_(False)
         self.train()
 
     def train(self, mode: bool = True) -> "DistillModule":
@@ -307,8 +359,12 @@ class DistillModule(pl.LightningModule):
         waveforms, lengths = batch[:2]
         with torch.no_grad():  # not inference_mode: the loss keeps these tensors for its backward pass
             targets = self.targets(waveforms, lengths)
-        loss, (mse, l1, cos), num_params = self.distillation(waveforms, lengths, targets)
+        noise = [objective.draw(*targets[0].shape[:2]) for objective in self.objectives.values()]
+        loss, (mse, l1, cos), others, num_params = self.distillation(waveforms, lengths, targets, noise)
         losses = {"loss_distill": loss, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
+        for (name, objective), other in zip(self.objectives.items(), others, strict=True):
+            losses[f"loss_{name}"] = other
+            loss = loss + objective.weight * other
         control = {}
         if self.budget is not None:
             sparsity = self.budget.sparsity(num_params)
@@ -330,28 +386,41 @@ class DistillModule(pl.LightningModule):
         return loss, {name: value.detach() for name, value in scalars.items()}
 
     def targets(self, waveforms: Tensor, lengths: Tensor | None) -> list[Tensor]:
-        """The distilled teacher layers: (B, frames, D) each."""
+        """The teacher's hidden states of ``teacher_layers``: (B, frames, D) each."""
         hidden_states, _ = self.teacher_model.extract_features(
-            waveforms, lengths, self.teacher_depth, kept=self.distill_layers
+            waveforms, lengths, self.teacher_depth, kept=self.teacher_layers
         )
-        return [hidden_states[layer] for layer in self.distill_layers]
+        return [hidden_states[layer] for layer in self.teacher_layers]
 
     def distillation(
-        self, waveforms: Tensor, lengths: Tensor | None, targets: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor], Tensor | int]:
-        """The distillation loss, its parts (mse, l1, cos), and the student's expected number of parameters.
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None,
+        targets: list[Tensor],
+        noise: Sequence[Tensor | None] = (),
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | int]:
+        """Equation 1, its parts (mse, l1, cos), the other objectives, and the student's expected number of parameters.
 
         Layers have one size, so the mean of their losses is the loss of the stacked layers.
         """
-        hidden_states, _ = self.student_model.extract_features(waveforms, lengths, self.student_depth)
-        if self.distill_mode == "layer2layer":
-            sources = [hidden_states[layer] for layer in self.distill_layers]
-        else:
-            sources = [hidden_states[-1]] * len(self.distill_layers)
-        predictions = [projection(x) for projection, x in zip(self.distill_linear_projs, sources, strict=True)]
-        losses, parts = zip(*map(self.distill_loss, predictions, targets), strict=True)
-        means = [torch.stack(part).mean() for part in zip(*parts, strict=True)]
-        return torch.stack(losses).mean(), means, self.student_model.get_num_params()
+        teacher = dict(zip(self.teacher_layers, targets, strict=True))
+        frames, _, padded_lengths = self.student_model.extract_frames(waveforms, lengths)
+        student: list[Tensor] = []
+        if self.reads_student:
+            student = self.student_model.encoder.extract_features(frames, padded_lengths, self.student_depth)
+        loss = frames.new_zeros(())
+        means = [loss] * 3
+        if self.distill_loss.is_on:
+            sources = [mean_of(student, layers) for layers in self.source_layers]
+            predictions = [projection(x) for projection, x in zip(self.distill_linear_projs, sources, strict=True)]
+            expected = [mean_of(teacher, layers) for layers in self.distill_layers]
+            losses, parts = zip(*map(self.distill_loss, predictions, expected), strict=True)
+            loss, means = torch.stack(losses).mean(), [torch.stack(part).mean() for part in zip(*parts, strict=True)]
+        others = [
+            objective(self.student_model, frames, padded_lengths, student, teacher, drawn)
+            for objective, drawn in zip(self.objectives.values(), noise, strict=True)
+        ]
+        return loss, means, others, self.student_model.get_num_params()
 
     # --- exact control -------------------------------------------------------------------------------
 
@@ -384,7 +453,8 @@ class DistillModule(pl.LightningModule):
         for name, parameter in self.student_model.named_parameters():
             if parameter.requires_grad:
                 (log_alphas if name.endswith("log_alpha") else weights).append(parameter)
-        weights += list(self.distill_linear_projs.parameters())
+        for module in (self.distill_linear_projs, self.objectives):
+            weights += [parameter for parameter in module.parameters() if parameter.requires_grad]
         groups = [
             {"params": weights, "lr": self.learning_rate, "weight_decay": self.weight_decay, "name": "main_params"},
         ]

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 import cli
-from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
+from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, trained_weights
 from wav2vec2.checkpoint import build_model, check_weights, expected_state, load_state, read_model_file, save
 from wav2vec2.components import published_state
 from wav2vec2.errors import UserError, short_repr
@@ -68,13 +68,15 @@ def chosen_round_to(training: dict[str, Any], args: argparse.Namespace) -> int:
     return value
 
 
-def student_extractor(training: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The config's entry for the layers that the student's extractor had; empty where the checkpoint does not say."""
-    config = training.get("student_config", {})
+def student_config(training: dict[str, Any], original: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config that the student had: where it was made another than ``original``, what the checkpoint says."""
+    config, settings = training.get("student_config", {}), training.get("settings")
     if not isinstance(config, dict):
         raise UserError(f"{path}: distillation: student_config: expected a dict, found {short_repr(config)}")
-    key = "extractor_conv_layer_config"  # the only one that --student_extractor makes another than --original_ckpt's
-    return {key: config[key]} if key in config else {}
+    if isinstance(settings, dict) and "student_config" in settings:
+        return config
+    key = "extractor_conv_layer_config"  # the only one that --student_extractor makes another
+    return original | ({key: config[key]} if key in config else {})
 
 
 def fit_to_target(
@@ -118,11 +120,13 @@ def fit_to_target(
     return shift
 
 
-def narrow_projections(projections: dict[str, Tensor], kept_dims: Tensor) -> None:
-    """Keep, in place, what projections onto the teacher's frames read of the dimensions that are left (n,)."""
-    for key, value in projections.items():
+def narrow(state: dict[str, Tensor], kept_dims: Tensor) -> None:
+    """Keep, in place, what projections and objectives read of the dimensions of frames that are left (n,)."""
+    for key, value in state.items():
         if key.endswith("weight"):
-            projections[key] = value[:, kept_dims].clone()
+            state[key] = value[:, kept_dims].clone()
+        elif key.endswith("hidden_frame"):
+            state[key] = value[kept_dims].clone()
 
 
 def warn_if_unfinished(distilled: dict[str, Any], path: Path, shift: float) -> None:
@@ -140,7 +144,7 @@ def warn_if_unfinished(distilled: dict[str, Any], path: Path, shift: float) -> N
 
 def main(args: argparse.Namespace) -> None:
     distilled = read_training_checkpoint(args.distilled_ckpt)
-    student_state, projections = split_state_dict(distilled["state_dict"])
+    student_state, projections, objectives = trained_weights(distilled, args.distilled_ckpt)
     units = masked_units(student_state)
     if not units:
         raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")
@@ -161,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files with the same settings: {out}", file=sys.stderr)
         return
 
-    masked = with_masks(original["config"] | student_extractor(training, args.distilled_ckpt), units)
+    masked = with_masks(student_config(training, original["config"], args.distilled_ckpt), units)
     source = f"{args.distilled_ckpt} in the model of {args.original_ckpt}"
     # Before memory is taken for what the checkpoint says of its layers.
     check_weights(expected_state(masked, source), published_state(student_state), source)
@@ -176,8 +180,11 @@ def main(args: argparse.Namespace) -> None:
     kept_dims = model.eval().encoder.kept_dims()
     config = model.prune()
     if kept_dims is not None:
-        narrow_projections(projections, kept_dims)
+        narrow(projections, kept_dims)
+        narrow(objectives, kept_dims)
     contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}
+    if objectives:
+        contents["objectives"] = objectives
     save(out, {**contents, "made_by": made_by})
     num_params = model.get_num_params()
     print(json.dumps(config, indent=2))

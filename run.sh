@@ -20,7 +20,9 @@
 # sets exp_dir, tsv_dir, teacher_ckpt, student_ckpt (the teacher, if it does not) and three arrays of flags. Those four
 # and python may come from the environment, which wins:
 #   tsv_dir=data/mine bash run.sh conf/wavlm_base_plus.conf --train_subset train
-# A variant is a file that begins with `source conf/hubert_base.conf`, and sets or appends what differs.
+# A variant is a file that begins with `source conf/hubert_base.conf`, and sets or appends what differs. One that sets
+# prunes=false trains student_ckpt (or what --student_config in `final` makes of it) in the final distillation alone.
+# With --save_at_sparsity S,... in `distill`, exp_dir/sparsity_S is finished as exp_dir is, for each S.
 #
 # Call it again, with the same settings, whenever it was stopped: stages that are complete say so and end at once, and
 # training continues from its newest checkpoint. On SLURM a job that is preempted, or comes within 300 s of its time
@@ -48,7 +50,7 @@ for flag in "$@"; do
 done
 
 environment=$(declare -p python exp_dir tsv_dir teacher_ckpt student_ckpt 2>/dev/null) || true
-python=python exp_dir='' tsv_dir='' teacher_ckpt='' student_ckpt=''
+python=python exp_dir='' tsv_dir='' teacher_ckpt='' student_ckpt='' prunes=true
 shared=()  # flags of both training stages
 distill=() # of distill.py
 final=()   # of final_distill.py
@@ -57,6 +59,7 @@ source "$(realpath "$conf")"
 unknown=$(compgen -v | grep -vxF -e known -e _ -e PIPESTATUS -f <(echo "$known")) && fail "$conf: unknown:" $unknown
 eval "$environment"
 : "${exp_dir:?$conf does not set it}" "${tsv_dir:?$conf does not set it}" "${teacher_ckpt:?$conf does not set it}"
+[[ $prunes =~ ^(true|false)$ ]] || fail "$conf: prunes: expected true or false, found $prunes"
 
 # One process per GPU comes from srun inside a SLURM job; elsewhere Lightning starts them itself. srun also brings them
 # SLURM's signals, and does not hand on the job's --cpus-per-task unless told to.
@@ -71,10 +74,20 @@ if [[ -n ${SLURM_JOB_ID-} ]]; then
 fi
 
 student_ckpt=${student_ckpt:-$teacher_ckpt}
-pruned=$exp_dir/ckpts/pruned_hubert_base.pth
 shared+=(--tsv_dir "$tsv_dir" --teacher_ckpt "$teacher_ckpt" --resume_checkpoint auto)
 distill=("${shared[@]}" "${distill[@]}" --student_ckpt "$student_ckpt" --exp_dir "$exp_dir" "$@")
-final=("${shared[@]}" "${final[@]}" --student_ckpt "$pruned" --exp_dir "$exp_dir/final" "$@")
+final=("${shared[@]}" "${final[@]}" "$@")
+
+# What joint training leaves to be finished: its end, and the sizes that it saves on its way.
+folders=("$exp_dir") sizes=()
+for i in "${!distill[@]}"; do
+    case ${distill[i]} in
+        --save_at_sparsity) IFS=, read -ra sizes <<<"${distill[i + 1]-}" ;;
+        --save_at_sparsity=*) IFS=, read -ra sizes <<<"${distill[i]#*=}" ;;
+    esac
+done
+$prunes || sizes=()
+for size in "${sizes[@]}"; do folders+=("$exp_dir/sparsity_$size"); done
 
 # What SLURM 22.05 does (measured with tests/slurm/cluster.sh). The warning before the time limit, and `scancel
 # --signal=USR1`, reach the processes of srun alone. The end of a job (time limit, scancel, scontrol requeue, preemption
@@ -139,13 +152,20 @@ leave() {
 }
 
 # A flag that only step 2 refuses must not wait for the end of step 1 to say so.
-$print_only || "$python" -c 'import final_distill; final_distill.parse_args()' "${final[@]}"
+$print_only || "$python" -c 'import final_distill; final_distill.parse_args()' "${final[@]}" --student_ckpt "$student_ckpt"
 
-stage distill "${launcher[@]}" "$python" distill.py "${distill[@]}" || leave $?
-stage prune "$python" prune.py --distilled_ckpt "$exp_dir/ckpts/last.ckpt" --original_ckpt "$student_ckpt" || leave $?
-stage final_distill "${launcher[@]}" "$python" final_distill.py "${final[@]}" || leave $?
-stage save "$python" save_final_ckpt.py --config_path "$pruned" \
-    --ckpt_after_final_distill "$exp_dir/final/ckpts/last.ckpt" || leave $?
-stage report "$python" -m evaluation.report "$exp_dir" || echo "warning: no report, see $exp_dir/report.log" >&2
-
-$print_only || echo "the compressed model: $exp_dir/final/ckpts/pruned_hubert_base.pth"
+! $prunes || stage distill "${launcher[@]}" "$python" distill.py "${distill[@]}" || leave $?
+for exp_dir in "${folders[@]}"; do # its logs go there too
+    student=$student_ckpt config=()
+    if $prunes; then
+        student=$exp_dir/ckpts/pruned_hubert_base.pth config=(--config_path "$exp_dir/ckpts/pruned_hubert_base.pth")
+        stage prune "$python" prune.py \
+            --distilled_ckpt "$exp_dir/ckpts/last.ckpt" --original_ckpt "$student_ckpt" || leave $?
+    fi
+    stage final_distill "${launcher[@]}" "$python" final_distill.py "${final[@]}" \
+        --student_ckpt "$student" --exp_dir "$exp_dir/final" || leave $?
+    stage save "$python" save_final_ckpt.py "${config[@]}" \
+        --ckpt_after_final_distill "$exp_dir/final/ckpts/last.ckpt" || leave $?
+    stage report "$python" -m evaluation.report "$exp_dir" || echo "warning: no report, see $exp_dir/report.log" >&2
+    $print_only || echo "the compressed model: $exp_dir/final/ckpts/pruned_hubert_base.pth"
+done

@@ -4,39 +4,64 @@ Writes pruned_hubert_base.pth (state_dict, config, distill_linear_projs) beside 
 
   python save_final_ckpt.py --config_path exp/hubert-base/ckpts/pruned_hubert_base.pth \\
       --ckpt_after_final_distill exp/hubert-base/final/ckpts/last.ckpt
+
+Without --config_path the model has the config that the checkpoint records.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import cli
-from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, split_state_dict
+from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, trained_weights
 from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
+from wav2vec2.errors import UserError, short_repr
+from wav2vec2.model import with_masks
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--config_path", required=True, type=Path, help="the pruned model that prune.py wrote")
+    parser.add_argument(
+        "--config_path", type=Path, help="the pruned model that prune.py wrote (default: what the checkpoint records)"
+    )
     parser.add_argument("--ckpt_after_final_distill", required=True, type=Path, help="last.ckpt of final_distill.py")
     return parser.parse_args()
 
 
+def recorded_config(trained: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config of the student that a checkpoint is of, without masks.
+
+    Raises:
+        UserError: the checkpoint does not say it; those of the published program do not.
+    """
+    config = trained["distillation"].get("student_config")
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{path}: does not say its student's config (distillation: student_config: expected a dict, found "
+            f"{short_repr(config)}); give the model that prune.py wrote with --config_path"
+        )
+    return with_masks(config, ())
+
+
 def main(args: argparse.Namespace) -> None:
-    config = read_model_file(args.config_path)["config"]
+    config = read_model_file(args.config_path)["config"] if args.config_path else None
     trained = read_training_checkpoint(args.ckpt_after_final_distill)
+    source = args.config_path or args.ckpt_after_final_distill
+    if config is None:
+        config = recorded_config(trained, source)
     out = args.ckpt_after_final_distill.parent / PRUNED_MODEL
     made_by = {
         "script": "save_final_ckpt.py",
-        "config_path": fingerprint(args.config_path),
+        "config_path": fingerprint(args.config_path) if args.config_path else None,
         "ckpt_after_final_distill": fingerprint(args.ckpt_after_final_distill),
     }
     if made_before(out, made_by) is not None:
         print(f"made already, from the same files: {out}")
         return
 
-    student_state, projections = split_state_dict(trained["state_dict"])
-    model = build_model(config, args.config_path)
-    load_state(model, student_state, f"{args.ckpt_after_final_distill} in the model of {args.config_path}")
+    student_state, projections, _ = trained_weights(trained, args.ckpt_after_final_distill)
+    model = build_model(config, source)
+    load_state(model, student_state, f"{args.ckpt_after_final_distill} in the model of {source}")
     contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}
     save(out, {**contents, "made_by": made_by})
     print(f"{model.get_num_params():,} parameters: {out}")

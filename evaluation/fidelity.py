@@ -15,7 +15,7 @@ from dataset.batches import BatchSampler, make_batches
 from dataset.manifest import Manifest, read_manifest
 from dataset.speech import SpeechDataset
 from evaluation.features import hidden_states
-from lightning import check_pair, make_projections
+from lightning import Layers, check_pair, make_projections, mean_of, student_layers
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.checkpoint import load_state, read_model_file
 from wav2vec2.errors import UserError, short_repr
@@ -83,9 +83,10 @@ class Student:
     mode: str
     projections: nn.ModuleList | None
 
-    def source(self, layer: int) -> int:
-        """The index of the hidden state that stands for the teacher's ``layer``."""
-        return layer if self.mode == "layer2layer" else len(self.model.encoder.transformer.layers)
+    def source(self, layers: Layers, num_teacher_layers: int) -> Layers:
+        """The hidden states that stand for these of the teacher."""
+        num_layers = len(self.model.encoder.transformer.layers)
+        return student_layers(layers, num_teacher_layers, num_layers) if self.mode == "layer2layer" else (num_layers,)
 
 
 def make_student(
@@ -93,7 +94,7 @@ def make_student(
     path: Path,
     model: Wav2Vec2Model,
     teacher: Wav2Vec2Model,
-    layers: Sequence[int],
+    layers: Sequence[Layers],
     mode: str | None = None,
 ) -> Student:
     """Read the projections that a model file holds, and check that all fits.
@@ -117,7 +118,7 @@ def make_student(
         raise UserError(f"{path}: its projections are those of distill_mode {found}, expected those of {mode}")
     mode = mode or found or "layer2layer"
     try:
-        check_pair(teacher, model, list(layers), mode)
+        check_pair(teacher, model, [layer for each in layers for layer in each], mode)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     projections = None
@@ -126,7 +127,8 @@ def make_student(
         if num_found != len(layers):
             raise UserError(
                 f"{path}: has {num_found} projections, expected one for each of the {len(layers)} distilled layers "
-                f"{list(layers)}; give the layers that it was trained with, in their order"
+                f"{','.join(str(written(each)) for each in layers)}; give the layers that it was trained with, in "
+                "their order"
             )
         dims = (each.config["encoder_embed_dim"] for each in (model, teacher))
         projections = make_projections(mode, _shared_groups(state, len(layers)), *dims)
@@ -225,7 +227,7 @@ class HeldOutSpeech:
 
 @torch.inference_mode()
 def measure_fidelity(
-    teacher: Wav2Vec2Model, students: Sequence[Student], layers: Sequence[int], speech: HeldOutSpeech
+    teacher: Wav2Vec2Model, students: Sequence[Student], layers: Sequence[Layers], speech: HeldOutSpeech
 ) -> list[dict[str, Any]]:
     """Compare students with their teacher on the same utterances.
 
@@ -248,7 +250,8 @@ def measure_fidelity(
         UserError: a file cannot be used, or a model's hidden states are not finite.
     """
     device = next(teacher.parameters()).device
-    teacher_dim = teacher.config["encoder_embed_dim"]
+    teacher_dim, depth = teacher.config["encoder_embed_dim"], len(teacher.encoder.transformer.layers)
+    sources = [[student.source(each, depth) for each in layers] for student in students]
     sums: list[list[_Distances]] = []
     for student in students:
         projections = [None] * len(layers) if student.projections is None else student.projections.to(device)
@@ -258,12 +261,11 @@ def measure_fidelity(
         if batch.bad_files:
             raise UserError(next(iter(batch.bad_files.values())))
         waveform, (path,) = batch.waveforms[0].to(device), batch.paths
-        expected = hidden_states(teacher, waveform, max(*layers, 1), "the teacher", path)
-        for student, distances in zip(students, sums, strict=True):
-            sources = [student.source(layer) for layer in layers]
-            actual = hidden_states(student.model, waveform, max(*sources, 1), str(student.path), path)
-            for layer, source, distance in zip(layers, sources, distances, strict=True):
-                distance.update(actual[source], expected[layer])
+        expected = hidden_states(teacher, waveform, _depth(layers), "the teacher", path)
+        for student, own, distances in zip(students, sources, sums, strict=True):
+            actual = hidden_states(student.model, waveform, _depth(own), str(student.path), path)
+            for of_teacher, of_student, distance in zip(layers, own, distances, strict=True):
+                distance.update(mean_of(actual, of_student), mean_of(expected, of_teacher))
     return [
         {
             "mode": student.mode,
@@ -272,12 +274,22 @@ def measure_fidelity(
             "hours": speech.num_samples / SAMPLE_RATE / 3600,
             "note": _note(student, distances[0]),
             "layers": [
-                {"layer": layer, "source": student.source(layer), **distance.means()}
-                for layer, distance in zip(layers, distances, strict=True)
+                {"layer": written(of_teacher), "source": written(of_student), **distance.means()}
+                for of_teacher, of_student, distance in zip(layers, own, distances, strict=True)
             ],
         }
-        for student, distances in zip(students, sums, strict=True)
+        for student, own, distances in zip(students, sources, sums, strict=True)
     ]
+
+
+def written(layers: Layers) -> int | str:
+    """A layer's number, or ``"1+2"`` for the mean of several."""
+    return layers[0] if len(layers) == 1 else "+".join(map(str, layers))
+
+
+def _depth(layers: Sequence[Layers]) -> int:
+    """How many layers must run for these."""
+    return max(1, *(layer for each in layers for layer in each))
 
 
 def _note(student: Student, distance: _Distances) -> str | None:

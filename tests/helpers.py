@@ -432,10 +432,11 @@ def check_written_model(path: Path) -> Wav2Vec2Model:
     return checkpoint.load_model(path).eval()
 
 
-def make_pair(family: str, size: str, directory: Path) -> tuple[torch.nn.Module, Wav2Vec2Model]:
+def make_pair(family: str, size: str, directory: Path, **changes: Any) -> tuple[torch.nn.Module, Wav2Vec2Model]:
     """transformers' random model and ours, imported from where it saved itself; both in eval mode.
 
-    base: group_norm extractor and post-norm; large: layer_norm extractor, pre-norm, conv bias.
+    base: group_norm extractor and post-norm; large: layer_norm extractor, pre-norm, conv bias. ``changes`` are to
+    transformers' config.
     """
     large = size == "large"
     settings: dict[str, Any] = {
@@ -457,6 +458,7 @@ def make_pair(family: str, size: str, directory: Path) -> tuple[torch.nn.Module,
     }
     if family == "wavlm":
         settings |= {"num_buckets": 16, "max_bucket_distance": 40}
+    settings |= changes
     classes = {
         "hubert": (transformers.HubertConfig, transformers.HubertModel),
         "wav2vec2": (transformers.Wav2Vec2Config, transformers.Wav2Vec2Model),

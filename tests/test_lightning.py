@@ -332,7 +332,7 @@ def test_optimizer_groups():
 
 
 def test_distilled_layers_and_projections():
-    assert parse_distill_layers("0.4,8,12") == [[0], [4, 8, 12]]
+    assert parse_distill_layers("0.4,8,12") == [[(0,)], [(4,), (8,), (12,)]]
     projections = make_projections("layer2layer", [[0], [4, 8]], 6, 6)
     assert len(projections) == 3 and projections[1] is projections[2] is not projections[0]
     x = torch.randn(2, 6)
@@ -356,7 +356,7 @@ def test_predlayer_predicts_every_layer_from_the_last_output():
     last = module.student_model.extract_features(waveforms)[0][-1]
     targets = module.targets(waveforms, None)
     losses = [module.distill_loss(p(last), t)[0] for p, t in zip(module.distill_linear_projs, targets, strict=True)]
-    loss, _, _ = module.distillation(waveforms, None, targets)
+    loss, *_ = module.distillation(waveforms, None, targets)
     torch.testing.assert_close(loss, torch.stack(losses).mean())
 
 

@@ -18,10 +18,11 @@ from typing import Any, Self
 
 import torch
 
-from lightning import COS_TYPES, DISTILL_MODES, SPARSITY_CONTROLS, parse_distill_layers
+from lightning import COS_TYPES, DISTILL_MODES, SPARSITY_CONTROLS, Layers, parse_distill_layers
 from training.checkpoints import AUTO
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
 from wav2vec2.errors import UserError, short_repr
+from wav2vec2.files import read_json
 from wav2vec2.flops import UTTERANCE_SECONDS
 from wav2vec2.model import PRUNING_UNITS
 
@@ -164,7 +165,12 @@ class ModelSettings(_Settings):
         recorded=True,
         check=_share,
     )
-    distill_layers: str = _option("0.4,8,12", "groups by period, layers in a group by comma", recorded=True)
+    distill_layers: str = _option(
+        "0.4,8,12",
+        "groups by period, layers in a group by comma, layers whose mean is one target by plus; auto:K: 0, and K means "
+        "of the teacher's layers that are alike",
+        recorded=True,
+    )
     distill_mode: str = _option("layer2layer", "see the README", recorded=True, choices=DISTILL_MODES)
     l2_weight: float = _option(0.0, "of the mean squared error", recorded=True)
     l1_weight: float = _option(1.0, "of the mean absolute error", recorded=True)
@@ -179,12 +185,11 @@ class ModelSettings(_Settings):
                     f"--{option}: {DEFAULT_MODEL}, the default, does not exist; make it with "
                     f"python convert_hubert_from_hf.py --out {DEFAULT_MODEL}, or give another file"
                 )
-        if not (self.l2_weight or self.l1_weight or self.cos_weight):
-            raise UserError("--l2_weight, --l1_weight and --cos_weight are all 0: nothing would be distilled")
-        try:
-            parse_distill_layers(self.distill_layers)
-        except UserError as error:
-            raise UserError(f"--distill_layers: {error}") from None
+        if self.num_auto_groups is None:
+            try:
+                parse_distill_layers(self.distill_layers)
+            except UserError as error:
+                raise UserError(f"--distill_layers: {error}") from None
 
     def recorded(self) -> dict[str, Any]:
         # Runs from before the option was there are continued as those without it.
@@ -194,14 +199,52 @@ class ModelSettings(_Settings):
         return settings
 
     @property
-    def layer_groups(self) -> list[list[int]]:
-        """The distilled layers, by group."""
+    def num_auto_groups(self) -> int | None:
+        """K of ``auto:K``; None where the layers are named."""
+        match = re.fullmatch(r"auto:([1-9][0-9]{0,2})", self.distill_layers)
+        return int(match[1]) if match else None
+
+    @property
+    def layer_groups(self) -> list[list[Layers]]:
+        """What is distilled, by group."""
         return parse_distill_layers(self.distill_layers)
 
     @property
-    def layers(self) -> list[int]:
-        """The distilled layers, all groups together."""
-        return [layer for group in self.layer_groups for layer in group]
+    def layers(self) -> list[Layers]:
+        """What is distilled, all groups together."""
+        return [layers for group in self.layer_groups for layers in group]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings(_Settings):
+    """Other objectives, beside --l2_weight, --l1_weight and --cos_weight or instead of them."""
+
+    star_weight: float = _option(
+        0.0,
+        "of the temporal relations of --distill_layers, as STaR (arXiv 2312.09040)",
+        recorded=True,
+        check=_not_negative,
+    )
+    unit_weight: float = _option(
+        0.0,
+        "of the teacher's units in masked frames, as DiceHuBERT (arXiv 2507.02911)",
+        recorded=True,
+        check=_not_negative,
+    )
+    unit_layer: int | None = _option(
+        None,
+        "the teacher's layer of these units (default: at three quarters of its depth)",
+        recorded=True,
+        check=_not_negative,
+    )
+    num_units: int = _option(500, "clusters of k-means", recorded=True, check=_above_zero)
+
+    def recorded(self) -> dict[str, Any]:
+        """What is not as it always was: runs of before the options were there are continued as those without them."""
+        settings = super().recorded()
+        if not self.star_weight:
+            del settings["star_weight"]
+        return settings if self.unit_weight else {k: v for k, v in settings.items() if "unit" not in k}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +257,13 @@ class OptimisationSettings(_Settings):
     max_updates: int = _option(MISSING, "updates of the whole run", recorded=True, check=_above_zero)
     clip_norm: float = _option(10.0, "clip the gradient's norm; 0 switches it off", recorded=True, check=_not_negative)
     accum_grad: int = _option(1, "batches per update", check=_above_zero)  # recorded times the processes
+    ema: float | None = _option(
+        None,
+        "average student, masks and projections over the updates, each as DECAY times the average and 1 - DECAY times "
+        "the update's; later stages take the average (default: none)",
+        recorded=True,
+        check=_share,
+    )
     skip_nonfinite: int = _option(
         0,
         "updates with a loss or gradient that is not finite to pass over (--precision 16: 20 in a row, always)",
@@ -224,6 +274,13 @@ class OptimisationSettings(_Settings):
         super().__post_init__()
         if self.warmup_updates > self.max_updates:
             raise UserError(f"--warmup_updates {self.warmup_updates} is above --max_updates {self.max_updates}")
+
+    def recorded(self) -> dict[str, Any]:
+        # As of runs from before the option was there.
+        settings = super().recorded()
+        if self.ema is None:
+            del settings["ema"]
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +383,60 @@ class ExtractorSettings(_Settings):
         return super().recorded() if self.student_extractor is not None else {}
 
 
+# The value of --init_layers for layers that start from nothing.
+RANDOM = "random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSettings(_Settings):
+    """A student of another shape."""
+
+    student_config: Path | None = _option(
+        None,
+        "JSON of the config's keys in which the student differs from --student_ckpt, which it is a slice of where that "
+        "can be (default: the student has its shape)",
+    )
+    init_layers: str | None = _option(
+        None,
+        f"the layers of --student_ckpt, from 1, that the student's layers start from, or '{RANDOM}' (default: spread "
+        "evenly over its depth)",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.student_config is None:
+            if self.init_layers is not None:
+                raise UserError(f"--init_layers {self.init_layers}: of a --student_config, which is not given")
+            return
+        self.recorded()  # a file that cannot be read is refused before all else
+        if self.init_layers not in (None, RANDOM) and not self.layers:
+            raise UserError(
+                f"--init_layers: expected {RANDOM}, or layers from 1 such as 1,2, found {short_repr(self.init_layers)}"
+            )
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What the JSON says.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        expected = "JSON of the config's keys in which the student differs from --student_ckpt"
+        return read_json(self.student_config, expected, "give such JSON with --student_config")
+
+    @property
+    def layers(self) -> list[int] | None:
+        """The layers that --init_layers names; None where it names none."""
+        words = (self.init_layers or "").split(",")
+        return [int(word) for word in words] if all(re.fullmatch("[1-9][0-9]{0,3}", word) for word in words) else None
+
+    def recorded(self) -> dict[str, Any]:
+        # Wherever the file lies. Runs of before the option was there are continued as those without it.
+        if self.student_config is None:
+            return {}
+        return {"student_config": json.dumps(self.changes, sort_keys=True), "init_layers": self.init_layers}
+
+
 @dataclass(frozen=True, kw_only=True)
 class MachineSettings(_Settings):
     """Machine. Of these only the precision changes what comes out of a run."""
@@ -404,20 +515,35 @@ class RunSettings:
 
     Attributes:
         stage: its name, for people.
+        objectives: None where equation 1 is all.
         pruning, extractor: None in the final distillation.
     """
 
     stage: str
     data: DataSettings
     models: ModelSettings
+    student: StudentSettings
     optimisation: OptimisationSettings
     machine: MachineSettings
+    objectives: ObjectiveSettings | None = None
     pruning: PruningSettings | None = None
     extractor: ExtractorSettings | None = None
 
+    def __post_init__(self) -> None:
+        models, objectives = self.models, self.objectives
+        others = objectives and (objectives.star_weight or objectives.unit_weight)
+        if not (models.l2_weight or models.l1_weight or models.cos_weight or others):
+            raise UserError(
+                "--l2_weight, --l1_weight, --cos_weight, --star_weight and --unit_weight are all 0: nothing would be "
+                "distilled"
+            )
+
     def recorded(self) -> dict[str, Any]:
         """The settings that decide what comes out of the run."""
-        groups = [self.data, self.models, self.optimisation, self.machine, self.pruning, self.extractor]
+        groups = [
+            *(self.data, self.models, self.student, self.objectives, self.optimisation),
+            *(self.machine, self.pruning, self.extractor),
+        ]
         settings = {name: value for group in groups if group for name, value in group.recorded().items()}
         # Four processes, or one with --accum_grad 4: the same updates.
         num_batches = self.machine.num_processes * self.optimisation.accum_grad
@@ -427,6 +553,8 @@ class RunSettings:
 _SHARED = {
     "data": DataSettings,
     "models": ModelSettings,
+    "student": StudentSettings,
+    "objectives": ObjectiveSettings,
     "optimisation": OptimisationSettings,
     "machine": MachineSettings,
 }

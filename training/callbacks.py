@@ -23,10 +23,11 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, distributed, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from cli import AllProcessesError, Interrupted, progress
-from training.checkpoints import CHECKPOINTS, CONTINUE, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, print_line
+from training.checkpoints import AVERAGED, CHECKPOINTS, CONTINUE, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, print_line
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
 
@@ -199,20 +200,19 @@ class UpdateGuard(pl.Callback):
         self.bad_files = state_dict["bad_files"]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
-        self._stop.note_batch()
-        # The noise of a batch (masks, dropout) is its own, wherever and whenever it runs.
-        if (seed := getattr(batch, "seed", None)) is not None:
-            torch.manual_seed(seed)
+        self._begin(batch)
         self._paths += getattr(batch, "paths", [])
-        self._note_bad_files(batch)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any
     ) -> None:
-        self._stop.note_batch()
-        self._note_bad_files(batch)
+        self._begin(batch)
 
-    def _note_bad_files(self, batch: Any) -> None:
+    def _begin(self, batch: Any) -> None:
+        self._stop.note_batch()
+        # The noise of a batch (masks, dropout, hidden frames) is its own, wherever and whenever it runs.
+        if (seed := getattr(batch, "seed", None)) is not None:
+            torch.manual_seed(seed)
         found = getattr(batch, "bad_files", {})
         self._new_bad_files |= {path: reason for path, reason in found.items() if path not in self.bad_files}
 
@@ -334,6 +334,54 @@ def _gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values
+
+
+class WeightAverage(pl.Callback):
+    """Keeps the moving average of what is trained, without the multipliers, beside the weights themselves.
+
+    Lightning's own callback would copy the teacher too, and put the average in the place of a checkpoint's state_dict.
+
+    Args:
+        decay: of the average at each update, from 0 to below 1. It begins with the weights after the first one.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._average: AveragedModel | None = None
+        self._loaded: dict[str, Tensor] | None = None
+        self._updates_done = 0
+
+    @staticmethod
+    def _trained(pl_module: pl.LightningModule) -> nn.ModuleDict:
+        """All parts but the teacher, by the names that they have in ``state_dict``."""
+        return nn.ModuleDict({name: part for name, part in pl_module.named_children() if name != "teacher_model"})
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._loaded = checkpoint.get(AVERAGED)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Here, where the module is on its device and has not run yet: what a run leaves in it cannot be copied."""
+        average = get_ema_multi_avg_fn(self._decay)
+        self._average = AveragedModel(self._trained(pl_module), multi_avg_fn=average).requires_grad_(False)
+        if self._loaded is not None:
+            ckpt.load_state(self._average.module, self._loaded, f"{trainer.ckpt_path}: {AVERAGED}")
+            self._average.n_averaged += 1  # not the first
+            self._loaded = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._updates_done = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step > self._updates_done:
+            self._updates_done = trainer.global_step
+            self._average.update_parameters(self._trained(pl_module))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[AVERAGED] = dict(self._average.module.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wav2vec2 import checkpoint as ckpt
-from wav2vec2.errors import UserError
+from wav2vec2.errors import UserError, short_repr
 
 CHECKPOINTS = "ckpts"
 LAST_CHECKPOINT = "last.ckpt"
@@ -23,6 +23,8 @@ LAST_CHECKPOINT = "last.ckpt"
 PREVIOUS_CHECKPOINT = f"{LAST_CHECKPOINT}.previous"
 # The published name of what prune.py and save_final_ckpt.py write, whatever the model.
 PRUNED_MODEL = "pruned_hubert_base.pth"
+# The entry of a checkpoint that holds the average of --ema, beside state_dict, from which training goes on.
+AVERAGED = "averaged_state_dict"
 # The value of --resume_checkpoint that finds the checkpoint by itself, and what messages advise.
 AUTO = "auto"
 CONTINUE = f"continue with --resume_checkpoint {AUTO}"
@@ -66,15 +68,18 @@ def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{path}: {kind} where a training checkpoint (.ckpt) of distill.py or final_distill.py is wanted"
         )
-    for key, value in state_dict.items():
-        if not (isinstance(value, Tensor) and value.is_floating_point() and value.isfinite().all()):
-            raise UserError(f"{path}: state_dict: {key} is not a tensor of finite floats; the file is damaged")
     contents.setdefault("distillation", {})
-    for name, kind in (("global_step", int), ("distillation", dict)):
+    kinds = {"global_step": int, "distillation": dict, **({AVERAGED: dict} if AVERAGED in contents else {})}
+    for name, kind in kinds.items():
         if type(contents.get(name)) is not kind:
             raise UserError(
                 f"{path}: {name}: expected {kind.__name__}, found {contents.get(name)!r:.80}; it is damaged"
             )
+    for name in ("state_dict", AVERAGED):
+        for key, value in contents.get(name, {}).items():
+            is_named = isinstance(key, str) and isinstance(value, Tensor)
+            if not (is_named and value.is_floating_point() and value.isfinite().all()):
+                raise UserError(f"{path}: {name}: {short_repr(key)} is not a tensor of finite floats; it is damaged")
     return contents
 
 
@@ -131,13 +136,28 @@ def changed_settings(recorded: dict[str, Any] | None, current: dict[str, Any]) -
     ]
 
 
-def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The student's and the projections' parts of a training checkpoint's state dict, without their prefixes."""
+def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The student's, the projections' and the objectives' parts of a training checkpoint's, without their prefixes."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
 
-    return part("student_model."), part("distill_linear_projs.")
+    return part("student_model."), part("distill_linear_projs."), part("objectives.")
+
+
+def trained_weights(
+    contents: dict[str, Any], path: str | os.PathLike
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of student, projections and objectives that the next stage takes: averages, where the run kept them.
+
+    Args:
+        contents: of a training checkpoint.
+        path: of it, for the line that says so.
+    """
+    if AVERAGED not in contents:
+        return split_state_dict(contents["state_dict"])
+    print_line(f"{path}: weights averaged over the updates (--ema)")
+    return split_state_dict(contents[AVERAGED])
 
 
 def made_before(out: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:

@@ -108,13 +108,19 @@ def learn_extractor(
         "cos_weight": 0.0,
         "student_dropout": None,
     }
-    schedule = {"learning_rate": LEARNING_RATE, "warmup_updates": num_updates // 10, "max_updates": num_updates}
+    schedule = {
+        "learning_rate": LEARNING_RATE,
+        "warmup_updates": num_updates // 10,
+        "max_updates": num_updates,
+        "ema": None,
+    }
     phase = dataclasses.replace(
         settings,
         stage="extractor",
         models=dataclasses.replace(settings.models, **models),
         optimisation=dataclasses.replace(settings.optimisation, **schedule),
         machine=dataclasses.replace(settings.machine, exp_dir=settings.machine.exp_dir / "extractor"),
+        objectives=None,
         pruning=None,
     )
     teacher, student = _up_to_projection(original), _up_to_projection(light)

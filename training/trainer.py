@@ -21,13 +21,13 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import DistNetworkError, DistStoreError
 
 from cli import AllProcessesError
 from lightning import DistillLoss, DistillModule, check_pair, linear_warmup_decay, make_projections
 from training.arguments import PRECISIONS, RunSettings
-from training.callbacks import CheckpointIO, RunCheckpoints, StopRequest, UpdateGuard, UpdateProgressBar
+from training.callbacks import CheckpointIO, RunCheckpoints, StopRequest, UpdateGuard, UpdateProgressBar, WeightAverage
 from training.checkpoints import (
     AUTO,
     CONTINUE,
@@ -39,6 +39,7 @@ from training.checkpoints import (
     split_state_dict,
 )
 from training.data import SpeechDataModule
+from training.objectives import find_units, new_objectives
 from training.speed import (
     FastTeacher,
     FetchTimer,
@@ -62,7 +63,7 @@ def new_projections(settings: RunSettings, teacher: Wav2Vec2Model, student: Wav2
     """
     models = settings.models
     try:
-        check_pair(teacher, student, models.layers, models.distill_mode)
+        check_pair(teacher, student, [layer for layers in models.layers for layer in layers], models.distill_mode)
     except UserError as error:
         raise UserError(
             f"--student_ckpt {models.student_ckpt}, --distill_layers {models.distill_layers}: {error}"
@@ -77,8 +78,14 @@ def train(
     teacher: Wav2Vec2Model,
     student: Wav2Vec2Model,
     projections: nn.ModuleList,
+    learnt_objectives: dict[str, Tensor] | None = None,
 ) -> None:
     """Train ``student`` for ``--max_updates`` and say where the result is.
+
+    Args:
+        settings, data: of the run.
+        teacher, student, projections: as of :class:`lightning.DistillModule`.
+        learnt_objectives: the state dict of the objectives of the stage before, if there was one.
 
     Raises:
         UserError: a crop is too short for a frame, the checkpoint to continue from is not of this run, or the run
@@ -87,7 +94,8 @@ def train(
     """
     machine, stage = settings.machine, settings.stage
     data.check_crops(teacher.feature_extractor.receptive_field)
-    module = make_module(settings, teacher, student, projections)
+    objectives = new_objectives(settings, teacher, student, learnt_objectives)
+    module = make_module(settings, teacher, student, projections, objectives)
     recorded = {**settings.recorded(), **_fingerprints(settings, data)}
     resumed = choose_checkpoint(machine.resume_checkpoint, machine.exp_dir)
     start = 0
@@ -96,6 +104,8 @@ def train(
         if start >= settings.optimisation.max_updates:
             print(f"{stage}: complete already, {start} updates done: {resumed[0]}")
             return
+    elif "units" in objectives and not learnt_objectives:
+        find_units(settings, data, teacher, objectives["units"])
 
     student.recompute_activations(machine.checkpoint_activations)
     if settings.models.student_dropout is not None:
@@ -137,7 +147,11 @@ def train(
 
 
 def make_module(
-    settings: RunSettings, teacher: Wav2Vec2Model, student: Wav2Vec2Model, projections: nn.ModuleList
+    settings: RunSettings,
+    teacher: Wav2Vec2Model,
+    student: Wav2Vec2Model,
+    projections: nn.ModuleList,
+    objectives: nn.ModuleDict,
 ) -> DistillModule:
     """The module that trains ``student``."""
     models, optimisation, pruning = settings.models, settings.optimisation, settings.pruning
@@ -162,6 +176,7 @@ def make_module(
         weight_decay=optimisation.weight_decay,
         warmup_updates=optimisation.warmup_updates,
         max_updates=optimisation.max_updates,
+        objectives=objectives,
         **sparsity,
     )
 
@@ -209,6 +224,7 @@ def make_trainer(
         guard,
         Throughput(timer, update_flops(module), machine.precision, machine.compile),
         UpdateProgressBar(settings.stage),
+        *([] if optimisation.ema is None else [WeightAverage(optimisation.ema)]),  # before what saves it
         checkpoints,
     ]
     with refusals_of_lightning(MisconfigurationException, ValueError, RuntimeError):
@@ -338,9 +354,10 @@ def check_resumed(
             f"{path}: made with other settings: {'; '.join(changes)}. Give the same settings; or another --exp_dir for "
             f"a new run; or --resume_checkpoint {path} to continue it with these"
         )
-    student, projections = split_state_dict(contents["state_dict"])
+    student, projections, objectives = split_state_dict(contents["state_dict"])
     ckpt.load_state(module.student_model, student, f"{path} in the model of --student_ckpt")
     ckpt.load_state(module.distill_linear_projs, projections, f"{path} (projections; see --distill_layers)")
+    ckpt.load_state(module.objectives, objectives, f"{path} (objectives; see --unit_weight)")
     if changes:
         print_line(f"warning: {path} is continued with other settings: {'; '.join(changes)}")
     return contents["global_step"]

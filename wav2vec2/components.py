@@ -366,22 +366,26 @@ class FeatureExtractor(nn.Module):
 
 
 class FeatureProjection(nn.Module):
-    """LayerNorm, Linear and dropout between extractor and transformer."""
+    """LayerNorm (which DistilHuBERT leaves out), Linear and dropout between extractor and transformer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         in_features = config.extractor_conv_layer_config[-1][0]
-        self.layer_norm = nn.LayerNorm(in_features)
+        has_norm = config.encoder_feature_projection_layer_norm
+        self.layer_norm = nn.LayerNorm(in_features) if has_norm else None
         self.projection = nn.Linear(in_features, config.encoder_embed_dim)
         self.dropout = nn.Dropout(config.encoder_projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, frames, C) -> (B, frames, D)"""
-        return self.dropout(self.projection(self.layer_norm(x)))
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return self.dropout(self.projection(x))
 
     def get_num_params(self, in_features: Tensor | int, embed_dim: Tensor | int) -> Tensor | int:
         """Expected parameters given the expected output channels of the extractor and the expected D."""
-        return in_features * 2 + (in_features + 1) * embed_dim
+        num_params = 0 if self.layer_norm is None else in_features * 2
+        return num_params + (in_features + 1) * embed_dim
 
     def get_num_macs(self, in_features: Tensor | int, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
         """Expected multiply-adds, given these."""
@@ -389,7 +393,8 @@ class FeatureProjection(nn.Module):
 
     def prune(self, index: Tensor) -> None:
         """Keep the input channels of ``index`` (n,)."""
-        prune_norm(self.layer_norm, index)
+        if self.layer_norm is not None:
+            prune_norm(self.layer_norm, index)
         prune_linear(self.projection, index, "input")
 
 
@@ -993,9 +998,14 @@ class Encoder(nn.Module):
         self.embed_dim, self.num_embed_units = config.encoder_embed_dim, config.num_embed_units
         self.hard_concrete = _make_mask(config, "embed", self.num_embed_units, min_kept=1, binary=True)
 
-    def _preprocess(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _preprocess(
+        self, features: Tensor, lengths: Tensor | None, hidden: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The projected frames, the scores of padding, and the mask (D,) over dimensions of frames."""
         x, mask = self.feature_projection(features), self._embed_mask()
+        if hidden is not None:
+            is_hidden, stand_in = hidden
+            x = torch.where(is_hidden[..., None], stand_in.to(x.dtype), x)
         if mask is not None:
             x = x * _mask_for(x, mask)
         if lengths is None:
@@ -1021,9 +1031,16 @@ class Encoder(nn.Module):
         lengths: Tensor | None = None,
         num_layers: int | None = None,
         kept: Collection[int] | None = None,
+        hidden: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """The projected features and the output of each layer: num_layers + 1 tensors (B, frames, D)."""
-        x, padding_scores, embed_mask = self._preprocess(features, lengths)
+        """The projected features and the output of each layer: num_layers + 1 tensors (B, frames, D).
+
+        Args:
+            features, lengths: as of :meth:`forward`.
+            num_layers, kept: as of :meth:`~wav2vec2.model.Wav2Vec2Model.extract_features`.
+            hidden: frames (B, frames) that the transformer does not see, and what stands in their place (D,).
+        """
+        x, padding_scores, embed_mask = self._preprocess(features, lengths, hidden)
         return [x, *self.transformer.get_intermediate_outputs(x, padding_scores, num_layers, kept, embed_mask)]
 
     def expected_embed_dim(self) -> Tensor | int:

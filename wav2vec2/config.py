@@ -94,6 +94,8 @@ class ModelConfig:
     """Whether the conv layers have a bias."""
     encoder_embed_dim: int = _key(_SIZE)
     """D, the size of a frame in the transformer."""
+    encoder_feature_projection_layer_norm: bool = _key(_FLAG, default=True)
+    """A LayerNorm before the feature projection; DistilHuBERT has none. Not published: left out where it is True."""
     encoder_projection_dropout: float = _key(_PROBABILITY)
     """Behind the feature projection."""
     encoder_pos_conv_kernel: int = _key(_SIZE)
@@ -170,7 +172,10 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The keys and their values, as a file holds them."""
-        return _published(asdict(self))
+        config = _published(asdict(self))
+        if self.encoder_feature_projection_layer_norm:
+            del config["encoder_feature_projection_layer_norm"]
+        return config
 
     def of_layer(self, layer: int) -> dict[str, Any]:
         """One layer's entries of the keys that have one for each."""

@@ -85,7 +85,7 @@ class Wav2Vec2Model(nn.Module):
         Raises:
             ValueError: waveforms are not two-dimensional, or there are not ``num_layers`` layers.
         """
-        features, lengths, padded_lengths = self._extract(waveforms, lengths)
+        features, lengths, padded_lengths = self.extract_frames(waveforms, lengths)
         return self.encoder.extract_features(features, padded_lengths, num_layers, kept), lengths
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -94,11 +94,11 @@ class Wav2Vec2Model(nn.Module):
         Arguments and errors as in :meth:`extract_features`. Layer drop acts in training, and pre-norm
         models apply their final LayerNorm.
         """
-        features, lengths, padded_lengths = self._extract(waveforms, lengths)
+        features, lengths, padded_lengths = self.extract_frames(waveforms, lengths)
         x = self.encoder(features, padded_lengths)
         return (x if self.aux is None else self.aux(x)), lengths
 
-    def _extract(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def extract_frames(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The extractor's frames, how many are valid, and the same again, or None where no frame is known to be padded.
 
         Lengths on an accelerator are not looked at, as that would wait for it. A caller that knows a batch to have no

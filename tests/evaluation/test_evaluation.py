@@ -71,8 +71,9 @@ def save_student(path: Path, mode: str | None, seed: int = 1, **changes: Any) ->
 
 
 def compare(teacher: Any, path: Path, corpus: Path, layers: list[int] = LAYERS, mode: str | None = None) -> Any:
-    student = make_student("student", path, checkpoint.load_model(path).eval(), teacher, layers, mode)
-    (found,) = measure_fidelity(teacher, [student], layers, HeldOutSpeech(corpus / "valid.tsv", 1.0, 200))
+    matched = [(layer,) for layer in layers]
+    student = make_student("student", path, checkpoint.load_model(path).eval(), teacher, matched, mode)
+    (found,) = measure_fidelity(teacher, [student], matched, HeldOutSpeech(corpus / "valid.tsv", 1.0, 200))
     return found
 
 

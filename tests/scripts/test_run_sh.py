@@ -30,11 +30,14 @@ def value(command: list[str], flag: str) -> str:
 @pytest.mark.parametrize("config", sorted(path.name for path in (REPOSITORY / "conf").glob("*.conf")))
 def test_every_shipped_config_gives_commands_that_parse(config, monkeypatch):
     *stages, report = commands(f"conf/{config}")
-    assert [command[1] for command in stages] == ["distill.py", "prune.py", "final_distill.py", "save_final_ckpt.py"]
+    prunes = "prunes=false" not in (REPOSITORY / "conf" / config).read_text()
+    scripts = [*(["distill.py", "prune.py"] if prunes else []), "final_distill.py", "save_final_ckpt.py"]
+    assert [command[1] for command in stages] == scripts
     for command in stages:
         monkeypatch.setattr(sys, "argv", command[1:])
         importlib.import_module(command[1].removesuffix(".py")).parse_args()
-    assert report[1:] == ["-m", "evaluation.report", value(stages[0], "--exp_dir")]
+    exp_dir = value(stages[0], "--exp_dir")
+    assert report[1:] == ["-m", "evaluation.report", exp_dir if prunes else exp_dir.removesuffix("/final")]
 
 
 def test_defaults_are_the_published_experiment():
@@ -71,12 +74,47 @@ def test_config_environment_and_flags(tmp_path):
     assert value(distill, "--student_ckpt") == value(prune, "--original_ckpt") == "other.pth"
 
 
+@pytest.mark.parametrize("flag", ["--save_at_sparsity 0.3,0.55", "--save_at_sparsity=0.3,0.55"])
+def test_every_size_of_a_run_is_finished(tmp_path, flag):
+    """As the run's end is, with the same flags, in a folder of its own."""
+    config = tmp_path / "sizes.conf"
+    config.write_text(f"source conf/demo.conf\nexp_dir='my exp'\ndistill+=({flag})\n")
+    distill, *stages = commands(config, "--seed", 5)
+    assert flag.replace("=", " ") in " ".join(distill).replace("=", " ") and len(stages) == 3 * 4
+    for index, exp_dir in enumerate(("my exp", "my exp/sparsity_0.3", "my exp/sparsity_0.55")):
+        prune, final, save, report = stages[4 * index : 4 * index + 4]
+        pruned = f"{exp_dir}/ckpts/pruned_hubert_base.pth"
+        assert value(prune, "--distilled_ckpt") == f"{exp_dir}/ckpts/last.ckpt"
+        assert value(prune, "--original_ckpt") == value(distill, "--student_ckpt")
+        assert value(final, "--student_ckpt") == value(save, "--config_path") == pruned
+        assert value(final, "--exp_dir") == f"{exp_dir}/final" and value(final, "--seed") == "5"
+        assert value(final, "--max_updates") == "200" and flag not in " ".join(final)
+        assert value(save, "--ckpt_after_final_distill") == f"{exp_dir}/final/ckpts/last.ckpt"
+        assert report[1:] == ["-m", "evaluation.report", exp_dir]
+
+
+def test_without_pruning(tmp_path):
+    """One training, of the student that the config names."""
+    config = tmp_path / "smaller.conf"
+    config.write_text("source conf/demo.conf\nprunes=false\ndistill+=(--save_at_sparsity 0.5)\nfinal+=(--seed 4)\n")
+    final, save, report = commands(config, "--accum_grad", 2, exp_dir="exp", student_ckpt="student.pth")
+    assert final[1] == "final_distill.py" and value(final, "--seed") == "4" and value(final, "--accum_grad") == "2"
+    assert value(final, "--student_ckpt") == "student.pth" and value(final, "--exp_dir") == "exp/final"
+    assert save[1:] == ["save_final_ckpt.py", "--ckpt_after_final_distill", "exp/final/ckpts/last.ckpt"]
+    assert report[1:] == ["-m", "evaluation.report", "exp"]
+    assert value(commands(config)[0], "--student_ckpt") == "demo/out/mini-hubert.pth"
+    result = run_command("bash", "run.sh", config, python="true", exp_dir=tmp_path / "exp")
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (tmp_path / "exp").iterdir()} == {"final_distill.log", "save.log", "report.log"}
+
+
 @pytest.mark.parametrize(
     ("contents", "flags", "message"),
     [
         ("source conf/demo.conf\ndestill=(--max_updates 5)\n", [], "unknown: destill"),
         ("source conf/demo.conf\nexp_dir =x\n", [], "exp_dir: command not found"),
         ("exp_dir=x\n", [], "tsv_dir: {config} does not set it"),
+        ("source conf/demo.conf\nprunes=no\n", [], "{config}: prunes: expected true or false, found no"),
         (None, [], "{config}: no such config"),
         ("source conf/demo.conf\n", ["--exp_dir", "x"], "--exp_dir: both stages would take it; set exp_dir=..."),
     ],

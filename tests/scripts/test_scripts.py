@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from helpers import (
     PRUNING,
     REPOSITORY,
     SMALL_LIGHT_LAYERS,
+    error_line,
+    largest_difference,
     last_checkpoint,
     load_as_others_do,
     load_masked_model,
@@ -19,6 +22,7 @@ from helpers import (
     random_waveforms,
     run_command,
     run_script,
+    run_to_exit,
     save_small_model,
     small_run,
 )
@@ -251,6 +255,46 @@ def test_students_dropout_is_of_the_training_alone(manifests, tmp_path, monkeypa
         states.append(trained["state_dict"])
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
+
+
+def test_later_stages_take_the_average(manifests, small_teacher, tmp_path, monkeypatch, capsys):
+    """As they take the weights of a checkpoint that has no average."""
+
+    def prune(contents: dict[str, Any]) -> dict[str, Any]:
+        last = tmp_path / "exp" / "ckpts" / "last.ckpt"
+        checkpoint.save(last, contents)
+        capsys.readouterr()
+        run_script(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", small_teacher)
+        assert ("averaged over the updates (--ema)" in capsys.readouterr().err) == ("averaged_state_dict" in contents)
+        return checkpoint.read_model_file(last.parent / "pruned_hubert_base.pth")
+
+    flags = (*small_run(manifests, small_teacher), *PRUNING, "--ema", 0.7, "--exp_dir", tmp_path / "exp")
+    run_script(monkeypatch, "distill", *flags)
+    contents = last_checkpoint(tmp_path / "exp")
+    averaged = contents.pop("averaged_state_dict")
+    trained = prune(contents)
+    by_hand, pruned = prune({**contents, "state_dict": averaged}), prune({**contents, "averaged_state_dict": averaged})
+    assert largest_difference(pruned, by_hand) == 0
+    assert not torch.equal(pruned["distill_linear_projs"]["0.weight"], trained["distill_linear_projs"]["0.weight"])
+
+    student = tmp_path / "exp" / "ckpts" / "pruned_hubert_base.pth"
+    final = small_run(manifests, small_teacher, student_ckpt=student, ema=0.7, exp_dir=tmp_path / "final")
+    run_script(monkeypatch, "final_distill", *final)
+    last = tmp_path / "final" / "ckpts" / "last.ckpt"
+    run_script(monkeypatch, "save_final_ckpt", "--config_path", student, "--ckpt_after_final_distill", last)
+    model = checkpoint.read_model_file(last.parent / "pruned_hubert_base.pth")
+    for key, value in last_checkpoint(tmp_path / "final")["averaged_state_dict"].items():
+        part, _, name = key.partition(".")
+        assert torch.equal(model["state_dict" if part == "student_model" else part][name], value)
+
+
+@pytest.mark.parametrize("average", [[1.0], {"student_model.weight": torch.tensor([1.0, float("nan")])}, {3: "x"}])
+def test_a_damaged_average(manifests, small_teacher, tmp_path, monkeypatch, capsys, average):
+    last = tmp_path / "last.ckpt"
+    state = {"student_model.weight": torch.ones(2)}
+    checkpoint.save(last, {"state_dict": state, "global_step": 1, "averaged_state_dict": average})
+    assert run_to_exit(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", small_teacher) == 1
+    assert f"{last}: averaged_state_dict: " in error_line(capsys)
 
 
 def test_validation_counts_each_batch_once(manifests):

@@ -64,9 +64,9 @@ def test_every_flag_arrives_in_a_typed_field(monkeypatch):
     args = parse(distill, monkeypatch, "--max_crop_seconds", "2", "--gpus", "2", "--accelerator", "cpu", "--plain")
     settings = read_arguments(args, "a stage", prunes=True)
     assert settings.data.max_crop_seconds == 2.0 and settings.machine.plain and not settings.machine.compile
-    assert settings.machine.devices == ("cpu", 2) and settings.models.layer_groups == [[0], [4, 8, 12]]
+    assert settings.machine.devices == ("cpu", 2) and settings.models.layers == [(0,), (4,), (8,), (12,)]
     groups = (
-        *(settings.data, settings.models, settings.optimisation),
+        *(settings.data, settings.models, settings.objectives, settings.optimisation),
         *(settings.machine, settings.pruning, settings.extractor),
     )
     fields = [name for group in groups for name in vars(group)]
@@ -86,7 +86,12 @@ def test_only_what_decides_the_result_is_recorded(monkeypatch):
     exact = ["--sparsity_control", "exact"]
     assert recorded(*exact) != recorded(*exact, "--target_macs", "0.5") != recorded(*exact, "--target_macs", "0.6")
     assert recorded() != recorded("--student_dropout", "0")
-    assert not {"sparsity_control", "target_macs", "student_dropout"} & recorded().keys()  # as of older runs
+    assert recorded() == recorded("--num_units", "9", "--star_weight", "0", "--unit_layer", "3")
+    assert recorded() != recorded("--star_weight", "1") != recorded("--star_weight", "2")
+    units = ["--unit_weight", "1"]
+    assert recorded() != recorded(*units) != recorded(*units, "--num_units", "9")
+    assert recorded() != recorded("--ema", "0") != recorded("--ema", "0.9")
+    assert not {"sparsity_control", "target_macs", "student_dropout", "ema"} & recorded().keys()  # as of older runs
     for flags in (["--seed", "1"], ["--precision", "bf16"], ["--target_sparsity", "0.5"], ["--accum_grad", "2"]):
         assert recorded(*flags) != recorded()
 

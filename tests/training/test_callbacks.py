@@ -1,5 +1,6 @@
 """Training meets numbers that are not finite and audio that cannot be read."""
 
+import copy
 import shutil
 import sys
 import time
@@ -67,6 +68,31 @@ def loud_file(own_corpus) -> Path:
     samples, rate = soundfile.read(path, dtype="float32")
     soundfile.write(path, np.where(samples > 0, np.float32(3e38), np.float32(-3e38)), rate, subtype="FLOAT")
     return path
+
+
+# --- averages --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.8])
+def test_average_of_the_updates(manifests, small_teacher, tmp_path, monkeypatch, decay):
+    """By hand, of the weights after each update; they are those of a run without an average."""
+    saved: list[dict[str, Any]] = []
+    monkeypatch.setattr("training.callbacks.ckpt.save", lambda _, contents: saved.append(copy.deepcopy(contents)))
+    flags = (*small_run(manifests, small_teacher, accum_grad=2, save_interval=1), *PRUNING)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "plain")
+    plain = saved.copy()
+    saved.clear()
+    run_script(monkeypatch, "distill", *flags, "--ema", decay, "--exp_dir", tmp_path / "averaged")
+    assert len(saved) == len(plain) == 6 and "averaged_state_dict" not in plain[-1]
+    average = saved[0]["state_dict"]
+    for contents, other in zip(saved, plain, strict=True):
+        state = contents["state_dict"]
+        average = {key: decay * average[key] + (1 - decay) * value for key, value in state.items()}
+        assert all(torch.equal(value, other["state_dict"][key]) for key, value in state.items())
+        averaged = contents["averaged_state_dict"]
+        assert averaged.keys() == state.keys() - {"lambda1", "lambda2"}
+        for key, value in averaged.items():
+            torch.testing.assert_close(value, average[key], rtol=1e-6, atol=1e-7)
 
 
 # --- not finite ------------------------------------------------------------------------------------

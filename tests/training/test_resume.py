@@ -45,7 +45,8 @@ pytestmark = pytest.mark.slow
         ("hubert", "large", {"accum_grad": 3}),
         ("wavlm", "base", {"valid_interval": 3, "save_interval": 2}),
         ("wavlm", "large", {"accum_grad": 2, "num_workers": 1, "valid_interval": 4}),
-        ("hubert", "large", {"accum_grad": 2, "sparsity_control": "exact", "target_macs": 0.35}),
+        ("hubert", "large", {"accum_grad": 2, "sparsity_control": "exact", "target_macs": 0.35, "ema": 0.7}),
+        ("hubert", "base", {"star_weight": 2, "unit_weight": 0.5, "num_units": 5, "distill_layers": "auto:2"}),
     ],
 )
 def test_stopped_at_any_update(manifests, tmp_path, monkeypatch, disturb, family, size, changes):

@@ -505,6 +505,7 @@ def test_config_is_a_copy(family: str) -> None:
         ("hubert", {"encoder_use_attention": [True]}),
         ("hubert", {"encoder_use_feed_forward": []}),
         ("hubert", {"encoder_head_dim": None}),
+        ("hubert", {"encoder_feature_projection_layer_norm": None}),
         ("wavlm", {"encoder_total_num_heads": [4, 4, 2]}),
         ("wavlm", {"encoder_total_num_heads": [5, 5, 5]}),
         ("wavlm", {"encoder_remaining_heads": [[0], [1], [4]]}),

@@ -19,6 +19,7 @@ from .import_huggingface import ACCEPTED, EXTRACTOR_MODES, FAMILIES, NAMES
 from .importing import source_name
 
 PREPROCESSOR = "preprocessor_config.json"
+_PROJECTION_NORM = "encoder_feature_projection_layer_norm"
 _DUMMY_WEIGHT = "feature_extractor.dummy_weight"
 
 
@@ -76,9 +77,15 @@ def _per_layer(config: Mapping[str, Any]) -> dict[str, Any]:
 def _model_type(config: Mapping[str, Any], model_type: str | None) -> str:
     possible = ["wavlm"] if is_wavlm(config) else ["hubert", "wav2vec2"]
     if model_type is None:
-        return possible[0]
+        model_type = possible[0]
     if model_type not in possible:
         raise UserError(f"model_type: expected {' or '.join(possible)}, by the model's config, found {model_type}")
+    if model_type != "hubert" and not config.get(_PROJECTION_NORM, True):
+        raise UserError(
+            f"huggingface format: the model has no LayerNorm before its feature projection ({_PROJECTION_NORM}), but "
+            f"transformers' {model_type} models have; export it "
+            f"{'to another format' if model_type == 'wavlm' else 'as model_type hubert'}"
+        )
     return model_type
 
 
@@ -179,6 +186,7 @@ def _settings(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
         "num_attention_heads": _heads(config)[0],
         "intermediate_size": config["encoder_ff_interm_features"][0],
         "do_stable_layer_norm": config["encoder_layer_norm_first"],
+        "feat_proj_layer_norm": config.get(_PROJECTION_NORM, True),
         "feat_proj_dropout": config["encoder_projection_dropout"],
         "attention_dropout": config["encoder_attention_dropout"],
         "activation_dropout": config["encoder_ff_interm_dropout"],

@@ -53,7 +53,6 @@ ACCEPTED: dict[str, tuple[Any, str]] = {
     "feat_extract_activation": ("gelu", "another activation"),
     "layer_norm_eps": (1e-5, "another LayerNorm epsilon"),
     "conv_pos_batch_norm": (False, "a batch norm in the positional convolution"),
-    "feat_proj_layer_norm": (True, "no LayerNorm before the feature projection"),
     "add_adapter": (False, "an adapter on top of the encoder"),
     "adapter_attn_dim": (None, "adapters inside the encoder layers"),
     "quantization_config": (None, "quantised weights"),
@@ -66,6 +65,7 @@ _BACKBONE_SETTINGS = (
     "conv_kernel",
     "conv_stride",
     "conv_bias",
+    "feat_proj_layer_norm",
     "num_feat_extract_layers",
     "hidden_size",
     "num_conv_pos_embeddings",
@@ -221,6 +221,7 @@ def _read_architecture(settings: dict[str, Any], directory: Path) -> Architectur
         relative_positions=RelativePositions(config.num_buckets, config.max_bucket_distance)
         if config.model_type == "wavlm"
         else None,
+        feature_projection_norm=getattr(config, "feat_proj_layer_norm", True),
     )
 
 

@@ -92,6 +92,7 @@ class Architecture:
     layer_norm_first: bool
     stated_normalization: bool | None  # whether the source says that waveforms are normalised; None: it says nothing
     relative_positions: RelativePositions | None  # WavLM only
+    feature_projection_norm: bool = True  # DistilHuBERT has none
 
     def to_config(self, dropouts: Dropouts, normalize_waveform: bool, source: str) -> dict[str, Any]:
         """The arguments of ``wav2vec2_model``, with every mask switched off; ``source`` is named in errors.
@@ -121,11 +122,15 @@ class Architecture:
                 "encoder_num_buckets": self.relative_positions.num_buckets,
                 "encoder_max_distance": self.relative_positions.max_distance,
             }
+        # Not published: left out where it is True.
+        has_norm = self.feature_projection_norm
+        norm = {} if has_norm is True else {"encoder_feature_projection_layer_norm": has_norm}
         return {
             "extractor_mode": self.extractor_mode,
             "extractor_conv_layer_config": [list(layer) for layer in self.conv_layers],
             "extractor_conv_bias": self.conv_bias,
             "encoder_embed_dim": self.embed_dim,
+            **norm,
             "encoder_projection_dropout": dropouts.projection_dropout,
             "encoder_pos_conv_kernel": self.pos_conv_kernel,
             "encoder_pos_conv_groups": self.pos_conv_groups,

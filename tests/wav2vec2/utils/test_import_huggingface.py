@@ -10,14 +10,19 @@ import pytest
 import torch
 from helpers import (
     FIXTURES,
+    assert_same_frames,
     check_same_model,
     check_stages,
     check_written_model,
     error_line,
     load_expected,
+    make_pair,
+    num_elements,
     pad,
+    random_waveforms,
     run_script,
     run_to_exit,
+    transformers_stages,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -229,6 +234,24 @@ def test_norms_are_read_one_by_one(norm: str, stable: bool, tmp_path: Path) -> N
     assert compare_with_source(imported, tmp_path) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_distilhubert(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers, and no LayerNorm before the feature projection: ntu-spml/distilhubert, in small."""
+    theirs, _ = make_pair("hubert", "base", tmp_path, num_hidden_layers=2, feat_proj_layer_norm=False)
+    if name != "model.safetensors":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / name)
+    run_script(monkeypatch, "convert_hubert_from_hf", "--model", tmp_path, "--out", tmp_path / "model.pth")
+    ours = check_written_model(tmp_path / "model.pth")
+    assert ours.config["encoder_feature_projection_layer_norm"] is False
+    assert ours.config["encoder_num_layers"] == 2
+    waveforms, _ = random_waveforms(3000, 3000)
+    with torch.inference_mode():
+        stages = transformers_stages(theirs, waveforms, None)
+        assert_same_frames([*ours.extract_features(waveforms)[0], ours(waveforms)[0]], stages)
+    assert ours.get_num_params() == num_elements(theirs) + len(ours.feature_extractor.dummy_weight) - 24  # masked_spec
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     directory = copy_fixture("hubert_large", tmp_path / "model", dtype=str(dtype).removeprefix("torch."))
@@ -378,7 +401,9 @@ def test_file_where_its_folder_is_wanted(tmp_path: Path) -> None:
         ("wav2vec2_base", {"add_adapter": True}, "add_adapter is True"),
         ("wav2vec2_base", {"adapter_attn_dim": 16}, "adapter_attn_dim is 16"),
         ("hubert_base", {"conv_pos_batch_norm": True}, "conv_pos_batch_norm is True"),
-        ("hubert_base", {"feat_proj_layer_norm": False}, "feat_proj_layer_norm is False"),
+        ("hubert_base", {"feat_proj_layer_norm": False}, r"left over \(feature_projection.layer_norm.bias"),
+        ("wav2vec2_base", {"feat_proj_layer_norm": False}, r"left over \(feature_projection.layer_norm.bias"),
+        ("hubert_base", {"feat_proj_layer_norm": "no"}, "feat_proj_layer_norm"),
         ("hubert_base", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("hubert_base", {"feat_extract_activation": "gelu_new"}, "feat_extract_activation is 'gelu_new'"),
         ("hubert_base", {"layer_norm_eps": 1e-12}, "layer_norm_eps is 1e-12"),

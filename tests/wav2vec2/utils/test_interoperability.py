@@ -118,6 +118,25 @@ def test_huggingface_there_and_back(model_type: str, size: str, tmp_path: Path) 
     assert settings[0]["do_normalize"] == settings[1]["do_normalize"]
 
 
+def test_huggingface_without_the_projections_norm(tmp_path: Path) -> None:
+    """There and back as with it; only transformers' HuBERT can be without."""
+    theirs, ours = make_pair("hubert", "base", tmp_path / "theirs", feat_proj_layer_norm=False)
+    contents = ours.state_dict(), ours.config
+    assert export_huggingface(*contents, tmp_path / "back") == "hubert"
+    assert load_file(tmp_path / "back" / "model.safetensors").keys() == theirs.state_dict().keys() - {
+        "masked_spec_embed"
+    }
+    back = load_with_transformers(tmp_path / "back")
+    waveforms, _ = random_waveforms(3000, 3000)
+    with torch.inference_mode():
+        assert_same_frames(transformers_stages(back, waveforms, None), transformers_stages(theirs, waveforms, None))
+    with pytest.raises(UserError, match=r"no LayerNorm .* export it as model_type hubert"):
+        export_huggingface(*contents, tmp_path / "back", "wav2vec2")
+    wavlm = unpruned_model("wavlm", "base", encoder_feature_projection_layer_norm=False)
+    with pytest.raises(UserError, match=r"no LayerNorm .* export it to another format"):
+        export_huggingface(wavlm.state_dict(), wavlm.config, tmp_path / "back")
+
+
 def test_huggingface_feature_extractor(tmp_path: Path) -> None:
     model = unpruned_model("hubert", "large")
     export_huggingface(model.state_dict(), model.config, tmp_path)
