@@ -9,6 +9,7 @@ against parameters) and ``methods-2.svg`` (against the real-time factor).
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -61,8 +62,6 @@ def read_results(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: does not exist, expected results of evaluate.py; run benchmarks/methods.sh") from None
     except ValueError as error:
         raise UserError(f"{path}: not the results of evaluate.py ({error})") from None
-    if not isinstance(results, dict) or "models" not in results:
-        raise UserError(f"{path}: not the results of evaluate.py: no models")
     return results
 
 
@@ -90,11 +89,8 @@ def run_folders(out: Path) -> Iterator[tuple[Path, str, float]]:
     """The folders ``ROW-SIZE-SEED``, with row and size."""
     for folder in sorted(out.iterdir()):
         row, *rest = folder.name.rsplit("-", 2)
-        if folder.is_dir() and len(rest) == 2:
-            try:
-                yield folder, row, float(rest[0])
-            except ValueError:
-                continue
+        if folder.is_dir() and len(rest) == 2 and re.fullmatch(r"0\.\d+", rest[0]):
+            yield folder, row, float(rest[0])
 
 
 def read_runs(out: Path, teacher: Mapping[str, Any]) -> tuple[list[Run], list[str]]:
@@ -195,7 +191,7 @@ def points(groups: Iterable[Sequence[Run]], cost: Callable[[Run], float | None])
     lines: dict[str, list[Point]] = {}
     for group in groups:
         known = [(cost(run), run.quality) for run in group]
-        if all(None not in pair for pair in known):
+        if group[0].size is not None and all(None not in pair for pair in known):
             costs, qualities = zip(*known, strict=True)
             lines.setdefault(group[0].row, []).append(
                 Point(fmean(costs), fmean(qualities), min(qualities), max(qualities))
@@ -211,9 +207,16 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     teacher = read_results(args.out / "teacher.json")
-    runs, missing = read_runs(args.out, teacher)
-    groups = grouped(runs)
-    text = table(groups, teacher)
+    try:
+        runs, missing = read_runs(args.out, teacher)
+        groups = grouped(runs)
+        text = table(groups, teacher)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{args.out}: its files are not the results of benchmarks/methods.sh ({type(error).__name__}: {error})"
+        ) from error
     print(text)
     with atomic_path(args.out / "methods.md") as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@
 #
 # From the environment, too: ROWS, SIZES and SEEDS choose runs; JOBS of them go on side by side (2), each on one thread;
 # FLAGS are of both trainings, "--accelerator cpu" where there is no GPU. Call it again to continue where it was stopped:
-# what is complete is left alone.
+# what is complete is left alone. Paths start from the checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -37,19 +37,24 @@ while [[ ${1-} == --* ]]; do
 done
 : "${TEACHER:?}" "${LAYERS:?}" "${DATA:?}" "${OUT:?}"
 probes=("$@")
+$train || $evaluate || fail "--train-only and --evaluate-only leave nothing to do; give one of them"
 ((${#probes[@]})) || ! $evaluate || fail "give lists of labelled clips"
 all_rows="published exact schedule units macs light star masked_units ema together distilhubert half_width fithubert"
-rows=${ROWS:-$all_rows}
+rows=${ROWS:-$all_rows} sizes=${SIZES:-0.75 0.9 0.95} seeds=${SEEDS:-0 1} jobs=${JOBS:-2} flags=${FLAGS:-}
 for row in $rows; do
     [[ " $all_rows " == *" $row "* ]] || fail "ROWS: $row is none of: $all_rows"
 done
-sizes=${SIZES:-0.75 0.9 0.95} seeds=${SEEDS:-0 1} jobs=${JOBS:-2} flags=${FLAGS:-}
+[[ $LAYERS =~ ^[0-9]+([.,][0-9]+)*$ ]] || fail "LAYERS: expected layers such as 0.2,4, found $LAYERS"
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "JOBS: expected a number from 1, found $jobs"
+for list in "${probes[@]}"; do
+    [[ -f $list ]] || fail "$list: no such file in $PWD; give lists of labelled clips"
+done
 python=${python:-python} teacher_ckpt=$OUT/teacher.pth tsv_dir=$OUT/data students=$OUT/students
 export python teacher_ckpt tsv_dir students OMP_NUM_THREADS=1
 measure=("$python" evaluate.py --threads 1 --device cpu)
 
-# Shows a command, and runs it, if it is to be run at all. Where this script is stopped, so is the command, which gets SIGTERM and
-# has time to save a checkpoint.
+# Shows a command, and runs it, if it is to be run at all. Where this script is stopped, so is the command, by SIGTERM,
+# after which a training saves a checkpoint.
 child=''
 call() {
     local word line='+'
@@ -69,7 +74,7 @@ call() {
 layers_of() {
     case $1 in
         distilhubert) echo "${LAYERS#0[.,]}" ;;
-        fithubert) seq -s. "${LAYERS##*[.,]}" ;;
+        half_width | fithubert) seq -s. "${LAYERS##*[.,]}" ;;
         *) echo "$LAYERS" ;;
     esac
 }
@@ -106,14 +111,15 @@ teacher() {
         --out "$OUT/teacher.json"
 }
 
-# What times each model that was measured: all take turns, so that the times can be compared.
+# Times all models again where one is new: they take turns, so that the times can be compared.
 speed() {
-    local folder folders=()
+    local folder folders=() is_new=$dry_run
     for folder in "$OUT"/*-*-*; do
         [[ ! -f $folder/evaluation.json ]] || folders+=("$folder")
+        [[ ! $folder/evaluation.json -nt $OUT/speed.json ]] || is_new=true
     done
-    ! $dry_run || folders=("$OUT"/ROW-SIZE-SEED)
-    ((!${#folders[@]})) || call "${measure[@]}" --teacher "$teacher_ckpt" \
+    ! $dry_run || folders=("$OUT/ROW-SIZE-SEED")
+    ! $is_new || call "${measure[@]}" --teacher "$teacher_ckpt" \
         --models "${folders[@]/%//final/ckpts/pruned_hubert_base.pth}" --names "${folders[@]##*/}" \
         --speed_seconds 10 --out "$OUT/speed.json"
 }

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from evaluation.experiment import Column
 from wav2vec2.errors import single_line
@@ -189,7 +189,7 @@ class Point(NamedTuple):
 
 def methods(lines: Mapping[str, Sequence[Point]], title: str) -> Picture:
     """Quality against a cost: a line for each method, a point for each size with the range of its runs."""
-    with matplotlib.rc_context({**_STYLE, "figure.figsize": (7.2, 4), "figure.subplot.right": 0.72}):
+    with matplotlib.rc_context({**_STYLE, "figure.figsize": (7.2, 4.8), "figure.subplot.right": 0.75}):
         figure = Figure()
         axes = figure.subplots()
         # Colours come again with other markers.
@@ -202,7 +202,8 @@ def methods(lines: Mapping[str, Sequence[Point]], title: str) -> Picture:
             )
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title("quality (log-mel 0, teacher 100), mean and range of the seeds")
         axes.set_xlabel(title)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)

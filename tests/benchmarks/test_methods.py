@@ -1,9 +1,12 @@
 """benchmarks/methods.sh: its rows, its jobs, and the table that is made of what they leave."""
 
+import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from benchmarks import methods, students
 from evaluation.scores import Scored, Share, figure_of_merit
 from wav2vec2 import checkpoint
 from wav2vec2.model import wav2vec2_model
+
+# The fake python below does not read them.
+LISTS = ("README.md", "LICENSE")
 
 # What a python does that leaves the files of each stage, and nothing else. $FAIL names runs that fail in prune.py.
 FAKE = """#!/usr/bin/env bash
@@ -45,7 +51,14 @@ def setting(tmp_path) -> dict[str, object]:
     fake.write_text(FAKE)
     fake.chmod(0o755)
     out = {"OUT": tmp_path / "out", "CALLS": tmp_path / "calls", "python": fake}
-    return {"TEACHER": "HF", "LAYERS": "0.2,4", "DATA": "C", "ROWS": "published exact", "SIZES": "0.75 0.9", **out}
+    return {
+        "TEACHER": "HF",
+        "LAYERS": "0.2,4",
+        "DATA": tmp_path / "C",
+        "ROWS": "published exact",
+        "SIZES": "0.75 0.9",
+        **out,
+    }
 
 
 def script(*arguments: object, **environment: object) -> subprocess.CompletedProcess:
@@ -60,7 +73,7 @@ def calls(setting: dict[str, Any], name: str) -> list[str]:
 
 @pytest.mark.slow
 def test_each_run_is_trained_and_measured_once(setting):
-    result = script("a.tsv", "b.tsv", **setting)
+    result = script(*LISTS, **setting)
     assert result.returncode == 0, result.stderr
     trained = calls(setting, "distill.py")
     assert len(trained) == 8
@@ -70,7 +83,9 @@ def test_each_run_is_trained_and_measured_once(setting):
             assert f"--distill_layers 0.2,4 --tsv_dir {setting['OUT']}/data" in exact
             assert exact.endswith(f"--seed {seed}") and f"--target_sparsity {size} --sparsity_control exact" in exact
     measured = calls(setting, "evaluate.py")
-    assert sum("--probes a.tsv b.tsv" in line for line in measured) == 9  # the teacher, and each run without it
+    assert (
+        sum(f"--probes {LISTS[0]} {LISTS[1]}" in line for line in measured) == 9
+    )  # the teacher, and each run without it
     assert sum("--no_controls" in line and "--teacher" not in line for line in measured) == 8
     assert sum("--tsv" in line and "--distill_layers 0.2,4" in line for line in measured) == 8
     (times,) = (line for line in measured if "--speed_seconds 10" in line)
@@ -82,20 +97,24 @@ def test_each_run_is_trained_and_measured_once(setting):
     assert not calls(setting, "prepare_data.py")[1:]
 
     setting["CALLS"].unlink()
-    again = script("a.tsv", "b.tsv", **setting)
+    again = script(*LISTS, **setting)
     assert "9/9 are complete" in again.stdout
-    assert not calls(setting, "distill.py") and len(calls(setting, "evaluate.py")) == 1
+    assert not calls(setting, "distill.py") and not calls(setting, "evaluate.py")
+    (setting["OUT"] / "exact-0.9-0/evaluation.json").touch()  # the times are of before
+    script(*LISTS, **setting)
+    (times,) = calls(setting, "evaluate.py")
+    assert "--speed_seconds 10" in times
 
 
 @pytest.mark.slow
 def test_a_run_that_fails_stops_no_other(setting):
-    result = script("a.tsv", **setting, FAIL="exact-0.75")
+    result = script(LISTS[0], **setting, FAIL="exact-0.75")
     assert result.returncode == 1
     assert sorted(result.stderr.splitlines()) == ["failed: exact 0.75 seed 0", "failed: exact 0.75 seed 1"]
     assert sum("failed after 0 min with status 3, see" in line for line in result.stdout.splitlines()) == 2
     assert len(list(setting["OUT"].glob("*/evaluation.json"))) == 6
     setting["CALLS"].unlink()
-    assert script("a.tsv", **setting).returncode == 0  # mended
+    assert script(LISTS[0], **setting).returncode == 0  # mended
     assert len(calls(setting, "distill.py")) == 2 and len(list(setting["OUT"].glob("*/evaluation.json"))) == 8
 
 
@@ -107,7 +126,7 @@ def test_training_and_measuring_apart(setting):
     assert "8/8 are complete" in script("--train-only", **setting).stdout
     setting["CALLS"].unlink()
     (setting["OUT"] / "exact-0.9-1/final/ckpts/pruned_hubert_base.pth").unlink()
-    result = script("--evaluate-only", "a.tsv", **setting)
+    result = script("--evaluate-only", LISTS[0], **setting)
     assert result.returncode == 0, result.stderr
     assert "exact 0.9 seed 1: left out, it is not trained yet" in result.stdout
     assert not calls(setting, "distill.py") and len(list(setting["OUT"].glob("*/evaluation.json"))) == 7
@@ -115,7 +134,7 @@ def test_training_and_measuring_apart(setting):
 
 @pytest.mark.slow
 def test_dry_run_shows_all_and_writes_nothing(setting):
-    result = script("--dry-run", "a.tsv", **setting)
+    result = script("--dry-run", LISTS[0], **setting)
     assert result.returncode == 0, result.stderr
     assert not setting["OUT"].exists() and not setting["CALLS"].exists()
     shown = [line.split()[1:] for line in result.stdout.splitlines()]
@@ -131,7 +150,7 @@ def test_dry_run_shows_all_and_writes_nothing(setting):
 @pytest.mark.slow
 def test_stopped_runs_save_first(setting):
     environment = os.environ | {name: str(value) for name, value in {**setting, "SLEEP": 1}.items()}
-    process = subprocess.Popen(["bash", "benchmarks/methods.sh", "a.tsv"], cwd=REPOSITORY, env=environment)
+    process = subprocess.Popen(["bash", "benchmarks/methods.sh", LISTS[0]], cwd=REPOSITORY, env=environment)
     while not setting["CALLS"].exists() or not calls(setting, "distill.py"):
         time.sleep(0.1)
     time.sleep(0.5)
@@ -145,15 +164,46 @@ def test_stopped_runs_save_first(setting):
     ("arguments", "changes", "message"),
     [
         ([], {}, "give lists of labelled clips"),
-        (["--evaluate_only", "a.tsv"], {}, "--evaluate_only: expected --dry-run, --train-only or --evaluate-only"),
-        (["a.tsv"], {"ROWS": "published exakt"}, "ROWS: exakt is none of: published exact"),
-        (["a.tsv"], {"OUT": ""}, "OUT"),
+        (["--evaluate_only", LISTS[0]], {}, "--evaluate_only: expected --dry-run, --train-only or --evaluate-only"),
+        ([LISTS[0]], {"ROWS": "published exakt"}, "ROWS: exakt is none of: published exact"),
+        (["--train-only", "--evaluate-only"], {}, "leave nothing to do"),
+        ([LISTS[0]], {"OUT": ""}, "OUT"),
+        ([LISTS[0]], {"LAYERS": "0-2-4"}, "LAYERS: expected layers such as 0.2,4, found 0-2-4"),
+        ([LISTS[0]], {"JOBS": "0"}, "JOBS: expected a number from 1, found 0"),
+        (["c.tsv"], {}, "c.tsv: no such file in"),
     ],
 )
 def test_bad_settings(setting, arguments, changes, message):
     result = script(*arguments, **setting | changes)
     assert result.returncode == 1 and message in result.stderr
     assert not setting["CALLS"].exists()
+
+
+def value(command: list[str], flag: str) -> str:
+    """Of a flag, the last one counts."""
+    return command[len(command) - command[::-1].index(f"--{flag}")]
+
+
+def rows() -> list[str]:
+    lines = (REPOSITORY / "benchmarks/methods.sh").read_text().splitlines()
+    return shlex.split(next(line for line in lines if line.startswith("all_rows=")).partition("=")[2])[0].split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", rows())
+def test_every_row_makes_as_many_updates_of_as_much_audio(row, monkeypatch):
+    settings = {"size": "0.9", "layers": "0.2,4", "students": "S", "exp_dir": "E", "teacher_ckpt": "T"}
+    result = run_command("bash", "run.sh", "--print", "benchmarks/methods.conf", row=row, **settings)
+    assert result.returncode == 0, result.stderr
+    updates = 0
+    for command in (shlex.split(line)[2:] for line in result.stdout.splitlines()):
+        if command[0] in ("distill.py", "final_distill.py"):
+            monkeypatch.setattr(sys, "argv", command)
+            importlib.import_module(command[0].removesuffix(".py")).parse_args()
+            assert value(command, "seconds_per_batch") == "16" and value(command, "max_crop_seconds") == "4"
+            updates += int(value(command, "max_updates"))
+            updates += int(value(command, "extractor_updates")) if "--student_extractor" in command else 0
+    assert updates == 2200
 
 
 # --- students --------------------------------------------------------------------------------------
@@ -266,9 +316,10 @@ def test_table_and_pictures(out, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "left out: 1 of 4 runs have no evaluation.json yet: star-0.9-0" in printed
     assert "speakers is left out of the quality: teacher is not better" in printed
-    for number, words in ((1, ("exact", "published", "teacher")), (2, ("exact", "teacher"))):
+    for number, words in ((1, ("exact", "published")), (2, ("exact",))):
         picture = (out / f"methods-{number}.svg").read_text()
         assert all(f">{word}<" in picture for word in words)
+        assert ">teacher<" not in picture
     assert ">published<" not in picture
 
 
@@ -293,7 +344,11 @@ def test_quality_is_that_of_evaluate():
 def test_bad_folders(out, monkeypatch, capsys):
     write(out / "star-0.9-0/evaluation.json", models=[entry(1, {"phones": 40})])
     assert run_to_exit(monkeypatch, "benchmarks.methods", out) == 1
-    assert "its probes are phones, the teacher's phones, errors, speakers; delete it" in error_line(capsys)
+    message = error_line(capsys)
+    assert message.startswith(f"{out}/star-0.9-0/evaluation.json: its probes are phones, the teacher's phones, errors")
+    write(out / "star-0.9-0/evaluation.json", models=[{}])
+    assert run_to_exit(monkeypatch, "benchmarks.methods", out) == 1
+    assert f"{out}: its files are not the results of benchmarks/methods.sh (KeyError: 'probes')" in error_line(capsys)
     (out / "star-0.9-0/evaluation.json").write_text("{")
     assert run_to_exit(monkeypatch, "benchmarks.methods", out) == 1
     assert "star-0.9-0/evaluation.json: not the results of evaluate.py" in error_line(capsys)
