@@ -28,6 +28,7 @@ from torch._subclasses import FakeTensorMode
 
 from lightning import SPARSITY_CONTROLS, DistillModule, make_projections
 from training import speed
+from training.objectives import MaskedUnits, TemporalRelations
 from training.speed import COLUMNS, FetchTimer, forward_flops, peak_flops, update_flops
 from wav2vec2.errors import UserError
 from wav2vec2.fast import fast_paths
@@ -206,8 +207,16 @@ def test_compiled_steps_have_the_same_numbers_for_twenty_lengths(count_graphs):
         "encoder_remaining_heads": [[0, 1, 2, 3]],
         "encoder_ff_interm_features": 20,
     }
-    fewer = {"distill_layers": [0, 1], "distill_linear_projs": make_projections("layer2layer", [[0, 1]], 16, 16)}
-    plain, module = (noisy_module("wavlm", "large", one_layer, **fewer) for _ in range(2))
+
+    def settings() -> dict[str, Any]:
+        units = MaskedUnits(1.0, 1, num_units=5, teacher_dim=16, student_dim=16, student_depth=1)
+        return {
+            "distill_layers": [0, 1],
+            "distill_linear_projs": make_projections("layer2layer", [[0, 1]], 16, 16),
+            "objectives": {"star": TemporalRelations(1.0, [(1, 1)]), "units": units},
+        }
+
+    plain, module = (noisy_module("wavlm", "large", one_layer, **settings()) for _ in range(2))
     module.load_state_dict(plain.state_dict())  # masks start at random
     names = list(module.state_dict())
     speed.compile_steps(module)
