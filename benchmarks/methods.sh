@@ -39,7 +39,7 @@ done
 probes=("$@")
 $train || $evaluate || fail "--train-only and --evaluate-only leave nothing to do; give one of them"
 ((${#probes[@]})) || ! $evaluate || fail "give lists of labelled clips"
-all_rows="published exact schedule units macs light star masked_units ema together distilhubert half_width fithubert"
+all_rows="published exact schedule units macs light star masked_units ema distilhubert half_width fithubert"
 rows=${ROWS:-$all_rows} sizes=${SIZES:-0.75 0.9 0.95} seeds=${SEEDS:-0 1} jobs=${JOBS:-2} flags=${FLAGS:-}
 for row in $rows; do
     [[ " $all_rows " == *" $row "* ]] || fail "ROWS: $row is none of: $all_rows"
