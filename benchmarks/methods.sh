@@ -74,7 +74,7 @@ call() {
 layers_of() {
     case $1 in
         distilhubert) echo "${LAYERS#0[.,]}" ;;
-        half_width | fithubert) seq -s. "${LAYERS##*[.,]}" ;;
+        fithubert) seq -s. "${LAYERS##*[.,]}" ;;
         *) echo "$LAYERS" ;;
     esac
 }
