@@ -27,6 +27,7 @@ from lightning import (
 from training import speed
 from wav2vec2 import checkpoint
 from wav2vec2.fast import plain_paths
+from wav2vec2.heads import Head, contents_of, task_model_of, with_head
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model, with_masks
 from wav2vec2.utils.import_huggingface import import_huggingface_model
 from wav2vec2.utils.importing import ImportedModel
@@ -115,6 +116,33 @@ def random_waveforms(*num_samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows = [0.3 * torch.randn(n, generator=generator) + 0.1 for n in num_samples]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(num_samples)
+
+
+# Every kind of head, with every choice that it leaves.
+TASK_HEADS = [
+    Head("text", ("a", "b", " "), units="characters"),
+    Head("text", ("yes", "no"), units="words"),
+    *(
+        Head("clips", ("yes", "no", "up"), layers=layers, pooling=pooling)
+        for layers in ("last", "weighted")
+        for pooling in ("mean", "attentive")
+    ),
+    *(Head("segments", ("speech", "noise"), layers=layers) for layers in ("last", "weighted")),
+]
+
+
+def head_id(head: Head) -> str:
+    """Of a test's parameter."""
+    return "-".join(filter(None, (head.kind, head.units, head.layers, head.pooling)))
+
+
+def task_contents(head: Head, family: str = "hubert", size: str = "base") -> dict[str, Any]:
+    """A small fine-tuned model file's contents, no weight at a trivial value."""
+    plain = random_model(small_config(family, size))
+    contents = {"config": plain.config, "state_dict": plain.state_dict()}
+    model = task_model_of(with_head(contents, head, "model.pth", torch.Generator().manual_seed(1)), "model.pth")
+    randomize(model, seed=2)
+    return contents_of(model)
 
 
 def masks_of(model: torch.nn.Module) -> dict[str, HardConcrete]:

@@ -1,20 +1,22 @@
 """HuBERT, wav2vec 2.0 and WavLM with per-layer shapes and pruning masks; importing it needs torch alone.
 
-``load`` reads any model, ``extract`` and ``extract_iter`` give the features of audio: see :mod:`wav2vec2.inference`.
+``load`` reads any model, ``extract`` and ``extract_iter`` give the features of audio, see :mod:`wav2vec2.inference`;
+``predict`` and ``predict_iter`` what a fine-tuned model recognises in it, see :mod:`wav2vec2.prediction`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .inference import extract, extract_iter, load
+    from .prediction import predict, predict_iter
 
-__all__ = ["extract", "extract_iter", "load"]
+__all__ = ["extract", "extract_iter", "load", "predict", "predict_iter"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported when it is asked for: reading headers and printing --help should not wait for torch.
     if name in __all__:
-        from . import inference
+        from . import inference, prediction
 
-        return getattr(inference, name)
+        return getattr(prediction if name.startswith("predict") else inference, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import check_weights
+from .checkpoint import check_weights, model_of
 from .config import ModelConfig, check_config
 from .errors import UserError, short_repr
 from .model import Wav2Vec2Model
@@ -72,6 +72,10 @@ class Head:
     def num_outputs(self) -> int:
         """One for each label, and of text one for the blank."""
         return len(self.labels) + (self.kind == TEXT)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a file holds them."""
+        return asdict(self) | {"labels": list(self.labels)}
 
 
 class TaskHead(nn.Module):
@@ -218,8 +222,13 @@ def task_model_of(contents: Mapping[str, Any], source: str | os.PathLike) -> Tas
         expected = _contents({}, _task_model(contents["config"], head, source).state_dict(), head)
     check_weights(expected["head"]["state_dict"], weights, f"{source}: head")
     model = _task_model(contents["config"], head, source)
-    model.load_state_dict(contents["state_dict"] | {_PREFIX + name: tensor for name, tensor in weights.items()})
+    model.load_state_dict(joined_state(contents["state_dict"], weights))
     return model
+
+
+def model_with_its_head(contents: Mapping[str, Any], source: str | os.PathLike) -> Wav2Vec2Model:
+    """:func:`task_model_of` where there is a head, else :func:`checkpoint.model_of`."""
+    return (task_model_of if "head" in contents else model_of)(contents, source)
 
 
 def with_head(
@@ -262,10 +271,19 @@ def contents_of(model: TaskModel) -> dict[str, Any]:
 
 def _contents(config: dict[str, Any], state_dict: Mapping[str, Tensor], head: Head) -> dict[str, Any]:
     """The contents of a model file; ``state_dict`` is that of a :class:`TaskModel`."""
+    encoder, own = split_state(state_dict)
+    return {"config": config, "state_dict": encoder, "head": {**head.to_dict(), "state_dict": own}}
+
+
+def split_state(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder's weights and the head's, of the names that a :class:`TaskModel` has for them."""
     own = {name.removeprefix(_PREFIX): x for name, x in state_dict.items() if name.startswith(_PREFIX)}
-    encoder = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_PREFIX)}
-    settings = asdict(head) | {"labels": list(head.labels)}
-    return {"config": config, "state_dict": encoder, "head": {**settings, "state_dict": own}}
+    return {name: tensor for name, tensor in state_dict.items() if not name.startswith(_PREFIX)}, own
+
+
+def joined_state(encoder: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`split_state`."""
+    return {**encoder, **{_PREFIX + name: tensor for name, tensor in own.items()}}
 
 
 def _task_model(config: Mapping[str, Any], head: Head, source: str | os.PathLike) -> TaskModel:

@@ -1,6 +1,7 @@
 """Models as the Hugging Face hub has them: folders with model.safetensors, config.json and README.md.
 
-config.json holds the arguments of ``wav2vec2_model``, model.safetensors its state dict under the published names.
+config.json holds the arguments of ``wav2vec2_model``, model.safetensors its state dict under the published names; of a
+model with a task head also the settings of ``head``, and its weights under ``head.``.
 Reading needs safetensors; only what asks the hub, and the card of a folder that is written, need huggingface_hub.
 """
 
@@ -20,6 +21,7 @@ from .components import published_state
 from .config import check_config
 from .errors import UserError, listed, one_line
 from .files import atomic_path, read_json, read_safetensors
+from .heads import TaskModel, contents_of, joined_state, split_state
 from .model import Wav2Vec2Model
 from .utils.unpickling import FILE_SUFFIXES, model_files
 
@@ -104,15 +106,24 @@ def save_folder(model: Wav2Vec2Model, folder: str | os.PathLike, card: str | Non
     if card is None:
         from .utils.model_card import Card
 
-        card = Card(model.config).text("hub")
-    write_folder(model.state_dict(), model.config, folder, card)
+        card = Card(model.config, head=model.head_settings if isinstance(model, TaskModel) else None).text("hub")
+    is_task_model = isinstance(model, TaskModel)
+    contents = contents_of(model) if is_task_model else {"config": model.config, "state_dict": model.state_dict()}
+    write_folder(contents["state_dict"], contents["config"], folder, card, contents.get("head"))
 
 
 def write_folder(
-    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], folder: str | os.PathLike, card: str
+    state_dict: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    folder: str | os.PathLike,
+    card: str,
+    head: Mapping[str, Any] | None = None,
 ) -> None:
-    """As :func:`save_folder`, for a state dict and its config, both as in a model file."""
+    """As :func:`save_folder`, for a state dict, its config and perhaps a head, all as in a model file."""
     folder = Path(folder)
+    if head is not None:
+        state_dict = joined_state(state_dict, head["state_dict"])
+        config = {**config, "head": {key: value for key, value in head.items() if key != "state_dict"}}
     write_safetensors(state_dict, folder / WEIGHTS)
     write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", folder / CONFIG)
     write_text(card, folder / CARD)
@@ -143,7 +154,7 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
     """Read a folder that :func:`save_folder` wrote, with the checks of ``checkpoint.read_model_file``.
 
     Returns:
-        ``{"state_dict": ..., "config": ...}``, as a model file has them.
+        ``{"state_dict": ..., "config": ...}`` and perhaps ``head``, as a model file has them.
 
     Raises:
         UserError: not such a folder, a file is damaged, or the weights are not those of the config.
@@ -157,13 +168,19 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
             f"{folder}: a folder in transformers' format (its {CONFIG} has model_type); make a model file of it: "
             f"python convert_hubert_from_hf.py --model {folder}"
         )
+    has_head, settings = "head" in config, config.pop("head", None)
     expected = expected_state(config, folder / CONFIG)
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a folder with {CONFIG} and {WEIGHTS}")
     state_dict = published_state(read_safetensors(path, "export or download it again"))
+    own: dict[str, Tensor] = {}
+    if has_head:
+        state_dict, own = split_state(state_dict)
+        settings = {**settings, "state_dict": own} if isinstance(settings, dict) else settings
     check_weights(expected, state_dict, path)
-    return {"state_dict": {name: state_dict[name] for name in expected}, "config": config}
+    contents = {"state_dict": {name: state_dict[name] for name in expected}, "config": config}
+    return contents | ({"head": settings} if has_head else {})
 
 
 def is_hub_id(text: str) -> bool:

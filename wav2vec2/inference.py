@@ -28,6 +28,7 @@ from .audio import HIGHEST_RATE, LOWEST_RATE, SAMPLE_RATE, AudioError, read_audi
 from .components import FeatureExtractor
 from .errors import UserError, one_line, short_repr
 from .fast import norm_over_time
+from .heads import model_with_its_head
 from .model import Wav2Vec2Model, normalize_waveforms
 
 BATCH_SECONDS = 60.0
@@ -51,6 +52,8 @@ def load(
 ) -> Wav2Vec2Model:
     """Load a model for use: in eval mode, without gradients, its positional convolution's weight computed once.
 
+    Of a file with a task head it is a :class:`~wav2vec2.heads.TaskModel`, whose ``forward`` gives logits.
+
     Args:
         source: a model file ``.pth`` (of a converter, ``prune.py``, ``save_final_ckpt.py``, or one that the original
             program published), a folder with ``config.json`` and ``model.safetensors``, an ``ORG/NAME`` on the
@@ -63,7 +66,7 @@ def load(
     Raises:
         UserError: there is no such model, it is damaged or of another kind, or the device or dtype cannot be used.
     """
-    model = checkpoint.model_of(_read(source, revision, filename), source).eval().requires_grad_(False)
+    model = model_with_its_head(_read(source, revision, filename), source).eval().requires_grad_(False)
     model.fold_weight_norm()  # before the conversion, which would round both of its factors
     try:
         return model.to(device, dtype)
@@ -123,7 +126,7 @@ def extract(
         layers: which hidden states. None means all: 0 is the projected extractor output, k the output of layer k.
             One number, which may be negative (-1 is the last), or several. ``"output"`` is what the model's
             ``forward`` returns: the last hidden state behind a pre-norm model's final norm, or, with
-            ``aux_num_out``, the scores of each class.
+            ``aux_num_out``, the scores of each class. Other heads are left to :func:`~wav2vec2.prediction.predict`.
         sample_rate: of waveforms, in Hz; files and decoded items know theirs. All is resampled to 16 kHz.
         batch_seconds: audio that is computed at once, padding included; one input or chunk at least.
         max_seconds: longer audio is computed in chunks of this length; None never cuts.
@@ -145,7 +148,7 @@ def extract(
     >>> [tuple(last.shape) for last in wav2vec2.extract(model, [torch.randn(8000), torch.randn(16000)], layers=-1)]
     [(24, 768), (49, 768)]
     """
-    is_single = _is_input(inputs)
+    is_single = is_input(inputs)
     results = extract_iter(
         model,
         [inputs] if is_single else inputs,
@@ -193,7 +196,7 @@ def extract_iter(
     """
     if model.training:
         raise UserError("model: is in training mode, where dropout acts; call model.eval(), or use wav2vec2.load")
-    if _is_input(inputs):
+    if is_input(inputs):
         raise UserError(f"inputs: expected several waveforms or paths, found {short_repr(inputs)}; put it into a list")
     rate = _checked_rate(sample_rate, "sample_rate")
     extraction = _Extraction.of(model, layers, batch_seconds, max_seconds, context_seconds)
@@ -427,7 +430,7 @@ def _is_decoded(value: Any) -> bool:
     return isinstance(value, Mapping) or hasattr(value, "get_all_samples")
 
 
-def _is_input(value: Any) -> bool:
+def is_input(value: Any) -> bool:
     """Whether it is one input, and not several."""
     return isinstance(value, (str, os.PathLike)) or _is_array(value) or _is_decoded(value)
 

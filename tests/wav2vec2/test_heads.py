@@ -1,39 +1,17 @@
 import copy
+import json
 
 import pytest
 import torch
-from helpers import random_model, random_waveforms, randomize, small_config
+from helpers import TASK_HEADS, head_id, random_waveforms, task_contents
 
-from wav2vec2 import checkpoint
+import wav2vec2
+from wav2vec2 import checkpoint, hub
 from wav2vec2.errors import UserError
 from wav2vec2.heads import Head, TaskModel, contents_of, greedy_units, head_of, task_model_of, with_head, without_head
 
-HEADS = [
-    Head("text", ("a", "b", " "), units="characters"),
-    Head("text", ("yes", "no"), units="words"),
-    *(
-        Head("clips", ("yes", "no", "up"), layers=layers, pooling=pooling)
-        for layers in ("last", "weighted")
-        for pooling in ("mean", "attentive")
-    ),
-    *(Head("segments", ("speech", "noise"), layers=layers) for layers in ("last", "weighted")),
-]
 
-
-def head_id(head: Head) -> str:
-    return "-".join(filter(None, (head.kind, head.units, head.layers, head.pooling)))
-
-
-def task_contents(head: Head, family: str = "hubert", size: str = "base") -> dict:
-    """A small model file's contents, no weight of the head at a trivial value."""
-    plain = random_model(small_config(family, size))
-    contents = {"config": plain.config, "state_dict": plain.state_dict()}
-    model = task_model_of(with_head(contents, head, "model.pth", torch.Generator().manual_seed(1)), "model.pth")
-    randomize(model, seed=2)
-    return contents_of(model)
-
-
-@pytest.mark.parametrize("head", HEADS, ids=head_id)
+@pytest.mark.parametrize("head", TASK_HEADS, ids=head_id)
 def test_file_gives_the_model_back_and_its_encoder_stays_plain(tmp_path, head):
     contents = task_contents(head)
     checkpoint.save(tmp_path / "model.pth", contents)
@@ -55,7 +33,7 @@ def test_file_gives_the_model_back_and_its_encoder_stays_plain(tmp_path, head):
     assert plain.aux is None and all(map(torch.equal, states, expected))
 
 
-@pytest.mark.parametrize("head", HEADS, ids=head_id)
+@pytest.mark.parametrize("head", TASK_HEADS, ids=head_id)
 @pytest.mark.parametrize("family", ["hubert", "wavlm"])
 def test_padding_changes_nothing(family, head):
     # Of Base models the extractor's first norm takes the padding into its statistics, as everywhere.
@@ -73,7 +51,7 @@ def test_padding_changes_nothing(family, head):
     assert model(waveforms, torch.tensor([900, 3, 700]))[0].isfinite().all()
 
 
-@pytest.mark.parametrize("head", HEADS, ids=head_id)
+@pytest.mark.parametrize("head", TASK_HEADS, ids=head_id)
 def test_logits_are_what_forward_does_behind_the_encoder(head):
     model = task_model_of(task_contents(head, "wavlm", "large"), "model.pth").eval()
     waveforms, lengths = random_waveforms(900, 500)
@@ -83,19 +61,19 @@ def test_logits_are_what_forward_does_behind_the_encoder(head):
 
 
 def test_fresh_head_knows_nothing_and_follows_its_generator():
-    contents = task_contents(HEADS[0])
-    heads = [with_head(contents, HEADS[2], "model.pth", torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    contents = task_contents(TASK_HEADS[0])
+    heads = [with_head(contents, TASK_HEADS[2], "model.pth", torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     first, same, other = (entry["head"]["state_dict"]["linear.weight"] for entry in heads)
     assert torch.equal(first, same) and not torch.equal(first, other) and 0 < first.abs().max() < 0.1
     assert not heads[0]["head"]["state_dict"]["linear.bias"].any()
     # The head that was there is gone, and with it the output layer.
     assert heads[0]["config"]["aux_num_out"] is None and not any("aux" in name for name in heads[0]["state_dict"])
-    text = with_head(heads[0], HEADS[1], "model.pth")
+    text = with_head(heads[0], TASK_HEADS[1], "model.pth")
     assert text["config"]["aux_num_out"] == 3 and text["state_dict"]["aux.weight"].shape == (3, 16)
 
 
 def test_pruned_head_gives_the_same():
-    for head in HEADS:
+    for head in TASK_HEADS:
         contents = with_head(task_contents(head), head, "model.pth")
         contents["config"]["encoder_prune_embed_dim"] = True
         contents["state_dict"] |= {"encoder.hard_concrete.log_alpha": torch.tensor([5.0, -50.0, 5.0, 5.0])}
@@ -137,18 +115,18 @@ def test_damaged_head_is_refused(change, reason):
 
 
 def test_labels_must_fit_the_output_layer():
-    contents = task_contents(HEADS[0])
+    contents = task_contents(TASK_HEADS[0])
     contents["head"]["labels"].append("c")
     with pytest.raises(UserError, match="aux_num_out: expected 5 with a head of text and 4 labels, found 4"):
         task_model_of(contents, "model.pth")
-    contents = task_contents(HEADS[2])
+    contents = task_contents(TASK_HEADS[2])
     contents["config"]["aux_num_out"] = 3
     with pytest.raises(UserError, match="aux_num_out: expected None with a head of clips and 3 labels, found 3"):
         task_model_of(contents, "model.pth")
 
 
 def test_head_that_is_missing_or_lacks_a_setting():
-    contents = task_contents(HEADS[2])
+    contents = task_contents(TASK_HEADS[2])
     lacking = copy.deepcopy(contents)
     del lacking["head"]["layers"], contents["head"]
     with pytest.raises(UserError, match="found no layers"):
@@ -162,3 +140,42 @@ def test_greedy_units_drop_repeats_then_blanks():
     best = torch.tensor([0, 2, 2, 0, 2, 1, 1, 0, 0])
     assert greedy_units(torch.nn.functional.one_hot(best, 3)) == [1, 1, 0]
     assert greedy_units(torch.zeros(0, 3)) == []
+
+
+@pytest.mark.parametrize("head", TASK_HEADS, ids=head_id)
+def test_folder_of_the_hub_keeps_the_head(tmp_path, head):
+    model = task_model_of(task_contents(head), "model.pth").eval()
+    hub.save_folder(model, tmp_path)
+    contents = hub.read_folder(tmp_path)
+    checkpoint.save(tmp_path / "model.pth", contents)
+    waveforms, lengths = random_waveforms(900, 500)
+    for source in (tmp_path, tmp_path / "model.pth"):
+        loaded = wav2vec2.load(source)
+        assert isinstance(loaded, TaskModel) and loaded.head_settings == head
+        assert torch.equal(loaded(waveforms, lengths)[0], model(waveforms, lengths)[0])
+        found = wav2vec2.extract(loaded, waveforms[0])
+        for states, expected in zip(found, model.extract_features(waveforms[:1])[0], strict=True):
+            torch.testing.assert_close(states, expected[0], atol=1e-5, rtol=1e-5)
+    assert hub.HubModel.from_pretrained(tmp_path).config == contents["config"]
+    card = (tmp_path / "README.md").read_text()
+    names = ", ".join(label.strip() or "space" for label in head.labels)
+    assert f"{len(head.labels)} labels ({names})" in card and "wav2vec2.predict" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head": None}, "model.safetensors: weights do not fit the model: 0 missing, 3 left over .head.layer_scores"),
+        ({"head": "clips"}, "head: expected its settings and a state_dict, found 'clips'"),
+        ({"head": {}}, "head: expected kind, labels, units, layers, pooling and state_dict, found no kind"),
+    ],
+)
+def test_damaged_folder_is_refused(tmp_path, change, reason):
+    contents = task_contents(Head("clips", ("yes", "no"), layers="weighted", pooling="mean"))
+    hub.write_folder(contents["state_dict"], contents["config"], tmp_path, "", contents["head"])
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
+    with pytest.raises(UserError, match=reason):
+        wav2vec2.load(tmp_path)

@@ -12,12 +12,20 @@ import torch
 
 from ..audio import SAMPLE_RATE
 from ..config import is_wavlm
-from ..errors import UserError
+from ..errors import UserError, listed
+from ..heads import CLIPS, SEGMENTS, TEXT, Head
 from ..hub import is_hub_id
 from ..model import wav2vec2_model
 
 # By format, the library that the hub names for it.
 FORMATS = {"hub": "dphubert", "onnx": "onnx", "torch_export": None, "huggingface": "transformers"}
+# What the hub calls them.
+_TASKS = {TEXT: "automatic-speech-recognition", CLIPS: "audio-classification"}
+_MAKES = {
+    TEXT: "text, by CTC with output 0 as the blank",
+    CLIPS: "one label for each utterance",
+    SEGMENTS: "a label for each frame",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Card:
         licence: an identifier that the hub knows; None leaves it to whoever publishes the model.
         made_by: the entry of the model file that says which script made it, and from what.
         source: name of the model file.
+        head: of a model that has one.
     """
 
     config: Mapping[str, Any]
@@ -47,6 +56,7 @@ class Card:
     licence: str | None = None
     made_by: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
+    head: Head | None = None
 
     def text(self, format_name: str, measured: Sequence[str] = (), **words: Any) -> str:
         """README.md.
@@ -74,7 +84,7 @@ class Card:
         data = ModelCardData(
             license=self.licence,
             library_name=FORMATS[format_name],
-            pipeline_tag="feature-extraction",
+            pipeline_tag=_TASKS.get(self.head and self.head.kind, "feature-extraction"),
             tags=["speech", "audio", "self-supervised", "dphubert", "wavlm" if is_wavlm(config) else "hubert"],
             base_model=self.teacher if self.teacher and is_hub_id(self.teacher) else None,
         )
@@ -83,6 +93,10 @@ class Card:
             str(Path(__file__).with_name("model_card.md")),
             card=self,
             config=config,
+            head=self.head,
+            head_makes=self.head and _MAKES[self.head.kind],
+            head_labels=self.head
+            and listed("labels", [label.strip() or "space" for label in self.head.labels], most=40),
             num_params=int(model.get_num_params()),
             frames_per_second=SAMPLE_RATE / model.feature_extractor.stride,
             layers=[(heads if attends else 0, width if feeds else 0) for heads, attends, width, feeds in blocks],

@@ -1,0 +1,109 @@
+import importlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from helpers import REPOSITORY, TASK_HEADS, head_id, random_model, random_waveforms, small_config, task_contents
+
+import wav2vec2
+from wav2vec2 import checkpoint
+from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.errors import UserError
+from wav2vec2.heads import Head, task_model_of
+from wav2vec2.prediction import Labelled, Stretch
+
+
+def task_model(head: Head, size: str = "large"):
+    return task_model_of(task_contents(head, "hubert", size), "model.pth").eval()
+
+
+@pytest.mark.parametrize("head", TASK_HEADS, ids=head_id)
+def test_prediction_is_what_forward_says(head):
+    model = task_model(head).requires_grad_(False)
+    waveforms = [random_waveforms(n, seed=n)[0][0] for n in (3000, 700, 1600, 60)]
+    for waveform, found in zip(waveforms, wav2vec2.predict(model, waveforms), strict=True):
+        (logits,), _ = model(waveform[None])
+        if head.kind == "clips":
+            probability, best = logits.softmax(-1).max(-1)
+            assert found.label == head.labels[best] and found.probability == pytest.approx(float(probability), abs=1e-5)
+            continue
+        best = logits.argmax(-1).tolist()
+        if head.kind == "text":
+            kept = [unit for unit, before in zip(best, [0, *best], strict=False) if unit and unit != before]
+            separator = " " if head.units == "words" else ""
+            assert found == separator.join(head.labels[unit - 1] for unit in kept)
+            continue
+        hop, window = model.feature_extractor.stride, model.feature_extractor.receptive_field
+        middles = (np.arange(len(best)) * hop + window / 2) / SAMPLE_RATE
+        labels = [[x.label for x in found if x.start <= middle < x.end] for middle in middles]
+        assert labels == [[head.labels[label]] for label in best]
+        assert found[0].start == 0 and found[-1].end == pytest.approx(((len(best) - 1) * hop + window) / SAMPLE_RATE)
+        assert all(x.end == y.start and x.label != y.label for x, y in zip(found, found[1:], strict=False))
+
+
+@pytest.mark.parametrize("head", TASK_HEADS, ids=head_id)
+def test_long_audio_is_one_result(head):
+    """Chunks that see all that matters to them give the result of the whole."""
+    model = task_model(head).requires_grad_(False)
+    for layer in model.encoder.transformer.layers:
+        layer.attention.out_proj.weight.zero_()  # what is left looks no further than the positional convolution
+    waveform = random_waveforms(9000)[0][0]
+    whole = wav2vec2.predict(model, waveform, max_seconds=None)
+    cut = wav2vec2.predict(model, waveform, max_seconds=0.2, context_seconds=0.05)
+    assert cut == whole if head.kind != "clips" else cut[0] == whole[0] and cut[1] == pytest.approx(whole[1], abs=1e-5)
+
+
+def test_model_without_a_head_predicts_nothing():
+    with pytest.raises(UserError, match="model: has no task head"):
+        wav2vec2.predict(random_model(small_config("hubert")), torch.zeros(900))
+
+
+def test_command_does_not_hide_the_function():
+    function = wav2vec2.predict
+    importlib.import_module("wav2vec2.predict")
+    assert wav2vec2.predict is function
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "wav2vec2.predict", *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", [TASK_HEADS[0], TASK_HEADS[2], TASK_HEADS[-1]], ids=head_id)
+def test_command(tmp_path, head):
+    checkpoint.save(tmp_path / "model.pth", task_contents(head, "hubert", "large"))
+    paths = [tmp_path / name for name in ("a.wav", "b.flac")]
+    for seed, path in enumerate(paths):
+        soundfile.write(path, random_waveforms(900 + 500 * seed, seed=seed)[0][0].numpy(), SAMPLE_RATE)
+    (tmp_path / "bad.wav").write_text("no audio")
+    model = wav2vec2.load(tmp_path / "model.pth")
+    wanted = []
+    for path, found in zip(paths, wav2vec2.predict(model, paths), strict=True):
+        rows = found if isinstance(found, list) else [found]
+        for row in rows:
+            match row:
+                case Labelled(label, probability):
+                    wanted.append(f"{path}\t{label}\t{probability:.4f}")
+                case Stretch(start, end, label):
+                    wanted.append(f"{path}\t{start:.3f}\t{end:.3f}\t{label}")
+                case text:
+                    wanted.append(f"{path}\t{text.strip()}")
+    result = run(tmp_path / "model.pth", paths[0], tmp_path / "bad.wav", tmp_path / "none.wav", paths[1])
+    assert result.stdout.splitlines() == wanted
+    errors = result.stderr.splitlines()
+    assert result.returncode == 1 and len(errors) == 2 and "bad.wav" in errors[0] and "none.wav" in errors[1]
+    assert run(tmp_path / "model.pth", *paths).returncode == 0
+
+
+@pytest.mark.slow
+def test_command_names_a_model_without_a_head(tmp_path):
+    plain = random_model(small_config("hubert"))
+    checkpoint.save(tmp_path / "model.pth", {"config": plain.config, "state_dict": plain.state_dict()})
+    result = run(tmp_path / "model.pth", tmp_path / "a.wav")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "has no task head" in result.stderr
