@@ -158,11 +158,15 @@ def changed_settings(recorded: dict[str, Any] | None, current: dict[str, Any]) -
 
 def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The student's, the projections' and the objectives' parts of a training checkpoint's, without their prefixes."""
+    student, projections, objectives = (
+        part_of(state_dict, prefix) for prefix in ("student_model.", "distill_linear_projs.", "objectives.")
+    )
+    return student, projections, objectives
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
 
-    return part("student_model."), part("distill_linear_projs."), part("objectives.")
+def part_of(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names begin with ``prefix``, without it."""
+    return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
 def trained_weights(

@@ -1,6 +1,8 @@
 """The data of a run: what is in its two subsets, their batches, and which process gets which."""
 
+import hashlib
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +23,7 @@ from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.errors import UserError
 
 # Of labelled lists; manifests have names of their own for the first.
-TRAIN_SUBSET, VALID_SUBSET = "train", "valid"
+TRAIN_SUBSET, VALID_SUBSET, TEST_SUBSET = "train", "valid", "test"
 # Of the training clips of a list without others to validate on.
 VALID_SHARE = 0.1
 # Length buckets that batches are filled from (paper's program).
@@ -230,7 +232,7 @@ class LabelledDataModule(BatchDataModule):
         self.probe = probe
         self.frames = frames
         train, valid = (probe.train, probe.valid) if probe.valid else held_out(probe, settings.seed)
-        self.clips = {TRAIN_SUBSET: train, VALID_SUBSET: valid, "test": probe.test}
+        self.clips = {TRAIN_SUBSET: train, VALID_SUBSET: valid, TEST_SUBSET: probe.test}
         max_samples = settings.seconds_per_batch * SAMPLE_RATE
         self._lengths = {
             split: checked_lengths(probe, clips, frames, max_samples) for split, clips in self.clips.items()
@@ -241,6 +243,16 @@ class LabelledDataModule(BatchDataModule):
 
     def lengths(self, subset: str) -> np.ndarray:
         return self._lengths[subset]
+
+    def fingerprint(self) -> str:
+        """A digest of the clips, their lengths and labels, wherever they lie."""
+        folder = self.probe.path.parent
+        digest = hashlib.sha256(repr(self.probe.labels).encode())
+        for split, clips in self.clips.items():
+            rows = [(split, os.path.relpath(clip.path, folder), clip.target) for clip in clips]
+            digest.update(repr(rows).encode(errors="surrogateescape"))
+            digest.update(self._lengths[split].tobytes())
+        return digest.hexdigest()[:16]
 
     def dataset(self, subset: str) -> LabelledDataset:
         return LabelledDataset(self.probe.kind, self.clips[subset], self._lengths[subset], self.frames)
