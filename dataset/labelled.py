@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from dataset.batches import Crop
-from dataset.labels import SEGMENTS, TEXT, Clip, Probe
+from dataset.labels import SEGMENTS, TEXT, UNITS, Clip, Probe, read_table, text_units
 from dataset.speech import MAX_REPLACEMENTS, first_readable, load_finite
 from wav2vec2.audio import SAMPLE_RATE, AudioError, checked_audio, read_audio, stated_length
-from wav2vec2.errors import UserError
+from wav2vec2.errors import UserError, short_repr
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,20 @@ def checked_lengths(probe: Probe, clips: Sequence[Clip], frames: FrameTimes, max
                 f"{max_samples / SAMPLE_RATE:g} s; raise --seconds_per_batch, or take it out"
             )
         if probe.kind == TEXT:
-            _check_text(place, clip, num_frames)
+            _check_text(probe, clip, num_frames)
     return np.array(lengths, dtype=np.int64)
 
 
-def _check_text(place: str, clip: Clip, num_frames: int) -> None:
+def _check_text(probe: Probe, clip: Clip, num_frames: int) -> None:
+    place = probe.place(clip)
     if -1 in clip.target:
         number = clip.target.index(-1)
+        (text,) = [fields["text"] or "" for line, fields in read_table(probe.path)[1] if line == clip.line]
+        parts = (text_units(text, units) for units in UNITS)
+        unit = next(units[number] for units in parts if len(units) == len(clip.target))
         raise UserError(
-            f"{place}: unit {number + 1} of the text is in no training text, expected units that training knows; take "
-            "the line out, or add such a text for training"
+            f"{place}: its unit {number + 1}, {short_repr(unit)}, is in no training text; correct the text, take the "
+            "line out, or add such a text for training"
         )
     # CTC needs a frame for each unit, and one for the blank between two that are alike.
     repeats = sum(one == other for one, other in itertools.pairwise(clip.target))
@@ -151,7 +155,7 @@ class LabelledDataset(Dataset):
         for wanted in crop.indices:
             index, waveform, bad = first_readable(self._candidates(wanted), self._path, self._read)
             rows.append(waveform)
-            targets.append(self._target(index))
+            targets.append(self.target(index))
             paths.append(self._path(index))
             bad_files |= bad
         num_samples = [len(row) for row in rows]
@@ -178,7 +182,8 @@ class LabelledDataset(Dataset):
         length = int(self.lengths[index])
         return load_finite(self._path(index), 0, length, length)
 
-    def _target(self, index: int) -> Tensor:
+    def target(self, index: int) -> Tensor:
+        """(N,) of a clip: as of :class:`LabelledBatch`, without what is behind it."""
         clip = self.clips[index]
         if self.kind == SEGMENTS:
             return frame_labels(clip, self.frames.middles(int(self.lengths[index])))

@@ -108,7 +108,7 @@ def read_probe(path: Path, units: str = UNITS[0]) -> Probe:
     if "start" in header:
         kind, clips = SEGMENTS, _segments(path, rows)
     elif "text" in header:
-        kind, clips = TEXT, [(row, _units(row.values["text"], units)) for row in _one_per_file(path, rows)]
+        kind, clips = TEXT, [(row, text_units(row.values["text"], units)) for row in _one_per_file(path, rows)]
     else:
         kind, clips = CLIPS, [(row, row.values["label"]) for row in _one_per_file(path, rows)]
     labels = sorted({label for row, target in clips if row.split == "train" for label in _labels(kind, target)})
@@ -141,7 +141,8 @@ def _labels(kind: str, target: Any) -> Sequence[str]:
     return target if kind == TEXT else [target]
 
 
-def _units(text: str, units: str) -> list[str]:
+def text_units(text: str, units: str) -> list[str]:
+    """The units, one of :data:`UNITS`, of a text."""
     words = text.split()
     return words if units == UNITS[0] else list(" ".join(words))
 

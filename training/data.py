@@ -237,6 +237,14 @@ class LabelledDataModule(BatchDataModule):
         self._lengths = {
             split: checked_lengths(probe, clips, frames, max_samples) for split, clips in self.clips.items()
         }
+        if probe.kind == SEGMENTS:
+            for split in self.clips:
+                dataset = self.dataset(split)
+                if not any((dataset.target(index) >= 0).any() for index in range(len(dataset))):
+                    raise UserError(
+                        f"{probe.path}: no segment of the {split} clips holds the middle of a frame of the model, "
+                        f"expected segments of {frames.hop / SAMPLE_RATE:g} s or more"
+                    )
         for subset in (TRAIN_SUBSET, VALID_SUBSET):
             self.batches[subset] = self._make_batches(subset)
         self.max_bad_files = settings.max_bad_files_of(len(train))
