@@ -242,7 +242,9 @@ class FinetuneModule(pl.LightningModule):
         logits, lengths = self.model(batch.waveforms, batch.lengths)
         if self.valid_kind != VERIFICATION:  # its labels are no outputs
             loss = task_loss(self.model.kind, logits, lengths, batch.targets)
-            self.log("valid_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch.weight)
+            # A float: of whole numbers Lightning would round the mean over processes down.
+            weight = float(batch.weight)
+            self.log("valid_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
         self._results.append((batch.indices, clip_results(self.valid_kind, logits, lengths, batch.targets)))
 
     def on_validation_epoch_end(self) -> None:
