@@ -3,6 +3,7 @@
   cost       parameters, multiplications, bytes, and time on this machine
   fidelity   L1, cosine and CKA of the distilled layers with the teacher's (with --teacher and --tsv)
   probes     linear classifiers on frozen features, a SUPERB in miniature (with --probes)
+  own heads  of fine-tuned models, on the same lists as far as kind and labels are theirs
 
   python evaluate.py --teacher pretrained/hubert-base-ls960.hf.pth \\
       --models exp/hubert-base/ckpts/pruned_hubert_base.pth exp/hubert-base/final/ckpts/pruned_hubert_base.pth \\
@@ -29,15 +30,17 @@ from evaluation.backends import Subject, exported, parse_backends, torch_subject
 from evaluation.cost import cost, counted_on, made_by, measure_speed
 from evaluation.features import LogMel
 from evaluation.fidelity import HeldOutSpeech, make_student, measure_fidelity, shared_min_samples
+from evaluation.heads import head_summary, head_tasks
 from evaluation.pictures import layers_alone, quality
 from evaluation.probes import METRICS, Probed, probe_random_models, run_probe, summary
 from evaluation.scores import LOG_MEL, figure_of_merit
 from evaluation.tables import evaluation_tables
 from lightning import DISTILL_MODES, parse_distill_layers
 from wav2vec2.audio import MAX_SECONDS
-from wav2vec2.checkpoint import load_model
+from wav2vec2.checkpoint import read_model_file
 from wav2vec2.errors import UserError
 from wav2vec2.files import atomic_path
+from wav2vec2.heads import TaskModel, model_with_its_head
 
 
 def parse_args() -> argparse.Namespace:
@@ -116,9 +119,10 @@ def load_subjects(args: argparse.Namespace, device: torch.device) -> list[Subjec
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--names: two models are called {name}; give each its own name")
+    models = [model_with_its_head(read_model_file(path), path).eval().to(device) for path in paths]
     return [
-        torch_subject(name, path, load_model(path).eval().to(device), is_teacher=bool(args.teacher) and number == 0)
-        for number, (name, path) in enumerate(zip(names, paths, strict=True))
+        torch_subject(name, path, model, is_teacher=bool(args.teacher) and number == 0)
+        for number, (name, path, model) in enumerate(zip(names, paths, models, strict=True))
     ]
 
 
@@ -153,6 +157,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--backends {args.backends}: ONNX Runtime is timed on the CPU; add --device cpu")
     subjects = load_subjects(args, device)
     models = [subject.model for subject in subjects]
+    tasks = {each.name: head_tasks(each.model, probes) for each in subjects if isinstance(each.model, TaskModel)}
     speech = HeldOutSpeech(args.tsv, args.max_seconds, shared_min_samples(models)) if args.tsv else None
     students = [
         make_student(each.name, each.path, each.model, models[0], layers, args.distill_mode)
@@ -161,6 +166,7 @@ def main(args: argparse.Namespace) -> None:
 
     compared = measure_fidelity(models[0], students, layers, speech) if speech else []
     fidelity = {student.name: found for student, found in zip(students, compared, strict=True)}
+    own = {each.name: head_summary(each.model, tasks[each.name], each.name) for each in subjects if each.name in tasks}
     with tempfile.TemporaryDirectory() as folder:
         for number, subject in enumerate(list(subjects)):
             subjects += exported(subject, backends, Path(folder) / str(number))
@@ -200,6 +206,7 @@ def main(args: argparse.Namespace) -> None:
                 "cost": {**cost(subject.model, subject.num_bytes), "speed": speed},
                 "fidelity": {**fidelity[subject.name], "tsv": str(args.tsv)} if subject.name in fidelity else None,
                 "probes": {name: found.summary() for name, found in probed[subject.name].items()},
+                "head": own.get(subject.name),
                 "quality": merit.get(subject.name),
             }
             for subject, speed in zip(subjects, speeds, strict=True)

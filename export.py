@@ -5,7 +5,8 @@
   torch_export  model.pt2 for torch.export.load, without this project
   huggingface   transformers' own format, for models whose layers are all alike (teachers)
 
-Every file is loaded again and compared with the model before it is kept; the card says what was measured.
+Every file is loaded again and compared with the model before it is kept; the card says what was measured. Of a
+fine-tuned model onnx and torch_export give logits, and huggingface knows text only; --drop_head leaves the encoder.
 
   python export.py --model exp/hubert-base/final/ckpts/pruned_hubert_base.pth --out exp/hubert-base/export \\
       --formats hub,onnx,torch_export --teacher facebook/hubert-base-ls960 --licence mit
@@ -21,14 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import cli
 from evaluation.cost import UTTERANCE_SECONDS, macs_per_second
-from wav2vec2.checkpoint import model_of, read_model_file
+from wav2vec2.checkpoint import read_model_file
 from wav2vec2.errors import UserError
+from wav2vec2.files import read_safetensors
+from wav2vec2.heads import head_of, model_with_its_head, without_head
 from wav2vec2.hub import CARD, WEIGHTS, read_folder, write_folder, write_text
 from wav2vec2.model import Wav2Vec2Model, masked_units, wav2vec2_model
-from wav2vec2.utils.export_huggingface import check_exportable, export_huggingface
+from wav2vec2.utils.export_huggingface import CTC_PREFIX, check_exportable, ctc_class, export_huggingface
 from wav2vec2.utils.export_traced import (
     CHECKED_BATCHES,
     DEFAULT_OPSET,
@@ -39,6 +43,7 @@ from wav2vec2.utils.export_traced import (
     Program,
     check_onnx,
     min_samples,
+    output_name,
     trace,
     write_onnx,
     write_pt2,
@@ -53,8 +58,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder; each format gets one in it, of its name")
     parser.add_argument("--formats", default="hub", help=f"comma-separated, of {', '.join(FORMATS)}")
     parser.add_argument(
-        "--outputs", choices=OUTPUTS, default="last", help="of onnx and torch_export: the last hidden state, or all"
+        "--outputs",
+        choices=OUTPUTS,
+        default="last",
+        help="of onnx and torch_export: the last hidden state (logits, if there is a head), or all",
     )
+    parser.add_argument("--drop_head", action="store_true", help="export the encoder alone, as a plain model")
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="of onnx")
     parser.add_argument("--int8", action="store_true", help="of onnx: a second file, with 8-bit weights")
     parser.add_argument(
@@ -106,6 +115,7 @@ def describe(contents: dict[str, Any], args: argparse.Namespace) -> Card:
         licence=args.licence,
         made_by=made_by if isinstance(made_by, dict) else {},
         source=f"{args.model.name}, SHA-256 {digest}",
+        head=head_of(contents, args.model),
     )
 
 
@@ -131,18 +141,18 @@ class Job:
 
 def write_hub(job: Job, folder: Path) -> None:
     measured = ["the weights are those of the model file, bit for bit, in its precision"]
-    write_folder(job.contents["state_dict"], job.contents["config"], folder, job.card.text("hub", measured))
-    check_weights_written(job.model, model_of(read_folder(folder), folder), folder)
+    card = job.card.text("hub", measured)
+    write_folder(job.contents["state_dict"], job.contents["config"], folder, card, job.contents.get("head"))
+    check_weights_written(job.model, model_with_its_head(read_folder(folder), folder).state_dict(), folder)
     report(folder / WEIGHTS, measured)
 
 
-def check_weights_written(model: Wav2Vec2Model, found: Wav2Vec2Model, folder: Path) -> None:
-    """Check that ``found``, read from ``folder``, has the model's weights.
+def check_weights_written(model: Wav2Vec2Model, weights: dict[str, Tensor], folder: Path) -> None:
+    """Check that ``weights``, read from ``folder``, are the model's.
 
     Raises:
         UserError: names a weight that differs.
     """
-    weights = found.state_dict()
     for name, tensor in model.state_dict().items():
         if not torch.equal(tensor, weights[name]):
             raise UserError(f"{folder}: {name} is not what was written; try again, or check the disk")
@@ -160,11 +170,12 @@ def write_torch_export(job: Job, folder: Path) -> None:
 
 def write_traced_card(job: Job, format_name: str, files: list[Exported], min_frames: int) -> None:
     frames = [frames for batch in CHECKED_BATCHES for frames in batch]
-    measured = []
+    measured, output = [], output_name(job.model, job.args.outputs)
+    what = "logits" if output == "logits" else "hidden states"
     for path, num_bytes, difference in files:
         limit = "" if path.name == ONNX_INT8 else f" (at most {LARGEST_DIFFERENCE:.0e} is accepted)"
         measured.append(
-            f"{path.name}: {num_bytes:,} bytes; hidden states differ from PyTorch's by at most "
+            f"{path.name}: {num_bytes:,} bytes; {what} differ from PyTorch's by at most "
             f"{difference.largest:.1e}{limit}, relative to the largest value where that is above 1; cosine of a frame "
             f"{difference.mean_cosine:.6f} on average, {difference.lowest_cosine:.6f} at least; noise in "
             f"{len(CHECKED_BATCHES)} batches that were not traced, with and without padding, {min(frames)} to "
@@ -173,7 +184,7 @@ def write_traced_card(job: Job, format_name: str, files: list[Exported], min_fra
     text = job.card.text(
         format_name,
         measured,
-        output="last_hidden_state" if job.args.outputs == "last" else "hidden_states",
+        output=output,
         min_samples=min_samples(job.model, min_frames),
     )
     folder = files[0].path.parent
@@ -182,15 +193,21 @@ def write_traced_card(job: Job, format_name: str, files: list[Exported], min_fra
 
 
 def write_huggingface(job: Job, folder: Path) -> None:
-    model_type = export_huggingface(job.contents["state_dict"], job.contents["config"], folder, job.args.model_type)
+    head = job.card.head
+    model_type = export_huggingface(
+        job.contents["state_dict"], job.contents["config"], folder, job.args.model_type, head
+    )
     imported = import_huggingface_model(folder, normalize_waveform=job.model.config["normalize_waveform"])
-    check_weights_written(job.model, imported.model, folder)
+    written = read_safetensors(folder / WEIGHTS)
+    own = {name.replace(CTC_PREFIX, "aux."): x.float() for name, x in written.items() if name.startswith(CTC_PREFIX)}
+    check_weights_written(job.model, {**imported.model.state_dict(), **own}, folder)
     difference = compare_with_source(imported, folder)
     measured = [
         "the weights are those of the model file, bit for bit, in its precision",
         f"largest difference of transformers' hidden states from ours on a second of noise: {difference:.1e}",
     ]
-    card = job.card.text("huggingface", measured, model_class=FAMILIES[model_type].model_class)
+    model_class = FAMILIES[model_type].model_class if head is None else ctc_class(model_type)
+    card = job.card.text("huggingface", measured, model_class=model_class)
     write_text(card, folder / CARD)
     report(folder / WEIGHTS, measured)
 
@@ -214,12 +231,16 @@ def report(path: Path, measured: Sequence[str]) -> None:
 def main(args: argparse.Namespace) -> None:
     formats = chosen_formats(args)
     contents = read_model_file(args.model)
+    if args.drop_head:
+        contents |= without_head(contents)
+        contents.pop("head", None)
     units = masked_units(contents["state_dict"])
     if units:
         raise UserError(f"{args.model}: has masks on {', '.join(units)}; prune.py makes the model file to export")
     if "huggingface" in formats:  # before the others, which take longer
-        check_exportable(contents["state_dict"], contents["config"], args.model_type)
-    job = Job(contents, model_of(contents, args.model).eval(), describe(contents, args), args)
+        head = head_of(contents, args.model)
+        check_exportable(contents["state_dict"], contents["config"], args.model_type, head)
+    job = Job(contents, model_with_its_head(contents, args.model).eval(), describe(contents, args), args)
     for name in formats:
         WRITERS[name](job, args.out / name)
 

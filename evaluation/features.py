@@ -15,6 +15,7 @@ from cli import progress
 from dataset.labels import Clip, Probe
 from wav2vec2.audio import SAMPLE_RATE, read_audio
 from wav2vec2.errors import UserError
+from wav2vec2.heads import TaskModel
 from wav2vec2.model import Wav2Vec2Model
 
 # Of every published model: a frame is made of 400 samples, the next begins 320 later.
@@ -46,6 +47,28 @@ def hidden_states(
                 "numbers; the model's training failed, or its file is damaged"
             )
     return [state[0] for state in states]
+
+
+@torch.inference_mode()
+def head_logits(model: TaskModel, waveform: Tensor, model_source: str, audio_source: str) -> Tensor:
+    """The logits of a waveform (T,), on the CPU: (frames, outputs), or (classes,) of clips; see :func:`hidden_states`.
+
+    Raises:
+        UserError: the waveform is too short for a frame, or a logit is not finite.
+    """
+    _check_length(waveform, model.feature_extractor.receptive_field, audio_source)
+    (logits,), _ = model(waveform[None].to(next(model.parameters()).device))
+    if not logits.isfinite().all():
+        raise UserError(
+            f"{model_source}: its head gives NaN or infinite values for {audio_source}, expected numbers; its "
+            "training failed, or its file is damaged"
+        )
+    return logits.float().cpu()
+
+
+def frame_times(count: int, window: int, hop: int) -> Tensor:
+    """The middles of this many frames in seconds; each has ``window`` samples, ``hop`` behind those of the last."""
+    return (torch.arange(count) * hop + window / 2) / SAMPLE_RATE
 
 
 def _check_length(waveform: Tensor, needed: int, audio_source: str) -> None:
@@ -195,7 +218,7 @@ def frames_on_disk(
         with path.open("wb") as file:
             for number, clip in enumerate(progress(clips, f"{features.name}: {probe.name}", unit="clip", leave=False)):
                 found = features.frames(read_clip(probe, clip), probe.place(clip)).transpose(0, 1)
-                middles = (torch.arange(len(found)) * features.hop + features.window / 2) / SAMPLE_RATE
+                middles = frame_times(len(found), features.window, features.hop)
                 kept = wanted(clip, middles)
                 if not len(scale):  # pre-norm models reach values that half precision does not
                     shape, scale = found.shape[1:], found.abs().amax((0, 2)).clamp(min=1.0)

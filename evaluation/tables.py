@@ -5,7 +5,7 @@ The file is JSON:
     made_by    command, versions, device, threads, seeds
     teacher    its name, or null
     models     one entry each: name, path, backend, is_teacher, config, cost, fidelity (null without teacher or
-               manifest), probes, quality (null without teacher or probes)
+               manifest), probes, head (null without one), quality (null without teacher or probes)
     controls   the probes of what is no trained model: "log-mel", and "random weights" of the first model's shape
     probes     of each its kind, metric, num_classes, num_train, num_test and chance (per cent)
     left_out   of the quality: probes, with the reason
@@ -13,8 +13,8 @@ The file is JSON:
 
 ``cost`` has num_params, params (by part), num_bytes, macs_per_second and superb_macs (by part, and total) and speed,
 see :mod:`evaluation.cost`; ``fidelity`` is that of :func:`evaluation.fidelity.measure_fidelity`; an entry of ``probes``
-that of :meth:`evaluation.probes.Probed.summary`, by the probe's name; ``quality`` that of
-:func:`evaluation.scores.figure_of_merit`.
+that of :meth:`evaluation.probes.Probed.summary`, by the probe's name; ``head`` that of
+:func:`evaluation.heads.head_summary`; ``quality`` that of :func:`evaluation.scores.figure_of_merit`.
 """
 
 from collections.abc import Sequence
@@ -53,6 +53,8 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
             tables.append(fidelity_table({model["name"]: model["fidelity"] for model in results["models"]}))
         if results["probes"]:
             tables.append(probe_table(results))
+        if results["probes"] and any(model.get("head") for model in results["models"]):
+            tables.append(head_table(results))
         if any(model["quality"] for model in results["models"]):
             tables.append(quality_table(results))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -150,17 +152,35 @@ def _score(found: dict[str, Any]) -> str:
     return f"{found['mean']:.1f} ± {found['std']:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def head_table(results: dict[str, Any]) -> Table:
+    """What the own heads of fine-tuned models reach; older results have none."""
+    heads = {model["name"]: model["head"] for model in results["models"] if model.get("head")}
+    scored = [probe for probe in results["probes"] if any(probe in head["scores"] for head in heads.values())]
+    metrics = {probe: head["scores"][probe]["metric"] for head in heads.values() for probe in head["scores"]}
+    rows, notes = [], ["test score in per cent, and in brackets where 95% of bootstrap samples of the test clips lie"]
+    for name, head in heads.items():
+        cells = [head["scores"].get(probe) for probe in scored]
+        rows.append([name, *("-" if cell is None else _interval(cell) for cell in cells)])
+        notes += [f"{name} is not scored on {probe}: {reason}" for probe, reason in head["left_out"].items()]
+    return Table("Own heads", ["", *(f"{probe}: {metrics[probe]}" for probe in scored)], rows, notes)
+
+
+def _interval(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['mean']:.1f} [{low:.1f}, {high:.1f}]"
+
+
 def quality_table(results: dict[str, Any]) -> Table:
     """The figure of merit of each model beside what it costs."""
     rows = []
     for model in results["models"]:
         if model["quality"]:
-            cost, (low, high) = model["cost"], model["quality"]["interval"]
+            cost = model["cost"]
             speed = cost["speed"][0]["real_time_factor"] if cost["speed"] else None
             rows.append(
                 [
                     model["name"],
-                    f"{model['quality']['mean']:.1f} [{low:.1f}, {high:.1f}]",
+                    _interval(model["quality"]),
                     f"{cost['num_params'] / 1e6:.2f}",
                     f"{cost['macs_per_second']['total'] / 1e9:.3f}",
                     "-" if cost["num_bytes"] is None else f"{cost['num_bytes'] / 1e6:.1f}",

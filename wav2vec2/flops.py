@@ -47,7 +47,7 @@ def _parts(counts: Counter[str], total: int) -> Parts:
 
 
 def count_params(model: Wav2Vec2Model) -> Parts:
-    """The parameters of each part; an output layer (``aux``) counts to the projection's."""
+    """The parameters of each part; an output layer (``aux``) or task head counts to the projection's."""
     counts: Counter[str] = Counter()
     for part, modules in _modules(model).items():
         counts[part] = sum(parameter.numel() for module in modules for parameter in module.parameters())

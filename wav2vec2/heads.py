@@ -194,6 +194,7 @@ def head_of(contents: Mapping[str, Any], source: str | os.PathLike) -> Head | No
     if not isinstance(entry, dict) or not isinstance(entry.get("state_dict"), dict):
         raise UserError(f"{source}: head: expected its settings and a state_dict, found {short_repr(entry)}")
     missing, unknown = [key for key in keys if key not in entry], set(entry) - {*keys, "state_dict"}
+    unknown |= {name for name in entry["state_dict"] if not isinstance(name, str)}
     if missing or unknown:
         raise UserError(
             f"{source}: head: expected {', '.join(keys)} and state_dict, found "

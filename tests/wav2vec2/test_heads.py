@@ -60,6 +60,29 @@ def test_logits_are_what_forward_does_behind_the_encoder(head):
     torch.testing.assert_close(model.logits(states, output, frames), model(waveforms, lengths)[0])
 
 
+def test_heads_by_hand():
+    """A softmax-weighted sum of layers, and a mean over valid frames with softmax weights of its own."""
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 5, 16, generator=generator) for _ in range(4)]
+    output, lengths = torch.randn(2, 5, 16, generator=generator), torch.tensor([5, 3])
+    for head in TASK_HEADS[2:]:
+        model = task_model_of(task_contents(head), "model.pth")
+        weights = dict(model.head.named_parameters())
+        found = model.logits(states, output, lengths)
+        for row, length in enumerate(lengths):
+            x = output[row, :length]
+            if head.layers == "weighted":
+                shares = weights["layer_scores"].exp() / weights["layer_scores"].exp().sum()
+                x = sum(share * state[row, :length] for share, state in zip(shares, states, strict=True))
+            if head.kind == "clips":
+                scores = torch.zeros(length)
+                if head.pooling == "attentive":
+                    scores = x @ weights["attention.weight"][0] + weights["attention.bias"]
+                x = (scores.exp() / scores.exp().sum()) @ x
+            expected = x @ weights["linear.weight"].T + weights["linear.bias"]
+            torch.testing.assert_close(found[row] if head.kind == "clips" else found[row, :length], expected)
+
+
 def test_fresh_head_knows_nothing_and_follows_its_generator():
     contents = task_contents(TASK_HEADS[0])
     heads = [with_head(contents, TASK_HEADS[2], "model.pth", torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
@@ -103,6 +126,7 @@ def test_pruned_head_gives_the_same():
         ({"pooling": "attentive"}, "2 missing .attention.weight"),
         ({"state_dict": {}}, "3 missing"),
         ({"state_dict": None}, "expected its settings and a state_dict"),
+        ({"state_dict": {3: torch.zeros(1)}}, "found 3; the file is damaged"),
         ({"dropout": 0.1}, "found 'dropout'"),
         ({"kind": "text", "units": "words", "layers": "last", "pooling": None}, "aux_num_out: expected 4"),
     ],

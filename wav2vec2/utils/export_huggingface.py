@@ -13,20 +13,31 @@ from ..checkpoint import expected_state
 from ..components import WEIGHT_NORM_NAMES, published_name
 from ..config import is_wavlm
 from ..errors import UserError, short_repr
+from ..heads import TEXT, Head
 from ..hub import CONFIG, WEIGHTS, write_safetensors, write_text
 from ..model import wav2vec2_model
 from .import_huggingface import ACCEPTED, EXTRACTOR_MODES, FAMILIES, NAMES
 from .importing import source_name
 
 PREPROCESSOR = "preprocessor_config.json"
+VOCABULARY, TOKENIZER = "vocab.json", "tokenizer_config.json"
+CTC_PREFIX = "lm_head."
+_BLANK = "<pad>"  # transformers' CTC takes the padding token for the blank
 _PROJECTION_NORM = "encoder_feature_projection_layer_norm"
 _DUMMY_WEIGHT = "feature_extractor.dummy_weight"
 
 
 def export_huggingface(
-    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, model_type: str | None = None
+    state_dict: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    folder: Path,
+    model_type: str | None = None,
+    head: Head | None = None,
 ) -> str:
     """Write config.json, model.safetensors and preprocessor_config.json, as transformers' ``save_pretrained`` does.
+
+    Of a model with a head of text they are those of transformers' ...ForCTC, with its tokenizer's vocab.json and
+    tokenizer_config.json.
 
     Weights keep their precision and their bits. transformers' parameter for masked frames, which acts in its training
     only, is not in them, so config.json switches that masking off.
@@ -35,6 +46,7 @@ def export_huggingface(
         state_dict, config: as in a model file.
         folder: made if it is not there.
         model_type: "hubert" or "wav2vec2", which are the same network; the default is "hubert". WavLM is "wavlm".
+        head: of the model file, if it has one.
 
     Returns:
         The model type.
@@ -42,27 +54,43 @@ def export_huggingface(
     Raises:
         UserError: transformers has no such model; it says which layer and why.
     """
-    model_type = check_exportable(state_dict, config, model_type)
+    model_type = check_exportable(state_dict, config, model_type, head)
     config = _per_layer(config)
     state_dict = {published_name(name): tensor for name, tensor in state_dict.items()}
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()}
     settings = _settings(config, model_type)
     if len(dtypes) == 1:
         settings["dtype"] = dtypes.pop()
-    names = {name: _their_name(name) for name in expected_state(config) if name != _DUMMY_WEIGHT}
+    prefix, files = "", {CONFIG: settings, PREPROCESSOR: _preprocessor_settings(config)}
+    if head is not None:
+        prefix = f"{model_type}."
+        settings |= {"architectures": [ctc_class(model_type)], "vocab_size": head.num_outputs, "pad_token_id": 0}
+        files |= _tokenizer_settings(head)
+    names = {name: _their_name(name, prefix) for name in expected_state(config) if name != _DUMMY_WEIGHT}
     write_safetensors({theirs: state_dict[ours] for ours, theirs in names.items()}, folder / WEIGHTS)
-    for name, contents in ((CONFIG, settings), (PREPROCESSOR, _preprocessor_settings(config))):
+    for name, contents in files.items():
         write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", folder / name)
     return model_type
 
 
-def check_exportable(state_dict: Mapping[str, Tensor], config: Mapping[str, Any], model_type: str | None = None) -> str:
+def ctc_class(model_type: str) -> str:
+    """transformers' class of a model with a head of text."""
+    return FAMILIES[model_type].model_class.replace("Model", "ForCTC")
+
+
+def check_exportable(
+    state_dict: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    model_type: str | None = None,
+    head: Head | None = None,
+) -> str:
     """The model type of a model that :func:`export_huggingface` can write.
 
     Raises:
         UserError: it cannot.
     """
     model_type = _model_type(config, model_type)
+    _check_head(config, head)
     _check_shapes(_per_layer(config))
     _check_scale(state_dict[_DUMMY_WEIGHT])
     return model_type
@@ -89,6 +117,29 @@ def _model_type(config: Mapping[str, Any], model_type: str | None) -> str:
     return model_type
 
 
+def _check_head(config: Mapping[str, Any], head: Head | None) -> None:
+    """Check that transformers has a model with such a head, or with none.
+
+    Raises:
+        UserError: it has not.
+    """
+    if head is None and config.get("aux_num_out") is not None:
+        raise UserError(
+            f"huggingface format: the model has an output layer (aux_num_out {config['aux_num_out']}), which "
+            "transformers' base models have not; export the model without it: --drop_head"
+        )
+    if head is not None and head.kind != TEXT:
+        raise UserError(
+            f"huggingface format: the model has a head of {head.kind}, of which transformers has none of the same "
+            "form; export it to another format, or its encoder alone: --drop_head"
+        )
+    if head is not None and _BLANK in head.labels:
+        raise UserError(
+            f"huggingface format: {_BLANK!r} is one of the labels, but transformers' name of the blank; export the "
+            "model to another format"
+        )
+
+
 def _check_shapes(config: Mapping[str, Any]) -> None:
     """Check that all layers are what transformers makes of one number of heads and one feed-forward width.
 
@@ -102,11 +153,6 @@ def _check_shapes(config: Mapping[str, Any]) -> None:
             "pruned model to another format"
         )
 
-    if config["aux_num_out"] is not None:
-        raise UserError(
-            f"huggingface format: the model has an output layer (aux_num_out {config['aux_num_out']}), which "
-            "transformers' base models have not; export the model without it"
-        )
     widths = config["encoder_ff_interm_features"]
     total, remaining = _heads(config)
     for layer in range(config["encoder_num_layers"]):
@@ -151,9 +197,11 @@ def _check_scale(scale: Tensor) -> None:
         )
 
 
-def _their_name(name: str) -> str:
-    """transformers' name of a parameter, as its current version writes it."""
-    name = source_name(name, NAMES)
+def _their_name(name: str, prefix: str) -> str:
+    """transformers' name of a parameter, as its current version writes it; ``prefix`` is the backbone's."""
+    if name.startswith("aux."):
+        return name.replace("aux.", CTC_PREFIX)
+    name = prefix + source_name(name, NAMES)
     for theirs, published in WEIGHT_NORM_NAMES.items():
         if name.endswith("." + published):
             return name.removesuffix(published) + theirs
@@ -196,6 +244,18 @@ def _settings(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
         "mask_time_prob": 0.0,
         "mask_feature_prob": 0.0,
     }
+
+
+def _tokenizer_settings(head: Head) -> dict[str, dict[str, Any]]:
+    """vocab.json, and tokenizer_config.json for a tokenizer that has no other tokens than the blank and the labels."""
+    vocabulary = {token: number for number, token in enumerate([_BLANK, *head.labels])}
+    settings = {
+        "tokenizer_class": "Wav2Vec2CTCTokenizer",
+        "pad_token": _BLANK,
+        "word_delimiter_token": " ",
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token")),
+    }
+    return {VOCABULARY: vocabulary, TOKENIZER: settings}
 
 
 def _preprocessor_settings(config: Mapping[str, Any]) -> dict[str, Any]:

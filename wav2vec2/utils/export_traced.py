@@ -1,8 +1,9 @@
 """Writes a model as a .pt2 file and as ONNX, from one program that ``torch.export`` traces for any batch and length.
 
 The program is ``(waveforms, lengths) -> (hidden state or states, frames)``: (B, T) samples at 16 kHz, (B,) valid
-samples of each; (B, frames, D), or (layers + 1, B, frames, D) for all of them; (B,) valid frames. Each file is loaded
-again and compared with the model before it is kept.
+samples of each; (B, frames, D), or (layers + 1, B, frames, D) for all of them; (B,) valid frames. Of a model with a
+task head it gives logits, (B, frames, outputs) or, of whole clips, (B, classes). Each file is loaded again and compared
+with the model before it is kept.
 """
 
 import copy
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..audio import SAMPLE_RATE
 from ..errors import UserError, one_line
 from ..files import atomic_path
+from ..heads import TaskModel
 from ..model import Wav2Vec2Model
 from .quiet import quiet
 
@@ -67,7 +69,7 @@ class Outputs(nn.Module):
 
     Args:
         model: in eval mode.
-        outputs: "last" for what ``forward`` gives, "all" for what ``extract_features`` gives.
+        outputs: "last" for what ``forward`` gives, which may be logits; "all" for what ``extract_features`` gives.
     """
 
     def __init__(self, model: Wav2Vec2Model, outputs: str) -> None:
@@ -80,6 +82,13 @@ class Outputs(nn.Module):
             return self.model(waveforms, lengths)
         hidden_states, frames = self.model.extract_features(waveforms, lengths)
         return torch.stack(hidden_states), frames
+
+
+def output_name(model: Wav2Vec2Model, outputs: str) -> str:
+    """What the first output is called."""
+    if outputs == "all":
+        return "hidden_states"
+    return "logits" if isinstance(model, TaskModel) else "last_hidden_state"
 
 
 def trace(model: Wav2Vec2Model, outputs: str) -> Program:
@@ -125,12 +134,17 @@ def write_pt2(program: Program, model: Wav2Vec2Model, outputs: str, folder: Path
     path = folder / PT2
     with atomic_path(path) as temporary, quiet():
         with temporary.open("wb") as file:
-            torch.export.save(program, file)
+            torch.export.save(program, file, extra_files=_head_settings(model))
         with temporary.open("rb") as file:
             loaded = torch.export.load(file).module()
         difference = compare(model, outputs, loaded)
         check_difference(difference, path)
     return Exported(path, path.stat().st_size, difference)
+
+
+def _head_settings(model: Wav2Vec2Model) -> dict[str, str]:
+    """What the logits of a model with a task head are of, as JSON for a file's metadata; nothing of other models."""
+    return {"head": json.dumps(model.head_settings.to_dict())} if isinstance(model, TaskModel) else {}
 
 
 def check_onnx(opset: int) -> None:
@@ -161,7 +175,8 @@ def write_onnx(
 ) -> list[Exported]:
     """Write model.onnx, and with ``int8`` model.int8.onnx, whose matrix products have 8-bit weights.
 
-    Inputs are ``waveforms`` and ``lengths``, outputs ``last_hidden_state`` or ``hidden_states``, and ``frames``.
+    Inputs are ``waveforms`` and ``lengths``, outputs ``last_hidden_state``, ``hidden_states`` or ``logits``, and
+    ``frames``. The labels of logits are in the metadata, under ``head``.
 
     Raises:
         UserError: see :func:`check_onnx`; or model.onnx differs from the model by more than
@@ -194,7 +209,7 @@ def _convert_to_onnx(program: Program, model: Wav2Vec2Model, outputs: str, path:
         program,
         dynamo=True,
         input_names=["waveforms", "lengths"],
-        output_names=["last_hidden_state" if outputs == "last" else "hidden_states", "frames"],
+        output_names=[output_name(model, outputs), "frames"],
         opset_version=opset,
         verbose=False,
     )
@@ -203,7 +218,9 @@ def _convert_to_onnx(program: Program, model: Wav2Vec2Model, outputs: str, path:
         raise UserError(f"opset {opset}: PyTorch's exporter cannot write it (it gave {found}); take {DEFAULT_OPSET}")
     batch, samples = converted.model.graph.inputs[0].shape
     converted.rename_axes({batch: "batch", samples: "samples"})
-    converted.model.graph.outputs[0].shape[-2] = "frames"  # else a formula
+    states = converted.model.graph.outputs[0]
+    if len(states.shape) > 2:  # not of whole clips
+        states.shape[-2] = "frames"  # else a formula
     for node in converted.model.graph.all_nodes():
         node.metadata_props.clear()  # where each was traced: more than the graph itself
     converted.model.metadata_props.update(
@@ -211,6 +228,7 @@ def _convert_to_onnx(program: Program, model: Wav2Vec2Model, outputs: str, path:
             "sample_rate": str(SAMPLE_RATE),
             "min_samples": str(min_samples(model, 1)),
             "config": json.dumps(model.config),
+            **_head_settings(model),
         }
     )
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -270,6 +288,8 @@ def compare(model: Wav2Vec2Model, outputs: str, run: Run) -> Difference:
                 f"the exported model gives {list(found.shape)} with {frames.tolist()} valid frames, expected "
                 f"{list(wanted.shape)} with {wanted_frames.tolist()}; please report it"
             )
+        if wanted.ndim == 2:  # of whole clips: as if each were one frame
+            wanted, found, wanted_frames = wanted[:, None], found[:, None], wanted_frames.clamp(max=1)
         valid = torch.arange(wanted.size(-2)) < wanted_frames[:, None]  # (B, frames)
         # (hidden states, valid frames, D)
         wanted, found = (x.reshape(-1, *x.shape[-3:])[:, valid].double() for x in (wanted, found))
