@@ -42,11 +42,15 @@ def print_line(message: str) -> None:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """A digest of a checkpoint's contents, whatever its name.
+    """A digest of a checkpoint's contents, whatever its name; of a folder that of all its files.
 
     ``torch.save`` keeps a CRC-32 of every record in the archive's directory, so the tensors need not be read.
     """
     digest = hashlib.sha256()
+    if Path(path).is_dir():
+        for file in sorted(Path(path).iterdir()):
+            digest.update(f"{file.name} {fingerprint(file)}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:16]
     try:
         with zipfile.ZipFile(path) as archive:
             for record in sorted(archive.infolist(), key=lambda record: record.filename.partition("/")[2]):

@@ -13,10 +13,9 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchaudio.functional import edit_distance
 
-from cli import progress
-from dataset.batches import Crop
 from dataset.labelled import FrameTimes, LabelledBatch
 from dataset.labels import CLIPS, SEGMENTS, TEXT, UNITS, VERIFICATION, Clip, Probe, read_probe
+from evaluation.heads import score_head
 from evaluation.probes import METRICS
 from evaluation.scores import EqualErrorRate, Score, Scored, Share
 from lightning import freeze_unreached, scheduled_adamw
@@ -380,14 +379,14 @@ def _finish(settings: FinetuneRunSettings, data: LabelledDataModule, exp_dir: Pa
         print(f"{settings.stage}: complete already: {out}")
         return
     model = task_model_of(contents, best)
-    score, kind = score_split(model, data, TEST_SUBSET, own_device(settings.machine))
-    scored, clips = Scored([score], len(data.clips[TEST_SUBSET])), data.clips
+    score = score_head(model.eval().to(own_device(settings.machine)), data.probe, out.name)
+    scored, clips, metric = Scored([score], len(data.probe.test)), data.clips, METRICS[data.probe.kind][0]
     summary = {
         "kind": data.probe.kind,
         "update": made_by["update"],
         "valid": {"metric": made_by["metric"], "value": made_by["valid"], "clips": len(clips[VALID_SUBSET])},
         "test": {
-            "metric": METRICS[kind][0],
+            "metric": metric,
             "value": score.value(),
             "interval": scored.summary()["interval"],
             "clips": len(clips[TEST_SUBSET]),
@@ -400,21 +399,5 @@ def _finish(settings: FinetuneRunSettings, data: LabelledDataModule, exp_dir: Pa
     low, high = summary["test"]["interval"]
     print(
         f"{settings.stage}: best at update {made_by['update']}, {made_by['metric']} {made_by['valid']:.2f} in "
-        f"validation; test: {METRICS[kind][0]} {score.value():.2f} ({low:.2f} to {high:.2f}): {out}"
+        f"validation; test: {metric} {score.value():.2f} ({low:.2f} to {high:.2f}): {out}"
     )
-
-
-@torch.no_grad()
-def score_split(model: TaskModel, data: LabelledDataModule, split: str, device: torch.device) -> tuple[Score, str]:
-    """The score of a model on a split, clip by clip, and its kind."""
-    clips, dataset = data.clips[split], data.dataset(split)
-    kind = kind_of(data.probe, clips)
-    model.eval().to(device)
-    results = []
-    for index in progress(range(len(clips)), "test", unit="clip", leave=False):
-        batch = dataset[Crop((index,), (0,), int(dataset.lengths[index]), 0, False)]
-        for reason in batch.bad_files.values():
-            print_line(f"bad file, replaced by another: {reason}")
-        logits, lengths = model(batch.waveforms.to(device), batch.lengths.to(device))
-        results += clip_results(kind, logits.cpu(), lengths.cpu(), batch.targets)
-    return score_of(kind, results, clips), kind
