@@ -225,6 +225,16 @@ def linear_warmup_decay(warmup_updates: int, max_updates: int) -> Callable[[int]
     return factor
 
 
+def scheduled_adamw(groups: list[dict[str, Any]], warmup_updates: int, max_updates: int) -> dict[str, Any]:
+    """AdamW and :func:`linear_warmup_decay`, as Lightning takes them."""
+    # Fused: one pass over the weights instead of a dozen.
+    optimizer = torch.optim.AdamW(groups, fused=fast_paths())
+    # A fused step could also take the loss scaler's factor back, but the gradient is clipped before that.
+    optimizer._step_supports_amp_scaling = False
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_warmup_decay(warmup_updates, max_updates))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 # ---------------------------------------------------------------------------------------------------
 # The module
 # ---------------------------------------------------------------------------------------------------
@@ -254,10 +264,13 @@ class DistillModule(pl.LightningModule):
         objectives: what else is learnt, by name (:mod:`training.objectives`).
 
     Attributes:
+        compiled_steps: the methods that --compile compiles.
         budget, macs_budget: of the masks; None without ``use_reg``, or without ``target_macs``.
         scalars: what the last training batch gave, by the published names: ``train_loss`` and its parts, and
             the state of the Lagrangian.
     """
+
+    compiled_steps = ("targets", "distillation")
 
     def __init__(
         self,
@@ -469,14 +482,7 @@ class DistillModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with the published parameter groups, all on one schedule stepped once per update."""
-        # Fused: one pass over the weights instead of a dozen.
-        optimizer = torch.optim.AdamW(self.parameter_groups(), fused=fast_paths())
-        # A fused step could also take the loss scaler's factor back, but the gradient is clipped before that.
-        optimizer._step_supports_amp_scaling = False
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, linear_warmup_decay(self.warmup_updates, self.max_updates)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled_adamw(self.parameter_groups(), self.warmup_updates, self.max_updates)
 
     # --- checkpoints ---------------------------------------------------------------------------------
 

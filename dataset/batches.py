@@ -103,7 +103,7 @@ class Crop:
 
 
 class BatchSampler(Sampler[Crop]):
-    """Deals batches to ranks, the same number to each, and crops each batch to its shortest utterance.
+    """Deals batches to ranks, the same number to each, and crops each batch to its shortest utterance, if it crops.
 
     Shuffling permutes whole batches by ``seed + epoch``. An utterance is cropped at an offset drawn
     evenly from all that are possible, or at its start when ``shuffle`` is off (validation). The draw
@@ -122,6 +122,7 @@ class BatchSampler(Sampler[Crop]):
         drop_last: drop the batches that do not make up a whole update, instead of topping up.
         max_crop: longest crop in samples; None for no limit.
         accum_grad: batches of one rank per update; an epoch is a whole number of updates.
+        whole: do not crop; a batch has the samples of its longest utterance.
 
     Raises:
         UserError: a negative seed, or ``drop_last`` leaves no update.
@@ -138,6 +139,7 @@ class BatchSampler(Sampler[Crop]):
         drop_last: bool = False,
         max_crop: int | None = None,
         accum_grad: int = 1,
+        whole: bool = False,
     ) -> None:
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank {rank} is not one of {num_replicas} ranks")
@@ -154,6 +156,7 @@ class BatchSampler(Sampler[Crop]):
         self.drop_last = drop_last
         self.max_crop = max_crop
         self.accum_grad = accum_grad
+        self.whole = whole
         self._ordered_epoch = None
         self._order = list(range(len(batches)))
 
@@ -183,9 +186,9 @@ class BatchSampler(Sampler[Crop]):
         # Past the end the order starts again: these are the batches that top up.
         batch = self.batches[self._order[position % len(self.batches)]]
         lengths = self.lengths[batch]
-        num_samples = int(min(lengths.min(), self.max_crop or math.inf))
+        num_samples = int(lengths.max() if self.whole else min(lengths.min(), self.max_crop or math.inf))
         offsets = np.zeros_like(lengths)
-        if self.shuffle:
+        if self.shuffle and not self.whole:
             draws = np.random.default_rng([self.seed, epoch, position])
             offsets = draws.integers(0, lengths - num_samples, endpoint=True)
         # The 1 makes another stream than that of the offsets. (A 0 would not: numpy pads with zeros.)

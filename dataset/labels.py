@@ -5,7 +5,8 @@
     split path start end label     segments: a label for a stretch of a file, times in seconds
     split path text                text: what is said in a file, units separated by spaces
 
-``split`` is train or test; paths start from the list's folder; columns are separated by tabs, others are ignored.
+``split`` is train, test or valid (by which fine-tuning chooses its best weights, and which probes pass over); paths
+start from the list's folder; columns are separated by tabs, others are ignored.
 """
 
 import csv
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 from wav2vec2.audio import SAMPLE_RATE, checked_audio, read_audio, stated_length
 from wav2vec2.errors import UserError, short_repr
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "valid")
+NEEDED_SPLITS = SPLITS[:2]
 CLIPS, VERIFICATION, SEGMENTS, TEXT = "clips", "verification", "segments", "text"
 # The columns of each header; the first whose columns are all there counts.
 _COLUMNS = (("split", "path", "start", "end", "label"), ("split", "path", "label"), ("split", "path", "text"))
@@ -64,7 +66,7 @@ class Probe:
         path: the ``.tsv`` file.
         kind: one of :data:`CLIPS`, :data:`VERIFICATION`, :data:`SEGMENTS`, :data:`TEXT`.
         labels: the names of the labels or units; those of the training clips.
-        train, test: the clips.
+        train, test, valid: the clips; those for validation may be none.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Probe:
     labels: tuple[str, ...]
     train: tuple[Clip, ...]
     test: tuple[Clip, ...]
+    valid: tuple[Clip, ...] = ()
 
     def place(self, clip: Clip) -> str:
         """Where a clip is listed, for errors."""
@@ -99,20 +102,25 @@ def read_probe(path: Path, units: str = UNITS[0]) -> Probe:
             that training has not, though they share others. The line is named where it is one line's fault.
     """
     header, rows = _read_rows(path)
-    for split in SPLITS:
+    for split in NEEDED_SPLITS:
         if not any(row.split == split for row in rows):
             raise UserError(f"{path}: no line has the split {split}, expected lines of both train and test")
     if "start" in header:
         kind, clips = SEGMENTS, _segments(path, rows)
     elif "text" in header:
-        kind, clips = TEXT, [(row, _units(row.values["text"], units)) for row in _one_per_file(path, rows)]
+        kind, clips = TEXT, [(row, text_units(row.values["text"], units)) for row in _one_per_file(path, rows)]
     else:
         kind, clips = CLIPS, [(row, row.values["label"]) for row in _one_per_file(path, rows)]
     labels = sorted({label for row, target in clips if row.split == "train" for label in _labels(kind, target)})
     if len(labels) < 2:
         raise UserError(f"{path}: the training clips have one label, {short_repr(labels[0])}, expected two or more")
+    if kind == SEGMENTS and (strangers := [row for row in rows if row.values["label"] not in labels]):
+        raise UserError(
+            f"{path}: line {strangers[0].line} has the label {short_repr(strangers[0].values['label'])}, which no "
+            "training segment has; take it out, or add such segments for training"
+        )
     if kind == CLIPS:
-        kind = _kind_of_clips(path, clips, labels)
+        kind = _kind_of_clips(path, clips)
     index = {label: number for number, label in enumerate(labels)}
     splits: dict[str, list[Clip]] = {split: [] for split in SPLITS}
     others: dict[str, int] = {}  # labels of the test clips of a verification, behind those of training
@@ -124,7 +132,7 @@ def read_probe(path: Path, units: str = UNITS[0]) -> Probe:
         else:
             numbers = index[target] if target in index else len(index) + others.setdefault(target, len(others))
         splits[row.split].append(Clip(row.path, numbers, row.line))
-    return Probe(path.stem, path, kind, tuple(labels), *(tuple(splits[split]) for split in SPLITS))
+    return Probe(path.stem, path, kind, tuple(labels), **{split: tuple(splits[split]) for split in SPLITS})
 
 
 def _labels(kind: str, target: Any) -> Sequence[str]:
@@ -133,33 +141,44 @@ def _labels(kind: str, target: Any) -> Sequence[str]:
     return target if kind == TEXT else [target]
 
 
-def _units(text: str, units: str) -> list[str]:
+def text_units(text: str, units: str) -> list[str]:
+    """The units, one of :data:`UNITS`, of a text."""
     words = text.split()
     return words if units == UNITS[0] else list(" ".join(words))
 
 
-def _kind_of_clips(path: Path, clips: Sequence[tuple[_Row, str]], labels: Sequence[str]) -> str:
+def _kind_of_clips(path: Path, clips: Sequence[tuple[_Row, str]]) -> str:
     """Classification where training knows the labels of all test clips, verification where it knows none."""
-    tested = Counter(label for row, label in clips if row.split == "test")
-    unknown = sorted(set(tested) - set(labels))
-    if unknown and len(unknown) < len(tested):
-        raise UserError(
-            f"{path}: test clips have the label {short_repr(unknown[0])}, which no training clip has; take them out, "
-            "or add such clips for training (or let the two splits share no label, which makes it a verification)"
-        )
     trained = Counter(label for row, label in clips if row.split == "train")
-    for label in labels:
-        if trained[label] < 2:
+    unknown: list[str] = []  # splits of other labels than those of training
+    for split in ("test", "valid"):
+        others = [(row, label) for row, label in clips if row.split == split]
+        new = [(row, label) for row, label in others if label not in trained]
+        if new and len(new) < len(others):
+            row, label = new[0]
             raise UserError(
-                f"{path}: one training clip has the label {short_repr(label)}, expected two or more of each, because "
-                "the penalty is chosen on held-out ones"
+                f"{path}: line {row.line}: the {split} clip has the label {short_repr(label)}, which no training clip "
+                "has; take such clips out, or add some for training (or let the two splits share no label, which makes "
+                "it a verification)"
             )
-    if unknown and (len(tested) < 2 or max(tested.values()) < 2):
-        raise UserError(
-            f"{path}: a verification needs test clips of two labels or more, and two clips of one of them; found "
-            f"{len(tested)} labels with at most {max(tested.values())} clips"
-        )
-    return VERIFICATION if unknown else CLIPS
+        if new:
+            unknown.append(split)
+    for row, label in clips:
+        if row.split == "train" and trained[label] < 2:
+            raise UserError(
+                f"{path}: line {row.line}: one training clip has the label {short_repr(label)}, expected two or more "
+                "of each, because settings are chosen by held-out ones"
+            )
+    for split in unknown:
+        tested = Counter(label for row, label in clips if row.split == split)
+        if len(tested) < 2 or max(tested.values()) < 2:
+            raise UserError(
+                f"{path}: a verification needs {split} clips of two labels or more, and two clips of one of them; "
+                f"found {len(tested)} labels with at most {max(tested.values())} clips"
+            )
+    if "valid" in unknown and "test" not in unknown:
+        raise UserError(f"{path}: the valid clips share no label with the training clips, though the test clips do")
+    return VERIFICATION if "test" in unknown else CLIPS
 
 
 def _one_per_file(path: Path, rows: Sequence[_Row]) -> list[_Row]:
@@ -232,7 +251,7 @@ def _read_rows(path: Path) -> tuple[tuple[str, ...], list[_Row]]:
         if empty := [column for column, value in values.items() if not value]:
             raise UserError(f"{place} has no {empty[0]}, expected {', '.join(header)}, separated by tabs")
         if values["split"] not in SPLITS:
-            raise UserError(f"{place} has the split {short_repr(values['split'])}, expected train or test")
+            raise UserError(f"{place} has the split {short_repr(values['split'])}, expected {', '.join(SPLITS)}")
         audio = path.parent / values["path"]
         if not audio.is_file():
             raise UserError(f"{place}: {audio} does not exist, expected an audio file")

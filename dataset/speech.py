@@ -3,10 +3,10 @@
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,14 +159,13 @@ class SpeechDataset(Dataset):
 
     def _read_or_replace(self, index: int, offset: int, num_samples: int) -> tuple[str, Tensor, dict[str, str]]:
         """The path that was read in the end, (T,) of it, and path to reason of those that were bad."""
-        bad: dict[str, str] = {}
-        for candidate, start in itertools.chain([(index, offset)], self._replacements(index, offset, num_samples)):
-            path = self.manifest.full_path(candidate)
-            try:
-                return path, self._read(candidate, start, num_samples), bad
-            except AudioError as error:
-                bad[path] = str(error)
-        raise AudioError(f"{next(iter(bad.values()))} (the {len(bad) - 1} files tried in its place fail too)")
+        candidates = itertools.chain([(index, offset)], self._replacements(index, offset, num_samples))
+        (index, _), waveform, bad = first_readable(
+            candidates,
+            lambda candidate: self.manifest.full_path(candidate[0]),
+            lambda candidate: self._read(*candidate, num_samples),
+        )
+        return self.manifest.full_path(index), waveform, bad
 
     def _replacements(self, index: int, offset: int, num_samples: int) -> Iterator[tuple[int, int]]:
         """Index and first sample of each utterance to try in place of a bad one."""
@@ -180,18 +179,45 @@ class SpeechDataset(Dataset):
         """(T,) of one utterance.
 
         Raises:
-            AudioError: see :func:`load_audio`; or what was read cannot be trained on.
+            AudioError: see :func:`load_finite`; or there is no sound in the file.
         """
         path = self.manifest.full_path(index)
-        waveform = load_audio(path, offset, num_samples, int(self.manifest.lengths[index]))
-        low, high = (float(value) for value in waveform.aminmax())  # NaN if any sample is
-        if not (math.isfinite(low) and math.isfinite(high)):
-            num_bad = int((~waveform.isfinite()).sum())
-            raise AudioError(
-                f"{path}: {num_bad} of samples {offset} to {offset + num_samples} (at 16 kHz) are NaN or infinite, "
-                "expected numbers"
-            )
+        waveform = load_finite(path, offset, num_samples, int(self.manifest.lengths[index]))
         # A crop may fall into a pause of digital silence; only a file without any sound is bad.
-        if low == high == 0 and not load_audio(path).any():
+        if not waveform.any() and not load_audio(path).any():
             raise AudioError(f"{path}: all of its samples are zero, expected sound")
         return waveform
+
+
+def load_finite(path: str | os.PathLike, offset: int, num_samples: int, length: int) -> Tensor:
+    """As :func:`load_audio`.
+
+    Raises:
+        AudioError: as there; or a sample is no number.
+    """
+    waveform = load_audio(path, offset, num_samples, length)
+    low, high = (float(value) for value in waveform.aminmax())  # NaN if any sample is
+    if not (math.isfinite(low) and math.isfinite(high)):
+        num_bad = int((~waveform.isfinite()).sum())
+        raise AudioError(
+            f"{path}: {num_bad} of samples {offset} to {offset + num_samples} (at 16 kHz) are NaN or infinite, "
+            "expected numbers"
+        )
+    return waveform
+
+
+def first_readable(
+    candidates: Iterable[Any], path_of: Callable[[Any], str], read: Callable[[Any], Tensor]
+) -> tuple[Any, Tensor, dict[str, str]]:
+    """The first of several files that can be read, what was read of it, and path to reason of those before it.
+
+    Raises:
+        AudioError: none can.
+    """
+    bad: dict[str, str] = {}
+    for candidate in candidates:
+        try:
+            return candidate, read(candidate), bad
+        except AudioError as error:
+            bad[path_of(candidate)] = str(error)
+    raise AudioError(f"{next(iter(bad.values()))} (the {len(bad) - 1} files tried in its place fail too)")

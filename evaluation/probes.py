@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchaudio.functional import edit_distance
 
+from dataset.labelled import frame_labels
 from dataset.labels import CLIPS, SEGMENTS, TEXT, VERIFICATION, Clip, Probe
 from evaluation.features import Features, Frames, ModelFeatures, frames_on_disk, pooled_features
 from evaluation.scores import EqualErrorRate, Score, Scored, Share
@@ -283,14 +284,6 @@ def _is_labelled(clip: Clip, times: Tensor) -> Tensor:
 
 def _is_any(_: Clip, times: Tensor) -> Tensor:
     return torch.ones_like(times, dtype=torch.bool)
-
-
-def frame_labels(clip: Clip, times: Tensor) -> Tensor:
-    """The label of each frame by its middle, (N,); -1 in no segment."""
-    starts, ends, labels = (torch.tensor(column) for column in zip(*clip.target, strict=True))
-    place = torch.searchsorted(starts.double(), times.double(), right=True) - 1  # segments do not overlap
-    inside = (place >= 0) & (times.double() < ends.double()[place.clamp(min=0)])
-    return torch.where(inside, labels[place.clamp(min=0)], -1)
 
 
 def _all_labels(frames: Frames, clips: Sequence[Clip]) -> Tensor:

@@ -45,6 +45,52 @@ def manifests(corpus, tmp_path_factory) -> Path:
     return out
 
 
+# Of the letters in spoken texts; a space is silence.
+PITCHES = {"a": 300, "b": 1000, "c": 3000}
+
+
+def spoken(text: str, generator: np.random.Generator) -> np.ndarray:
+    """A tone of 0.1 s for each letter, silence for a space, with a pause of 0.05 s behind each, in faint noise."""
+    parts = [np.zeros(400)]
+    for letter in text:
+        time = np.arange(1600) / 16_000
+        parts += [0.3 * np.sin(2 * np.pi * PITCHES.get(letter, 0) * time), np.zeros(800)]
+    samples = np.concatenate(parts)
+    return samples + 0.003 * generator.standard_normal(len(samples))
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> Path:
+    """A folder of tones, and a list of each kind: text.tsv, clips.tsv, segments.tsv and verification.tsv.
+
+    A clip's label is its first letter; of the verification only the test has some of them.
+    """
+    folder = tmp_path_factory.mktemp("labelled")
+    generator = np.random.default_rng(0)
+    words = ("ab", "ba", "cab", "abc", "b c", "bac", "cb")
+    lists = {
+        "text": ["split\tpath\ttext"],
+        "clips": ["split\tpath\tlabel"],
+        "segments": ["split\tpath\tstart\tend\tlabel"],
+        "verification": ["split\tpath\tlabel"],
+    }
+    for number in range(6):
+        split = ("train", "train", "train", "train", "valid", "test")[number]
+        for word in words:
+            name = f"{word.replace(' ', '_')}-{number}.wav"
+            soundfile.write(folder / name, spoken(word, generator), 16_000)
+            lists["text"].append(f"{split}\t{name}\t{word}")
+            lists["clips"].append(f"{split}\t{name}\t{word[0]}")
+            for place, letter in enumerate(word):
+                start = 0.025 + 0.15 * place
+                if letter != " ":
+                    lists["segments"].append(f"{split}\t{name}\t{start:.3f}\t{start + 0.1:.3f}\t{letter}")
+            lists["verification"].append(f"{'test' if word[0] == 'a' or word == 'cb' else 'train'}\t{name}\t{word}")
+    for name, rows in lists.items():
+        (folder / f"{name}.tsv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
 @pytest.fixture
 def small_teacher(tmp_path) -> Path:
     return save_small_model(tmp_path / "teacher.pth", "hubert", "base")

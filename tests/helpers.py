@@ -221,6 +221,22 @@ def small_run(manifests: Path, teacher: Path, **changes: object) -> list[object]
     return [word for name, value in chosen.items() for word in (f"--{name}", value)]
 
 
+def finetuning_run(tsv: Path, model: Path, **changes: object) -> list[object]:
+    """Flags of a short fine-tuning; a value of None leaves a flag out."""
+    flags = {
+        "tsv": tsv,
+        "model": model,
+        "seconds_per_batch": 2,
+        "num_workers": 0,
+        "max_updates": 6,
+        "warmup_updates": 2,
+        "accelerator": "cpu",
+        "log_interval": 1,
+    }
+    chosen = {name: value for name, value in {**flags, **changes}.items() if value is not None}
+    return [word for name, value in chosen.items() for word in (f"--{name}", value)]
+
+
 def load_masked_model(path: Path, units: list[str]) -> Wav2Vec2Model:
     """The student that joint distillation begins with."""
     return checkpoint.masked_model_of(checkpoint.read_model_file(path), units, path)
@@ -324,8 +340,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     """Same weights, optimiser, multipliers and counters, bit for bit, and the same log."""
     ones, others = last_checkpoint(one), last_checkpoint(other)
     assert largest_difference(ones, others) == 0
-    for key in ("global_step", "loops", "lr_schedulers", "distillation"):
-        assert ones[key] == others[key], key
+    for key in ("global_step", "loops", "lr_schedulers", "distillation", "finetuning", "callbacks"):
+        assert ones.get(key) == others.get(key), key
     assert logged(one) == logged(other)
 
 

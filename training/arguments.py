@@ -7,6 +7,7 @@ checkpoints record these, and a run is continued only with the same.
 import argparse
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -18,6 +19,7 @@ from typing import Any, Self
 
 import torch
 
+from dataset.labels import UNITS
 from lightning import COS_TYPES, DISTILL_MODES, SPARSITY_CONTROLS, Layers, parse_distill_layers
 from training.checkpoints import AUTO
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
@@ -116,23 +118,13 @@ class _Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(_Settings):
-    """Data."""
+class BatchSettings(_Settings):
+    """Batches."""
 
-    tsv_dir: Path = _option(MISSING, "directory of the manifests from prepare_data.py")
-    train_subset: str = _option("train100", "train on TSV_DIR/NAME.tsv")
     seconds_per_batch: float = _option(87.5, "seconds of audio per batch and process", recorded=True, check=_above_zero)
     num_workers: int = _option(1, "data loading processes per training process", check=_not_negative)
-    min_seconds: float = _option(MIN_SECONDS, "leave out shorter utterances", recorded=True)
-    max_seconds: float = _option(MAX_SECONDS, "leave out longer utterances", recorded=True)
-    max_crop_seconds: float | None = _option(
-        None,
-        "crop utterances to at most this length (default: only to the shortest of their batch)",
-        recorded=True,
-        check=_above_zero,
-    )
     max_bad_files: str = _option(
-        "1%", "audio files that may be unreadable and replaced by others, a number or a share of the training manifest"
+        "1%", "audio files that may be unreadable and replaced by others, a number or a share of the training files"
     )
     seed: int = _option(2022, "of batches, crops and noise", recorded=True, check=_not_negative)
 
@@ -151,6 +143,32 @@ class DataSettings(_Settings):
         raise UserError(
             f"--max_bad_files {self.max_bad_files}: expected a number of files such as 5, or a share of them such as 1%"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(BatchSettings):
+    """Data."""
+
+    tsv_dir: Path = _option(MISSING, "directory of the manifests from prepare_data.py")
+    train_subset: str = _option("train100", "train on TSV_DIR/NAME.tsv")
+    min_seconds: float = _option(MIN_SECONDS, "leave out shorter utterances", recorded=True)
+    max_seconds: float = _option(MAX_SECONDS, "leave out longer utterances", recorded=True)
+    max_crop_seconds: float | None = _option(
+        None,
+        "crop utterances to at most this length (default: only to the shortest of their batch)",
+        recorded=True,
+        check=_above_zero,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSettings(BatchSettings):
+    """Labelled audio."""
+
+    tsv: Path = _option(MISSING, "list of labelled audio: split (train, valid, test), path, and text, or label")
+    units: str | None = _option(
+        None, f"what is recognised of a text (default: {UNITS[0]})", recorded=True, choices=UNITS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,8 +266,8 @@ class ObjectiveSettings(_Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimisationSettings(_Settings):
-    """Optimisation. The three defaults without a number are each stage's own."""
+class ScheduleSettings(_Settings):
+    """Optimisation."""
 
     learning_rate: float = _option(MISSING, "of weights and projections", recorded=True, check=_above_zero)
     weight_decay: float = _option(0.0, "of weights and projections", recorded=True, check=_not_negative)
@@ -257,13 +275,6 @@ class OptimisationSettings(_Settings):
     max_updates: int = _option(MISSING, "updates of the whole run", recorded=True, check=_above_zero)
     clip_norm: float = _option(10.0, "clip the gradient's norm; 0 switches it off", recorded=True, check=_not_negative)
     accum_grad: int = _option(1, "batches per update", check=_above_zero)  # recorded times the processes
-    ema: float | None = _option(
-        None,
-        "average student, masks and projections over the updates, each as DECAY times the average and 1 - DECAY times "
-        "the update's; later stages take the average (default: none)",
-        recorded=True,
-        check=_share,
-    )
     skip_nonfinite: int = _option(
         0,
         "updates with a loss or gradient that is not finite to pass over (--precision 16: 20 in a row, always)",
@@ -274,6 +285,19 @@ class OptimisationSettings(_Settings):
         super().__post_init__()
         if self.warmup_updates > self.max_updates:
             raise UserError(f"--warmup_updates {self.warmup_updates} is above --max_updates {self.max_updates}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationSettings(ScheduleSettings):
+    """Optimisation. The three defaults without a number are each stage's own."""
+
+    ema: float | None = _option(
+        None,
+        "average student, masks and projections over the updates, each as DECAY times the average and 1 - DECAY times "
+        "the update's; later stages take the average (default: none)",
+        recorded=True,
+        check=_share,
+    )
 
     def recorded(self) -> dict[str, Any]:
         # As of runs from before the option was there.
@@ -405,6 +429,8 @@ class ExtractorSettings(_Settings):
         return super().recorded() if self.student_extractor is not None else {}
 
 
+# The value of --freeze_updates for an encoder that is never trained.
+ALWAYS = "all"
 # The value of --init_layers for layers that start from nothing.
 RANDOM = "random"
 
@@ -562,14 +588,75 @@ class RunSettings:
 
     def recorded(self) -> dict[str, Any]:
         """The settings that decide what comes out of the run."""
-        groups = [
-            *(self.data, self.models, self.student, self.objectives, self.optimisation),
+        return _recorded(
+            *(self, self.data, self.models, self.student, self.objectives, self.optimisation),
             *(self.machine, self.pruning, self.extractor),
-        ]
-        settings = {name: value for group in groups if group for name, value in group.recorded().items()}
-        # Four processes, or one with --accum_grad 4: the same updates.
-        num_batches = self.machine.num_processes * self.optimisation.accum_grad
-        return {"stage": self.stage, **settings, "gpus x accum_grad": num_batches}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(_Settings):
+    """Model and head."""
+
+    model: Path = _option(MISSING, "model file or folder: the encoder; a head for the same labels is trained further")
+    layers: str | None = _option(
+        None,
+        "what the head reads: the last layer, or a learnt sum of all (default: of text the last, else the sum)",
+        recorded=True,
+        choices=("last", "weighted"),
+    )
+    pooling: str | None = _option(
+        None,
+        "over the frames of a clip with one label: the mean, or a mean with learnt weights (default: mean)",
+        recorded=True,
+        choices=("mean", "attentive"),
+    )
+    freeze_updates: str = _option(
+        "0", f"updates in which the head is trained alone, or '{ALWAYS}'; the extractor is never trained", recorded=True
+    )
+    encoder_learning_rate: float = _option(1e-4, "of the encoder", recorded=True, check=_above_zero)
+    mask_prob: float = _option(
+        0.05, "share of the encoder's frames to hide in spans, as wav2vec 2.0; 0: none", recorded=True, check=_share
+    )
+    mask_length: int = _option(10, "frames of such a span", recorded=True, check=_above_zero)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.freeze_updates != ALWAYS and not re.fullmatch("[0-9]{1,18}", self.freeze_updates):
+            raise UserError(
+                f"--freeze_updates: expected a number of updates, or {ALWAYS}, found {short_repr(self.freeze_updates)}"
+            )
+
+    @property
+    def num_frozen(self) -> float:
+        """The updates in which the encoder is not trained."""
+        return math.inf if self.freeze_updates == ALWAYS else int(self.freeze_updates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRunSettings:
+    """All settings of a fine-tuning.
+
+    Attributes:
+        stage: its name, for people.
+    """
+
+    stage: str
+    data: LabelSettings
+    finetune: FinetuneSettings
+    optimisation: ScheduleSettings
+    machine: MachineSettings
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that decide what comes out of the run."""
+        return _recorded(self, self.data, self.finetune, self.optimisation, self.machine)
+
+
+def _recorded(run: RunSettings | FinetuneRunSettings, *groups: _Settings | None) -> dict[str, Any]:
+    settings = {name: value for group in groups if group for name, value in group.recorded().items()}
+    # Four processes, or one with --accum_grad 4: the same updates.
+    num_batches = run.machine.num_processes * run.optimisation.accum_grad
+    return {"stage": run.stage, **settings, "gpus x accum_grad": num_batches}
 
 
 _SHARED = {
@@ -584,6 +671,23 @@ _SHARED = {
 _JOINT = {"pruning": PruningSettings, "extractor": ExtractorSettings}
 
 
+_FINETUNING = {
+    "data": LabelSettings,
+    "finetune": FinetuneSettings,
+    "optimisation": ScheduleSettings,
+    "machine": MachineSettings,
+}
+
+
+def _add_groups(parser: argparse.ArgumentParser, groups: dict[str, type[_Settings]], defaults: dict[str, Any]) -> None:
+    for group in groups.values():
+        group.add_to(parser)
+    for action in parser._actions:
+        if action.dest in defaults:
+            action.required = False
+    parser.set_defaults(**defaults)
+
+
 def add_arguments(parser: argparse.ArgumentParser, *, prunes: bool, **defaults: Any) -> None:
     """Add the flags of a distillation.
 
@@ -592,12 +696,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, prunes: bool, **defaults: 
         prunes: whether it trains masks.
         defaults: of the flags whose default is the stage's own.
     """
-    for group in (_SHARED | (_JOINT if prunes else {})).values():
-        group.add_to(parser)
-    for action in parser._actions:
-        if action.dest in defaults:
-            action.required = False
-    parser.set_defaults(**defaults)
+    _add_groups(parser, _SHARED | (_JOINT if prunes else {}), defaults)
 
 
 def read_arguments(args: argparse.Namespace, stage: str, *, prunes: bool) -> RunSettings:
@@ -608,3 +707,13 @@ def read_arguments(args: argparse.Namespace, stage: str, *, prunes: bool) -> Run
     """
     groups = _SHARED | (_JOINT if prunes else {})
     return RunSettings(stage=stage, **{name: group.from_args(args) for name, group in groups.items()})
+
+
+def add_finetune_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add the flags of a fine-tuning; ``defaults`` as of :func:`add_arguments`."""
+    _add_groups(parser, _FINETUNING, defaults)
+
+
+def read_finetune_arguments(args: argparse.Namespace, stage: str) -> FinetuneRunSettings:
+    """As :func:`read_arguments`, of a fine-tuning."""
+    return FinetuneRunSettings(stage=stage, **{name: group.from_args(args) for name, group in _FINETUNING.items()})

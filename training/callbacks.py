@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -275,7 +275,7 @@ class UpdateGuard(pl.Callback):
         """Count an update that must not be made, or end the run with all that is known about it."""
         self.skipped += 1
         is_bad = not bool(losses.isfinite().all())
-        reports = _gather((is_bad, losses.tolist(), paths))
+        reports = gather((is_bad, losses.tolist(), paths))
         # Only a loss tells which process its batch was on: gradients are averaged.
         chosen = [report for report in reports if report[0]] or reports
         what = f"the loss is {chosen[0][1]}" if chosen[0][0] else f"the gradient's norm is {float(norm)}"
@@ -299,7 +299,7 @@ class UpdateGuard(pl.Callback):
             print_line(f"{count}: {message}")
 
     def _count_bad_files(self) -> None:
-        for found in _gather(self._new_bad_files):
+        for found in gather(self._new_bad_files):
             for path, reason in found.items():
                 if path not in self.bad_files:
                     self.bad_files[path] = reason
@@ -336,7 +336,7 @@ def _listed(items: list[str]) -> str:
     return ", ".join(items[:_LISTED_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """The value of every process, in order of rank."""
     if not distributed.is_initialized():
         return [value]
@@ -457,11 +457,10 @@ class RunCheckpoints(pl.Callback):
         exp_dir: of the run.
         guard: knows of signals.
         io: the trainer's checkpoint writer.
-        settings: of the run, recorded in each checkpoint.
-        round_to: recorded for prune.py.
-        sizes: sparsities; where the target reaches one, ``sparsity_SIZE/ckpts/last.ckpt`` is saved as well.
+        record: what a checkpoint says of the run, beside Lightning's entries.
         save_interval: updates between checkpoints.
         updates_per_epoch: an epoch's end is saved too.
+        validates_last: the last update is validated, wherever it falls.
     """
 
     def __init__(
@@ -470,21 +469,18 @@ class RunCheckpoints(pl.Callback):
         guard: UpdateGuard,
         io: CheckpointIO,
         *,
-        settings: dict[str, Any],
-        round_to: int | None,
-        sizes: Sequence[str],
+        record: Callable[[], dict[str, Any]],
         save_interval: int,
         updates_per_epoch: int,
+        validates_last: bool,
     ) -> None:
-        self._exp_dir = exp_dir
         self.path = exp_dir / CHECKPOINTS / LAST_CHECKPOINT
         self._guard = guard
         self._io = io
-        self._settings = settings
-        self._round_to = round_to
-        self._sizes = sizes
+        self._record = record
         self._save_interval = save_interval
         self._updates_per_epoch = updates_per_epoch
+        self._validates_last = validates_last
         self._updates_done = 0
         self._last_saved: int | None = None
         self._save_after_validation = False
@@ -492,7 +488,7 @@ class RunCheckpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._updates_done = trainer.global_step
         self._last_saved = trainer.global_step if trainer.ckpt_path else None
-        starts = _gather(trainer.global_step)
+        starts = gather(trainer.global_step)
         if len(set(starts)) > 1:
             raise AllProcessesError(
                 f"the processes would continue from different updates ({starts}): they do not see the same "
@@ -511,19 +507,16 @@ class RunCheckpoints(pl.Callback):
         if trainer.global_step == self._updates_done:
             return  # in the middle of an update
         self._updates_done = trainer.global_step
-        # Before last.ckpt: a run continued from behind this update would not make up for it.
-        for size in self._sizes:
-            budget = pl_module.budget
-            if budget.target(trainer.global_step - 1) < float(size) <= budget.target(trainer.global_step):
-                self._save_size(trainer, pl_module, size)
+        is_last = trainer.global_step == trainer.max_steps
         is_due = (
             self._guard.signum
             or trainer.global_step % self._save_interval == 0
             or trainer.global_step % self._updates_per_epoch == 0
-            or trainer.global_step == trainer.max_steps
+            or is_last
         )
+        is_validated = (batch_idx + 1) % trainer.val_check_batch == 0 or (is_last and self._validates_last)
         # A run continued from before a validation would not make up for it.
-        self._save_after_validation = bool(is_due) and (batch_idx + 1) % trainer.val_check_batch == 0
+        self._save_after_validation = bool(is_due) and is_validated
         if is_due and not self._save_after_validation:
             self._save(trainer)
 
@@ -538,18 +531,7 @@ class RunCheckpoints(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say what the checkpoint is of; prune.py and the report read it."""
-        budget = pl_module.budget
-        checkpoint["distillation"] = {
-            "student_config": pl_module.student_model.config,
-            "target_sparsity": budget.target_sparsity if budget else None,
-            "original_num_params": budget.original_size if budget else None,
-            "settings": self._settings,
-            "round_to": self._round_to,
-        }
-        if (macs_budget := pl_module.macs_budget) is not None:
-            checkpoint["distillation"]["target_macs"] = macs_budget.target_sparsity
-            checkpoint["distillation"]["original_num_macs"] = macs_budget.original_size
+        checkpoint.update(self._record())
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)
@@ -561,6 +543,45 @@ class RunCheckpoints(pl.Callback):
         if self._guard.signum or trainer.global_step == trainer.max_steps:
             raise UserError(f"{message}; make room, then {CONTINUE}")
         print_line(f"warning: {message}; training goes on")
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        signum = signal.Signals(self._guard.signum)
+        then = CONTINUE
+        if signum == signal.SIGUSR1 and trainer.is_global_zero:
+            then = f"{requeue_slurm_job()}; {then}"
+        raise Interrupted(signum, f"{signum.name}: saved update {trainer.global_step} in {self.path}; {then}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.path.with_name(PREVIOUS_CHECKPOINT).unlink(missing_ok=True)
+
+
+class SizeCheckpoints(pl.Callback):
+    """Saves ``sparsity_SIZE/ckpts/last.ckpt`` where the target of the masks reaches a size.
+
+    It stands before :class:`RunCheckpoints`: a run continued from behind such an update would not make up for it.
+
+    Args:
+        exp_dir: of the run.
+        sizes: sparsities.
+    """
+
+    def __init__(self, exp_dir: Path, sizes: Sequence[str]) -> None:
+        self._exp_dir = exp_dir
+        self._sizes = sizes
+        self._updates_done = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._updates_done = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._updates_done:
+            return  # in the middle of an update
+        self._updates_done = trainer.global_step
+        for size in self._sizes:
+            budget = pl_module.budget
+            if budget.target(trainer.global_step - 1) < float(size) <= budget.target(trainer.global_step):
+                self._save_size(trainer, pl_module, size)
 
     def _save_size(self, trainer: pl.Trainer, pl_module: pl.LightningModule, size: str) -> None:
         """Save what prune.py turns into a model of this sparsity: a checkpoint whose targets are this update's."""
@@ -577,17 +598,6 @@ class RunCheckpoints(pl.Callback):
             raise UserError(f"{path}: could not be saved ({_reason(error)}); make room, then {CONTINUE}") from error
         print_line(f"sparsity {size}: saved update {trainer.global_step} in {path}")
 
-    def _leave(self, trainer: pl.Trainer) -> None:
-        signum = signal.Signals(self._guard.signum)
-        then = CONTINUE
-        if signum == signal.SIGUSR1 and trainer.is_global_zero:
-            then = f"{requeue_slurm_job()}; {then}"
-        raise Interrupted(signum, f"{signum.name}: saved update {trainer.global_step} in {self.path}; {then}")
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.path.with_name(PREVIOUS_CHECKPOINT).unlink(missing_ok=True)
-
 
 # ---------------------------------------------------------------------------------------------------
 # The terminal
@@ -595,9 +605,14 @@ class RunCheckpoints(pl.Callback):
 
 
 class UpdateProgressBar(pl.Callback):
-    """One bar over all updates: loss, expected sparsity and its target, time left."""
+    """One bar over all updates: loss, the last score, expected sparsity and its target, time left."""
 
-    _SHOWN = (("loss", "train_loss"), ("sparsity", "sparsity_expected"), ("target", "sparsity_target"))
+    _SHOWN = (
+        ("loss", "train_loss"),
+        ("valid", "valid_score"),
+        ("sparsity", "sparsity_expected"),
+        ("target", "sparsity_target"),
+    )
 
     def __init__(self, stage: str) -> None:
         self._stage = stage

@@ -27,6 +27,9 @@ SIZE_FOLDER = "sparsity_"
 PRUNED_MODEL = "pruned_hubert_base.pth"
 # The entry of a checkpoint that holds the average of --ema, beside state_dict, from which training goes on.
 AVERAGED = "averaged_state_dict"
+# What a training checkpoint can be of, with the beginning of its weights' names and its scripts.
+DISTILLATION, FINETUNING = "distillation", "finetuning"
+_TRAINED = {DISTILLATION: ("student_model.", "distill.py or final_distill.py"), FINETUNING: ("model.", "finetune.py")}
 # The value of --resume_checkpoint that finds the checkpoint by itself, and what messages advise.
 AUTO = "auto"
 CONTINUE = f"continue with --resume_checkpoint {AUTO}"
@@ -39,11 +42,15 @@ def print_line(message: str) -> None:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """A digest of a checkpoint's contents, whatever its name.
+    """A digest of a checkpoint's contents, whatever its name; of a folder that of all its files.
 
     ``torch.save`` keeps a CRC-32 of every record in the archive's directory, so the tensors need not be read.
     """
     digest = hashlib.sha256()
+    if Path(path).is_dir():
+        for file in sorted(Path(path).iterdir()):
+            digest.update(f"{file.name} {fingerprint(file)}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:16]
     try:
         with zipfile.ZipFile(path) as archive:
             for record in sorted(archive.infolist(), key=lambda record: record.filename.partition("/")[2]):
@@ -55,27 +62,29 @@ def fingerprint(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a ``.ckpt`` of one of the distillations, of this program or the published one.
+def read_training_checkpoint(path: str | os.PathLike, kind: str = DISTILLATION) -> dict[str, Any]:
+    """Read a ``.ckpt`` of one of the distillations, of this program or the published one, or of a fine-tuning.
 
-    What this program's say of their run is a dict under ``distillation``; it is empty for the published one's.
+    What this program's say of their run is a dict under ``kind``; it is empty for the published one's.
 
     Raises:
         UserError: it is something else; a model file is named as such.
     """
     contents = ckpt.read(path)
+    prefix, scripts = _TRAINED[kind]
     state_dict = contents.get("state_dict")
-    if not isinstance(state_dict, dict) or not any(key.startswith("student_model.") for key in state_dict):
-        kind = "a model file (.pth)" if "config" in contents else "neither a training checkpoint nor a model file"
-        raise UserError(
-            f"{path}: {kind} where a training checkpoint (.ckpt) of distill.py or final_distill.py is wanted"
-        )
-    contents.setdefault("distillation", {})
-    kinds = {"global_step": int, "distillation": dict, **({AVERAGED: dict} if AVERAGED in contents else {})}
-    for name, kind in kinds.items():
-        if type(contents.get(name)) is not kind:
+    if not isinstance(state_dict, dict) or not any(key.startswith(prefix) for key in state_dict):
+        found = "a model file (.pth)" if "config" in contents else "neither a training checkpoint nor a model file"
+        for other, (_, makers) in _TRAINED.items():
+            if other in contents:
+                found = f"a training checkpoint of {makers}"
+        raise UserError(f"{path}: {found} where a training checkpoint (.ckpt) of {scripts} is wanted")
+    contents.setdefault(kind, {})
+    kinds = {"global_step": int, kind: dict, **({AVERAGED: dict} if AVERAGED in contents else {})}
+    for name, wanted in kinds.items():
+        if type(contents.get(name)) is not wanted:
             raise UserError(
-                f"{path}: {name}: expected {kind.__name__}, found {contents.get(name)!r:.80}; it is damaged"
+                f"{path}: {name}: expected {wanted.__name__}, found {contents.get(name)!r:.80}; it is damaged"
             )
     for name in ("state_dict", AVERAGED):
         for key, value in contents.get(name, {}).items():
@@ -95,12 +104,15 @@ def is_on_the_way(distillation: dict[str, Any]) -> bool:
     return isinstance(settings, dict) and settings.get("target_sparsity", target) != target
 
 
-def choose_checkpoint(choice: str | None, exp_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+def choose_checkpoint(
+    choice: str | None, exp_dir: Path, kind: str = DISTILLATION
+) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that a run continues from and its contents; None starts afresh.
 
     Args:
         choice: a path; "auto" for the newest whole checkpoint of ``exp_dir`` if there is one; None for a fresh run.
         exp_dir: of the run.
+        kind: of the run.
 
     Raises:
         UserError: no such file, or not a training checkpoint; with "auto", all that there are are damaged;
@@ -121,11 +133,11 @@ def choose_checkpoint(choice: str | None, exp_dir: Path) -> tuple[Path, dict[str
     if choice is None:
         return None
     if choice != AUTO:
-        return Path(choice), read_training_checkpoint(choice)
+        return Path(choice), read_training_checkpoint(choice, kind)
     damaged = []
     for path in found:
         try:
-            return path, read_training_checkpoint(path)
+            return path, read_training_checkpoint(path, kind)
         except UserError as error:
             damaged.append(str(error))
             print_line(f"passed over: {error}")
@@ -150,11 +162,15 @@ def changed_settings(recorded: dict[str, Any] | None, current: dict[str, Any]) -
 
 def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The student's, the projections' and the objectives' parts of a training checkpoint's, without their prefixes."""
+    student, projections, objectives = (
+        part_of(state_dict, prefix) for prefix in ("student_model.", "distill_linear_projs.", "objectives.")
+    )
+    return student, projections, objectives
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
 
-    return part("student_model."), part("distill_linear_projs."), part("objectives.")
+def part_of(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names begin with ``prefix``, without it."""
+    return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
 def trained_weights(

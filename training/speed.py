@@ -94,8 +94,8 @@ def check_compiler(accelerator: str) -> None:
         ) from error
 
 
-def compile_steps(module: DistillModule) -> None:
-    """Compile what an update computes of the teacher and of the student, each as one graph for batches of any shape.
+def compile_steps(module: pl.LightningModule) -> None:
+    """Compile the ``compiled_steps`` of a module, each as one graph for batches of any shape.
 
     Noise (masks, dropout) stays torch's own, so that results are the same up to rounding, and a run may go on with
     compiled code or without. The module and its parameters keep their names.
@@ -103,7 +103,7 @@ def compile_steps(module: DistillModule) -> None:
     # It would cut the graph for the sake of DDP's buckets, which cannot be done where activations are recomputed.
     torch._dynamo.config.optimize_ddp = False
     options = {"fallback_random": True} if COMPILER == "inductor" else None
-    for name in ("targets", "distillation"):
+    for name in module.compiled_steps:
         step = torch.compile(getattr(module, name), fullgraph=True, dynamic=True, backend=COMPILER, options=options)
         setattr(module, name, step)
 

@@ -1,11 +1,11 @@
-"""A run of a distillation, from its settings to its last checkpoint."""
+"""A run, from its settings to its last checkpoint: what a distillation is, and what all stages that train share."""
 
 import contextlib
 import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,16 @@ from torch.distributed import DistNetworkError, DistStoreError
 
 from cli import AllProcessesError
 from lightning import DistillLoss, DistillModule, check_pair, linear_warmup_decay, make_projections
-from training.arguments import PRECISIONS, RunSettings
-from training.callbacks import CheckpointIO, RunCheckpoints, StopRequest, UpdateGuard, UpdateProgressBar, WeightAverage
+from training.arguments import PRECISIONS, FinetuneRunSettings, MachineSettings, RunSettings
+from training.callbacks import (
+    CheckpointIO,
+    RunCheckpoints,
+    SizeCheckpoints,
+    StopRequest,
+    UpdateGuard,
+    UpdateProgressBar,
+    WeightAverage,
+)
 from training.checkpoints import (
     AUTO,
     CONTINUE,
@@ -38,7 +46,7 @@ from training.checkpoints import (
     print_line,
     split_state_dict,
 )
-from training.data import SpeechDataModule
+from training.data import BatchDataModule, SpeechDataModule
 from training.objectives import find_units, new_objectives
 from training.speed import (
     FastTeacher,
@@ -111,6 +119,71 @@ def train(
     student.recompute_activations(machine.checkpoint_activations)
     if settings.models.student_dropout is not None:
         student.set_dropout(settings.models.student_dropout)
+    ema, sizes = settings.optimisation.ema, settings.pruning.sizes if settings.pruning else []
+    callbacks = [
+        *([FastTeacher()] if not machine.plain else []),
+        *([] if ema is None else [WeightAverage(ema)]),
+        *([SizeCheckpoints(machine.exp_dir, sizes)] if sizes else []),
+    ]
+    fit(
+        settings,
+        data,
+        module,
+        resumed,
+        flops=update_flops(module),
+        record=lambda: distillation_record(settings, recorded, module),
+        title=_title(settings, data, module),
+        callbacks=callbacks,
+    )
+
+
+def distillation_record(settings: RunSettings, recorded: dict[str, Any], module: DistillModule) -> dict[str, Any]:
+    """What a checkpoint says of a distillation; prune.py and the report read it."""
+    budget = module.budget
+    record = {
+        "student_config": module.student_model.config,
+        "target_sparsity": budget.target_sparsity if budget else None,
+        "original_num_params": budget.original_size if budget else None,
+        "settings": recorded,
+        "round_to": settings.pruning.round_to if settings.pruning else None,
+    }
+    if (macs_budget := module.macs_budget) is not None:
+        record["target_macs"] = macs_budget.target_sparsity
+        record["original_num_macs"] = macs_budget.original_size
+    return {"distillation": record}
+
+
+def fit(
+    settings: RunSettings | FinetuneRunSettings,
+    data: BatchDataModule,
+    module: pl.LightningModule,
+    resumed: tuple[Path, dict[str, Any]] | None,
+    *,
+    flops: Callable[[int], float],
+    record: Callable[[], dict[str, Any]],
+    title: str,
+    callbacks: Sequence[pl.Callback] = (),
+    validates_last: bool = False,
+) -> pl.Trainer:
+    """Train a module for ``--max_updates``, and say where its last checkpoint is.
+
+    Args:
+        settings, data: of the run.
+        module: what is trained. It has the ``parameter_groups`` of its optimiser, ``warmup_updates`` and
+            ``max_updates`` of its schedule, the ``scalars`` of the last batch, and ``compiled_steps``.
+        resumed: path and contents of the checkpoint to continue from, if any; it is known to fit.
+        flops: operations of one waveform's share of an update, by its samples.
+        record: what a checkpoint says of the run.
+        title: one line, printed at the start.
+        callbacks: the stage's own; they see an update before it is saved.
+        validates_last: validate the last update, wherever it falls.
+
+    Raises:
+        UserError: the run cannot go on.
+        Interrupted: a signal stopped the run; its last update is saved.
+    """
+    machine, stage = settings.machine, settings.stage
+    start = resumed[1]["global_step"] if resumed is not None else 0
     _quiet_lightning()
     with StopRequest() as stop, plain_paths(machine.plain), contextlib.ExitStack() as stack:
         if fast_paths() and machine.devices[0] == "cpu":
@@ -118,11 +191,41 @@ def train(
         if machine.compile:
             check_compiler(machine.devices[0])
             compile_steps(module)
-        trainer, checkpoints = make_trainer(settings, data, module, recorded, stop, CheckpointIO(resumed), start)
+        guard = UpdateGuard(
+            stop,
+            clip_norm=settings.optimisation.clip_norm,
+            skip_nonfinite=settings.optimisation.skip_nonfinite,
+            max_bad_files=data.max_bad_files,
+        )
+        batches = data.sampler(data.train_subset, machine.num_processes, 0, settings.optimisation.accum_grad)
+        io = CheckpointIO(resumed)
+        checkpoints = RunCheckpoints(
+            machine.exp_dir,
+            guard,
+            io,
+            record=record,
+            save_interval=machine.save_interval,
+            updates_per_epoch=len(batches) // settings.optimisation.accum_grad,
+            validates_last=validates_last,
+        )
+        timer = FetchTimer()
+        watching = [
+            LearningRateMonitor(logging_interval="step"),
+            guard,
+            Throughput(timer, flops, machine.precision, machine.compile),
+            UpdateProgressBar(stage),
+            *callbacks,
+            checkpoints,
+        ]
+        trainer = make_trainer(settings, len(batches), watching, io, timer, start)
+        if validates_last:
+            loop = trainer.fit_loop.epoch_loop
+            is_due = loop._should_check_val_fx
+            loop._should_check_val_fx = lambda *args: is_due(*args) or trainer.global_step == trainer.max_steps
         stop.launcher = trainer.strategy.launcher
         if trainer.is_global_zero:
             stack.enter_context(exclusive(machine.exp_dir))
-            _print_start(settings, data, module)
+            print(title, flush=True)
         resumed_from = None
         if resumed is not None:
             resumed_from = resumed[0]
@@ -145,6 +248,7 @@ def train(
             ) from error
     if trainer.is_global_zero:
         print(f"{stage}: {trainer.global_step} updates done: {checkpoints.path}")
+    return trainer
 
 
 def make_module(
@@ -198,52 +302,25 @@ def check_sizes(settings: RunSettings, module: DistillModule) -> None:
 
 
 def make_trainer(
-    settings: RunSettings,
-    data: SpeechDataModule,
-    module: DistillModule,
-    recorded: dict[str, Any],
-    stop: StopRequest,
+    settings: RunSettings | FinetuneRunSettings,
+    batches_per_epoch: int,
+    callbacks: list[pl.Callback],
     io: CheckpointIO,
+    timer: FetchTimer,
     start: int,
-) -> tuple[pl.Trainer, RunCheckpoints]:
-    """The trainer of a run, and its callback that saves.
+) -> pl.Trainer:
+    """The trainer of a run.
 
     Args:
-        settings, data, module: of the run.
-        recorded: settings that checkpoints record.
-        stop: notes signals.
+        settings: of the run.
+        batches_per_epoch: of one process.
+        callbacks: all of them.
         io: writes the checkpoints.
+        timer: of the wait for batches.
         start: updates done before.
     """
     machine, optimisation = settings.machine, settings.optimisation
     accelerator, devices = machine.devices
-    batches = data.sampler(settings.data.train_subset, machine.num_processes, 0, optimisation.accum_grad)
-    timer = FetchTimer()
-    guard = UpdateGuard(
-        stop,
-        clip_norm=optimisation.clip_norm,
-        skip_nonfinite=optimisation.skip_nonfinite,
-        max_bad_files=data.max_bad_files,
-    )
-    checkpoints = RunCheckpoints(
-        machine.exp_dir,
-        guard,
-        io,
-        settings=recorded,
-        round_to=settings.pruning.round_to if settings.pruning else None,
-        sizes=settings.pruning.sizes if settings.pruning else [],
-        save_interval=machine.save_interval,
-        updates_per_epoch=len(batches) // optimisation.accum_grad,
-    )
-    callbacks = [
-        *([FastTeacher()] if fast_paths() else []),
-        LearningRateMonitor(logging_interval="step"),
-        guard,
-        Throughput(timer, update_flops(module), machine.precision, machine.compile),
-        UpdateProgressBar(settings.stage),
-        *([] if optimisation.ema is None else [WeightAverage(optimisation.ema)]),  # before what saves it
-        checkpoints,
-    ]
     with refusals_of_lightning(MisconfigurationException, ValueError, RuntimeError):
         environment = cluster_environment(devices, machine.num_nodes)
         if environment is not None:
@@ -262,7 +339,7 @@ def make_trainer(
             max_epochs=-1,
             accumulate_grad_batches=optimisation.accum_grad,
             # To Lightning the whole run is one epoch, which can be left and entered at any update.
-            val_check_interval=machine.valid_interval or len(batches),
+            val_check_interval=machine.valid_interval or batches_per_epoch,
             check_val_every_n_epoch=None,
             use_distributed_sampler=False,  # the batch sampler deals to the ranks itself
             log_every_n_steps=machine.log_interval,
@@ -282,7 +359,7 @@ def make_trainer(
     # batch what UpdateGuard exchanges once an update.
     trainer._signal_connector.register_signal_handlers = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-    return trainer, checkpoints
+    return trainer
 
 
 def cluster_environment(processes_per_node: int, num_nodes: int) -> ClusterEnvironment | None:
@@ -365,22 +442,37 @@ def check_resumed(
             "and the data of its run, cannot be continued; prune.py and save_final_ckpt.py take it, and all "
             "scripts take the published models"
         )
-    changes = changed_settings(contents["distillation"].get("settings"), recorded)
-    if changes and settings.machine.resume_checkpoint == AUTO:
-        raise UserError(
-            f"{path}: made with other settings: {'; '.join(changes)}. Give the same settings; or another --exp_dir for "
-            f"a new run; or --resume_checkpoint {path} to continue it with these"
-        )
+    check_settings(path, contents["distillation"], recorded, settings.machine)
     student, projections, objectives = split_state_dict(contents["state_dict"])
     ckpt.load_state(module.student_model, student, f"{path} in the model of --student_ckpt")
     ckpt.load_state(module.distill_linear_projs, projections, f"{path} (projections; see --distill_layers)")
     ckpt.load_state(module.objectives, objectives, f"{path} (objectives; see --unit_weight)")
-    if changes:
-        print_line(f"warning: {path} is continued with other settings: {'; '.join(changes)}")
     return contents["global_step"]
 
 
-def _adapt(checkpoint: dict[str, Any], module: DistillModule, accum_grad: int) -> None:
+def check_settings(path: Path, about: dict[str, Any], recorded: dict[str, Any], machine: MachineSettings) -> None:
+    """Check that a checkpoint is continued with the settings that it was made with.
+
+    Args:
+        path: of the checkpoint.
+        about: what it says of its run.
+        recorded: settings of this run.
+        machine: of this run; says whether the user has named the checkpoint.
+
+    Raises:
+        UserError: names the settings that differ; a checkpoint that the user has named goes on with a warning.
+    """
+    changes = changed_settings(about.get("settings"), recorded)
+    if changes and machine.resume_checkpoint == AUTO:
+        raise UserError(
+            f"{path}: made with other settings: {'; '.join(changes)}. Give the same settings; or another --exp_dir for "
+            f"a new run; or --resume_checkpoint {path} to continue it with these"
+        )
+    if changes:
+        print_line(f"warning: {path} is continued with other settings: {'; '.join(changes)}")
+
+
+def _adapt(checkpoint: dict[str, Any], module: pl.LightningModule, accum_grad: int) -> None:
     """Count the batches of a checkpoint by this run's ``accum_grad``, and start from this run's learning rates.
 
     With the settings that the checkpoint was made with, this changes nothing.
@@ -399,15 +491,20 @@ def _adapt(checkpoint: dict[str, Any], module: DistillModule, accum_grad: int) -
         saved["fused"] = fast_paths()
 
 
-def _print_start(settings: RunSettings, data: SpeechDataModule, module: DistillModule) -> None:
-    machine, batches = settings.machine, data.batches[settings.data.train_subset]
+def _title(settings: RunSettings, data: SpeechDataModule, module: DistillModule) -> str:
     num_params = [sum(p.numel() for p in model.parameters()) for model in (module.teacher_model, module.student_model)]
-    print(
+    return (
         f"{settings.stage}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; layers "
-        f"{settings.models.distill_layers}; {sum(map(len, batches))} utterances in {len(batches)} batches; "
-        f"{machine.num_processes} x {machine.devices[0]}, precision {machine.precision}"
-        f"{', compiled' if machine.compile else ''}",
-        flush=True,
+        f"{settings.models.distill_layers}; {data_and_machine(data, settings.machine)}"
+    )
+
+
+def data_and_machine(data: BatchDataModule, machine: MachineSettings) -> str:
+    """The end of the first line of a run."""
+    batches = data.batches[data.train_subset]
+    return (
+        f"{sum(map(len, batches))} utterances in {len(batches)} batches; {machine.num_processes} x "
+        f"{machine.devices[0]}, precision {machine.precision}{', compiled' if machine.compile else ''}"
     )
 
 

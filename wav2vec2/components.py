@@ -908,7 +908,7 @@ class Transformer(nn.Module):
         # Made here and not by the first layer, so that layer drop cannot take it away.
         position_bias = self._position_bias(x.size(1))
         for layer in self.layers:
-            if not (self.training and torch.rand(1).item() <= self.layer_drop):
+            if not (self.training and self.layer_drop and torch.rand(1).item() <= self.layer_drop):
                 x = _run(layer, self.recompute, x, padding_scores, position_bias, embed_mask)
         return self.layer_norm(x, embed_mask) if self.layer_norm_first else x
 
@@ -1020,9 +1020,11 @@ class Encoder(nn.Module):
             return None
         return self.hard_concrete().repeat(self.embed_dim // self.num_embed_units)
 
-    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, frames, C) and (B,) valid frames -> (B, frames, D)"""
-        x, padding_scores, embed_mask = self._preprocess(features, lengths)
+    def forward(
+        self, features: Tensor, lengths: Tensor | None = None, hidden: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """(B, frames, C) and (B,) valid frames -> (B, frames, D); ``hidden`` as of :meth:`extract_features`."""
+        x, padding_scores, embed_mask = self._preprocess(features, lengths, hidden)
         return self.transformer(x, padding_scores, embed_mask)
 
     def extract_features(

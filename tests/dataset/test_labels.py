@@ -63,6 +63,9 @@ def test_kinds_of_tasks(folder):
     train = ["train 0.wav a", "train 1.wav a", "train 2.wav b", "train 3.wav b"]
     clips = read_probe(write(folder, "split path label", *train, "test 4.wav b"))
     assert (clips.kind, clips.labels, clips.test[0].target, clips.test[0].line) == ("clips", ("a", "b"), 1, 6)
+    assert clips.valid == ()
+    chosen = read_probe(write(folder, "split path label", *train, "valid 5.wav a", "test 4.wav b"))
+    assert [clip.target for clip in chosen.valid] == [0] and chosen.kind == "clips"
     unknown = ["test 4.wav c", "test 5.wav d", "test 6.wav d"]
     verification = read_probe(write(folder, "split path label", *train, *unknown))
     assert (verification.kind, [clip.target for clip in verification.test]) == ("verification", [2, 3, 3])
@@ -88,8 +91,12 @@ TIMED = ["train 0.wav 0 0.2 a", "train 1.wav 0 0.2 b", "test 2.wav 0 0.2 a"]
         ("split path label", GOOD, "no line has the split test"),
         ("split path label", ["test 0.wav a"], "no line has the split train"),
         ("split path label", [*GOOD[:2], "test 2.wav a"], "one label, 'a', expected two or more"),
-        ("split path label", [*GOOD[:3], "test 3.wav a"], "one training clip has the label 'b'"),
-        ("split path label", [*GOOD, "test 4.wav a", "test 5.wav c"], "label 'c', which no training clip has"),
+        ("split path label", [*GOOD[:3], "test 3.wav a"], "line 4: one training clip has the label 'b'"),
+        (
+            "split path label",
+            [*GOOD, "test 4.wav a", "test 5.wav c"],
+            "line 7: .*label 'c', which no training",
+        ),
         ("split path label", [*GOOD, "test 4.wav c"], "a verification needs test clips of two labels"),
         ("split path label", [*GOOD, "dev 3.wav a"], "line 6 has the split 'dev'"),
         ("split path label", [*GOOD, "test 3.wav"], "line 6 has no label"),
@@ -98,6 +105,9 @@ TIMED = ["train 0.wav 0 0.2 a", "train 1.wav 0 0.2 b", "test 2.wav 0 0.2 a"]
         ("split path label", ["train " + "x" * 200_000 + " a"], "line 2 cannot be read"),
         ("split path text", ["train 0.wav ", "test 1.wav a"], "line 2 has no text"),
         ("split path text", ["train 0.wav a", "test 1.wav a"], "one label, 'a'"),
+        ("split path label", [*GOOD, "test 4.wav a", "valid 5.wav a", "valid 6.wav c"], "line 8: the valid clip has"),
+        ("split path label", [*GOOD, "test 4.wav a", "valid 5.wav c", "valid 6.wav c"], "needs valid clips of two"),
+        ("split path start end label", [*TIMED, "test 3.wav 0 0.1 c"], "line 5 has the label 'c', which no training"),
         ("split path start end label", [*TIMED, "test 3.wav 0.2 0.1 a"], "line 5 has start '0.2' and end '0.1'"),
         ("split path start end label", [*TIMED, "test 3.wav 0.1 0.1 a"], "line 5 has start"),
         ("split path start end label", [*TIMED, "test 3.wav -1 0.1 a"], "line 5 has start '-1'"),

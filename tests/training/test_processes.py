@@ -1,5 +1,6 @@
 """Several processes train as one with the same total batch does, however they are started."""
 
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from helpers import (
     REPOSITORY,
     SMALL_LIGHT_LAYERS,
     error_line,
+    finetuning_run,
     logged,
     run_script,
     run_to_exit,
@@ -117,6 +119,34 @@ def test_two_processes_train_an_extractor_and_what_follows_as_one(manifests, tmp
     run_processes(sys.executable, "distill.py", *flags("two", gpus=2))
     for phase in (Path("extractor"), Path()):
         compare(tmp_path / "one" / phase, tmp_path / "two" / phase)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "changes"),
+    [
+        ("text", "large", {"freeze_updates": 3}),
+        ("clips", "base", {"pooling": "attentive", "freeze_updates": "all"}),
+        ("segments", "large", {}),  # the sum of layers does not read the last norm
+    ],
+)
+def test_two_processes_fine_tune_as_one(labelled, tmp_path, monkeypatch, name, size, changes):
+    """While the encoder is frozen and behind that; each validation clip is scored once."""
+    model = save_small_model(tmp_path / "model.pth", "hubert", size)
+
+    def flags(folder: str, **more: object) -> list[object]:
+        run = {"max_updates": 9, "seconds_per_batch": 1, **changes, **more}
+        return [*finetuning_run(labelled / f"{name}.tsv", model, **run), "--exp_dir", tmp_path / folder]
+
+    run_script(monkeypatch, "finetune", *flags("one", accum_grad=2))
+    run_processes(sys.executable, "finetune.py", *flags("two", gpus=2))
+    compare(tmp_path / "one", tmp_path / "two")
+    scores = [
+        {step: value for (step, column), value in values_by_step(tmp_path / folder).items() if column == "valid_score"}
+        for folder in ("one", "two")
+    ]
+    assert len(scores[0]) > 1 and scores[0] == scores[1]
+    results = [json.loads((tmp_path / folder / "finetuned.json").read_text()) for folder in ("one", "two")]
+    assert results[0] == results[1]
 
 
 def free_port() -> int:

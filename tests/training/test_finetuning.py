@@ -1,0 +1,382 @@
+"""finetune.py: it learns each kind of list, what it does is what was asked for, and bad input gets one line."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from helpers import (
+    assert_same_run,
+    error_line,
+    finetuning_run,
+    largest_difference,
+    last_checkpoint,
+    logged,
+    run_script,
+    run_to_exit,
+    save_small_model,
+    send,
+    small_config,
+)
+from torch.nn import functional as F
+
+import wav2vec2
+from training import speed
+from training.finetuning import BestModel, FinetuneModule, SpanMasking, clip_results, score_of, task_loss
+from wav2vec2 import checkpoint
+from wav2vec2.model import wav2vec2_model
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained one with 320 samples a frame: a letter makes five frames, the pause behind it two or three."""
+    torch.manual_seed(0)
+    config = small_config(
+        "hubert",
+        extractor_conv_layer_config=[[64, 10, 5], [64, 8, 4], [64, 4, 4], [64, 4, 4]],
+        encoder_embed_dim=64,
+        encoder_head_dim=16,
+        encoder_ff_interm_features=[64] * 3,
+        encoder_layer_norm_first=True,
+        encoder_layer_drop=0.5,
+    )
+    model = wav2vec2_model(**config)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
+    checkpoint.save(path, {"state_dict": model.state_dict(), "config": model.config})
+    return path
+
+
+# --- what is learnt --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes", "bound"),
+    [
+        ("text", {"units": "characters"}, 15),
+        ("clips", {"pooling": "attentive", "layers": "last"}, 90),
+        ("segments", {"precision": "bf16"}, 90),
+        ("verification", {}, 25),
+    ],
+)
+def test_each_kind_is_learnt(labelled, encoder, tmp_path, monkeypatch, capsys, name, changes, bound):
+    rates = {"max_updates": 100, "learning_rate": 0.01, "encoder_learning_rate": 0.003, "seconds_per_batch": 4}
+    flags = finetuning_run(labelled / f"{name}.tsv", encoder, **rates, **changes, log_interval=10)
+    run_script(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    result = json.loads((tmp_path / "finetuned.json").read_text())
+    score = result["test"]["value"]
+    assert (score <= bound) if "error" in result["test"]["metric"] else (score >= bound), result
+    assert f"test: {result['test']['metric']} {score:.2f}" in printed[-1]
+
+    model = wav2vec2.load(tmp_path / "finetuned.pth")
+    labels = {"text": " abc", "clips": "abc", "segments": "abc"}
+    assert model.labels == tuple(labels.get(name, ("b c", "ba", "bac", "cab")))
+    before = checkpoint.read_model_file(encoder)
+    after = checkpoint.read_model_file(tmp_path / "finetuned.pth")
+    changed = {key for key, value in before["state_dict"].items() if not torch.equal(value, after["state_dict"][key])}
+    assert changed and not any(key.startswith("feature_extractor.") for key in changed)
+    assert {**after["config"], "aux_num_out": None} == before["config"]  # layer drop and dropout, too
+    assert (tmp_path / "best.pth").read_bytes() == (tmp_path / "finetuned.pth").read_bytes()
+    rows = [float(row["valid_score"]) for row in logged(tmp_path) if "valid_score" in row]
+    assert result["valid"]["value"] in rows and len(rows) > 1
+
+
+def test_the_best_of_the_validations_is_kept(labelled, encoder, tmp_path, monkeypatch):
+    """Not the last: here all of them are made up."""
+    scores = iter([40.0, math.nan, 70.0, 60.0, 70.0])
+
+    def validated(module: FinetuneModule) -> None:
+        module._results = []
+        if not module.trainer.sanity_checking:
+            module.valid_score = next(scores)
+            found.append({name: value.clone() for name, value in module.model.state_dict().items()})
+
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(FinetuneModule, "on_validation_epoch_end", validated)
+    flags = finetuning_run(labelled / "clips.tsv", encoder, valid_interval=3, max_updates=13)
+    run_script(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path)
+    assert next(scores, None) is None  # the last update was validated, too
+    result = json.loads((tmp_path / "finetuned.json").read_text())
+    assert (result["update"], result["valid"]["value"]) == (9, 70.0)
+    kept = wav2vec2.load(tmp_path / "finetuned.pth").state_dict()
+    assert torch.equal(kept["head.linear.weight"], found[2]["head.linear.weight"])
+
+
+def test_of_errors_less_is_better():
+    best = BestModel(Path("best.pth"), False, {})
+    assert best.sign * 10 > best.sign * 20
+
+
+# --- what is frozen, and hidden --------------------------------------------------------------------
+
+
+def weights_after(monkeypatch, tmp_path, *flags: object) -> dict[str, torch.Tensor]:
+    run_script(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path)
+    return last_checkpoint(tmp_path)["state_dict"]
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+def test_the_encoder_is_frozen_as_long_as_it_is_asked_for(labelled, tmp_path, monkeypatch, family):
+    model = save_small_model(tmp_path / "model.pth", family, "large")
+    before = {f"model.{key}": value for key, value in checkpoint.read_model_file(model)["state_dict"].items()}
+
+    def changed(name: str, **changes: object) -> set[str]:
+        flags = finetuning_run(labelled / "segments.tsv", model, max_updates=4, **changes)
+        after = weights_after(monkeypatch, tmp_path / name, *flags)
+        return {key for key, value in after.items() if key not in before or not torch.equal(value, before[key])}
+
+    head = {"model.head.layer_scores", "model.head.linear.weight", "model.head.linear.bias"}
+    assert changed("always", freeze_updates="all") == head
+    assert changed("long", freeze_updates=4) - {"masking.hidden_frame"} == head
+    encoder = changed("short", freeze_updates=2) - head
+    assert {key.split(".")[1] for key in encoder} == {"encoder", "hidden_frame"}
+    assert len(encoder) > 20
+
+
+def test_while_it_is_frozen_the_encoder_computes_as_in_use(labelled, tmp_path, monkeypatch):
+    """Without dropout, and nothing hidden: with no noise at all the losses are the same."""
+    losses = {}
+    for name, dropout, mask_prob in (("noisy", 0.5, 0.5), ("plain", 0.0, 0.0)):
+        torch.manual_seed(0)
+        model = save_small_model(tmp_path / f"{name}.pth", "hubert", "base", encoder_projection_dropout=dropout)
+        flags = finetuning_run(labelled / "clips.tsv", model, mask_prob=mask_prob, freeze_updates=3, max_updates=5)
+        run_script(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path / name)
+        losses[name] = [row["train_loss"] for row in logged(tmp_path / name) if "train_loss" in row]
+    assert losses["noisy"][:3] == losses["plain"][:3] and losses["noisy"][3:] != losses["plain"][3:]
+
+
+def test_hidden_spans():
+    masking = SpanMasking(0.2, 5, 4)
+    torch.manual_seed(0)
+    hidden = masking.draw([40, 7, 400] * 200)
+    assert hidden.shape == (600, 400) and not hidden[1::3, 7:].any() and not hidden[0::3, 40:].any()
+    assert 0.1 < hidden[2::3].double().mean() < 0.2  # spans overlap
+    assert 0.1 < hidden[1::3, :7].double().mean() < 0.3  # short rows have their share
+    torch.manual_seed(0)
+    assert torch.equal(hidden, masking.draw([40, 7, 400] * 200))
+    for num_frames in ([1], [1, 1], [3, 2], [6]):
+        assert masking.draw(num_frames).shape == (len(num_frames), max(num_frames))
+
+
+# --- losses and scores -----------------------------------------------------------------------------
+
+
+def test_losses_do_not_see_padding():
+    """A batch's loss is the mean over its rows alone, whatever stands behind them."""
+    torch.manual_seed(0)
+    logits, lengths = torch.randn(2, 9, 4), torch.tensor([9, 6])
+    texts = torch.tensor([[0, 1, 1], [2, -1, -1]])
+    rows = [
+        F.ctc_loss(x[:n, None].log_softmax(-1), t[None] + 1, torch.tensor([n]), torch.tensor([len(t)]))
+        for x, n, t in zip(logits, (9, 6), (texts[0], texts[1, :1]), strict=True)
+    ]
+    torch.testing.assert_close(task_loss("text", logits, lengths, texts), torch.stack(rows).mean())
+    frames = torch.tensor([[0, 0, -1, 3, 3, 3, -1, 2, 1], [1, 1, -1, -1, 0, 2, -1, -1, -1]])
+    wanted = F.cross_entropy(logits[frames >= 0], frames[frames >= 0])
+    torch.testing.assert_close(task_loss("segments", logits, lengths, frames), wanted)
+    assert task_loss("segments", logits, lengths, torch.full((2, 9), -1)) == 0
+    labels = torch.tensor([[3], [1]])
+    torch.testing.assert_close(
+        task_loss("clips", logits[:, 0], lengths, labels), F.cross_entropy(logits[:, 0], labels[:, 0])
+    )
+
+
+def test_scores():
+    logits = torch.eye(4)[torch.tensor([[1, 1, 0, 1, 2], [3, 0, 0, 0, 0]])]
+    lengths = torch.tensor([5, 1])
+    # "0 0 1" is found where "0 2" is wanted; behind one frame nothing counts.
+    results = clip_results("text", logits, lengths, torch.tensor([[0, 2], [2, -1]]))
+    assert results == [[2.0, 2.0], [0.0, 1.0]] and score_of("text", results, ()).value() == pytest.approx(200 / 3)
+    frames = torch.tensor([[1, -1, 1, 1, 2], [3, -1, -1, -1, -1]])
+    assert clip_results("segments", logits, lengths, frames) == [[3.0, 4.0], [1.0, 1.0]]
+    assert clip_results("clips", logits[:, 0], lengths, torch.tensor([[1], [2]])) == [[1.0, 1.0], [0.0, 1.0]]
+
+
+# --- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "changes"),
+    [
+        ("text", "large", {"freeze_updates": 5, "valid_interval": 3}),
+        ("clips", "base", {"accum_grad": 2, "pooling": "attentive", "save_interval": 2, "num_workers": 1}),
+        ("segments", "large", {"freeze_updates": "all", "layers": "weighted"}),
+    ],
+)
+def test_stopped_at_any_update(labelled, tmp_path, monkeypatch, disturb, name, size, changes):
+    """While the encoder is frozen and behind that, beside a validation or not: resumed, the run is the same."""
+    model = save_small_model(tmp_path / "model.pth", "hubert", size)
+    flags = finetuning_run(labelled / f"{name}.tsv", model, max_updates=14, **changes)
+    run_script(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path / "whole")
+    flags += ["--exp_dir", tmp_path / "stopped", "--resume_checkpoint", "auto"]
+    for update in (1, 6, 9, 13):
+        disturb.at[update] = send(signal.SIGTERM)
+        assert run_to_exit(monkeypatch, "finetune", *flags) == 143
+        assert last_checkpoint(tmp_path / "stopped")["global_step"] == update
+    run_script(monkeypatch, "finetune", *flags)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    for file in ("best.pth", "finetuned.pth", "finetuned.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["on_validation_batch_start", "on_validation_epoch_end"])
+def test_killed_during_a_validation(labelled, small_teacher, tmp_path, monkeypatch, place):
+    """The best score is that of a run that was not."""
+    flags = finetuning_run(labelled / "text.tsv", small_teacher, valid_interval=3, save_interval=1, max_updates=9)
+    run_script(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path / "whole")
+    original = getattr(FinetuneModule, place)
+
+    def kill(module: FinetuneModule, *rest: Any) -> None:
+        original(module, *rest)
+        if module.global_step == 6:
+            raise KeyboardInterrupt  # where a kill would strike
+
+    flags += ["--exp_dir", tmp_path / "killed", "--resume_checkpoint", "auto"]
+    with monkeypatch.context() as context:
+        context.setattr(FinetuneModule, place, kill)
+        assert run_to_exit(context, "finetune", *flags) != 0
+    assert last_checkpoint(tmp_path / "killed")["global_step"] == 5
+    run_script(monkeypatch, "finetune", *flags)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert (tmp_path / "whole" / "best.pth").read_bytes() == (tmp_path / "killed" / "best.pth").read_bytes()
+
+
+def test_a_finished_run_is_not_run_again_but_finished_if_it_is_not(
+    labelled, small_teacher, tmp_path, monkeypatch, capsys
+):
+    flags = finetuning_run(labelled / "clips.tsv", small_teacher, max_updates=2)
+    flags += ["--exp_dir", tmp_path, "--resume_checkpoint", "auto"]
+    run_script(monkeypatch, "finetune", *flags)
+    files = {name: (tmp_path / name).read_bytes() for name in ("finetuned.pth", "finetuned.json")}
+    run_script(monkeypatch, "finetune", *flags)
+    assert "complete already" in capsys.readouterr().out.splitlines()[-1]
+    for name, contents in files.items():
+        (tmp_path / name).unlink()
+        run_script(monkeypatch, "finetune", *flags)
+        assert (tmp_path / name).read_bytes() == contents
+    capsys.readouterr()
+    assert run_to_exit(monkeypatch, "finetune", *flags, "--seed", 3) == 1
+    assert "made with other settings: seed: 2022 there, 3 now" in error_line(capsys)
+    (tmp_path / "best.pth").unlink()
+    (tmp_path / "finetuned.pth").unlink()
+    assert run_to_exit(monkeypatch, "finetune", *flags) == 1
+    assert error_line(capsys).startswith(f"{tmp_path / 'best.pth'}: is gone")
+
+
+def test_a_checkpoint_of_another_stage(labelled, small_teacher, tmp_path, monkeypatch, capsys):
+    flags = finetuning_run(labelled / "clips.tsv", small_teacher, max_updates=2)
+    run_script(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path)
+    last = tmp_path / "ckpts" / "last.ckpt"
+    prune = ("--distilled_ckpt", last, "--original_ckpt", small_teacher)
+    assert run_to_exit(monkeypatch, "prune", *prune) == 1
+    assert error_line(capsys) == (
+        f"{last}: a training checkpoint of finetune.py where a training checkpoint (.ckpt) of distill.py or "
+        "final_distill.py is wanted"
+    )
+
+
+def test_a_head_for_the_same_labels_is_trained_further(labelled, small_teacher, tmp_path, monkeypatch, capsys):
+    first = finetuning_run(labelled / "clips.tsv", small_teacher, max_updates=2)
+    run_script(monkeypatch, "finetune", *first, "--exp_dir", tmp_path / "first")
+    model = tmp_path / "first" / "finetuned.pth"
+    for name, flags, head in (
+        ("same", {}, "its own"),
+        ("other", {"pooling": "attentive"}, "a fresh"),
+        ("text", {}, "a fresh"),
+    ):
+        capsys.readouterr()
+        tsv = labelled / f"{'text' if name == 'text' else 'clips'}.tsv"
+        run = finetuning_run(tsv, model, max_updates=2, learning_rate=1e-9, encoder_learning_rate=1e-9, **flags)
+        run_script(monkeypatch, "finetune", *run, "--exp_dir", tmp_path / name)
+        assert f"; {head} head" in capsys.readouterr().out
+    one, other = (wav2vec2.load(tmp_path / name / "finetuned.pth").head.linear.weight for name in ("first", "same"))
+    torch.testing.assert_close(one, other)
+    assert wav2vec2.load(tmp_path / "text" / "finetuned.pth").head is None
+
+
+@pytest.mark.parametrize("name", ["text", "clips"])
+def test_compiled_it_is_the_same(labelled, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(speed, "COMPILER", "aot_eager")
+    model = save_small_model(tmp_path / "model.pth", "hubert", "large")
+    for folder, flags in (("eager", ()), ("compiled", ("--compile",))):
+        run = finetuning_run(labelled / f"{name}.tsv", model, max_updates=3, freeze_updates=1)
+        run_script(monkeypatch, "finetune", *run, *flags, "--exp_dir", tmp_path / folder)
+    ones, others = (last_checkpoint(tmp_path / folder) for folder in ("eager", "compiled"))
+    assert largest_difference(ones["state_dict"], others["state_dict"]) < 1e-5
+
+
+@pytest.mark.parametrize("flags", [("--checkpoint_activations",), ("--plain",)])
+def test_other_ways_to_the_same(labelled, small_teacher, tmp_path, monkeypatch, flags):
+    run = finetuning_run(labelled / "segments.tsv", small_teacher, max_updates=3)
+    run_script(monkeypatch, "finetune", *run, "--exp_dir", tmp_path / "one")
+    run_script(monkeypatch, "finetune", *run, *flags, "--exp_dir", tmp_path / "other")
+    ones, others = (last_checkpoint(tmp_path / folder) for folder in ("one", "other"))
+    assert largest_difference(ones["state_dict"], others["state_dict"]) < 2e-4
+
+
+# --- bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("clips", {"units": "characters"}, "--units characters: is for lists with the column text; "),
+        ("segments", {"pooling": "mean"}, "--pooling mean: is for lists with the column label and without start"),
+        ("text", {"pooling": "attentive"}, "--pooling attentive: is for lists"),
+        ("text", {"layers": "weighted"}, "--layers weighted: is for lists with the column label (of text the last"),
+        ("clips", {"freeze_updates": "-1"}, "--freeze_updates: expected a number of updates, or all, found '-1'"),
+        ("clips", {"mask_prob": 1}, "--mask_prob: expected a number from 0 to below 1"),
+        ("clips", {"mask_length": 0}, "--mask_length: expected a number above 0"),
+        ("clips", {"seconds_per_batch": 0.2}, " lasts 0."),
+        ("clips", {"accum_grad": 1, "warmup_updates": 7}, "--warmup_updates 7 is above --max_updates 6"),
+    ],
+)
+def test_options_that_do_not_fit(labelled, small_teacher, tmp_path, monkeypatch, capsys, name, flags, message):
+    run = finetuning_run(labelled / f"{name}.tsv", small_teacher, **flags)
+    assert run_to_exit(monkeypatch, "finetune", *run, "--exp_dir", tmp_path / "exp") == 1
+    assert message in error_line(capsys)
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("text", "train\tab-0.wav\t" + "ab " * 60, "lists "),
+        ("text", "test\tnew.wav\tx", "its unit 1, 'x', is in no training text"),
+        ("text", "train\tnew.wav\t" + "ab " * 60, "the text needs 119 frames (60 units, 59 blanks"),
+        ("text", "train\tnew.wav\t", "has no text"),
+        ("clips", "train\tnew.wav\tz", "one training clip has the label 'z'"),
+        ("clips", "test\tnew.wav\tz", "the label 'z', which no training clip has"),
+        ("clips", "train\tgone.wav\ta", "does not exist"),
+        ("clips", "dev\tnew.wav\ta", "expected train, test, valid"),
+        ("segments", "train\tnew.wav\t0.1\t9\ta", "ends at 9 s"),
+        ("segments", "valid\tnew.wav\t0\t0.1\tz", "has the label 'z', which no training segment has"),
+    ],
+)
+def test_rows_that_cannot_be_used(labelled, small_teacher, tmp_path, monkeypatch, capsys, name, row, message):
+    lines = (labelled / f"{name}.tsv").read_text().splitlines()
+    soundfile.write(labelled / "new.wav", np.zeros(4000), 16_000)  # frames are of 40 samples
+    tsv = labelled / "changed.tsv"
+    tsv.write_text("\n".join([*lines, row]) + "\n")
+    run = finetuning_run(tsv, small_teacher)
+    assert run_to_exit(monkeypatch, "finetune", *run, "--exp_dir", tmp_path / "exp") == 1
+    line = error_line(capsys)
+    assert line.startswith(f"{tsv}: line {len(lines) + 1}") and message in line
+    assert not (tmp_path / "exp").exists()
+
+
+def test_segments_between_frames(labelled, small_teacher, tmp_path, monkeypatch, capsys):
+    lines = (labelled / "segments.tsv").read_text().splitlines()
+    rows = [line for line in lines if not line.startswith("valid")]
+    tsv = labelled / "between.tsv"
+    tsv.write_text("\n".join([*rows, "valid\tab-4.wav\t0.1\t0.1001\ta"]) + "\n")
+    assert run_to_exit(monkeypatch, "finetune", *finetuning_run(tsv, small_teacher), "--exp_dir", tmp_path) == 1
+    assert "no segment of the valid clips holds the middle of a frame" in error_line(capsys)
