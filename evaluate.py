@@ -26,13 +26,14 @@ import torch
 
 import cli
 from dataset.labels import UNITS, Probe, read_probe
+from dataset.scores import METRICS
 from evaluation.backends import Subject, exported, parse_backends, torch_subject
 from evaluation.cost import cost, counted_on, made_by, measure_speed
 from evaluation.features import LogMel
 from evaluation.fidelity import HeldOutSpeech, make_student, measure_fidelity, shared_min_samples
 from evaluation.heads import head_summary, head_tasks
 from evaluation.pictures import layers_alone, quality
-from evaluation.probes import METRICS, Probed, probe_random_models, run_probe, summary
+from evaluation.probes import Probed, probe_random_models, run_probe, summary
 from evaluation.scores import LOG_MEL, figure_of_merit
 from evaluation.tables import evaluation_tables
 from lightning import DISTILL_MODES, parse_distill_layers

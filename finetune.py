@@ -18,12 +18,26 @@ Several GPUs, nodes, SLURM, CPU: as in distill.py.
 """
 
 import argparse
+import json
 
 import pytorch_lightning as pl
 
 import cli
-from training.arguments import add_finetune_arguments, read_finetune_arguments
-from training.finetuning import finetune
+from dataset.scores import METRICS
+from evaluation.heads import score_head
+from evaluation.scores import Scored
+from training.arguments import FinetuneRunSettings, add_finetune_arguments, read_finetune_arguments
+from training.checkpoints import made_before
+from training.data import TEST_SUBSET, TRAIN_SUBSET, VALID_SUBSET, LabelledDataModule
+from training.finetuning import BEST_MODEL, finetune
+from training.objectives import own_device
+from wav2vec2.checkpoint import read_model_file, save
+from wav2vec2.errors import UserError
+from wav2vec2.files import atomic_path
+from wav2vec2.heads import task_model_of
+
+# The result, and what it reaches.
+FINETUNED_MODEL, RESULT = "finetuned.pth", "finetuned.json"
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,10 +48,41 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def finish(settings: FinetuneRunSettings, data: LabelledDataModule) -> None:
+    """Score the best model on the test clips and write it as the result, unless that is done."""
+    best, out, result = (settings.machine.exp_dir / name for name in (BEST_MODEL, FINETUNED_MODEL, RESULT))
+    if not best.is_file():
+        raise UserError(f"{best}: is gone, expected the best model of this run; train again with another --exp_dir")
+    contents = read_model_file(best)
+    made_by = contents["made_by"]
+    if result.is_file() and made_before(out, made_by) is not None:
+        print(f"{settings.stage}: complete already: {out}")
+        return
+    model = task_model_of(contents, best).eval().to(own_device(settings.machine))
+    score = score_head(model, data.probe, out.name)
+    clips, metric = data.clips, METRICS[data.probe.kind][0]
+    low, high = Scored([score], len(data.probe.test)).summary()["interval"]
+    summary = {
+        "kind": data.probe.kind,
+        "update": made_by["update"],
+        "valid": {"metric": made_by["metric"], "value": made_by["valid"], "clips": len(clips[VALID_SUBSET])},
+        "test": {"metric": metric, "value": score.value(), "interval": [low, high], "clips": len(clips[TEST_SUBSET])},
+        "train": {"clips": len(clips[TRAIN_SUBSET])},
+    }
+    save(out, contents)
+    with atomic_path(result) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    print(
+        f"{settings.stage}: best at update {made_by['update']}, {made_by['metric']} {made_by['valid']:.2f} in "
+        f"validation; test: {metric} {score.value():.2f} ({low:.2f} to {high:.2f}): {out}"
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     settings = read_finetune_arguments(args, "fine-tuning")
     pl.seed_everything(settings.data.seed, verbose=False)
-    finetune(settings)
+    if (data := finetune(settings)) is not None:
+        finish(settings, data)
 
 
 if __name__ == "__main__":

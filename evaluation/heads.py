@@ -10,9 +10,10 @@ from torchaudio.functional import edit_distance
 
 from cli import progress
 from dataset.labels import CLIPS, TEXT, VERIFICATION, Clip, Probe, read_probe
+from dataset.scores import METRICS, EqualErrorRate, Score, Share
 from evaluation.features import frame_times, head_logits, read_clip
-from evaluation.probes import METRICS, frame_labels
-from evaluation.scores import EqualErrorRate, Score, Scored, Share
+from evaluation.probes import frame_labels
+from evaluation.scores import Scored
 from wav2vec2.errors import short_repr
 from wav2vec2.heads import TaskModel, greedy_units
 

@@ -32,8 +32,9 @@ from torchaudio.functional import edit_distance
 
 from dataset.labelled import frame_labels
 from dataset.labels import CLIPS, SEGMENTS, TEXT, VERIFICATION, Clip, Probe
+from dataset.scores import METRICS, EqualErrorRate, Score, Share
 from evaluation.features import Features, Frames, ModelFeatures, frames_on_disk, pooled_features
-from evaluation.scores import EqualErrorRate, Score, Scored, Share
+from evaluation.scores import Scored
 from wav2vec2.model import wav2vec2_model
 
 # What the squared weights are multiplied by before they are added to the mean cross entropy.
@@ -47,14 +48,6 @@ FRAME_EPOCHS, FRAMES_PER_BATCH = 10, 512
 TEXT_EPOCHS, CLIPS_PER_BATCH = 20, 16
 LEAST_UPDATES = 400  # of short lists: more epochs
 LEARNING_RATE, LAYER_LEARNING_RATE = 3e-3, 3e-2
-
-# Of each kind: what its score is, and whether more of it is better.
-METRICS = {
-    CLIPS: ("accuracy", True),
-    SEGMENTS: ("frame accuracy", True),
-    TEXT: ("unit error rate", False),
-    VERIFICATION: ("equal error rate", False),
-}
 
 
 def targets(clips: Sequence[Clip]) -> Tensor:

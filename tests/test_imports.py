@@ -11,7 +11,7 @@ from helpers import REPOSITORY
 # From the top down: a room imports rooms below it only.
 ROOMS = ("benchmarks", "evaluation", "training", "lightning", "dataset", "wav2vec2", "hardconcrete")
 SCRIPTS = {path.stem for path in REPOSITORY.glob("*.py")} - {"lightning", "hardconcrete", "cli"}
-LIGHTNING_USERS = {"lightning", "training", "distill", "final_distill"}
+LIGHTNING_USERS = {"lightning", "training", "distill", "final_distill", "finetune"}
 
 
 def imports(path: Path) -> set[str]:

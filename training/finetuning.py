@@ -1,6 +1,5 @@
 """Fine-tuning with labels: a task head on an encoder, their loss and score, and the run from a list to a model file."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,24 +14,20 @@ from torchaudio.functional import edit_distance
 
 from dataset.labelled import FrameTimes, LabelledBatch
 from dataset.labels import CLIPS, SEGMENTS, TEXT, UNITS, VERIFICATION, Clip, Probe, read_probe
-from evaluation.heads import score_head
-from evaluation.probes import METRICS
-from evaluation.scores import EqualErrorRate, Score, Scored, Share
+from dataset.scores import METRICS, EqualErrorRate, Score, Share
 from lightning import freeze_unreached, scheduled_adamw
 from training.arguments import ALWAYS, FinetuneRunSettings
 from training.callbacks import gather
-from training.checkpoints import FINETUNING, choose_checkpoint, fingerprint, made_before, part_of, print_line
-from training.data import TEST_SUBSET, TRAIN_SUBSET, VALID_SUBSET, LabelledDataModule
-from training.objectives import own_device
+from training.checkpoints import FINETUNING, choose_checkpoint, fingerprint, part_of, print_line
+from training.data import VALID_SUBSET, LabelledDataModule
 from training.speed import forward_flops
 from training.trainer import check_settings, data_and_machine, fit
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError
-from wav2vec2.files import atomic_path
 from wav2vec2.heads import Head, TaskModel, contents_of, greedy_units, head_of, task_model_of, with_head
 
-# What a run leaves in EXP_DIR: the weights of the best validation so far; and at its end these, with what they reach.
-BEST_MODEL, FINETUNED_MODEL, RESULT = "best.pth", "finetuned.pth", "finetuned.json"
+# What a run leaves in EXP_DIR: the weights of the best validation so far.
+BEST_MODEL = "best.pth"
 
 # ---------------------------------------------------------------------------------------------------
 # Head, loss and score
@@ -318,8 +313,11 @@ class BestModel(pl.Callback):
 # ---------------------------------------------------------------------------------------------------
 
 
-def finetune(settings: FinetuneRunSettings) -> None:
-    """Fine-tune ``--model`` on ``--tsv``, and write ``EXP_DIR/finetuned.pth`` with what it reaches on the test clips.
+def finetune(settings: FinetuneRunSettings) -> LabelledDataModule | None:
+    """Fine-tune ``--model`` on ``--tsv``; the best model is in ``EXP_DIR/best.pth``.
+
+    Returns:
+        The data; None in a process that has nothing more to do.
 
     Raises:
         UserError: list, model or checkpoint cannot be used, or the run cannot go on.
@@ -364,40 +362,5 @@ def finetune(settings: FinetuneRunSettings) -> None:
             validates_last=True,
         )
         if not trainer.is_global_zero:
-            return
-    _finish(settings, data, exp_dir)
-
-
-def _finish(settings: FinetuneRunSettings, data: LabelledDataModule, exp_dir: Path) -> None:
-    """Score the best model on the test clips and write it as the result, unless that is done."""
-    best, out, result = (exp_dir / name for name in (BEST_MODEL, FINETUNED_MODEL, RESULT))
-    if not best.is_file():
-        raise UserError(f"{best}: is gone, expected the best model of this run; train again with another --exp_dir")
-    contents = ckpt.read_model_file(best)
-    made_by = contents["made_by"]
-    if result.is_file() and made_before(out, made_by) is not None:
-        print(f"{settings.stage}: complete already: {out}")
-        return
-    model = task_model_of(contents, best)
-    score = score_head(model.eval().to(own_device(settings.machine)), data.probe, out.name)
-    scored, clips, metric = Scored([score], len(data.probe.test)), data.clips, METRICS[data.probe.kind][0]
-    summary = {
-        "kind": data.probe.kind,
-        "update": made_by["update"],
-        "valid": {"metric": made_by["metric"], "value": made_by["valid"], "clips": len(clips[VALID_SUBSET])},
-        "test": {
-            "metric": metric,
-            "value": score.value(),
-            "interval": scored.summary()["interval"],
-            "clips": len(clips[TEST_SUBSET]),
-        },
-        "train": {"clips": len(clips[TRAIN_SUBSET])},
-    }
-    ckpt.save(out, contents)
-    with atomic_path(result) as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    low, high = summary["test"]["interval"]
-    print(
-        f"{settings.stage}: best at update {made_by['update']}, {made_by['metric']} {made_by['valid']:.2f} in "
-        f"validation; test: {metric} {score.value():.2f} ({low:.2f} to {high:.2f}): {out}"
-    )
+            return None
+    return data

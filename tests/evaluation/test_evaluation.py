@@ -20,6 +20,7 @@ from helpers import (
 )
 
 from dataset import labels
+from dataset.scores import EqualErrorRate, Share
 from dataset.speech import load_audio
 from evaluation import cost, features, probes, scores
 from evaluation.features import hidden_states
@@ -536,31 +537,31 @@ def test_verification(tones):
 def test_equal_error_rate():
     """0 where all pairs are told apart, 50 by chance; each drawn clip counts as often as it is drawn."""
     classes = np.repeat([0, 1, 2], 4)
-    apart = scores.EqualErrorRate(np.eye(3)[classes] + 0.01, classes)
+    apart = EqualErrorRate(np.eye(3)[classes] + 0.01, classes)
     assert apart.value() == pytest.approx(0, abs=1e-9)
     draw = np.random.default_rng(0)
     many = np.arange(400) % 20
-    assert scores.EqualErrorRate(draw.standard_normal((400, 8)), many).value() == pytest.approx(50, abs=2)
+    assert EqualErrorRate(draw.standard_normal((400, 8)), many).value() == pytest.approx(50, abs=2)
     # By hand: same pairs score 1 and 0.6, others 0.8 and 0: at a threshold between 0.6 and 0.8 half of each is wrong.
     angles = np.arccos([1, 1, 0.8])
     vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
-    assert scores.EqualErrorRate(vectors, np.array([0, 0, 1])).value() == pytest.approx(0, abs=1e-9)
+    assert EqualErrorRate(vectors, np.array([0, 0, 1])).value() == pytest.approx(0, abs=1e-9)
     noisy = np.eye(3)[classes] + 0.7 * draw.standard_normal((12, 3))
     weights = draw.integers(0, 3, 12)
     repeated = np.repeat(np.arange(12), weights)
-    whole = scores.EqualErrorRate(noisy[repeated], classes[repeated])
+    whole = EqualErrorRate(noisy[repeated], classes[repeated])
     # A clip is not compared with its own copies.
-    own = scores.EqualErrorRate(noisy, classes).value(weights)
+    own = EqualErrorRate(noisy, classes).value(weights)
     assert own >= whole.value() - 1e-9
 
 
 def test_shares_and_their_intervals():
-    share = scores.Share(np.array([1.0, 0, 2]), np.array([1.0, 1, 2]))
+    share = Share(np.array([1.0, 0, 2]), np.array([1.0, 1, 2]))
     assert share.value() == 75
     assert share.value(np.array([0, 2, 1])) == 50
     draw = np.random.default_rng(0)
     right = (draw.uniform(size=400) < 0.7).astype(float)
-    found = scores.Scored([scores.Share(right, np.ones(400))] * 2, 400).summary()
+    found = scores.Scored([Share(right, np.ones(400))] * 2, 400).summary()
     low, high = found["interval"]
     deviation = 100 * (0.7 * 0.3 / 400) ** 0.5
     assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)
@@ -572,7 +573,7 @@ def test_figure_of_merit():
     draw = np.random.default_rng(0)
 
     def scored(share: float) -> scores.Scored:
-        return scores.Scored([scores.Share((draw.uniform(size=500) < share).astype(float), np.ones(500))], 500)
+        return scores.Scored([Share((draw.uniform(size=500) < share).astype(float), np.ones(500))], 500)
 
     same = scored(0.5)
     of = {
