@@ -439,6 +439,18 @@ def _reason(error: OSError | RuntimeError) -> str:
     return str(error if isinstance(error, OSError) else error.__context__ or error)
 
 
+def save_or_end(path: Path, contents: dict[str, Any]) -> None:
+    """Write what a run cannot go on without.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        ckpt.save(path, contents)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: could not be saved ({_reason(error)}); make room, then {CONTINUE}") from error
+
+
 def _keep_as(path: Path, name: Path) -> None:
     """Give the file at ``path`` a second name, or copy it where the file system cannot do that."""
     with tempfile.TemporaryDirectory(prefix=f".{name.name}.", dir=path.parent) as folder:
@@ -592,10 +604,7 @@ class SizeCheckpoints(pl.Callback):
         if not trainer.is_global_zero:
             return
         path = self._exp_dir / f"{SIZE_FOLDER}{size}" / CHECKPOINTS / LAST_CHECKPOINT
-        try:
-            ckpt.save(path, contents)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: could not be saved ({_reason(error)}); make room, then {CONTINUE}") from error
+        save_or_end(path, contents)
         print_line(f"sparsity {size}: saved update {trainer.global_step} in {path}")
 
 

@@ -17,7 +17,7 @@ from dataset.labels import CLIPS, SEGMENTS, TEXT, UNITS, VERIFICATION, Clip, Pro
 from dataset.scores import METRICS, EqualErrorRate, Score, Share
 from lightning import freeze_unreached, scheduled_adamw
 from training.arguments import ALWAYS, FinetuneRunSettings
-from training.callbacks import gather
+from training.callbacks import gather, save_or_end
 from training.checkpoints import FINETUNING, choose_checkpoint, fingerprint, part_of, print_line
 from training.data import VALID_SUBSET, LabelledDataModule
 from training.speed import forward_flops
@@ -305,7 +305,8 @@ class BestModel(pl.Callback):
         contents = contents_of(pl_module.model)
         for part in (contents, contents["head"]):
             part["state_dict"] = {name: tensor.detach().cpu() for name, tensor in part["state_dict"].items()}
-        ckpt.save(self.path, {**contents, "made_by": {**self.made_by, "update": trainer.global_step, "valid": score}})
+        made_by = {**self.made_by, "update": trainer.global_step, "valid": score}
+        save_or_end(self.path, {**contents, "made_by": made_by})
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from helpers import (
 from torch.nn import functional as F
 
 import wav2vec2
-from training import speed
+from training import callbacks, speed
 from training.finetuning import BestModel, FinetuneModule, SpanMasking, clip_results, score_of, task_loss
 from wav2vec2 import checkpoint
 from wav2vec2.model import wav2vec2_model
@@ -269,6 +269,21 @@ def test_a_finished_run_is_not_run_again_but_finished_if_it_is_not(
     (tmp_path / "finetuned.pth").unlink()
     assert run_to_exit(monkeypatch, "finetune", *flags) == 1
     assert error_line(capsys).startswith(f"{tmp_path / 'best.pth'}: is gone")
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_best_model_that_cannot_be_saved(labelled, small_teacher, tmp_path, monkeypatch, capsys, error):
+    save = callbacks.ckpt.save
+
+    def fail(path: Path, contents: dict[str, Any]) -> None:
+        if path.name == "best.pth":
+            raise error
+        save(path, contents)
+
+    monkeypatch.setattr(callbacks.ckpt, "save", fail)
+    flags = finetuning_run(labelled / "clips.tsv", small_teacher, max_updates=2)
+    assert run_to_exit(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path) == 1
+    assert error_line(capsys).startswith(f"{tmp_path / 'best.pth'}: could not be saved ({error}); make room, then")
 
 
 def test_a_checkpoint_of_another_stage(labelled, small_teacher, tmp_path, monkeypatch, capsys):
