@@ -8,7 +8,7 @@ The columns of --tsv say what is learnt (tabs between them; split is train, test
 
   python finetune.py --model exp/hubert-base/final/ckpts/pruned_hubert_base.pth --tsv data/commands.tsv \\
       --units characters --gpus 1 --exp_dir exp/commands
-  python -m wav2vec2.predict exp/commands/finetuned.pth recording.flac
+  python -m wav2vec2.prediction exp/commands/finetuned.pth recording.flac
 
 Without clips of the split valid, a tenth of those for training chooses the best weights. The result is
 EXP_DIR/finetuned.pth, a model file with its head and labels; EXP_DIR/finetuned.json says what it reaches on the test

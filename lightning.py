@@ -363,7 +363,8 @@ class DistillModule(pl.LightningModule):
         """As :meth:`training_step`, with masks as pruning will make them; logged as the mean over utterances."""
         loss, scalars = self.loss(batch, "valid")
         losses = {name: value for name, value in scalars.items() if name.startswith("valid_")}
-        weight = getattr(batch, "weight", len(batch[0]))  # 0 for a batch that only makes the processes even
+        # 0 for a batch that only makes the processes even; a float, as Lightning would round their mean down.
+        weight = float(getattr(batch, "weight", len(batch[0])))
         self.log_dict(losses, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
         return loss
 

@@ -1,12 +1,18 @@
 """What a model with a task head recognises in audio.
 
-import wav2vec2
+    import wav2vec2
 
-model = wav2vec2.load("exp/digits/finetuned.pth")
-wav2vec2.predict(model, "call.flac")  # of text: 'three one seven'
-wav2vec2.predict(model, paths)  # a list, one result for each
+    model = wav2vec2.load("exp/digits/finetuned.pth")
+    wav2vec2.predict(model, "call.flac")  # of text: 'three one seven'
+    wav2vec2.predict(model, paths)  # a list, one result for each
+
+``python -m wav2vec2.prediction MODEL AUDIO...`` writes a line for each file, of fields separated by tabs: its path,
+then the text; or the label and its probability; or, a line for each stretch, start and end in seconds and the label.
+A file that cannot be used is named on stderr, and the exit status is 1.
 """
 
+import argparse
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -15,9 +21,9 @@ import torch
 from torch import Tensor
 
 from .audio import SAMPLE_RATE
-from .errors import UserError
+from .errors import UserError, single_line
 from .heads import CLIPS, TEXT, TaskModel, greedy_units
-from .inference import extract_iter, is_input
+from .inference import extract_iter, is_input, load
 from .model import Wav2Vec2Model
 
 
@@ -110,3 +116,51 @@ def _stretches(model: TaskModel, best: list[int]) -> list[Stretch]:
         found.append(Stretch(start, end, model.labels[label]))
         first = behind
     return found
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+def lines(path: str, found: Prediction) -> list[str]:
+    """What is written of one file; what a label holds cannot steer a terminal."""
+    if isinstance(found, str):
+        rows = [[found]]
+    elif isinstance(found, Labelled):
+        rows = [[found.label, f"{found.probability:.4f}"]]
+    else:
+        rows = [[f"{start:.3f}", f"{end:.3f}", label] for start, end, label in found]
+    return ["\t".join([path, *(single_line(field, len(field)) for field in row)]) for row in rows]
+
+
+def parse_args() -> argparse.Namespace:
+    about = "Write what a fine-tuned model recognises in audio files."
+    parser = argparse.ArgumentParser(prog="python -m wav2vec2.prediction", description=about, allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="a fine-tuned model: a file, a folder or ORG/NAME on the hub")
+    parser.add_argument("audio", metavar="AUDIO", nargs="+", help="audio files")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"default: {device}")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be UTF-8
+    status = 0
+
+    def report(_: int | None, error: Exception) -> None:
+        nonlocal status
+        status = 1
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+
+    try:
+        model = load(args.model, device=args.device)
+        for path, found in zip(args.audio, predict_iter(model, args.audio, on_error=report), strict=True):
+            if found is not None:
+                print(*lines(path, found), sep="\n", flush=True)
+    except (UserError, OSError) as error:
+        report(None, error)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

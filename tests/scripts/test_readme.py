@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -50,7 +51,33 @@ def test_script_flags(command, monkeypatch):
         importlib.import_module(command[1 + is_module].removesuffix(".py")).parse_args()
 
 
-@pytest.mark.parametrize("command", starting_with("bash", "sbatch"), ids=" ".join)
+def running(script: str) -> list[list[str]]:
+    return [command for command in starting_with("bash", "sbatch") if script in command]
+
+
+def test_every_shell_script_is_covered():
+    assert len(running("run.sh")) + len(running("benchmarks/methods.sh")) == len(starting_with("bash", "sbatch"))
+
+
+@pytest.mark.parametrize("command", running("benchmarks/methods.sh"), ids=" ".join)
+def test_methods_commands(command, tmp_path):
+    settings = dict(word.split("=", 1) for word in command if "=" in word) | {"OUT": str(tmp_path), "ROWS": "published"}
+    lists = [str(tmp_path / name) for name in command[command.index("benchmarks/methods.sh") + 1 :]]
+    for path in map(Path, lists):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    result = subprocess.run(
+        ["bash", "benchmarks/methods.sh", "--dry-run", *lists],
+        cwd=REPOSITORY,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"--probes {' '.join(lists)}" in result.stdout
+
+
+@pytest.mark.parametrize("command", running("run.sh"), ids=" ".join)
 def test_run_sh_commands(command):
     settings = dict(word.split("=", 1) for word in command[: len(command) - len(without_settings(command))])
     words = [word for word in without_settings(command)[1:] if word != "--print"]

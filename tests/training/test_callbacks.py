@@ -151,6 +151,8 @@ class Overflowing(nn.Module):
         nan_at: batches, from 0, whose loss is NaN.
     """
 
+    is_on = True
+
     def __init__(self, loss: DistillLoss, gain: float, nan_at: Sequence[int]) -> None:
         super().__init__()
         self.loss, self.gain, self.nan_at = loss, gain, nan_at

@@ -1,4 +1,3 @@
-import importlib
 import os
 import subprocess
 import sys
@@ -62,14 +61,8 @@ def test_model_without_a_head_predicts_nothing():
         wav2vec2.predict(random_model(small_config("hubert")), torch.zeros(900))
 
 
-def test_command_does_not_hide_the_function():
-    function = wav2vec2.predict
-    importlib.import_module("wav2vec2.predict")
-    assert wav2vec2.predict is function
-
-
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "wav2vec2.predict", *map(str, arguments), "--device", "cpu"]
+    command = [sys.executable, "-m", "wav2vec2.prediction", *map(str, arguments), "--device", "cpu"]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ})
 
 
