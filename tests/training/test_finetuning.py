@@ -317,12 +317,11 @@ def test_a_head_for_the_same_labels_is_trained_further(labelled, small_teacher, 
     assert wav2vec2.load(tmp_path / "text" / "finetuned.pth").head is None
 
 
-@pytest.mark.parametrize("name", ["text", "clips"])
-def test_compiled_it_is_the_same(labelled, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(speed, "COMPILER", "aot_eager")
+def test_compiled_it_is_the_same(labelled, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "COMPILER", "eager")
     model = save_small_model(tmp_path / "model.pth", "hubert", "large")
     for folder, flags in (("eager", ()), ("compiled", ("--compile",))):
-        run = finetuning_run(labelled / f"{name}.tsv", model, max_updates=3, freeze_updates=1)
+        run = finetuning_run(labelled / "clips.tsv", model, max_updates=3, freeze_updates=1)
         run_script(monkeypatch, "finetune", *run, *flags, "--exp_dir", tmp_path / folder)
     ones, others = (last_checkpoint(tmp_path / folder) for folder in ("eager", "compiled"))
     assert largest_difference(ones["state_dict"], others["state_dict"]) < 1e-5

@@ -432,7 +432,7 @@ def test_a_checkpoint_of_the_other_stage(half_run, manifests, small_teacher, tmp
     [
         (("distillation",), [1], "distillation: expected dict, found [1]"),
         (("global_step",), None, "global_step: expected int, found None"),
-        (("state_dict", "distill_linear_projs.0.bias"), "x", "distill_linear_projs.0.bias is not a tensor of finite"),
+        (("state_dict", "distill_linear_projs.0.bias"), "x", "distill_linear_projs.0.bias' is not a tensor of finite"),
     ],
 )
 def test_entries_that_prune_would_use(half_run, small_teacher, monkeypatch, capsys, place, value, message):

@@ -23,6 +23,7 @@ PREPROCESSOR = "preprocessor_config.json"
 VOCABULARY, TOKENIZER = "vocab.json", "tokenizer_config.json"
 CTC_PREFIX = "lm_head."
 _BLANK = "<pad>"  # transformers' CTC takes the padding token for the blank
+_SPACE = "|"  # what its tokenizer has for it, and reads as it, whatever its settings say
 _PROJECTION_NORM = "encoder_feature_projection_layer_norm"
 _DUMMY_WEIGHT = "feature_extractor.dummy_weight"
 
@@ -133,11 +134,12 @@ def _check_head(config: Mapping[str, Any], head: Head | None) -> None:
             f"huggingface format: the model has a head of {head.kind}, of which transformers has none of the same "
             "form; export it to another format, or its encoder alone: --drop_head"
         )
-    if head is not None and _BLANK in head.labels:
-        raise UserError(
-            f"huggingface format: {_BLANK!r} is one of the labels, but transformers' name of the blank; export the "
-            "model to another format"
-        )
+    for token, meaning in ((_BLANK, "blank"), (_SPACE, "space")):
+        if head is not None and token in head.labels:
+            raise UserError(
+                f"huggingface format: {token!r} is one of the labels, but transformers' name of the {meaning}; export "
+                "the model to another format"
+            )
 
 
 def _check_shapes(config: Mapping[str, Any]) -> None:
@@ -248,11 +250,12 @@ def _settings(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
 
 def _tokenizer_settings(head: Head) -> dict[str, dict[str, Any]]:
     """vocab.json, and tokenizer_config.json for a tokenizer that has no other tokens than the blank and the labels."""
-    vocabulary = {token: number for number, token in enumerate([_BLANK, *head.labels])}
+    tokens = [_BLANK, *(_SPACE if label == " " else label for label in head.labels)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     settings = {
         "tokenizer_class": "Wav2Vec2CTCTokenizer",
         "pad_token": _BLANK,
-        "word_delimiter_token": " ",
+        "word_delimiter_token": _SPACE,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token")),
     }
     return {VOCABULARY: vocabulary, TOKENIZER: settings}

@@ -26,7 +26,7 @@ from wav2vec2 import checkpoint
 from wav2vec2.heads import Head, TaskModel, greedy_units, task_model_of, without_head
 from wav2vec2.utils.export_traced import output_name
 
-CHARACTERS = Head("text", ("a", "b", " ", "|", "é"), units="characters")
+CHARACTERS = Head("text", ("a", "b", " ", "'", "é"), units="characters")
 WORDS = Head("text", ("yes", "no", "<s>"), units="words")
 
 
@@ -38,7 +38,7 @@ def saved(folder: Path, head: Head, *family: str) -> tuple[TaskModel, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", [TASK_HEADS[0], TASK_HEADS[5], TASK_HEADS[7]], ids=head_id)
+@pytest.mark.parametrize("head", [TASK_HEADS[0], TASK_HEADS[5]], ids=head_id)
 def test_onnx_and_pt2_give_logits(tmp_path, monkeypatch, head):
     model, path = saved(tmp_path, head, "wavlm", "large")
     formats = "onnx,torch_export,hub"
@@ -120,7 +120,10 @@ def test_ctc_is_transformers(tmp_path, monkeypatch, model_type, size):
     for mine, other in pairs:
         torch.testing.assert_close(mine.grad, other.grad, atol=1e-4 * float(other.grad.abs().max()), rtol=1e-3)
     found = wav2vec2.predict(ours, list(waveforms))
-    assert [text.strip() for text in found] == tokenizer.batch_decode(result.logits.argmax(-1)) and any(found)
+    assert [text.strip() for text in found] == tokenizer.batch_decode(result.logits.argmax(-1))
+    best = torch.tensor([1, 1, 0, 1, 3, 2, 0, 4, 3, 3, 5])
+    said = "".join(ours.labels[unit] for unit in greedy_units(F.one_hot(best, 6)))
+    assert said == "aa b' é" and tokenizer.batch_decode(best[None]) == [said]
     assert [greedy_units(row) for row in logits] == [greedy_units(row) for row in result.logits]
 
 
@@ -139,8 +142,9 @@ def test_words_are_transformers(tmp_path, monkeypatch):
         (TASK_HEADS[2], "a head of clips, of which transformers has none"),
         (TASK_HEADS[-1], "a head of segments, of which transformers has none"),
         (Head("text", ("a", "<pad>"), units="words"), "'<pad>' is one of the labels"),
+        (Head("text", ("a", " ", "|"), units="characters"), "'|' is one of the labels"),
     ],
-    ids=["clips", "segments", "blank"],
+    ids=["clips", "segments", "blank", "space"],
 )
 def test_heads_that_transformers_has_not(tmp_path, monkeypatch, capsys, head, reason):
     _, path = saved(tmp_path, head)
