@@ -179,7 +179,7 @@ def test_another_extractor(manifests, tmp_path, monkeypatch, family, size, units
     assert (exp_dir / "report.html").is_file()
 
 
-@pytest.mark.parametrize(("family", "size"), [("hubert", "large"), ("wavlm", "base")])
+@pytest.mark.parametrize(("family", "size"), [("wavlm", "base")])
 def test_every_unit_to_both_budgets(manifests, tmp_path, monkeypatch, capsys, family, size):
     """Frames of fewer dimensions and fewer taps come out of every stage; neither budget is exceeded, one is used up."""
     shapes = {"encoder_ff_interm_features": [300] * 3, "encoder_embed_dim": 64, "encoder_pos_conv_kernel": 16}

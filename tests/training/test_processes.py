@@ -125,7 +125,6 @@ def test_two_processes_train_an_extractor_and_what_follows_as_one(manifests, tmp
     ("name", "size", "changes"),
     [
         ("text", "large", {"freeze_updates": 3}),
-        ("segments", "large", {}),  # the sum of layers does not read the last norm
     ],
 )
 def test_two_processes_fine_tune_as_one(labelled, tmp_path, monkeypatch, name, size, changes):
