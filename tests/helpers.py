@@ -202,6 +202,11 @@ def save_small_model(path: Path, family: str, size: str, **changes: object) -> P
     return path
 
 
+def as_words(flags: dict[str, object]) -> list[object]:
+    """Flags as a command has them; a value of None leaves a flag out."""
+    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
+
+
 def small_run(manifests: Path, teacher: Path, **changes: object) -> list[object]:
     """Shared flags of a run that takes a second; a value of None leaves a flag out."""
     flags = {
@@ -217,8 +222,7 @@ def small_run(manifests: Path, teacher: Path, **changes: object) -> list[object]
         "accelerator": "cpu",
         "log_interval": 1,
     }
-    chosen = {name: value for name, value in {**flags, **changes}.items() if value is not None}
-    return [word for name, value in chosen.items() for word in (f"--{name}", value)]
+    return as_words({**flags, **changes})
 
 
 def finetuning_run(tsv: Path, model: Path, **changes: object) -> list[object]:
@@ -233,8 +237,7 @@ def finetuning_run(tsv: Path, model: Path, **changes: object) -> list[object]:
         "accelerator": "cpu",
         "log_interval": 1,
     }
-    chosen = {name: value for name, value in {**flags, **changes}.items() if value is not None}
-    return [word for name, value in chosen.items() for word in (f"--{name}", value)]
+    return as_words({**flags, **changes})
 
 
 def load_masked_model(path: Path, units: list[str]) -> Wav2Vec2Model:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,26 @@ from training.data import SpeechDataModule
 from wav2vec2.checkpoint import load_state
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
+
+
+class Seen(NamedTuple):
+    """What an objective can see of a batch.
+
+    Attributes:
+        model: the student.
+        frames: what its extractor made (B, frames, C).
+        lengths: how many of them are valid (B,), or None if all are.
+        student: its hidden states, as of ``extract_features``, if any objective reads them.
+        teacher: the teacher's hidden states, by layer.
+        noise: what :meth:`Objective.draw` gave.
+    """
+
+    model: Wav2Vec2Model
+    frames: Tensor
+    lengths: Tensor | None
+    student: Sequence[Tensor]
+    teacher: Mapping[int, Tensor]
+    noise: Tensor | None
 
 
 class Objective(nn.Module):
@@ -36,25 +57,12 @@ class Objective(nn.Module):
         """The noise of a batch, drawn outside of what is compiled; none by default."""
         return None
 
-    def forward(
-        self,
-        model: Wav2Vec2Model,
-        frames: Tensor,
-        lengths: Tensor | None,
-        student: Sequence[Tensor],
-        teacher: Mapping[int, Tensor],
-        noise: Tensor | None,
-    ) -> Tensor:
-        """The loss of a batch, a scalar.
+    def forward(self, *seen: Any) -> Tensor:
+        """The loss of a batch, a scalar; the fields of :class:`Seen` in their order."""
+        return self.loss(Seen(*seen))
 
-        Args:
-            model: the student.
-            frames: what its extractor made (B, frames, C).
-            lengths: how many of them are valid (B,), or None if all are.
-            student: its hidden states, as of ``extract_features``, if any objective reads them.
-            teacher: the teacher's hidden states, by layer.
-            noise: what :meth:`draw` gave.
-        """
+    def loss(self, seen: Seen) -> Tensor:
+        """The loss of a batch, a scalar."""
         raise NotImplementedError
 
 
@@ -80,18 +88,11 @@ class TemporalRelations(Objective):
         self.teacher_layers = sorted({layer for layers, _ in self.relations for layer in layers})
         self.student_depth = max(student for _, student in pairs)
 
-    def forward(
-        self,
-        model: Wav2Vec2Model,
-        frames: Tensor,
-        lengths: Tensor | None,
-        student: Sequence[Tensor],
-        teacher: Mapping[int, Tensor],
-        noise: Tensor | None,
-    ) -> Tensor:
+    def loss(self, seen: Seen) -> Tensor:
         losses = [
             F.mse_loss(
-                temporal_relations(*(student[i] for i in own)), temporal_relations(*(teacher[i] for i in others))
+                temporal_relations(*(seen.student[i] for i in own)),
+                temporal_relations(*(seen.teacher[i] for i in others)),
             )
             for others, own in self.relations
         ]
@@ -150,21 +151,14 @@ class MaskedUnits(Objective):
             (num_utterances, num_frames), None, MASK_PROBABILITY, MASK_LENGTH, min_masks=MIN_MASKS
         ).to(self.codes.device)
 
-    def forward(
-        self,
-        model: Wav2Vec2Model,
-        frames: Tensor,
-        lengths: Tensor | None,
-        student: Sequence[Tensor],
-        teacher: Mapping[int, Tensor],
-        noise: Tensor | None,
-    ) -> Tensor:
+    def loss(self, seen: Seen) -> Tensor:
         last = self.student_depth
-        states = model.encoder.extract_features(frames, lengths, kept=(last,), hidden=(noise, self.hidden_frame))
+        hidden = seen.noise, self.hidden_frame
+        states = seen.model.encoder.extract_features(seen.frames, seen.lengths, kept=(last,), hidden=hidden)
         similarity = F.normalize(self.projection(states[last]), dim=-1) @ F.normalize(self.codes, dim=-1).T
-        units = nearest(teacher[self.teacher_layers[0]], self.centroids)
+        units = nearest(seen.teacher[self.teacher_layers[0]], self.centroids)
         losses = F.cross_entropy(similarity.float().transpose(1, 2) / TEMPERATURE, units, reduction="none")
-        return (losses * noise).sum() / noise.sum()
+        return (losses * seen.noise).sum() / seen.noise.sum()
 
 
 def nearest(frames: Tensor, centroids: Tensor) -> Tensor:

@@ -6,32 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
-from helpers import error_line, run_script, run_to_exit, small_config
+from helpers import error_line, run_script, run_to_exit
 
 import wav2vec2
 from examples import extract_features
-from wav2vec2 import checkpoint
 from wav2vec2.errors import UserError
-from wav2vec2.model import wav2vec2_model
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> Path:
-    """An untrained one with 320 samples a frame."""
-    torch.manual_seed(0)
-    config = small_config(
-        "hubert",
-        extractor_conv_layer_config=[[64, 10, 5], [64, 8, 4], [64, 4, 4], [64, 4, 4]],
-        encoder_embed_dim=64,
-        encoder_head_dim=16,
-        encoder_ff_interm_features=[64] * 3,
-        encoder_layer_norm_first=True,
-    )
-    model = wav2vec2_model(**config)
-    path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
-    checkpoint.save(path, {"state_dict": model.state_dict(), "config": model.config})
-    return path
 
 
 @pytest.fixture
@@ -48,13 +27,13 @@ def arrays(out: Path) -> dict[str, np.ndarray]:
     return {path.relative_to(out).as_posix(): np.load(path) for path in sorted(out.rglob("*.npy"))}
 
 
-def test_extract_folder_and_manifest(recordings, encoder, tmp_path, monkeypatch, capsys):
-    flags = ("--model", encoder, "--layers", "0,3", "--max_seconds", 20)
+def test_extract_folder_and_manifest(recordings, small_teacher, tmp_path, monkeypatch, capsys):
+    flags = ("--model", small_teacher, "--layers", "0,3", "--max_seconds", 20)
     run_script(monkeypatch, "examples.extract_features", *flags, "--audio", recordings, "--out", tmp_path / "out")
     assert "3 files written, 0 were there" in capsys.readouterr().out
     found = arrays(tmp_path / "out")
     assert list(found) == ["a.npy", "sub/b.npy", "sub/c.d.npy"]
-    model = wav2vec2.load(encoder)
+    model = wav2vec2.load(small_teacher)
     for name, audio in zip(found, ("a.wav", "sub/b.flac", "sub/c.d.wav"), strict=True):
         expected = wav2vec2.extract(model, recordings / audio, layers=[0, 3])
         np.testing.assert_allclose(found[name], expected.numpy(), rtol=1e-4, atol=1e-4)
@@ -66,18 +45,18 @@ def test_extract_folder_and_manifest(recordings, encoder, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("16", np.float16), ("bf16", np.float32)])
-def test_extract_in_half_precision(recordings, encoder, tmp_path, monkeypatch, precision, dtype):
-    flags = ("--model", encoder, "--layers=-1", "--precision", precision, "--out", tmp_path / "out")
+def test_extract_in_half_precision(recordings, small_teacher, tmp_path, monkeypatch, precision, dtype):
+    flags = ("--model", small_teacher, "--layers=-1", "--precision", precision, "--out", tmp_path / "out")
     run_script(monkeypatch, "examples.extract_features", *flags, "--audio", recordings / "a.wav")
     (array,) = arrays(tmp_path / "out").values()
     assert array.dtype == dtype and array.ndim == 2 and np.isfinite(array).all()
 
 
-def test_extract_goes_on(recordings, encoder, tmp_path, monkeypatch, capsys):
+def test_extract_goes_on(recordings, small_teacher, tmp_path, monkeypatch, capsys):
     """Past files that cannot be used, and after an interruption, with what is there already."""
     (recordings / "sub" / "bad.wav").write_bytes(b"no audio")
     out = tmp_path / "out"
-    flags = ("--model", encoder, "--audio", recordings, "--out", out)
+    flags = ("--model", small_teacher, "--audio", recordings, "--out", out)
     assert run_to_exit(monkeypatch, "examples.extract_features", *flags) == 1
     printed = capsys.readouterr()
     assert "3 files written" in printed.out
