@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError, short_repr
+from wav2vec2.heads import Head, head_of
 
 CHECKPOINTS = "ckpts"
 LAST_CHECKPOINT = "last.ckpt"
@@ -166,6 +167,23 @@ def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
         part_of(state_dict, prefix) for prefix in ("student_model.", "distill_linear_projs.", "objectives.")
     )
     return student, projections, objectives
+
+
+def recorded_head(distillation: dict[str, Any], path: str | os.PathLike) -> Head | None:
+    """The head of the student that a training checkpoint is of; None if it has none.
+
+    Args:
+        distillation: what the checkpoint says of its run.
+        path: of it, named in errors.
+
+    Raises:
+        UserError: the entry is no head.
+    """
+    entry = distillation.get("head")
+    if entry is None:
+        return None
+    head = {**entry, "state_dict": {}} if isinstance(entry, dict) else entry  # its weights are the student's
+    return head_of({"head": head}, f"{path}: distillation")
 
 
 def part_of(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
