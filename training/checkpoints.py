@@ -26,6 +26,8 @@ PREVIOUS_CHECKPOINT = f"{LAST_CHECKPOINT}.previous"
 SIZE_FOLDER = "sparsity_"
 # The published name of what prune.py and save_final_ckpt.py write, whatever the model.
 PRUNED_MODEL = "pruned_hubert_base.pth"
+# What finetune.py leaves: the weights of the best validation so far, and the result.
+BEST_MODEL, FINETUNED_MODEL = "best.pth", "finetuned.pth"
 # The entry of a checkpoint that holds the average of --ema, beside state_dict, from which training goes on.
 AVERAGED = "averaged_state_dict"
 # What a training checkpoint can be of, with the beginning of its weights' names and its scripts.

@@ -14,16 +14,13 @@ from dataset.labels import VERIFICATION, Clip, Probe
 from lightning import freeze_unreached, scheduled_adamw
 from training.arguments import ALWAYS, FinetuneRunSettings
 from training.callbacks import save_or_end
-from training.checkpoints import FINETUNING, choose_checkpoint, fingerprint, part_of, print_line
+from training.checkpoints import BEST_MODEL, FINETUNING, choose_checkpoint, fingerprint, part_of, print_line
 from training.data import VALID_SUBSET, LabelledDataModule
 from training.speed import forward_flops
 from training.task import ValidScores, read_task, task_loss, train_head, with_this_head
 from training.trainer import check_settings, data_and_machine, fit
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.heads import TaskModel, contents_of, head_of, task_model_of
-
-# What a run leaves in EXP_DIR: the weights of the best validation so far.
-BEST_MODEL = "best.pth"
 
 
 class SpanMasking(nn.Module):

@@ -197,6 +197,7 @@ def test_layers_that_are_alike_are_one_group(monkeypatch, capsys):
     @dataclasses.dataclass
     class Settings:
         models: Models
+        has_projections: bool = True
 
     module = make_module()
     x, y = torch.randn(30, 6), torch.randn(30, 6)
