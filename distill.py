@@ -4,6 +4,10 @@ The student starts as a copy of --student_ckpt with masks on the units of --prun
 masks and the multipliers of the sparsity penalty are trained together; the result is
 EXP_DIR/ckpts/last.ckpt, which prune.py turns into a smaller model.
 
+With --task_tsv a head of the student learns labels beside distillation, or with --distill_weight 0 instead of it:
+  python distill.py --task_tsv data/commands.tsv --task_weight 1 --distill_weight 1 --gpus 1 --exp_dir exp/commands \\
+      --teacher_ckpt exp/teacher/finetuned.pth --student_ckpt exp/teacher/finetuned.pth
+
 With --student_extractor the student starts with another extractor, which first learns what its own makes; with
 --student_config it is of another shape than --student_ckpt.
 
@@ -29,9 +33,11 @@ from training.data import SpeechDataModule
 from training.extractor import learn_extractor, with_extractor
 from training.objectives import with_layer_groups
 from training.student import student_of
+from training.task import with_task
 from training.trainer import new_projections, train
-from wav2vec2.checkpoint import build_model, load_model, load_state, masked_model_of, read_model_file
+from wav2vec2.checkpoint import build_model, load_model, load_state, read_model_file
 from wav2vec2.errors import UserError
+from wav2vec2.heads import masked_model_with_its_head
 from wav2vec2.model import Wav2Vec2Model, with_masks
 from wav2vec2.sparsity import Size, size_of, smallest_size
 
@@ -71,17 +77,19 @@ def check_budgets(pruning: PruningSettings, teacher: Wav2Vec2Model, student: Wav
 
 def main(args: argparse.Namespace) -> None:
     settings = read_arguments(args, "distill and prune", prunes=True)
-    data = SpeechDataModule(settings.data)
+    data = None if settings.task.is_on else SpeechDataModule(settings.data)
     pl.seed_everything(settings.data.seed, verbose=False)
     teacher = load_model(settings.models.teacher_ckpt)
-    settings = with_layer_groups(settings, data, teacher)
     original = read_model_file(settings.models.student_ckpt)
     if args.student_config:
         original = student_of(original, settings.student, args.student_ckpt)
+    if settings.task.is_on:
+        original, data = with_task(original, settings)
+    settings = with_layer_groups(settings, data, teacher)
     contents = original
     if args.student_extractor:
         contents = with_extractor(original, settings.extractor, settings.models.student_ckpt)
-    student = masked_model_of(contents, settings.pruning.units, settings.models.student_ckpt)
+    student = masked_model_with_its_head(contents, settings.pruning.units, settings.models.student_ckpt)
     projections = new_projections(settings, teacher, student)
     check_budgets(settings.pruning, teacher, student)
     # What is continued has learnt its extractor.

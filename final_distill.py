@@ -9,6 +9,8 @@ EXP_DIR/ckpts/last.ckpt, from which save_final_ckpt.py makes the model file.
 
 Several GPUs, nodes, SLURM, CPU: as in distill.py.
 
+With --task_tsv the student's head learns labels beside distillation, or with --distill_weight 0 instead of it.
+
 With --student_config the student is of another shape and its projections are fresh; --student_ckpt, which it is a slice
 of, is any model. Methods without pruning are this stage alone (conf/distilhubert.conf).
 """
@@ -22,9 +24,11 @@ from training.arguments import add_arguments, read_arguments
 from training.data import SpeechDataModule
 from training.objectives import with_layer_groups
 from training.student import student_of
+from training.task import with_task
 from training.trainer import new_projections, train
-from wav2vec2.checkpoint import load_model, load_state, model_of, read_model_file
+from wav2vec2.checkpoint import load_model, load_state, read_model_file
 from wav2vec2.errors import UserError
+from wav2vec2.heads import model_with_its_head
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,21 +39,23 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     settings = read_arguments(args, "final distillation", prunes=False)
-    data = SpeechDataModule(settings.data)
+    data = None if settings.task.is_on else SpeechDataModule(settings.data)
     pl.seed_everything(settings.data.seed, verbose=False)
     teacher = load_model(settings.models.teacher_ckpt)
-    settings = with_layer_groups(settings, data, teacher)
     pruned = read_model_file(settings.models.student_ckpt)
     if args.student_config:
         pruned = student_of(pruned, settings.student, args.student_ckpt)
-    elif not isinstance(pruned.get("distill_linear_projs"), dict):
+    elif settings.has_projections and not isinstance(pruned.get("distill_linear_projs"), dict):
         raise UserError(
             f"{args.student_ckpt}: no distill_linear_projs in it; give the file that prune.py wrote, or "
             "--student_config for a student that is not pruned"
         )
-    student = model_of(pruned, settings.models.student_ckpt)
+    if settings.task.is_on:
+        pruned, data = with_task(pruned, settings)
+    settings = with_layer_groups(settings, data, teacher)
+    student = model_with_its_head(pruned, settings.models.student_ckpt)
     projections = new_projections(settings, teacher, student)
-    if not args.student_config:
+    if len(projections) and pruned.get("distill_linear_projs"):  # none are in it where the task was all
         load_state(
             projections,
             pruned["distill_linear_projs"],

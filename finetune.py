@@ -27,17 +27,17 @@ from dataset.scores import METRICS
 from evaluation.heads import score_head
 from evaluation.scores import Scored
 from training.arguments import FinetuneRunSettings, add_finetune_arguments, read_finetune_arguments
-from training.checkpoints import made_before
+from training.checkpoints import BEST_MODEL, FINETUNED_MODEL, made_before
 from training.data import TEST_SUBSET, TRAIN_SUBSET, VALID_SUBSET, LabelledDataModule
-from training.finetuning import BEST_MODEL, finetune
+from training.finetuning import finetune
 from training.objectives import own_device
 from wav2vec2.checkpoint import read_model_file, save
 from wav2vec2.errors import UserError
 from wav2vec2.files import atomic_path
 from wav2vec2.heads import task_model_of
 
-# The result, and what it reaches.
-FINETUNED_MODEL, RESULT = "finetuned.pth", "finetuned.json"
+# What the result reaches.
+RESULT = "finetuned.json"
 
 
 def parse_args() -> argparse.Namespace:

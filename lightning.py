@@ -103,7 +103,7 @@ def check_pair(teacher: Wav2Vec2Model, student: Wav2Vec2Model, layers: Sequence[
         UserError: a model does not have one of the layers, or the two make different frames or take different input.
     """
     num_layers, num_student_layers = (len(model.encoder.transformer.layers) for model in (teacher, student))
-    if max(layers) > num_layers:
+    if max(layers, default=0) > num_layers:
         raise UserError(
             f"layer {max(layers)} is to be distilled, but the teacher has {num_layers} layers; "
             f"choose layers between 0 and {num_layers}"
@@ -145,9 +145,12 @@ class DistillLoss(nn.Module):
         l1_weight: of the mean absolute error.
         cos_weight: of the cosine term, over the feature dimension.
         cos_type: "raw" (-mean cos) or "log_sig" (-mean log sigmoid(cos), as DistilHuBERT).
+        weight: of all of it, beside other objectives.
     """
 
-    def __init__(self, l2_weight: float, l1_weight: float, cos_weight: float, cos_type: str) -> None:
+    def __init__(
+        self, l2_weight: float, l1_weight: float, cos_weight: float, cos_type: str, weight: float = 1.0
+    ) -> None:
         super().__init__()
         if cos_type not in COS_TYPES:
             raise ValueError(f"cos_type: expected one of {COS_TYPES}, found {cos_type!r}")
@@ -155,14 +158,15 @@ class DistillLoss(nn.Module):
         self.l1_weight = l1_weight
         self.cos_weight = cos_weight
         self.cos_type = cos_type
+        self.weight = weight
 
     @property
     def is_on(self) -> bool:
         """Whether any part has a weight."""
-        return bool(self.l2_weight or self.l1_weight or self.cos_weight)
+        return bool(self.weight and (self.l2_weight or self.l1_weight or self.cos_weight))
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Weighted sum and its parts (mse, l1, cos) for two tensors (..., D).
+        """Sum by the weights of its parts, and the parts (mse, l1, cos), for two tensors (..., D).
 
         A part with weight zero is not computed and is zero.
         """
@@ -340,7 +344,7 @@ class DistillModule(pl.LightningModule):
         self.reads_student = bool(matched) or any(each.reads_student for each in others)
         depth = max([layer for _, layers in matched for layer in layers] + [each.student_depth for each in others])
         # extract_features runs at least one layer.
-        self.teacher_depth, self.student_depth = max(1, *self.teacher_layers), max(1, depth)
+        self.teacher_depth, self.student_depth = max([1, *self.teacher_layers]), max(1, depth)
         freeze_unreached(student_model, depth)
         if not distill_loss.is_on:
             distill_linear_projs.requires_grad_(False)
@@ -373,9 +377,11 @@ class DistillModule(pl.LightningModule):
         waveforms, lengths = batch[:2]
         with torch.no_grad():  # not inference_mode: the loss keeps these tensors for its backward pass
             targets = self.targets(waveforms, lengths)
-        noise = [objective.draw(*targets[0].shape[:2]) for objective in self.objectives.values()]
+        num_frames = self.student_model.feature_extractor.num_frames(waveforms.size(1))
+        noise = [objective.draw(batch, num_frames) for objective in self.objectives.values()]
         loss, (mse, l1, cos), others, num_params = self.distillation(waveforms, lengths, targets, noise)
         losses = {"loss_distill": loss, "loss_mse": mse, "loss_l1": l1, "loss_cos": cos}
+        loss = self.distill_loss.weight * loss
         for (name, objective), other in zip(self.objectives.items(), others, strict=True):
             losses[f"loss_{name}"] = other
             loss = loss + objective.weight * other
@@ -401,6 +407,8 @@ class DistillModule(pl.LightningModule):
 
     def targets(self, waveforms: Tensor, lengths: Tensor | None) -> list[Tensor]:
         """The teacher's hidden states of ``teacher_layers``: (B, frames, D) each."""
+        if not self.teacher_layers:  # nothing is learnt from it
+            return []
         hidden_states, _ = self.teacher_model.extract_features(
             waveforms, lengths, self.teacher_depth, kept=self.teacher_layers
         )
@@ -428,6 +436,9 @@ class DistillModule(pl.LightningModule):
             sources = [mean_of(student, layers) for layers in self.source_layers]
             predictions = [projection(x) for projection, x in zip(self.distill_linear_projs, sources, strict=True)]
             expected = [mean_of(teacher, layers) for layers in self.distill_layers]
+            if padded_lengths is not None:  # what stands behind the shorter waveforms is not matched
+                is_valid = torch.arange(frames.size(1), device=frames.device) < padded_lengths[:, None]
+                predictions, expected = ([x[is_valid] for x in each] for each in (predictions, expected))
             losses, parts = zip(*map(self.distill_loss, predictions, expected), strict=True)
             loss, means = torch.stack(losses).mean(), [torch.stack(part).mean() for part in zip(*parts, strict=True)]
         others = [

@@ -1,7 +1,8 @@
 """Turn the masks of step 1 into a physically smaller model.
 
 Which units were pruned is read from the checkpoint. Writes pruned_hubert_base.pth (state_dict, config,
-distill_linear_projs) beside the checkpoint, for final_distill.py, and prints its config as JSON.
+distill_linear_projs, and the head where the student has one) beside the checkpoint, for final_distill.py, and prints
+its config as JSON.
 
   python prune.py --distilled_ckpt exp/hubert-base/ckpts/last.ckpt \\
       --original_ckpt pretrained/hubert-base-ls960.hf.pth
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import cli
@@ -22,11 +24,13 @@ from training.checkpoints import (
     is_on_the_way,
     made_before,
     read_training_checkpoint,
+    recorded_head,
     trained_weights,
 )
-from wav2vec2.checkpoint import build_model, check_weights, expected_state, load_state, read_model_file, save
+from wav2vec2.checkpoint import build_model, check_weights, load_state, read_model_file, save
 from wav2vec2.components import published_state
 from wav2vec2.errors import UserError, short_repr
+from wav2vec2.heads import build_with_head, contents_of, with_outputs
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
 from wav2vec2.sparsity import (
     Size,
@@ -173,11 +177,13 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files with the same settings: {out}", file=sys.stderr)
         return
 
-    masked = with_masks(student_config(training, original["config"], args.distilled_ckpt), units)
+    head = recorded_head(training, args.distilled_ckpt)
+    masked = with_outputs(with_masks(student_config(training, original["config"], args.distilled_ckpt), units), head)
     source = f"{args.distilled_ckpt} in the model of {args.original_ckpt}"
-    # Before memory is taken for what the checkpoint says of its layers.
-    check_weights(expected_state(masked, source), published_state(student_state), source)
-    model = build_model(masked, source)
+    with torch.device("meta"):  # before memory is taken for what the checkpoint says of its layers
+        expected = build_with_head(masked, head, source).state_dict()
+    check_weights(expected, published_state(student_state), source)
+    model = build_with_head(masked, head, source)
     load_state(model, student_state, source)
     original_size = size_of(build_model(with_masks(original["config"], ()), args.original_ckpt))
     num_original = original_size.params
@@ -190,7 +196,7 @@ def main(args: argparse.Namespace) -> None:
     if kept_dims is not None:
         narrow(projections, kept_dims)
         narrow(objectives, kept_dims)
-    contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}
+    contents = {**contents_of(model), "distill_linear_projs": projections}
     if objectives:
         contents["objectives"] = objectives
     save(out, {**contents, "made_by": made_by})

@@ -10,19 +10,21 @@
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 #
-# The whole job: distil and prune, prune, final distillation, save, report.
+# The whole job: distil and prune, prune, final distillation, save, report; and fine-tuning with labels before or after.
 #
 #   sbatch run.sh [conf/NAME.conf] [FLAGS]          on SLURM, 4 GPUs of one node: one process for each task
 #   bash run.sh [conf/NAME.conf] [FLAGS]            anywhere else
 #   bash run.sh --print [conf/NAME.conf] [FLAGS]    show the commands, run nothing
 #
-# FLAGS (such as --gpus 1 --accum_grad 4) go to both training stages and win over the config file's. That is bash: it
-# sets exp_dir, tsv_dir, teacher_ckpt, student_ckpt (the teacher, if it does not) and three arrays of flags. Those four
-# and python may come from the environment, which wins:
+# FLAGS (such as --gpus 1 --accum_grad 4) go to all training stages and win over the config file's. That is bash: it
+# sets exp_dir, tsv_dir, teacher_ckpt, student_ckpt (the teacher, if it does not) and the arrays of flags below. Those
+# four and python may come from the environment, which wins:
 #   tsv_dir=data/mine bash run.sh conf/wavlm_base_plus.conf --train_subset train
 # A variant is a file that begins with `source conf/hubert_base.conf`, and sets or appends what differs. One that sets
 # prunes=false trains student_ckpt (or what --student_config in `final` makes of it) in the final distillation alone.
-# With --save_at_sparsity S,... in `distill`, exp_dir/sparsity_S is finished as exp_dir is, for each S.
+# With --save_at_sparsity S,... in `distill`, exp_dir/sparsity_S is finished as exp_dir is, for each S. Flags in
+# `finetune_first` fine-tune the teacher with labels before all else, and the result is teacher and student; flags in
+# `finetune` fine-tune the compressed model. With distills_on=false that is the pruned one, without a final distillation.
 #
 # Call it again, with the same settings, whenever it was stopped: stages that are complete say so and end at once, and
 # training continues from its newest checkpoint. On SLURM a job that is preempted, or comes within 300 s of its time
@@ -44,39 +46,51 @@ if [[ ${1---} != --* ]]; then conf=$1 && shift; fi
 [[ -f $conf ]] || fail "$conf: no such config file; shipped ones: $(echo conf/*.conf)"
 for flag in "$@"; do
     [[ ! $flag =~ ^--(exp_dir|tsv_dir|teacher_ckpt|student_ckpt)(=|$) ]] ||
-        fail "$flag: both stages would take it; set ${BASH_REMATCH[1]}=... in the config file or before the command"
+        fail "$flag: all stages would take it; set ${BASH_REMATCH[1]}=... in the config file or before the command"
     [[ ! $flag =~ ^--(gpus|num_nodes)(=|$) || -z ${SLURM_JOB_ID-} ]] ||
         fail "$flag: in a SLURM job the allocation says it; use sbatch --nodes, --ntasks-per-node and --gpus-per-node"
 done
 
 environment=$(declare -p python exp_dir tsv_dir teacher_ckpt student_ckpt 2>/dev/null) || true
-python=python exp_dir='' tsv_dir='' teacher_ckpt='' student_ckpt='' prunes=true
-shared=()  # flags of both training stages
-distill=() # of distill.py
-final=()   # of final_distill.py
+python=python exp_dir='' tsv_dir='' teacher_ckpt='' student_ckpt='' prunes=true distills_on=true
+shared=()         # flags of both distillations
+distill=()        # of distill.py
+final=()          # of final_distill.py
+finetune_first=() # of finetune.py, before the distillations
+finetune=()       # of finetune.py, after them
 known=$(compgen -v)
 source "$(realpath "$conf")"
 unknown=$(compgen -v | grep -vxF -e known -e _ -e PIPESTATUS -f <(echo "$known")) && fail "$conf: unknown:" $unknown
 eval "$environment"
-: "${exp_dir:?$conf does not set it}" "${tsv_dir:?$conf does not set it}" "${teacher_ckpt:?$conf does not set it}"
-[[ $prunes =~ ^(true|false)$ ]] || fail "$conf: prunes: expected true or false, found $prunes"
+: "${exp_dir:?$conf does not set it}"
+[[ " ${shared[*]} ${distill[*]} ${final[*]}" == *" --task_tsv"* ]] || : "${tsv_dir:?$conf does not set it}"
+: "${teacher_ckpt:?$conf does not set it}"
+for switch in prunes distills_on; do
+    [[ ${!switch} =~ ^(true|false)$ ]] || fail "$conf: $switch: expected true or false, found ${!switch}"
+done
+$prunes || $distills_on || fail "$conf: prunes and distills_on are both false: nothing would be compressed"
 
 # One process per GPU comes from srun inside a SLURM job; elsewhere Lightning starts them itself. srun also brings them
 # SLURM's signals, and does not hand on the job's --cpus-per-task unless told to.
-launcher=()
+launcher=() allocated=()
 if [[ -n ${SLURM_JOB_ID-} ]]; then
     nodes=${SLURM_NNODES:-1} tasks=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-1} / ${SLURM_NNODES:-1}))}
     launcher=(
         srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks"
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1
     )
-    shared+=(--gpus "$tasks" --num_nodes "$nodes")
+    allocated=(--gpus "$tasks" --num_nodes "$nodes")
 fi
 
+always=("${allocated[@]}" --resume_checkpoint auto "$@")
+if ((${#finetune_first[@]})); then
+    finetune_first+=(--model "$teacher_ckpt" --exp_dir "$exp_dir/teacher" "${always[@]}")
+    teacher_ckpt=$exp_dir/teacher/finetuned.pth student_ckpt=$teacher_ckpt
+fi
 student_ckpt=${student_ckpt:-$teacher_ckpt}
-shared+=(--tsv_dir "$tsv_dir" --teacher_ckpt "$teacher_ckpt" --resume_checkpoint auto)
-distill=("${shared[@]}" "${distill[@]}" --student_ckpt "$student_ckpt" --exp_dir "$exp_dir" "$@")
-final=("${shared[@]}" "${final[@]}" "$@")
+shared+=(${tsv_dir:+--tsv_dir "$tsv_dir"} --teacher_ckpt "$teacher_ckpt")
+distill=("${shared[@]}" "${distill[@]}" --student_ckpt "$student_ckpt" --exp_dir "$exp_dir" "${always[@]}")
+final=("${shared[@]}" "${final[@]}" "${always[@]}")
 
 # What joint training leaves to be finished: its end, and the sizes that it saves on its way.
 folders=("$exp_dir") sizes=()
@@ -151,21 +165,37 @@ leave() {
     exit "$1"
 }
 
-# A flag that only step 2 refuses must not wait for the end of step 1 to say so.
-$print_only || "$python" -c 'import final_distill; final_distill.parse_args()' "${final[@]}" --student_ckpt "$student_ckpt"
+# What only a later stage refuses must not wait for the end of the first: its flags, and a list of labels.
+check() { $print_only || "$python" -c "$@"; }
+read_list='import cli, finetune; from dataset.labels import read_probe
+cli.run(lambda args: read_probe(args.tsv), finetune.parse_args())'
+! $distills_on || check 'import final_distill; final_distill.parse_args()' "${final[@]}" --student_ckpt "$student_ckpt"
+! ((${#finetune[@]})) || check "$read_list" --model "$student_ckpt" "${finetune[@]}" "${always[@]}"
+if ((${#finetune_first[@]})); then
+    ! $prunes || check 'import distill; distill.parse_args()' "${distill[@]}"
+    stage finetune_first "${launcher[@]}" "$python" finetune.py "${finetune_first[@]}" || leave $?
+fi
 
 ! $prunes || stage distill "${launcher[@]}" "$python" distill.py "${distill[@]}" || leave $?
 for exp_dir in "${folders[@]}"; do # its logs go there too
-    student=$student_ckpt config=()
+    compressed=$student_ckpt config=()
     if $prunes; then
-        student=$exp_dir/ckpts/pruned_hubert_base.pth config=(--config_path "$exp_dir/ckpts/pruned_hubert_base.pth")
+        compressed=$exp_dir/ckpts/pruned_hubert_base.pth config=(--config_path "$exp_dir/ckpts/pruned_hubert_base.pth")
         stage prune "$python" prune.py \
             --distilled_ckpt "$exp_dir/ckpts/last.ckpt" --original_ckpt "$student_ckpt" || leave $?
     fi
-    stage final_distill "${launcher[@]}" "$python" final_distill.py "${final[@]}" \
-        --student_ckpt "$student" --exp_dir "$exp_dir/final" || leave $?
-    stage save "$python" save_final_ckpt.py "${config[@]}" \
-        --ckpt_after_final_distill "$exp_dir/final/ckpts/last.ckpt" || leave $?
+    if $distills_on; then
+        stage final_distill "${launcher[@]}" "$python" final_distill.py "${final[@]}" \
+            --student_ckpt "$compressed" --exp_dir "$exp_dir/final" || leave $?
+        stage save "$python" save_final_ckpt.py "${config[@]}" \
+            --ckpt_after_final_distill "$exp_dir/final/ckpts/last.ckpt" || leave $?
+        compressed=$exp_dir/final/ckpts/pruned_hubert_base.pth
+    fi
+    if ((${#finetune[@]})); then
+        stage finetune "${launcher[@]}" "$python" finetune.py --model "$compressed" "${finetune[@]}" "${always[@]}" \
+            --exp_dir "$exp_dir/finetuned" || leave $?
+        compressed=$exp_dir/finetuned/finetuned.pth
+    fi
     stage report "$python" -m evaluation.report "$exp_dir" || echo "warning: no report, see $exp_dir/report.log" >&2
-    $print_only || echo "the compressed model: $exp_dir/final/ckpts/pruned_hubert_base.pth"
+    $print_only || echo "the compressed model: $compressed"
 done

@@ -1,6 +1,7 @@
 """Write the compressed model that users load, from the checkpoint of the final distillation.
 
-Writes pruned_hubert_base.pth (state_dict, config, distill_linear_projs) beside the checkpoint.
+Writes pruned_hubert_base.pth (state_dict, config, distill_linear_projs, and the head where the student has one) beside
+the checkpoint.
 
   python save_final_ckpt.py --config_path exp/hubert-base/ckpts/pruned_hubert_base.pth \\
       --ckpt_after_final_distill exp/hubert-base/final/ckpts/last.ckpt
@@ -13,9 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import cli
-from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint, trained_weights
-from wav2vec2.checkpoint import build_model, load_state, read_model_file, save
+from training.checkpoints import (
+    PRUNED_MODEL,
+    fingerprint,
+    made_before,
+    read_training_checkpoint,
+    recorded_head,
+    trained_weights,
+)
+from wav2vec2.checkpoint import load_state, read_model_file, save
 from wav2vec2.errors import UserError, short_repr
+from wav2vec2.heads import build_with_head, contents_of, with_outputs
 from wav2vec2.model import with_masks
 
 
@@ -60,9 +69,11 @@ def main(args: argparse.Namespace) -> None:
         return
 
     student_state, projections, _ = trained_weights(trained, args.ckpt_after_final_distill)
-    model = build_model(config, source)
+    head = recorded_head(trained["distillation"], args.ckpt_after_final_distill)
+    config = with_outputs(config, head)
+    model = build_with_head(config, head, source)
     load_state(model, student_state, f"{args.ckpt_after_final_distill} in the model of {source}")
-    contents = {"state_dict": model.state_dict(), "config": config, "distill_linear_projs": projections}
+    contents = {**contents_of(model), "config": config, "distill_linear_projs": projections}
     save(out, {**contents, "made_by": made_by})
     print(f"{model.get_num_params():,} parameters: {out}")
 

@@ -5,12 +5,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from training.checkpoints import (
+    BEST_MODEL,
     CHECKPOINTS,
+    DISTILLATION,
+    FINETUNED_MODEL,
+    FINETUNING,
     LAST_CHECKPOINT,
     PRUNED_MODEL,
     is_on_the_way,
@@ -20,12 +24,32 @@ from wav2vec2.checkpoint import build_model, read_model_file
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, with_masks
 
-# Title of each distillation, where run.sh puts it below the run's folder, and what its model is called.
-STAGES = (
-    ("Distillation and pruning", "", "after pruning"),
-    ("Final distillation", "final", "after final distillation"),
+
+class _Place(NamedTuple):
+    """A training of a run: its title, its kind, its folder below the run's, its model file, and what that is called.
+
+    Of the teacher there is no model: it has the size of the original.
+    """
+
+    title: str
+    kind: str
+    folder: str
+    model: str | None
+    model_name: str | None
+
+
+_PRUNED = f"{CHECKPOINTS}/{PRUNED_MODEL}"
+_JOINT = _Place("Distillation and pruning", DISTILLATION, "", _PRUNED, "after pruning")
+# Where run.sh puts them.
+_PLACES = (
+    _Place("Fine-tuning of the teacher", FINETUNING, "teacher", None, None),
+    _JOINT,
+    _Place("Final distillation", DISTILLATION, "final", _PRUNED, "after final distillation"),
+    _Place("Fine-tuning", FINETUNING, "finetuned", FINETUNED_MODEL, "after fine-tuning"),
 )
-# A version for each start of a distillation.
+# What finetune.py alone leaves.
+_FINETUNING_ALONE = _PLACES[-1]._replace(folder="")
+# A version for each start of a training.
 LOGS = "csv/version_*/metrics.csv"
 
 # A column of a log: its value after each update that has one, by number of updates, ascending.
@@ -34,24 +58,24 @@ Column = dict[int, float]
 
 @dataclass(frozen=True)
 class Stage:
-    """A distillation of a run.
+    """A training of a run.
 
     Attributes:
         title: for people.
         log: columns of its CSV log, empty without one.
         num_updates: done when its checkpoint was written; None without one.
-        distillation: what the checkpoint says of it.
+        about: what the checkpoint says of it.
     """
 
     title: str
     log: dict[str, Column]
     num_updates: int | None
-    distillation: dict[str, Any]
+    about: dict[str, Any]
 
     @property
     def settings(self) -> dict[str, Any]:
         """The flags that it was trained with."""
-        settings = self.distillation.get("settings")
+        settings = self.about.get("settings")
         return settings if isinstance(settings, dict) else {}
 
 
@@ -60,7 +84,7 @@ class Model:
     """A model file of a run.
 
     Attributes:
-        name: "after pruning" or "after final distillation".
+        name: what it is called, such as "after pruning".
         path: of the file.
         shape: the model without memory for its weights, on torch's meta device.
         made_by: what the file says of its making.
@@ -78,8 +102,8 @@ class Experiment:
 
     Attributes:
         name: of its folder.
-        stages: distillations that have left a log or a checkpoint.
-        models: pruned and final, as far as they are there.
+        stages: trainings that have left a log or a checkpoint.
+        models: that they made, as far as they are there.
         original: the student before pruning, on the meta device; None if no checkpoint says it.
         original_num_params: of the teacher, which sparsity is measured by; None if no checkpoint says it.
         target_sparsity: wanted, 0 to 1; None if no file says it.
@@ -153,35 +177,38 @@ def read_experiment(exp_dir: Path) -> Experiment:
             return None
 
     stages, models = [], []
-    for title, folder, model_name in STAGES:
-        checkpoints = exp_dir / folder / CHECKPOINTS
-        about = read(checkpoints / LAST_CHECKPOINT, read_training_checkpoint) or {}
-        logs, last_update = exp_dir / folder, math.inf
-        if is_on_the_way(about.get("distillation", {})):  # the run's, up to here
-            logs, last_update = exp_dir.resolve().parent, about["global_step"]
+    is_finetuning = (exp_dir / BEST_MODEL).is_file() or (exp_dir / FINETUNED_MODEL).is_file()
+    for place in (_FINETUNING_ALONE,) if is_finetuning else _PLACES:
+        logs, last_update = exp_dir / place.folder, math.inf
+        path = logs / CHECKPOINTS / LAST_CHECKPOINT
+        saved = read(path, lambda path, kind=place.kind: read_training_checkpoint(path, kind)) or {}
+        about = saved.get(place.kind, {})
+        if is_on_the_way(about):  # the run's, up to here
+            logs, last_update = exp_dir.resolve().parent, saved["global_step"]
         log: dict[str, Column] = {}
         for path in sorted(logs.glob(LOGS), key=lambda path: (len(path.parent.name), path.parent.name)):
             # A run that was continued has made the updates behind its checkpoint again: the later version counts.
             for name, column in (read(path, read_log) or {}).items():
                 column = {update: value for update, value in column.items() if update <= last_update}
                 log[name] = dict(sorted({**log.get(name, {}), **column}.items()))
-        if log or about:
-            stages.append(Stage(title, log, about.get("global_step"), about.get("distillation", {})))
-        model = read(checkpoints / PRUNED_MODEL, lambda path, name=model_name: _read_model(name, path))
-        if model is not None:
-            models.append(model)
+        if log or saved:
+            stages.append(Stage(place.title, log, saved.get("global_step"), about))
+        if place.model is not None:
+            path = exp_dir / place.folder / place.model
+            model = read(path, lambda path, name=place.model_name: _read_model(name, path))
+            models += [] if model is None else [model]
     if not stages and not models:
         found = f"; {notes[0]}" if notes else ""
         raise UserError(
             f"{exp_dir}: holds no run: neither {LOGS}, {CHECKPOINTS}/{LAST_CHECKPOINT} nor "
-            f"{CHECKPOINTS}/{PRUNED_MODEL}{found}; give the exp_dir of distill.py or run.sh"
+            f"{CHECKPOINTS}/{PRUNED_MODEL}{found}; give the exp_dir of distill.py, finetune.py or run.sh"
         )
-    about = next((stage.distillation for stage in stages if stage.title == STAGES[0][0]), {})
+    about = next((stage.about for stage in stages if stage.title == _JOINT.title), {})
     config = about.get("student_config")
     original = None
     if isinstance(config, dict):
         original = read(exp_dir / CHECKPOINTS / LAST_CHECKPOINT, lambda path: shape_of(config, path))
-    pruned_for = models[0].made_by.get("target_sparsity") if models else None
+    pruned_for = next((m.made_by.get("target_sparsity") for m in models if m.name == _JOINT.model_name), None)
     return Experiment(
         name=exp_dir.resolve().name,
         stages=stages,

@@ -44,7 +44,7 @@ def kept_pictures(before: dict[str, Any], after: dict[str, Any]) -> list[Picture
 
 
 def progress(stage: Stage) -> str:
-    """How far a distillation is."""
+    """How far a training is."""
     logged = max((update for column in stage.log.values() for update in column), default=0)
     done = logged if stage.num_updates is None else stage.num_updates
     wanted = stage.settings.get("max_updates")
@@ -52,7 +52,7 @@ def progress(stage: Stage) -> str:
 
 
 def setting_tables(experiment: Experiment, evaluation: dict[str, Any]) -> list[Table]:
-    """The settings of the distillations side by side, and where the models and the evaluation come from."""
+    """The settings of the trainings side by side, and where the models and the evaluation come from."""
 
     def words(value: Any) -> str:
         return str(value.get("fingerprint", value)) if isinstance(value, dict) else "-" if value is None else str(value)
@@ -76,7 +76,7 @@ def write_report(exp_dir: Path, evaluation: dict[str, Any] | None = None) -> Pat
     """Write ``EXP_DIR/report.html``; returns its path. The same files make the same page.
 
     Args:
-        exp_dir: of distill.py or run.sh.
+        exp_dir: of distill.py, finetune.py or run.sh.
         evaluation: the results of evaluate.py.
 
     Raises:
@@ -132,7 +132,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("exp_dir", type=Path, metavar="EXP_DIR", help="the exp_dir of distill.py or run.sh")
+    parser.add_argument("exp_dir", type=Path, metavar="EXP_DIR", help="of distill.py, finetune.py or run.sh")
     parser.add_argument("--evaluation", type=Path, metavar="JSON", help="results of evaluate.py, to be shown too")
     return parser.parse_args()
 

@@ -35,6 +35,8 @@ DEFAULT_MODEL = Path("pretrained_ckpts/hubert-base-ls960.pth")
 # Published.
 TARGET_SPARSITY = 0.75
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+# What a head reads, and how it joins the frames of a clip.
+HEAD_LAYERS, HEAD_POOLINGS = ("last", "weighted"), ("mean", "attentive")
 
 
 def _above_zero(value: float) -> str | None:
@@ -147,9 +149,9 @@ class BatchSettings(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(BatchSettings):
-    """Data."""
+    """Data. All but the batches' length and the last three is of the manifests, and does not matter with --task_tsv."""
 
-    tsv_dir: Path = _option(MISSING, "directory of the manifests from prepare_data.py")
+    tsv_dir: Path | None = _option(None, "directory of the manifests from prepare_data.py; not read with --task_tsv")
     train_subset: str = _option("train100", "train on TSV_DIR/NAME.tsv")
     min_seconds: float = _option(MIN_SECONDS, "leave out shorter utterances", recorded=True)
     max_seconds: float = _option(MAX_SECONDS, "leave out longer utterances", recorded=True)
@@ -167,7 +169,10 @@ class LabelSettings(BatchSettings):
 
     tsv: Path = _option(MISSING, "list of labelled audio: split (train, valid, test), path, and text, or label")
     units: str | None = _option(
-        None, f"what is recognised of a text (default: {UNITS[0]})", recorded=True, choices=UNITS
+        None,
+        f"what is recognised of a text (default: as the model's head, or {UNITS[0]})",
+        recorded=True,
+        choices=UNITS,
     )
 
 
@@ -194,9 +199,17 @@ class ModelSettings(_Settings):
     l1_weight: float = _option(1.0, "of the mean absolute error", recorded=True)
     cos_weight: float = _option(1.0, "of the cosine similarity", recorded=True)
     cos_type: str = _option("raw", "the cosine, or the log of its sigmoid", recorded=True, choices=COS_TYPES)
+    distill_weight: float = _option(
+        1.0,
+        "of these together, beside --task_weight; 0: no teacher is needed, and sizes are measured by the student",
+        recorded=True,
+        check=_not_negative,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.distill_weight and self.teacher_ckpt == DEFAULT_MODEL:
+            object.__setattr__(self, "teacher_ckpt", self.student_ckpt)
         for option in ("teacher_ckpt", "student_ckpt"):
             if getattr(self, option) == DEFAULT_MODEL and not DEFAULT_MODEL.is_file():
                 raise UserError(
@@ -210,10 +223,11 @@ class ModelSettings(_Settings):
                 raise UserError(f"--distill_layers: {error}") from None
 
     def recorded(self) -> dict[str, Any]:
-        # Runs from before the option was there are continued as those without it.
+        # Runs from before the options were there are continued as those without them.
         settings = super().recorded()
-        if self.student_dropout is None:
-            del settings["student_dropout"]
+        for option in ("student_dropout", "distill_weight"):
+            if settings[option] == type(self).__dataclass_fields__[option].default:
+                del settings[option]
         return settings
 
     @property
@@ -263,6 +277,38 @@ class ObjectiveSettings(_Settings):
         if not self.star_weight:
             del settings["star_weight"]
         return settings if self.unit_weight else {k: v for k, v in settings.items() if "unit" not in k}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings(_Settings):
+    """A task, learnt beside distillation or instead of it."""
+
+    task_tsv: Path | None = _option(
+        None, "list of labelled audio, as of finetune.py; the batches are whole clips of it"
+    )
+    task_weight: float = _option(1.0, "of the loss on these labels; 0: none", recorded=True, check=_not_negative)
+    task_units: str | None = _option(
+        None, "as --units of finetune.py, if the student has no head for the labels", recorded=True, choices=UNITS
+    )
+    task_layers: str | None = _option(None, "as --layers", recorded=True, choices=HEAD_LAYERS)
+    task_pooling: str | None = _option(None, "as --pooling", recorded=True, choices=HEAD_POOLINGS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task_tsv is None:
+            for option in ("task_weight", "task_units", "task_layers", "task_pooling"):
+                default = type(self).__dataclass_fields__[option].default
+                if (value := getattr(self, option)) and value != default:
+                    raise UserError(f"--{option} {value}: of --task_tsv, which is not given")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether labels are learnt."""
+        return self.task_tsv is not None and self.task_weight > 0
+
+    def recorded(self) -> dict[str, Any]:
+        # Runs of before the options were there are continued as those without a task.
+        return super().recorded() if self.is_on else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -573,23 +619,51 @@ class RunSettings:
     student: StudentSettings
     optimisation: OptimisationSettings
     machine: MachineSettings
+    task: TaskSettings = TaskSettings()
     objectives: ObjectiveSettings | None = None
     pruning: PruningSettings | None = None
     extractor: ExtractorSettings | None = None
 
     def __post_init__(self) -> None:
-        models, objectives = self.models, self.objectives
-        others = objectives and (objectives.star_weight or objectives.unit_weight)
-        if not (models.l2_weight or models.l1_weight or models.cos_weight or others):
+        objectives, task = self.objectives, self.task
+        others = [name for name in ("star_weight", "unit_weight") if objectives and getattr(objectives, name)]
+        if task.is_on:
+            if others:
+                raise UserError(
+                    f"--{others[0]}: is not for batches with padding, which --task_tsv makes; leave one out"
+                )
+            if self.machine.compile:
+                raise UserError("--compile: is not for batches with padding, which --task_tsv makes; leave it out")
+        elif self.data.tsv_dir is None:
+            raise UserError("--tsv_dir: is not given, expected the directory of the manifests from prepare_data.py")
+        elif not (self.distils or others):
             raise UserError(
                 "--l2_weight, --l1_weight, --cos_weight, --star_weight and --unit_weight are all 0: nothing would be "
                 "distilled"
+                if self.models.distill_weight
+                else "--distill_weight 0: nothing would be learnt; give --task_tsv and --task_weight"
             )
+
+    @property
+    def distils(self) -> bool:
+        """Whether equation 1 has a weight."""
+        models = self.models
+        return bool(models.distill_weight and (models.l2_weight or models.l1_weight or models.cos_weight))
+
+    @property
+    def has_projections(self) -> bool:
+        """Whether there are layers to be matched: not if the task is all."""
+        return self.distils or not self.task.is_on
+
+    @property
+    def layer_groups(self) -> list[list[Layers]]:
+        """The layers to be matched, by group."""
+        return self.models.layer_groups if self.has_projections else []
 
     def recorded(self) -> dict[str, Any]:
         """The settings that decide what comes out of the run."""
         return _recorded(
-            *(self, self.data, self.models, self.student, self.objectives, self.optimisation),
+            *(self, self.data, self.models, self.student, self.task, self.objectives, self.optimisation),
             *(self.machine, self.pruning, self.extractor),
         )
 
@@ -601,15 +675,17 @@ class FinetuneSettings(_Settings):
     model: Path = _option(MISSING, "model file or folder: the encoder; a head for the same labels is trained further")
     layers: str | None = _option(
         None,
-        "what the head reads: the last layer, or a learnt sum of all (default: of text the last, else the sum)",
+        "what the head reads: the last layer, or a learnt sum of all (default: as the model's head; else of text the "
+        "last, of others the sum)",
         recorded=True,
-        choices=("last", "weighted"),
+        choices=HEAD_LAYERS,
     )
     pooling: str | None = _option(
         None,
-        "over the frames of a clip with one label: the mean, or a mean with learnt weights (default: mean)",
+        "over the frames of a clip with one label: the mean, or a mean with learnt weights (default: as the model's "
+        "head, or mean)",
         recorded=True,
-        choices=("mean", "attentive"),
+        choices=HEAD_POOLINGS,
     )
     freeze_updates: str = _option(
         "0", f"updates in which the head is trained alone, or '{ALWAYS}'; the extractor is never trained", recorded=True
@@ -663,6 +739,7 @@ _SHARED = {
     "data": DataSettings,
     "models": ModelSettings,
     "student": StudentSettings,
+    "task": TaskSettings,
     "objectives": ObjectiveSettings,
     "optimisation": OptimisationSettings,
     "machine": MachineSettings,

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError, short_repr
+from wav2vec2.heads import Head, head_of
 
 CHECKPOINTS = "ckpts"
 LAST_CHECKPOINT = "last.ckpt"
@@ -25,6 +26,8 @@ PREVIOUS_CHECKPOINT = f"{LAST_CHECKPOINT}.previous"
 SIZE_FOLDER = "sparsity_"
 # The published name of what prune.py and save_final_ckpt.py write, whatever the model.
 PRUNED_MODEL = "pruned_hubert_base.pth"
+# What finetune.py leaves: the weights of the best validation so far, and the result.
+BEST_MODEL, FINETUNED_MODEL = "best.pth", "finetuned.pth"
 # The entry of a checkpoint that holds the average of --ema, beside state_dict, from which training goes on.
 AVERAGED = "averaged_state_dict"
 # What a training checkpoint can be of, with the beginning of its weights' names and its scripts.
@@ -166,6 +169,23 @@ def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
         part_of(state_dict, prefix) for prefix in ("student_model.", "distill_linear_projs.", "objectives.")
     )
     return student, projections, objectives
+
+
+def recorded_head(distillation: dict[str, Any], path: str | os.PathLike) -> Head | None:
+    """The head of the student that a training checkpoint is of; None if it has none.
+
+    Args:
+        distillation: what the checkpoint says of its run.
+        path: of it, named in errors.
+
+    Raises:
+        UserError: the entry is no head.
+    """
+    entry = distillation.get("head")
+    if entry is None:
+        return None
+    head = {**entry, "state_dict": {}} if isinstance(entry, dict) else entry  # its weights are the student's
+    return head_of({"head": head}, f"{path}: distillation")
 
 
 def part_of(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

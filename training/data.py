@@ -17,7 +17,7 @@ from dataset.labelled import FrameTimes, LabelledDataset, checked_lengths
 from dataset.labels import SEGMENTS, TEXT, Clip, Probe
 from dataset.manifest import Manifest, read_manifest
 from dataset.speech import SpeechDataset, check_files
-from training.arguments import BatchSettings, DataSettings, LabelSettings
+from training.arguments import BatchSettings, DataSettings
 from training.callbacks import ignore_stop_signals, too_many_bad_files
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.errors import UserError
@@ -75,6 +75,17 @@ class BatchDataModule(pl.LightningDataModule):
     def dataset(self, subset: str) -> Dataset:
         """What reads the batches of the sampler."""
         raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """A digest of what is trained on, wherever it lies."""
+        raise NotImplementedError
+
+    def check_crops(self, num_samples: int) -> None:
+        """Check that nothing is shorter than this many samples, of which the models make one frame.
+
+        Raises:
+            UserError: something is; names the option that lets it in.
+        """
 
     def _make_batches(self, subset: str, **limits: int | None) -> list[list[int]]:
         settings = self.settings
@@ -184,12 +195,13 @@ class SpeechDataModule(BatchDataModule):
     def dataset(self, subset: str) -> SpeechDataset:
         return SpeechDataset(self.manifests[subset])
 
-    def check_crops(self, num_samples: int) -> None:
-        """Check that no crop has fewer samples than these, of which the models make one frame.
+    def fingerprint(self) -> str:
+        manifest = self.manifests[self.train_subset]
+        utterances = hashlib.sha256(manifest.lengths.tobytes())
+        utterances.update("\0".join(manifest.paths).encode(errors="surrogateescape"))
+        return utterances.hexdigest()[:16]
 
-        Raises:
-            UserError: one has; names the option that lets it in.
-        """
+    def check_crops(self, num_samples: int) -> None:
         settings, seconds = self.settings, math.ceil(1000 * num_samples / SAMPLE_RATE) / 1000
         needed = f"the models make a frame of {num_samples}; give {seconds:.3f} or more"
         if self._max_crop is not None and self._max_crop < num_samples:
@@ -225,9 +237,7 @@ class LabelledDataModule(BatchDataModule):
         UserError: a clip cannot be used (see :func:`dataset.labelled.checked_lengths`), or there are too few.
     """
 
-    settings: LabelSettings
-
-    def __init__(self, settings: LabelSettings, probe: Probe, frames: FrameTimes) -> None:
+    def __init__(self, settings: BatchSettings, probe: Probe, frames: FrameTimes) -> None:
         super().__init__(settings, TRAIN_SUBSET, whole=True)
         self.probe = probe
         self.frames = frames
@@ -253,7 +263,6 @@ class LabelledDataModule(BatchDataModule):
         return self._lengths[subset]
 
     def fingerprint(self) -> str:
-        """A digest of the clips, their lengths and labels, wherever they lie."""
         folder = self.probe.path.parent
         digest = hashlib.sha256(repr(self.probe.labels).encode())
         for split, clips in self.clips.items():

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.arguments import LIGHT, ExtractorSettings, RunSettings
-from training.data import SpeechDataModule
+from training.arguments import LIGHT, ExtractorSettings, RunSettings, TaskSettings
+from training.data import BatchDataModule
 from training.trainer import train
 from wav2vec2.checkpoint import model_of
 from wav2vec2.components import FeatureExtractor
@@ -40,7 +40,7 @@ def light_layers(extractor: FeatureExtractor) -> list[list[int]]:
 
 
 def with_extractor(contents: dict[str, Any], settings: ExtractorSettings, source: str | os.PathLike) -> dict[str, Any]:
-    """A model file's ``config`` and ``state_dict`` with a fresh extractor of the layers of ``--student_extractor``.
+    """A model file's contents with a fresh extractor of the layers of ``--student_extractor``.
 
     Args:
         contents: of the model file.
@@ -75,13 +75,14 @@ def with_extractor(contents: dict[str, Any], settings: ExtractorSettings, source
     fresh = {f"feature_extractor.{key}": value for key, value in FeatureExtractor(config).state_dict().items()}
     kept = {key: value for key, value in contents["state_dict"].items() if not key.startswith("feature_extractor.")}
     return {
+        **contents,
         "config": {**contents["config"], "extractor_conv_layer_config": layers},
         "state_dict": {**kept, **fresh},
     }
 
 
 def learn_extractor(
-    settings: RunSettings, data: SpeechDataModule, original: dict[str, Any], light: dict[str, Any]
+    settings: RunSettings, data: BatchDataModule, original: dict[str, Any], light: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Train the extractor of ``light`` to make what that of ``original`` makes, a run of its own in EXP_DIR/extractor.
 
@@ -107,6 +108,7 @@ def learn_extractor(
         "l1_weight": 0.0,
         "cos_weight": 0.0,
         "student_dropout": None,
+        "distill_weight": 1.0,
     }
     schedule = {
         "learning_rate": LEARNING_RATE,
@@ -120,6 +122,7 @@ def learn_extractor(
         models=dataclasses.replace(settings.models, **models),
         optimisation=dataclasses.replace(settings.optimisation, **schedule),
         machine=dataclasses.replace(settings.machine, exp_dir=settings.machine.exp_dir / "extractor"),
+        task=TaskSettings(),
         objectives=None,
         pruning=None,
     )

@@ -5,115 +5,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn import functional as F
-from torchaudio.functional import edit_distance
 
 from dataset.labelled import FrameTimes, LabelledBatch
-from dataset.labels import CLIPS, SEGMENTS, TEXT, UNITS, VERIFICATION, Clip, Probe, read_probe
-from dataset.scores import METRICS, EqualErrorRate, Score, Share
+from dataset.labels import VERIFICATION, Clip, Probe
 from lightning import freeze_unreached, scheduled_adamw
 from training.arguments import ALWAYS, FinetuneRunSettings
-from training.callbacks import gather, save_or_end
-from training.checkpoints import FINETUNING, choose_checkpoint, fingerprint, part_of, print_line
+from training.callbacks import save_or_end
+from training.checkpoints import BEST_MODEL, FINETUNING, choose_checkpoint, fingerprint, part_of, print_line
 from training.data import VALID_SUBSET, LabelledDataModule
 from training.speed import forward_flops
+from training.task import ValidScores, read_task, task_loss, train_head, with_this_head
 from training.trainer import check_settings, data_and_machine, fit
 from wav2vec2 import checkpoint as ckpt
-from wav2vec2.errors import UserError
-from wav2vec2.heads import Head, TaskModel, contents_of, greedy_units, head_of, task_model_of, with_head
-
-# What a run leaves in EXP_DIR: the weights of the best validation so far.
-BEST_MODEL = "best.pth"
-
-# ---------------------------------------------------------------------------------------------------
-# Head, loss and score
-# ---------------------------------------------------------------------------------------------------
-
-
-def head_for(settings: FinetuneRunSettings, probe: Probe) -> Head:
-    """The head of a list.
-
-    Raises:
-        UserError: an option is not for lists of its kind.
-    """
-    chosen, is_text, is_clips = settings.finetune, probe.kind == TEXT, probe.kind in (CLIPS, VERIFICATION)
-    for option, value, is_fitting, needed in (
-        ("units", settings.data.units, is_text, "text"),
-        ("layers", chosen.layers, not is_text or chosen.layers == "last", "label (of text the last layer is read)"),
-        ("pooling", chosen.pooling, is_clips, "label and without start and end"),
-    ):
-        if value is not None and not is_fitting:
-            raise UserError(
-                f"--{option} {value}: is for lists with the column {needed}; {probe.path} is one of {probe.kind}; "
-                f"leave out --{option}"
-            )
-    if is_text:
-        return Head(TEXT, probe.labels, units=settings.data.units or UNITS[0])
-    layers = chosen.layers or "weighted"
-    if is_clips:
-        return Head(CLIPS, probe.labels, layers=layers, pooling=chosen.pooling or "mean")
-    return Head(SEGMENTS, probe.labels, layers=layers)
-
-
-def task_loss(kind: str, logits: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
-    """CTC of a text, its mean over units, then over utterances; else cross-entropy, its mean over clips or frames.
-
-    Args:
-        kind: of the head.
-        logits: (B, frames, outputs), or (B, outputs) of clips.
-        lengths: (B,) valid frames.
-        targets: (B, N), as of :class:`~dataset.labelled.LabelledBatch`.
-    """
-    logits = logits.float()
-    if kind == TEXT:
-        # zero_infinity: a text that does not fit into its frames must not spoil the others.
-        return F.ctc_loss(
-            logits.log_softmax(-1).transpose(0, 1), targets + 1, lengths, (targets >= 0).sum(1), zero_infinity=True
-        )
-    if kind == CLIPS:
-        logits = logits[:, None]
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="sum")
-    return losses / (targets >= 0).sum().clamp(min=1)  # a batch may have no frame in a segment
-
-
-def clip_results(kind: str, logits: Tensor, lengths: Tensor, targets: Tensor) -> list[list[float]]:
-    """What is counted of each clip: errors and units (text), what is right and how much there is; or its logits.
-
-    Args:
-        kind: of what is scored, as of :class:`~dataset.labels.Probe`.
-        logits, lengths, targets: as of :func:`task_loss`.
-    """
-    if kind == VERIFICATION:
-        return logits.float().tolist()
-    if kind == CLIPS:
-        return [[float(right), 1.0] for right in logits.argmax(-1) == targets[:, 0]]
-    if kind == SEGMENTS:
-        labelled = targets >= 0
-        right = (logits.argmax(-1) == targets) & labelled
-        return torch.stack([right.sum(1), labelled.sum(1)], 1).double().tolist()
-    results = []
-    for row, length, target in zip(logits, lengths.tolist(), targets.tolist(), strict=True):
-        wanted = [unit for unit in target if unit >= 0]
-        results.append([float(edit_distance(greedy_units(row[:length]), wanted)), float(len(wanted))])
-    return results
-
-
-def score_of(kind: str, results: Sequence[Sequence[float]], clips: Sequence[Clip]) -> Score:
-    """The score of all clips of a split, from :func:`clip_results`."""
-    values = np.array(results, dtype=float)
-    if kind == VERIFICATION:
-        return EqualErrorRate(values - values.mean(0), np.array([clip.target for clip in clips]))
-    return Share(*values.T)
-
-
-def kind_of(probe: Probe, clips: Sequence[Clip]) -> str:
-    """What is scored: of a verification, clips whose labels training knows are classified."""
-    is_known = probe.kind == VERIFICATION and clips[0].target < len(probe.labels)
-    return CLIPS if is_known else probe.kind
+from wav2vec2.heads import TaskModel, contents_of, head_of, task_model_of
 
 
 class SpanMasking(nn.Module):
@@ -174,23 +81,17 @@ class FinetuneModule(pl.LightningModule):
         if chosen.mask_prob and chosen.freeze_updates != ALWAYS:
             self.masking = SpanMasking(chosen.mask_prob, chosen.mask_length, model.config["encoder_embed_dim"])
         freeze_unreached(model, len(transformer.layers))
-        reads_last = model.head_settings.layers == "last"
-        if reads_last:  # behind all norms
-            transformer.layer_norm.requires_grad_(True)
-        if model.aux is not None:
-            model.aux.requires_grad_(model.head is None)
+        train_head(model)
         model.feature_extractor.requires_grad_(False)
         if chosen.freeze_updates == ALWAYS:
             model.encoder.requires_grad_(False)
         self.num_frozen = chosen.num_frozen
-        self.probe, self.valid = probe, valid
-        self.valid_kind = kind_of(probe, valid)
+        self.scores = ValidScores(probe, valid)
         self.learning_rate, self.encoder_learning_rate = optimisation.learning_rate, chosen.encoder_learning_rate
         self.weight_decay = optimisation.weight_decay
         self.warmup_updates, self.max_updates = optimisation.warmup_updates, optimisation.max_updates
         self.scalars: dict[str, Tensor] = {}
         self.valid_score = math.nan
-        self._results: list[tuple[list[int], list[list[float]]]] = []
 
     @property
     def is_frozen(self) -> bool:
@@ -234,23 +135,18 @@ class FinetuneModule(pl.LightningModule):
     def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
         """Logs the mean loss over utterances, and notes what is counted of each."""
         logits, lengths = self.model(batch.waveforms, batch.lengths)
-        if self.valid_kind != VERIFICATION:  # its labels are no outputs
+        if self.scores.kind != VERIFICATION:  # its labels are no outputs
             loss = task_loss(self.model.kind, logits, lengths, batch.targets)
             # A float: of whole numbers Lightning would round the mean over processes down.
             weight = float(batch.weight)
             self.log("valid_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
-        self._results.append((batch.indices, clip_results(self.valid_kind, logits, lengths, batch.targets)))
+        self.scores.note(batch, logits, lengths)
 
     def on_validation_epoch_end(self) -> None:
-        """Score all clips, each once, whichever process had it."""
-        batches = [batch for found in gather(self._results) for batch in found]
-        self._results = []
-        if self.trainer.sanity_checking:
-            return
-        found = {index: result for indices, results in batches for index, result in zip(indices, results, strict=True)}
-        score = score_of(self.valid_kind, [found[index] for index in range(len(self.valid))], self.valid)
-        self.valid_score = score.value()
-        self.log("valid_score", self.valid_score)
+        """Log the score of all clips."""
+        if (score := self.scores.score(self.trainer)) is not None:
+            self.valid_score = score
+            self.log("valid_score", score)
 
     def _encoder_parameters(self) -> list[nn.Parameter]:
         parts = [self.model.encoder, *([] if self.masking is None else [self.masking])]
@@ -325,19 +221,16 @@ def finetune(settings: FinetuneRunSettings) -> LabelledDataModule | None:
         Interrupted: a signal stopped the run; its last update is saved.
     """
     chosen, machine, exp_dir = settings.finetune, settings.machine, settings.machine.exp_dir
-    probe = read_probe(settings.data.tsv, settings.data.units or UNITS[0])
-    head = head_for(settings, probe)
     contents = ckpt.read_model_file(chosen.model)
-    is_fresh = head_of(contents, chosen.model) != head
-    if is_fresh:
-        generator = torch.Generator().manual_seed(settings.data.seed)
-        contents = with_head(contents, head, chosen.model, generator)
+    options = {"units": settings.data.units, "layers": chosen.layers, "pooling": chosen.pooling}
+    probe, head = read_task(settings.data.tsv, head_of(contents, chosen.model), **options)
+    contents, whose = with_this_head(contents, head, chosen.model, settings.data.seed)
     model = task_model_of(contents, chosen.model)
     extractor = model.feature_extractor
     data = LabelledDataModule(settings.data, probe, FrameTimes(extractor.stride, extractor.receptive_field))
     module = FinetuneModule(model, probe, data.clips[VALID_SUBSET], settings)
     recorded = {**settings.recorded(), "tsv": data.fingerprint(), "model": fingerprint(chosen.model)}
-    metric, more_is_better = METRICS[module.valid_kind]
+    metric, more_is_better = module.scores.metric, module.scores.more_is_better
     made_by = {"script": "finetune.py", "model": recorded["model"], "tsv": recorded["tsv"], "metric": metric}
     resumed = choose_checkpoint(machine.resume_checkpoint, exp_dir, FINETUNING)
     if resumed is not None:
@@ -357,7 +250,7 @@ def finetune(settings: FinetuneRunSettings) -> LabelledDataModule | None:
             resumed,
             flops=lambda num_samples: (1 if chosen.freeze_updates == ALWAYS else 3) * per_waveform(num_samples),
             record=lambda: {FINETUNING: {"settings": recorded}},
-            title=f"{settings.stage}: {num_params:,} parameters; {'a fresh' if is_fresh else 'its own'} head, "
+            title=f"{settings.stage}: {num_params:,} parameters; {whose} head, "
             f"{len(probe.labels)} labels, {metric}; {data_and_machine(data, machine)}",
             callbacks=[BestModel(exp_dir / BEST_MODEL, more_is_better, made_by)],
             validates_last=True,

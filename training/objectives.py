@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dataset.speech import SpeechDataset
 from lightning import student_layers
 from training.arguments import MachineSettings, RunSettings
-from training.data import SpeechDataModule
+from training.data import BatchDataModule
 from wav2vec2.checkpoint import load_state
 from wav2vec2.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
@@ -27,7 +26,7 @@ class Seen(NamedTuple):
         lengths: how many of them are valid (B,), or None if all are.
         student: its hidden states, as of ``extract_features``, if any objective reads them.
         teacher: the teacher's hidden states, by layer.
-        noise: what :meth:`Objective.draw` gave.
+        drawn: what :meth:`Objective.draw` gave.
     """
 
     model: Wav2Vec2Model
@@ -35,7 +34,7 @@ class Seen(NamedTuple):
     lengths: Tensor | None
     student: Sequence[Tensor]
     teacher: Mapping[int, Tensor]
-    noise: Tensor | None
+    drawn: Tensor | None
 
 
 class Objective(nn.Module):
@@ -53,8 +52,8 @@ class Objective(nn.Module):
     student_depth: int
     reads_student: bool
 
-    def draw(self, num_utterances: int, num_frames: int) -> Tensor | None:
-        """The noise of a batch, drawn outside of what is compiled; none by default."""
+    def draw(self, batch: Any, num_frames: int) -> Tensor | None:
+        """What it takes of a batch beside the frames: labels, or noise, which is not drawn in what is compiled."""
         return None
 
     def forward(self, *seen: Any) -> Tensor:
@@ -143,22 +142,22 @@ class MaskedUnits(Objective):
         self.projection = nn.Linear(student_dim, CODE_DIM)
         self.codes = nn.Parameter(torch.empty(num_units, CODE_DIM).uniform_())
 
-    def draw(self, num_utterances: int, num_frames: int) -> Tensor:
+    def draw(self, batch: Any, num_frames: int) -> Tensor:
         """Which frames are hidden (B, frames), on the CPU, from torch's generator."""
         from torchaudio.models.wav2vec2.components import _compute_mask_indices
 
         return _compute_mask_indices(
-            (num_utterances, num_frames), None, MASK_PROBABILITY, MASK_LENGTH, min_masks=MIN_MASKS
+            (len(batch[0]), num_frames), None, MASK_PROBABILITY, MASK_LENGTH, min_masks=MIN_MASKS
         ).to(self.codes.device)
 
     def loss(self, seen: Seen) -> Tensor:
         last = self.student_depth
-        hidden = seen.noise, self.hidden_frame
+        hidden = seen.drawn, self.hidden_frame
         states = seen.model.encoder.extract_features(seen.frames, seen.lengths, kept=(last,), hidden=hidden)
         similarity = F.normalize(self.projection(states[last]), dim=-1) @ F.normalize(self.codes, dim=-1).T
         units = nearest(seen.teacher[self.teacher_layers[0]], self.centroids)
         losses = F.cross_entropy(similarity.float().transpose(1, 2) / TEMPERATURE, units, reduction="none")
-        return (losses * seen.noise).sum() / seen.noise.sum()
+        return (losses * seen.drawn).sum() / seen.drawn.sum()
 
 
 def nearest(frames: Tensor, centroids: Tensor) -> Tensor:
@@ -212,7 +211,7 @@ def new_objectives(
     return objectives
 
 
-def find_units(settings: RunSettings, data: SpeechDataModule, teacher: Wav2Vec2Model, units: MaskedUnits) -> None:
+def find_units(settings: RunSettings, data: BatchDataModule, teacher: Wav2Vec2Model, units: MaskedUnits) -> None:
     """Set the centroids: k-means of a teacher's layer, over frames of the first epoch's batches.
 
     Raises:
@@ -231,7 +230,7 @@ def find_units(settings: RunSettings, data: SpeechDataModule, teacher: Wav2Vec2M
     units.centroids.data.copy_(torch.from_numpy(centroids))
 
 
-def with_layer_groups(settings: RunSettings, data: SpeechDataModule, teacher: Wav2Vec2Model) -> RunSettings:
+def with_layer_groups(settings: RunSettings, data: BatchDataModule, teacher: Wav2Vec2Model) -> RunSettings:
     """``--distill_layers auto:K`` spelt out: layer 0, and the means of K groups of layers that are alike.
 
     As SKILL (arXiv 2402.16830) does: hierarchical clustering by linear CKA.
@@ -242,7 +241,7 @@ def with_layer_groups(settings: RunSettings, data: SpeechDataModule, teacher: Wa
     from sklearn.cluster import AgglomerativeClustering
 
     num_groups, num_layers = settings.models.num_auto_groups, len(teacher.encoder.transformer.layers)
-    if num_groups is None:
+    if num_groups is None or not settings.has_projections:
         return settings
     if num_groups > num_layers:
         raise UserError(f"--distill_layers {settings.models.distill_layers}: the teacher has {num_layers} layers")
@@ -280,23 +279,23 @@ def own_device(machine: MachineSettings) -> torch.device:
 
 @torch.no_grad()
 def teacher_frames(
-    settings: RunSettings, data: SpeechDataModule, teacher: Wav2Vec2Model, layers: Sequence[int], num_frames: int
+    settings: RunSettings, data: BatchDataModule, teacher: Wav2Vec2Model, layers: Sequence[int], num_frames: int
 ) -> list[Tensor]:
     """Hidden states of the first batches of training: for each layer (frames, D) on the CPU, in float32.
 
     There are ``num_frames``, or as many as an epoch has. The teacher stays on the device that it ran on.
     """
-    subset = settings.data.train_subset
-    speech = SpeechDataset(data.manifests[subset])
+    speech = data.dataset(data.train_subset)
     device = own_device(settings.machine)
     teacher.eval().to(device)
     found: list[list[Tensor]] = [[] for _ in layers]
     num_found = 0
-    for crop in data.sampler(subset, 1, 0):
-        waveforms = speech[crop].waveforms.to(device)
-        hidden_states, _ = teacher.extract_features(waveforms, None, max(1, *layers), kept=layers)
+    for crop in data.sampler(data.train_subset, 1, 0):
+        waveforms, lengths = (None if x is None else x.to(device) for x in speech[crop][:2])
+        hidden_states, lengths = teacher.extract_features(waveforms, lengths, max(1, *layers), kept=layers)
         for frames, layer in zip(found, layers, strict=True):
-            frames.append(hidden_states[layer].flatten(0, 1).float().cpu())
+            rows = [row[: None if lengths is None else lengths[i]] for i, row in enumerate(hidden_states[layer])]
+            frames.append(torch.cat(rows).float().cpu())
         num_found += len(found[0][-1])
         if num_found >= num_frames:
             break

@@ -165,7 +165,8 @@ def update_flops(module: DistillModule) -> Callable[[int], float]:
     """Operations that one waveform costs in an update, by its samples; a backward pass counts as two forward."""
     teacher = forward_flops(module.teacher_model, module.teacher_depth)
     student = forward_flops(module.student_model, module.student_depth)
-    return lambda num_samples: teacher(num_samples) + 3 * student(num_samples)
+    has_teacher = bool(module.teacher_layers)
+    return lambda num_samples: has_teacher * teacher(num_samples) + 3 * student(num_samples)
 
 
 class FetchTimer(Profiler):

@@ -1,7 +1,6 @@
 """A run, from its settings to its last checkpoint: what a distillation is, and what all stages that train share."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import warnings
@@ -46,7 +45,7 @@ from training.checkpoints import (
     print_line,
     split_state_dict,
 )
-from training.data import BatchDataModule, SpeechDataModule
+from training.data import VALID_SUBSET, BatchDataModule
 from training.objectives import find_units, new_objectives
 from training.speed import (
     FastTeacher,
@@ -57,9 +56,11 @@ from training.speed import (
     keep_freed_memory,
     update_flops,
 )
+from training.task import Task, TaskScore, ValidScores, train_head
 from wav2vec2 import checkpoint as ckpt
 from wav2vec2.errors import UserError, one_line
 from wav2vec2.fast import fast_paths, plain_paths
+from wav2vec2.heads import TaskModel
 from wav2vec2.model import Wav2Vec2Model
 
 
@@ -69,20 +70,20 @@ def new_projections(settings: RunSettings, teacher: Wav2Vec2Model, student: Wav2
     Raises:
         UserError: the two do not fit, see :func:`lightning.check_pair`.
     """
-    models = settings.models
+    models, groups = settings.models, settings.layer_groups
     try:
-        check_pair(teacher, student, [layer for layers in models.layers for layer in layers], models.distill_mode)
+        check_pair(teacher, student, [i for group in groups for layers in group for i in layers], models.distill_mode)
     except UserError as error:
         raise UserError(
             f"--student_ckpt {models.student_ckpt}, --distill_layers {models.distill_layers}: {error}"
         ) from None
     dims = [model.config["encoder_embed_dim"] for model in (student, teacher)]
-    return make_projections(models.distill_mode, models.layer_groups, *dims)
+    return make_projections(models.distill_mode, groups, *dims)
 
 
 def train(
     settings: RunSettings,
-    data: SpeechDataModule,
+    data: BatchDataModule,
     teacher: Wav2Vec2Model,
     student: Wav2Vec2Model,
     projections: nn.ModuleList,
@@ -103,6 +104,8 @@ def train(
     machine, stage = settings.machine, settings.stage
     data.check_crops(teacher.feature_extractor.receptive_field)
     objectives = new_objectives(settings, teacher, student, learnt_objectives)
+    if settings.task.is_on:
+        objectives["task"] = Task(settings.task.task_weight, student)
     module = make_module(settings, teacher, student, projections, objectives)
     check_sizes(settings, module)
     recorded = {**settings.recorded(), **_fingerprints(settings, data)}
@@ -124,6 +127,7 @@ def train(
         *([FastTeacher()] if not machine.plain else []),
         *([] if ema is None else [WeightAverage(ema)]),
         *([SizeCheckpoints(machine.exp_dir, sizes)] if sizes else []),
+        *([TaskScore(ValidScores(data.probe, data.clips[VALID_SUBSET]))] if settings.task.is_on else []),
     ]
     fit(
         settings,
@@ -134,6 +138,7 @@ def train(
         record=lambda: distillation_record(settings, recorded, module),
         title=_title(settings, data, module),
         callbacks=callbacks,
+        validates_last=settings.task.is_on,
     )
 
 
@@ -147,6 +152,8 @@ def distillation_record(settings: RunSettings, recorded: dict[str, Any], module:
         "settings": recorded,
         "round_to": settings.pruning.round_to if settings.pruning else None,
     }
+    if isinstance(module.student_model, TaskModel):
+        record["head"] = module.student_model.head_settings.to_dict()
     if (macs_budget := module.macs_budget) is not None:
         record["target_macs"] = macs_budget.target_sparsity
         record["original_num_macs"] = macs_budget.original_size
@@ -270,13 +277,15 @@ def make_module(
             "sparsity_control": pruning.sparsity_control,
             "target_macs": pruning.target_macs,
         }
-    return DistillModule(
+    module = DistillModule(
         teacher_model=teacher,
         student_model=student,
         distill_mode=models.distill_mode,
-        distill_layers=models.layers,
+        distill_layers=[layers for group in settings.layer_groups for layers in group],
         distill_linear_projs=projections,
-        distill_loss=DistillLoss(models.l2_weight, models.l1_weight, models.cos_weight, models.cos_type),
+        distill_loss=DistillLoss(
+            models.l2_weight, models.l1_weight, models.cos_weight, models.cos_type, models.distill_weight
+        ),
         learning_rate=optimisation.learning_rate,
         weight_decay=optimisation.weight_decay,
         warmup_updates=optimisation.warmup_updates,
@@ -284,6 +293,11 @@ def make_module(
         objectives=objectives,
         **sparsity,
     )
+    if "task" in objectives:
+        train_head(student)
+    elif isinstance(student, TaskModel) and student.head is not None:  # it is only kept
+        student.head.requires_grad_(False)
+    return module
 
 
 def check_sizes(settings: RunSettings, module: DistillModule) -> None:
@@ -413,13 +427,10 @@ def refusals_of_lightning(*kinds: type[Exception]) -> Iterator[None]:
         ) from error
 
 
-def _fingerprints(settings: RunSettings, data: SpeechDataModule) -> dict[str, str]:
+def _fingerprints(settings: RunSettings, data: BatchDataModule) -> dict[str, str]:
     """What the files of a run are, wherever they lie."""
-    manifest = data.manifests[settings.data.train_subset]
-    utterances = hashlib.sha256(manifest.lengths.tobytes())
-    utterances.update("\0".join(manifest.paths).encode(errors="surrogateescape"))
     return {
-        "train_subset": utterances.hexdigest()[:16],
+        "task_tsv" if settings.task.is_on else "train_subset": data.fingerprint(),
         "teacher_ckpt": fingerprint(settings.models.teacher_ckpt),
         "student_ckpt": fingerprint(settings.models.student_ckpt),
     }
@@ -491,11 +502,12 @@ def _adapt(checkpoint: dict[str, Any], module: pl.LightningModule, accum_grad: i
         saved["fused"] = fast_paths()
 
 
-def _title(settings: RunSettings, data: SpeechDataModule, module: DistillModule) -> str:
+def _title(settings: RunSettings, data: BatchDataModule, module: DistillModule) -> str:
     num_params = [sum(p.numel() for p in model.parameters()) for model in (module.teacher_model, module.student_model)]
+    layers = f"layers {settings.models.distill_layers}" if settings.has_projections else "the task alone"
     return (
-        f"{settings.stage}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; layers "
-        f"{settings.models.distill_layers}; {data_and_machine(data, settings.machine)}"
+        f"{settings.stage}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; {layers}; "
+        f"{data_and_machine(data, settings.machine)}"
     )
 
 

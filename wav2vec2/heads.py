@@ -6,14 +6,14 @@ output 0 is the blank. Of ``clips`` and ``segments`` the file's config and weigh
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import check_weights, model_of
+from .checkpoint import build_model, check_weights, masked_model_of, model_of
 from .config import ModelConfig, check_config
 from .errors import UserError, short_repr
 from .model import Wav2Vec2Model
@@ -220,9 +220,9 @@ def task_model_of(contents: Mapping[str, Any], source: str | os.PathLike) -> Tas
         raise UserError(f"{source}: a model without a task head; make a model with one of it: finetune.py")
     weights = contents["head"]["state_dict"]
     with torch.device("meta"):  # no memory for what the labels claim
-        expected = _contents({}, _task_model(contents["config"], head, source).state_dict(), head)
-    check_weights(expected["head"]["state_dict"], weights, f"{source}: head")
-    model = _task_model(contents["config"], head, source)
+        _, expected = split_state(build_with_head(contents["config"], head, source).state_dict())
+    check_weights(expected, weights, f"{source}: head")
+    model = build_with_head(contents["config"], head, source)
     model.load_state_dict(joined_state(contents["state_dict"], weights))
     return model
 
@@ -230,6 +230,17 @@ def task_model_of(contents: Mapping[str, Any], source: str | os.PathLike) -> Tas
 def model_with_its_head(contents: Mapping[str, Any], source: str | os.PathLike) -> Wav2Vec2Model:
     """:func:`task_model_of` where there is a head, else :func:`checkpoint.model_of`."""
     return (task_model_of if "head" in contents else model_of)(contents, source)
+
+
+def masked_model_with_its_head(
+    contents: Mapping[str, Any], units: Iterable[str], source: str | os.PathLike
+) -> Wav2Vec2Model:
+    """:func:`checkpoint.masked_model_of`, with the head where there is one."""
+    model = masked_model_of(contents, units, source)
+    if "head" not in contents:
+        return model
+    with torch.random.fork_rng(devices=()):  # what is drawn next does not depend on the head
+        return task_model_of({**contents, "config": model.config, "state_dict": model.state_dict()}, source)
 
 
 def with_head(
@@ -247,9 +258,9 @@ def with_head(
         UserError: no model can be built from the config.
     """
     plain = without_head(contents)
-    config = plain["config"] | ({"aux_num_out": head.num_outputs} if head.kind == TEXT else {})
+    config = with_outputs(plain["config"], head)
     with torch.device("meta"):
-        shapes = _task_model(config, head, source).state_dict()
+        shapes = build_with_head(config, head, source).state_dict()
     fresh = {name: torch.zeros(x.shape) for name, x in shapes.items() if name.startswith(("aux.", "head."))}
     for name in fresh.keys() & {"aux.weight", "head.linear.weight"}:
         fresh[name].normal_(std=_FRESH_DEVIATION, generator=generator)
@@ -265,9 +276,11 @@ def without_head(contents: Mapping[str, Any]) -> dict[str, Any]:
     return {"config": config, "state_dict": state_dict}
 
 
-def contents_of(model: TaskModel) -> dict[str, Any]:
-    """What a model file holds of a model with a head: ``config``, ``state_dict`` and ``head``."""
-    return _contents(model.config, model.state_dict(), model.head_settings)
+def contents_of(model: Wav2Vec2Model) -> dict[str, Any]:
+    """What a model file holds of a model: ``config``, ``state_dict``, and ``head`` where it has one."""
+    if isinstance(model, TaskModel):
+        return _contents(model.config, model.state_dict(), model.head_settings)
+    return {"state_dict": model.state_dict(), "config": model.config}
 
 
 def _contents(config: dict[str, Any], state_dict: Mapping[str, Tensor], head: Head) -> dict[str, Any]:
@@ -287,7 +300,21 @@ def joined_state(encoder: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> di
     return {**encoder, **{_PREFIX + name: tensor for name, tensor in own.items()}}
 
 
-def _task_model(config: Mapping[str, Any], head: Head, source: str | os.PathLike) -> TaskModel:
+def with_outputs(config: Mapping[str, Any], head: Head | None) -> dict[str, Any]:
+    """A config whose output layer is what a head needs: of text its outputs, else none. Without a head, as it is."""
+    if head is None:
+        return dict(config)
+    return {**config, "aux_num_out": head.num_outputs if head.kind == TEXT else None}
+
+
+def build_with_head(config: Mapping[str, Any], head: Head | None, source: str | os.PathLike) -> Wav2Vec2Model:
+    """:func:`checkpoint.build_model`, with this head if there is one.
+
+    Raises:
+        UserError: there is no such model, or the head does not fit it.
+    """
+    if head is None:
+        return build_model(dict(config), source)
     try:
         return TaskModel(check_config(config), head)
     except (TypeError, ValueError) as error:

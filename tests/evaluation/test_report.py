@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import error_line, random_model, run_script, run_to_exit, save_small_model, small_config
+from helpers import (
+    TASK_HEADS,
+    error_line,
+    random_model,
+    run_script,
+    run_to_exit,
+    save_small_model,
+    small_config,
+    task_contents,
+)
 
 from evaluation import pictures
 from evaluation.experiment import read_experiment, read_log
@@ -207,6 +216,29 @@ def test_page_of_a_run_without_pruning(exp_dir):
     assert page.rows[1][0] == "after final distillation" and len(read_experiment(exp_dir).models) == 1
     assert "4,321 of 2,500 updates" in page.text and "Not in this report" not in page.text
     assert not {"Architecture", "pruning"} & set(page.text.split())
+
+
+def test_pages_of_a_task(exp_dir):
+    """Loss and score while pruning, and fine-tuning: below the run, where run.sh puts it, and alone."""
+    rows = [{"step": 9, "train_loss_task": 1.5, "valid_loss_task": 2.0, "valid_score": 87.5, "lr-AdamW/head": 0.1}]
+    write_log(exp_dir / "csv/version_1/metrics.csv", rows)
+    for folder in ("teacher", "finetuned"):
+        write_log(exp_dir / folder / "csv/version_0/metrics.csv", LOG + rows)
+        about = {"settings": {"max_updates": 700, "mask_prob": 0.0625}}
+        trained = {"state_dict": {"model.weight": torch.ones(1)}, "global_step": 345, "finetuning": about}
+        checkpoint.save(exp_dir / folder / "ckpts/last.ckpt", trained)
+    contents = task_contents(TASK_HEADS[2]) | {"made_by": {"script": "finetune.py", "metric": "accuracy"}}
+    checkpoint.save(exp_dir / "finetuned/finetuned.pth", contents)
+    page = Page(write_report(exp_dir))
+    titles = [stage.title for stage in read_experiment(exp_dir).stages]
+    assert titles == ["Fine-tuning of the teacher", "Distillation and pruning", "Final distillation", "Fine-tuning"]
+    assert "345 of 700 updates" in page.text and "training 1.5, held-out speech 2 in the end" in page.text
+    assert page.text.count("87.5 in the end") == 3 and "Not in this report" not in page.text
+    assert ["mask_prob", "0.0625", "-", "-", "0.0625"] in page.rows
+    assert ["after fine-tuning", "metric", "accuracy"] in page.rows and page.rows[4][0] == "after fine-tuning"
+    alone = Page(write_report(exp_dir / "finetuned"))
+    assert "345 of 700 updates" in alone.text and "87.5 in the end" in alone.text
+    assert "Not in this report" not in alone.text and [row[0] for row in alone.rows][1] == "after fine-tuning"
 
 
 def test_damaged_files_are_named_and_the_rest_is_shown(exp_dir):

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -30,14 +31,18 @@ def value(command: list[str], flag: str) -> str:
 @pytest.mark.parametrize("config", sorted(path.name for path in (REPOSITORY / "conf").glob("*.conf")))
 def test_every_shipped_config_gives_commands_that_parse(config, monkeypatch):
     *stages, report = commands(f"conf/{config}")
-    prunes = "prunes=false" not in (REPOSITORY / "conf" / config).read_text()
-    scripts = [*(["distill.py", "prune.py"] if prunes else []), "final_distill.py", "save_final_ckpt.py"]
+    text = (REPOSITORY / "conf" / config).read_text()
+    prunes, finetunes = "prunes=false" not in text, "\nfinetune=(" in text
+    scripts = ["finetune.py"] if "finetune_first=" in text else []
+    scripts += ["distill.py", "prune.py"] if prunes else []
+    scripts += ["final_distill.py", "save_final_ckpt.py"] if "distills_on=false" not in text else []
+    scripts += ["finetune.py"] if finetunes else []
     assert [command[1] for command in stages] == scripts
     for command in stages:
         monkeypatch.setattr(sys, "argv", command[1:])
         importlib.import_module(command[1].removesuffix(".py")).parse_args()
-    exp_dir = value(stages[0], "--exp_dir")
-    assert report[1:] == ["-m", "evaluation.report", exp_dir if prunes else exp_dir.removesuffix("/final")]
+    exp_dir = re.sub("/(final|teacher)$", "", value(stages[0], "--exp_dir"))
+    assert report[1:] == ["-m", "evaluation.report", exp_dir]
 
 
 def test_defaults_are_the_published_experiment():
@@ -108,6 +113,36 @@ def test_without_pruning(tmp_path):
     assert {path.name for path in (tmp_path / "exp").iterdir()} == {"final_distill.log", "save.log", "report.log"}
 
 
+def test_fine_tuning_before_and_after(tmp_path):
+    """Its result is teacher and student of what follows; flags behind the config go to all trainings."""
+    config = tmp_path / "task.conf"
+    first, last = "finetune_first=(--tsv a.tsv --max_updates 3)", "finetune=(--tsv b.tsv --max_updates 4)"
+    config.write_text(f"source conf/demo.conf\n{first}\n{last}\ndistill+=(--save_at_sparsity 0.5)\n")
+    begin, distill, *stages = commands(config, "--seed", 5, exp_dir="exp", student_ckpt="student.pth")
+    assert begin[1] == "finetune.py" and value(begin, "--tsv") == "a.tsv" and value(begin, "--exp_dir") == "exp/teacher"
+    assert value(begin, "--model") == "demo/out/mini-hubert.pth" and "--tsv_dir" not in begin
+    tuned = "exp/teacher/finetuned.pth"
+    assert value(distill, "--teacher_ckpt") == value(distill, "--student_ckpt") == tuned and len(stages) == 2 * 5
+    for index, folder in enumerate(("exp", "exp/sparsity_0.5")):
+        prune, final, save, finetune, report = stages[5 * index : 5 * index + 5]
+        assert value(prune, "--original_ckpt") == value(final, "--teacher_ckpt") == tuned
+        assert value(finetune, "--model") == f"{folder}/final/ckpts/pruned_hubert_base.pth" and save[1:2] != report[1:2]
+        assert value(finetune, "--exp_dir") == f"{folder}/finetuned" and value(finetune, "--tsv") == "b.tsv"
+        assert {value(command, "--seed") for command in (begin, final, finetune)} == {"5"}
+        assert value(finetune, "--resume_checkpoint") == "auto" and value(finetune, "--max_updates") == "4"
+
+
+def test_by_the_task_alone(tmp_path):
+    """No manifests, no final distillation: what is pruned is fine-tuned."""
+    distill, prune, finetune, _ = commands("conf/prune_by_task.conf", exp_dir="exp", labels="mine.tsv")
+    assert value(distill, "--task_tsv") == value(finetune, "--tsv") == "mine.tsv" and "--tsv_dir" not in distill
+    assert value(finetune, "--model") == "exp/ckpts/pruned_hubert_base.pth" and prune[1] == "prune.py"
+    # A list that cannot be read is refused before the first stage.
+    result = run_command("bash", "run.sh", "conf/prune_by_task.conf", exp_dir=tmp_path / "exp", labels="gone.tsv")
+    assert result.returncode == 1 and result.stderr.startswith("error: gone.tsv: no such file")
+    assert not (tmp_path / "exp").exists()
+
+
 @pytest.mark.parametrize(
     ("contents", "flags", "message"),
     [
@@ -115,8 +150,9 @@ def test_without_pruning(tmp_path):
         ("source conf/demo.conf\nexp_dir =x\n", [], "exp_dir: command not found"),
         ("exp_dir=x\n", [], "tsv_dir: {config} does not set it"),
         ("source conf/demo.conf\nprunes=no\n", [], "{config}: prunes: expected true or false, found no"),
+        ("source conf/demo.conf\nprunes=false\ndistills_on=false\n", [], "{config}: prunes and distills_on are both"),
         (None, [], "{config}: no such config"),
-        ("source conf/demo.conf\n", ["--exp_dir", "x"], "--exp_dir: both stages would take it; set exp_dir=..."),
+        ("source conf/demo.conf\n", ["--exp_dir", "x"], "--exp_dir: all stages would take it; set exp_dir=..."),
     ],
 )
 def test_run_sh_refuses(tmp_path, contents, flags, message):

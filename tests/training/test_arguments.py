@@ -73,8 +73,8 @@ def test_every_flag_arrives_in_a_typed_field(monkeypatch):
     assert settings.data.max_crop_seconds == 2.0 and settings.machine.plain and not settings.machine.compile
     assert settings.machine.devices == ("cpu", 2) and settings.models.layers == [(0,), (4,), (8,), (12,)]
     groups = (
-        *(settings.data, settings.models, settings.student, settings.objectives, settings.optimisation),
-        *(settings.machine, settings.pruning, settings.extractor),
+        *(settings.data, settings.models, settings.student, settings.task, settings.objectives),
+        *(settings.optimisation, settings.machine, settings.pruning, settings.extractor),
     )
     fields = [name for group in groups for name in vars(group)]
     assert sorted(fields) == sorted(set(vars(args)) - {"debug"})
@@ -174,4 +174,4 @@ def test_required_flags():
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_arguments(parser, prunes=False, learning_rate=1.0, warmup_updates=1, max_updates=1)
     required = {action.dest for action in parser._actions if action.required}
-    assert required == {"tsv_dir", "student_ckpt"}
+    assert required == {"student_ckpt"}

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 import wav2vec2
 from training import callbacks, speed
-from training.finetuning import BestModel, FinetuneModule, SpanMasking, clip_results, score_of, task_loss
+from training.finetuning import BestModel, FinetuneModule, SpanMasking
+from training.task import clip_results, score_of, task_loss
 from wav2vec2 import checkpoint
 from wav2vec2.model import wav2vec2_model
 
@@ -92,7 +93,7 @@ def test_the_best_of_the_validations_is_kept(labelled, encoder, tmp_path, monkey
     scores = iter([40.0, math.nan, 70.0, 60.0, 70.0])
 
     def validated(module: FinetuneModule) -> None:
-        module._results = []
+        module.scores._results = []
         if not module.trainer.sanity_checking:
             module.valid_score = next(scores)
             found.append({name: value.clone() for name, value in module.model.state_dict().items()})

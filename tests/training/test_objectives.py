@@ -101,11 +101,11 @@ def test_spans_are_hidden_by_the_batchs_own_noise():
     masks = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        masks.append(units.draw(4, 200))
+        masks.append(units.draw([torch.zeros(4, 1)], 200))
     assert masks[0].equal(masks[1]) and not masks[0].equal(masks[2])
     assert 0.4 < masks[0].float().mean() < 0.7  # 0.8 of spans, which overlap
     for num_frames in range(1, 30):  # a short crop
-        assert units.draw(2, num_frames).shape == (2, num_frames)
+        assert units.draw([torch.zeros(2, 1)], num_frames).shape == (2, num_frames)
 
 
 def test_nearest():
@@ -197,6 +197,7 @@ def test_layers_that_are_alike_are_one_group(monkeypatch, capsys):
     @dataclasses.dataclass
     class Settings:
         models: Models
+        has_projections: bool = True
 
     module = make_module()
     x, y = torch.randn(30, 6), torch.randn(30, 6)

@@ -147,6 +147,21 @@ def test_two_processes_fine_tune_as_one(labelled, tmp_path, monkeypatch, name, s
     assert results[0] == results[1]
 
 
+def test_two_processes_learn_a_task_as_one(labelled, tmp_path, monkeypatch):
+    """Labels beside distillation, in batches with padding."""
+    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "large")
+    changes = {"max_crop_seconds": None, "task_tsv": labelled / "segments.tsv", "seconds_per_batch": 1}
+
+    def flags(name: str, **more: object) -> list[object]:
+        run = small_run(tmp_path, teacher, **changes, **more)
+        return [*run, *PRUNING, "--sparsity_control", "exact", *OPTIONS.split(), "--exp_dir", tmp_path / name]
+
+    run_script(monkeypatch, "distill", *flags("one", accum_grad=2))
+    run_processes(sys.executable, "distill.py", *flags("two", gpus=2))
+    compare(tmp_path / "one", tmp_path / "two")
+    assert any(name == "valid_score" for _, name in values_by_step(tmp_path / "two"))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
