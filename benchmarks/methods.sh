@@ -19,11 +19,7 @@
 # what is complete is left alone. Paths start from the checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-fail() {
-    echo "error: $*" >&2
-    exit 1
-}
+source benchmarks/jobs.sh
 
 dry_run=false train=true evaluate=true
 while [[ ${1-} == --* ]]; do
@@ -53,23 +49,6 @@ done
 python=${python:-python} teacher_ckpt=$OUT/teacher.pth tsv_dir=$OUT/data students=$OUT/students
 export python teacher_ckpt tsv_dir students OMP_NUM_THREADS=1
 measure=("$python" evaluate.py --threads 1 --device cpu)
-
-# Shows a command, and runs it, if it is to be run at all. Where this script is stopped, so is the command, by SIGTERM,
-# after which a training saves a checkpoint.
-child=''
-call() {
-    local word line='+'
-    for word in "$@"; do
-        [[ $word =~ ^[[:alnum:]_./,:=+-]+$ ]] || word=${word@Q}
-        line+=" $word"
-    done
-    echo "$line"
-    if ! $dry_run; then
-        "$@" &
-        child=$!
-        wait "$child"
-    fi
-}
 
 # The layers that a row distils.
 layers_of() {
@@ -124,56 +103,6 @@ speed() {
         --models "${folders[@]/%//final/ckpts/pruned_hubert_base.pth}" --names "${folders[@]##*/}" \
         --speed_seconds 10 --out "$OUT/speed.json"
 }
-
-declare -A names=() logs=() begun=() # by process
-failed=() done=0
-
-# Starts a job in the background: teacher, speed, or run ROW SIZE SEED.
-start() {
-    local name=$1 log=$OUT/logs/$1.log
-    if [[ $1 == run ]]; then
-        name="$2 $3 seed $4" log=$OUT/logs/$2-$3-$4.log
-    fi
-    if $dry_run; then
-        "$@"
-        return
-    fi
-    while ((${#names[@]} >= jobs)); do finish; done
-    (
-        trap 'kill -TERM "$child" 2>/dev/null; wait "$child"; exit 143' TERM
-        "$@"
-    ) >>"$log" 2>&1 &
-    names[$!]=$name logs[$!]=$log begun[$!]=$SECONDS
-}
-
-# Waits until a job has ended, and says how it went.
-finish() {
-    local pid status took
-    wait -n || true
-    for pid in "${!names[@]}"; do
-        ! kill -0 "$pid" 2>/dev/null || continue
-        status=0 done=$((done + 1)) took="$(((SECONDS - begun[$pid] + 30) / 60)) min"
-        wait "$pid" || status=$?
-        if ((status)); then
-            failed+=("${names[$pid]}")
-            echo "$done/$total ${names[$pid]}: failed after $took with status $status, see ${logs[$pid]}"
-        else
-            echo "$done/$total ${names[$pid]}: done in $took"
-        fi
-        unset "names[$pid]"
-    done
-}
-
-# Ends all that is running; trainings save a checkpoint first.
-stop() {
-    trap '' INT TERM
-    kill -TERM $child "${!names[@]}" 2>/dev/null || true
-    wait
-    echo "stopped; call it again to continue" >&2
-    exit "$1"
-}
-trap 'stop 130' INT
-trap 'stop 143' TERM
 
 $dry_run || mkdir -p "$OUT/logs"
 [[ -f $tsv_dir/valid.tsv ]] || call "$python" prepare_data.py --data "$DATA" --out "$tsv_dir"
