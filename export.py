@@ -26,6 +26,7 @@ from torch import Tensor
 
 import cli
 from evaluation.cost import UTTERANCE_SECONDS, macs_per_second
+from evaluation.tables import card_metrics, model_of_shape, read_results
 from wav2vec2.checkpoint import read_model_file
 from wav2vec2.errors import UserError
 from wav2vec2.files import read_safetensors
@@ -76,7 +77,12 @@ def parse_args() -> argparse.Namespace:
     card.add_argument("--teacher", help="the teacher's name; ORG/NAME links to it on the hub")
     card.add_argument("--teacher_ckpt", type=Path, help="the teacher's model file: gives the sparsity")
     card.add_argument("--data", help="what the model was trained on")
-    card.add_argument("--licence", help="one of the hub's identifiers: mit, apache-2.0, cc-by-4.0, ...")
+    card.add_argument("--licence", help="of the weights, one of the hub's identifiers: mit, apache-2.0, cc-by-4.0, ...")
+    card.add_argument("--teacher_licence", help="of the teacher's weights")
+    card.add_argument("--data_licence", help="of --data")
+    card.add_argument(
+        "--evaluation", type=Path, metavar="JSON", help="results of evaluate.py, with this model among them"
+    )
     return parser.parse_args()
 
 
@@ -90,11 +96,15 @@ def chosen_formats(args: argparse.Namespace) -> list[str]:
         check_onnx(args.opset)
     elif args.int8:
         raise UserError("--int8: it is a second file of the onnx format; add onnx to --formats, or leave it out")
-    if args.licence and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.licence):
-        raise UserError(
-            f"--licence {args.licence}: expected one of the hub's identifiers, in small letters: mit, apache-2.0, "
-            "cc-by-4.0, other, ..."
-        )
+    for name, of in (("licence", "model"), ("teacher_licence", "teacher"), ("data_licence", "data")):
+        licence = getattr(args, name)
+        if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+            raise UserError(
+                f"--{name} {licence}: expected one of the hub's identifiers, in small letters: mit, apache-2.0, "
+                "cc-by-4.0, other, ..."
+            )
+        if licence and not (getattr(args, of) or (of == "teacher" and args.teacher_ckpt)):
+            raise UserError(f"--{name} {licence}: the card does not say of what; add --{of}")
     return formats
 
 
@@ -113,10 +123,29 @@ def describe(contents: dict[str, Any], args: argparse.Namespace) -> Card:
         teacher_num_params=num_params(args.teacher_ckpt) if args.teacher_ckpt else None,
         data=args.data,
         licence=args.licence,
+        teacher_licence=args.teacher_licence,
+        data_licence=args.data_licence,
+        evaluation=measured_of(contents["config"], args) if args.evaluation else (),
         made_by=made_by if isinstance(made_by, dict) else {},
         source=f"{args.model.name}, SHA-256 {digest}",
         head=head_of(contents, args.model),
     )
+
+
+def measured_of(config: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What --evaluation says of the model, but for its head's scores if that is dropped.
+
+    Raises:
+        UserError: the file is not evaluate.py's, or does not tell which of its models this one is.
+    """
+    results = read_results(args.evaluation)
+    with torch.device("meta"):
+        config = wav2vec2_model(**config).config  # with the keys that a published one leaves out
+    try:
+        model = model_of_shape(results, config, args.model)
+        return card_metrics(results, {**model, "head": None} if args.drop_head else model)
+    except UserError as error:
+        raise UserError(f"--evaluation {args.evaluation}: {error}") from error
 
 
 def num_params(path: Path) -> int:

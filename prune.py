@@ -28,6 +28,7 @@ from training.checkpoints import (
     trained_weights,
 )
 from wav2vec2.checkpoint import build_model, check_weights, load_state, read_model_file, save
+from wav2vec2.checkpoint import load_model as load_pruned_model  # noqa: F401 - the published name, which others import
 from wav2vec2.components import published_state
 from wav2vec2.errors import UserError, short_repr
 from wav2vec2.heads import build_with_head, contents_of, with_outputs

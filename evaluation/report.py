@@ -8,7 +8,6 @@ going on. It is the last stage of run.sh.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import cli
 from evaluation.cost import cost, counted_on
 from evaluation.experiment import Experiment, Stage, read_experiment
 from evaluation.pictures import Picture, curves, kept_units, layers_alone, quality
-from evaluation.tables import Table, architecture_tables, cost_table, evaluation_tables, unit_counts
-from wav2vec2.errors import UserError, single_line
+from evaluation.tables import Table, architecture_tables, cost_table, evaluation_tables, read_results, unit_counts
+from wav2vec2.errors import single_line
 from wav2vec2.files import atomic_path
 
 PAGE = "report.html"
@@ -113,21 +112,6 @@ def write_report(exp_dir: Path, evaluation: dict[str, Any] | None = None) -> Pat
     with atomic_path(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return out
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """The results of evaluate.py.
-
-    Raises:
-        UserError: the file is not JSON of a dict.
-    """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not the JSON that evaluate.py writes ({error})") from error
-    if not isinstance(results, dict):
-        raise UserError(f"{path}: not the JSON that evaluate.py writes, found a {type(results).__name__}")
-    return results
 
 
 def parse_args() -> argparse.Namespace:

@@ -17,10 +17,18 @@ that of :meth:`evaluation.probes.Probed.summary`, by the probe's name; ``head`` 
 :func:`evaluation.heads.head_summary`; ``quality`` that of :func:`evaluation.scores.figure_of_merit`.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
+from dataset.labels import TEXT
 from wav2vec2.errors import UserError
+
+# Names that the hub has for metrics; others are written with underscores.
+_METRIC_TYPES = {"frame accuracy": "accuracy", "word error rate": "wer", "character error rate": "cer"}
 
 
 class Table(NamedTuple):
@@ -41,13 +49,37 @@ class Table(NamedTuple):
         return "\n".join([f"{self.title}:", *text, *self.notes])
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """The results of evaluate.py.
+
+    Raises:
+        UserError: the file is not JSON of a dict.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not the JSON that evaluate.py writes ({error})") from error
+    if not isinstance(results, dict):
+        raise UserError(f"{path}: not the JSON that evaluate.py writes, found a {type(results).__name__}")
+    return results
+
+
+@contextmanager
+def _results_of_evaluate() -> Iterator[None]:
+    """Around what reads results."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"not the results of evaluate.py ({type(error).__name__}: {error})") from error
+
+
 def evaluation_tables(results: dict[str, Any]) -> list[Table]:
     """The tables of a results file: cost, and fidelity and probes as far as they were measured.
 
     Raises:
         UserError: ``results`` are not those of evaluate.py.
     """
-    try:
+    with _results_of_evaluate():
         tables = [cost_table(results["models"], results["macs_counted_on"]), part_table(results["models"])]
         if any(model["fidelity"] for model in results["models"]):
             tables.append(fidelity_table({model["name"]: model["fidelity"] for model in results["models"]}))
@@ -57,8 +89,6 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
             tables.append(head_table(results))
         if any(model["quality"] for model in results["models"]):
             tables.append(quality_table(results))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"not the results of evaluate.py ({type(error).__name__}: {error})") from error
     return tables
 
 
@@ -241,3 +271,68 @@ def architecture_tables(before: dict[str, Any], after: dict[str, Any]) -> list[T
         ),
     ]
     return [*tables, Table("Kept units of all layers", ["unit", "kept"], shared, [])] if shared else tables
+
+
+def model_of_shape(results: dict[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The entry of ``models`` that PyTorch ran and that has this config, whatever its head; if several, by its file.
+
+    Raises:
+        UserError: there is none, or more than one, or ``results`` are not those of evaluate.py.
+    """
+
+    def shape(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**json.loads(json.dumps(config)), "aux_num_out": None}
+
+    with _results_of_evaluate():
+        found = [
+            model
+            for model in results["models"]
+            if model.get("backend", "torch") == "torch" and shape(model["config"]) == shape(config)
+        ]
+        found = [model for model in found if Path(model["path"]).name == path.name] or found
+        names = ", ".join(str(model["name"]) for model in results["models"])
+    if len(found) != 1:
+        raise UserError(
+            f"{len(found)} of its models ({names}) have the shape of {path}, expected 1; measure it with "
+            f"evaluate.py --models {path}"
+        )
+    return found[0]
+
+
+def card_metrics(results: dict[str, Any], model: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured of an entry of ``models``: keywords of huggingface_hub's EvalResult, scores in per cent.
+
+    Raises:
+        UserError: ``results`` are not those of evaluate.py.
+    """
+
+    def entry(name: str, task: str, metric: str, how: str, value: float) -> dict[str, Any]:
+        return {
+            "task_type": task,
+            "dataset_type": name,
+            "dataset_name": name,
+            "metric_type": _METRIC_TYPES.get(metric, metric.replace(" ", "_")),
+            "metric_name": f"{metric}, {how}",
+            "metric_value": round(float(value), 4),
+        }
+
+    def task_of(name: str) -> str:
+        return "automatic-speech-recognition" if results["probes"][name]["kind"] == TEXT else "audio-classification"
+
+    with _results_of_evaluate():
+        found = [
+            entry(name, task_of(name), results["probes"][name]["metric"], "linear probe (%)", score["mean"])
+            for name, score in model["probes"].items()
+        ]
+        found += [
+            entry(name, task_of(name), score["metric"], "own head (%)", score["mean"])
+            for name, score in ((model.get("head") or {}).get("scores") or {}).items()
+        ]
+        if quality := model["quality"]:
+            name, how = ", ".join(quality["probes"]), "log-mel is 0, the teacher 100"
+            found.append(entry(name, "feature-extraction", "quality", how, quality["mean"]))
+        cosines = [layer["cosine"] for layer in (model["fidelity"] or {"layers": []})["layers"]]
+        if cosines and None not in cosines:
+            name, how = Path(model["fidelity"]["tsv"]).stem, "mean of the distilled layers"
+            found.append(entry(name, "feature-extraction", "cosine with the teacher", how, fmean(cosines)))
+    return found

@@ -3,11 +3,15 @@
 import collections
 import csv
 import importlib
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
 import typing
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +97,15 @@ def small_config(family: str, size: str = "base", **changes: Any) -> dict[str, A
         "encoder_prune_feed_forward_layer": False,
         **changes,
     }
+
+
+def one_layer_config(family: str) -> dict[str, Any]:
+    """A single layer, and two of the extractor, for what takes its time for each: exports, compiled code."""
+    config = small_config(family)
+    shorter = {
+        key: value[:1] for key, value in config.items() if key.startswith("encoder_") and isinstance(value, list)
+    }
+    return config | shorter | {"encoder_num_layers": 1}
 
 
 @torch.no_grad()
@@ -193,6 +206,51 @@ def run_command(*command: object, **environment: object) -> subprocess.Completed
         capture_output=True,
         text=True,
     )
+
+
+# Makes forks of a process that has the training scripts' imports behind it and has done nothing else: importing
+# Lightning takes longer than a small run.
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(["distill", "finetune", "omegaconf", "sklearn.cluster", "torch.utils.tensorboard"])
+
+
+def _run_forked(name: str, words: list[str], output: Path, environment: dict[str, str]) -> None:
+    os.setsid()
+    with output.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.chdir(REPOSITORY)
+    os.environ |= environment
+    sys.argv = [f"{name}.py", *words]
+    runpy.run_path(f"{name}.py", run_name="__main__")
+
+
+def start_script(name: str | Path, *arguments: object, output: Path, **environment: object) -> BaseProcess:
+    """Start a training script as a process of its own, in a session of its own, without what its imports take.
+
+    Args:
+        name: of the script, without .py; a path for one that is not in the checkout.
+        arguments: its words.
+        output: what it prints is added to this file.
+        environment: variables to set.
+    """
+    settings = {variable: str(value) for variable, value in environment.items()}
+    process = _FORKED.Process(target=_run_forked, args=(str(name), [*map(str, arguments)], output, settings))
+    process.start()
+    return process
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_ranks(name: str, *arguments: object, output: Path) -> list[BaseProcess]:
+    """Start the two processes of one run as torchrun does; the script needs ``--gpus 2``."""
+    shared = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [start_script(name, *arguments, output=output, **shared, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
 
 
 def save_small_model(path: Path, family: str, size: str, **changes: object) -> Path:

@@ -10,14 +10,18 @@ import pytest
 import soundfile
 import torch
 from helpers import (
+    REPOSITORY,
+    as_words,
     error_line,
     hubert_base_flops,
+    one_layer_config,
     random_model,
     run_script,
     run_to_exit,
     save_small_model,
     small_config,
 )
+from huggingface_hub import ModelCard
 
 from dataset import labels
 from dataset.scores import EqualErrorRate, Share
@@ -669,6 +673,29 @@ def test_evaluate(files, corpus, monkeypatch, capsys):
     assert f"{first['fidelity']['layers'][1]['cka']:.3f}" in printed
     assert "100.0 ± 0.0" in printed and str(files["out"]) in printed
 
+    # The numbers on a model's card.
+    out, licences = files["out"].with_name("export"), {"licence": "mit", "teacher_licence": "apache-2.0"}
+    flags = {"model": files["b"], "out": out, "evaluation": files["out"], "teacher": "org/large", "data": "tones"}
+    run_script(monkeypatch, "export", *as_words({**flags, **licences, "data_licence": "cc0-1.0"}))
+    card = ModelCard.load(out / "hub" / "README.md")
+    cosine = np.mean([layer["cosine"] for layer in second["fidelity"]["layers"]])
+    scores = {(each.dataset_name, each.metric_type): each.metric_value for each in card.data.eval_results}
+    assert scores == pytest.approx(
+        {
+            ("pitch", "accuracy"): second["probes"]["pitch"]["mean"],
+            ("valid", "cosine_with_the_teacher"): cosine,
+        },
+        abs=1e-4,
+    )
+    assert (card.data.license, card.data.code_license) == ("mit", "mit")
+    assert (card.data.teacher_license, card.data.data_license) == ("apache-2.0", "cc0-1.0")
+    assert "- teacher: org/large, licence: apache-2.0\n- training data: tones, licence: cc0-1.0\n" in card.text
+    assert f"- pitch: accuracy, linear probe (%) {scores['pitch', 'accuracy']}\n" in card.text
+    assert (REPOSITORY / "LICENSE").read_text().startswith("MIT License\n")  # what the card says of the code
+    other = save_small_model(files["out"].with_name("other.pth"), "hubert", "large")
+    assert run_to_exit(monkeypatch, "export", *as_words({**flags, "model": other})) == 1
+    assert error_line(capsys).startswith(f"--evaluation {files['out']}: 0 of its models (teacher, first, second) have")
+
 
 def test_teacher_alone_without_probes(files, corpus, monkeypatch, capsys):
     changes = dict.fromkeys(("models", "names", "tsv", "probes"))
@@ -691,7 +718,10 @@ def test_without_a_file_the_tables_are_printed(files, corpus, tmp_path, monkeypa
 def test_backends(files, tones, monkeypatch, capsys):
     """Each export is timed and probed; float32 knows what PyTorch knows, and int8 is smaller."""
     pytest.importorskip("onnxruntime")
-    changes = {"models": files["a"], "names": "first", "tsv": None, "seeds": 0, "backends": "torch,onnx,onnx-int8"}
+    small = {"teacher": save_student(files["teacher"], None, 0, **one_layer_config("hubert"))}
+    small["models"] = save_student(files["a"], None, **one_layer_config("hubert"))
+    changes = {**small, "names": "first", "tsv": None, "distill_layers": "0.1"}
+    changes |= {"seeds": 0, "backends": "torch,onnx,onnx-int8"}
     lists = [tones / "segments.tsv", tones / "speakers.tsv"]
     run_script(monkeypatch, "evaluate", *command(files, tones, **changes, probes=lists))
     results = json.loads(files["out"].read_text())

@@ -1,6 +1,6 @@
 """The upstream for s3prl: its own contract without s3prl, then s3prl's interfaces where it is installed."""
 
-import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,8 +9,17 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import soundfile
 import torch
-from helpers import REPOSITORY, random_model, random_waveforms, save_small_model, small_config
+from helpers import (
+    REPOSITORY,
+    random_model,
+    random_waveforms,
+    run_command,
+    save_small_model,
+    small_config,
+    start_script,
+)
 from torch import Tensor
 
 from s3prl_upstream.hubconf import dphubert_local
@@ -313,11 +322,185 @@ def test_fine_tuning_in_s3prl(s3prl, tmp_path):
     assert sum(p.grad is not None for p in upstream.parameters()) > 40
 
 
-def test_tasks_of_the_readme(s3prl):
-    """The commands name every task of SUPERB, and downstreams that s3prl has."""
-    readme = (SOURCE / "README.md").read_text()
-    names = set(re.findall(r"-m \w+ .*-d (\w+)", readme))
-    assert {"speech_commands", "fluent_commands", "ctc", "asr", "emotion", "quesst14_dtw"} < names
-    assert {"voxceleb1", "sv_voxceleb1", "diarization"} < names
-    for name in names:
+# --- superb.sh -------------------------------------------------------------------------------------
+
+# s3prl's names and the rates of the tasks; of SID it is not s3prl's own.
+TASKS = {
+    "PR": ("ctc", "libriphone", "1e-2"),
+    "ASR": ("asr", "config", "1e-4"),
+    "KS": ("speech_commands", "config", "1e-4"),
+    "IC": ("fluent_commands", "config", "1e-4"),
+    "SF": ("ctc", "snips", "1e-4"),
+    "SID": ("voxceleb1", "config", "1e-1"),
+    "ASV": ("sv_voxceleb1", "config", "1e-4"),
+    "SD": ("diarization", "config", "1e-4"),
+    "ER": ("emotion", "config", "1e-4"),
+    "QbE": ("quesst14_dtw", "config", None),
+}
+
+
+@pytest.fixture
+def quick_python(tmp_path) -> Path:
+    """Stands for Python: says that the model has three layers, without importing torch."""
+    path = tmp_path / "bin" / "python"
+    path.parent.mkdir()
+    path.write_text("#!/bin/bash\n[[ $1 != -c || $2 == *find_spec* ]] || echo 3\n")
+    path.chmod(0o755)
+    return path
+
+
+def superb(python: object, *arguments: object, **environment: object) -> subprocess.CompletedProcess:
+    return run_command("bash", SOURCE / "superb.sh", *arguments, python=python, **environment)
+
+
+def words_after(line: str, flag: str) -> list[str]:
+    words = shlex.split(line.replace("; do", " ").replace("; done", " "))
+    return [words[place + 1] for place, word in enumerate(words) if word == flag]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_superb_dry_run(task, quick_python, tmp_path):
+    model = tmp_path / "my model.pth"
+    model.touch()
+    downstream, config, rate = TASKS[task]
+    result = superb(quick_python, task, model, "-o", "config.x=1", "--device", "cpu", "--dry-run", S3PRL=tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, *lines = result.stdout.splitlines()
+    assert shlex.split(first) == ["cd", str(tmp_path)] and not (tmp_path / "my model.superb").exists()
+    assert all(
+        f"'{quick_python}' '{SOURCE}' -m " in line and words_after(line, "--device") == ["cpu"] for line in lines
+    )
+    upstreams = [line for line in lines if "-u dphubert_local" in line]
+    for line in upstreams:
+        assert words_after(line, "-k") == [str(model)] and words_after(line, "-d") == [downstream]
+        assert words_after(line, "-c") == [f"downstream/{downstream}/{config}.yaml"]
+    out = str(tmp_path / "my model.superb" / task.lower())
+    if task == "QbE":
+        (line,) = lines
+        assert line.startswith("for layer in 0 1 2 3; do ") and words_after(line, "-m") == ["evaluate"]
+        assert words_after(line, "-p") == [f"{out}-$layer-dev"] and words_after(line, "-o") == ["config.x=1"]
+        tested = superb(quick_python, task, model, "--dry-run", "--layer", 2).stdout
+        assert "for layer in 2; do " in tested and "-t test -l $layer" in tested
+        return
+    folders = [f"{out}-fold{number}" for number in range(1, 6)] if task == "ER" else [out]
+    assert len(lines) == 2 * len(folders) and upstreams == lines[::2]
+    for folder, train, test in zip(folders, lines[::2], lines[1::2], strict=True):
+        assert words_after(train, "-m") == ["train"] and " -a " in train and words_after(train, "-p") == [folder]
+        keys = words_after(train, "-o")[0].split(",,")
+        assert keys[0] == f"config.optimizer.lr={rate}" and keys[-1] == "config.x=1"
+        folds = [key for key in keys if key.endswith(f"test_fold='{folder[-5:]}'")]
+        assert len(folds) == (task == "ER")
+        assert "-m evaluate" in test and (folder in test)
+    faster = superb(quick_python, task, model, "--dry-run", "--lr", "5e-3").stdout
+    assert "config.optimizer.lr=5e-3" in faster
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("KWS", "model.pth"), "TASK: KWS is none of PR ASR KS IC SF SID ASV SD ER QbE"),
+        (("KS", "none.pth", "--dry-run"), "MODEL: none.pth: no such file"),
+        (("KS",), "expected TASK MODEL, found 1 words: KS"),
+        ((), "expected TASK MODEL, found 0 words"),
+        (("KS", "LICENSE"), "S3PRL: no downstream/speech_commands/config.yaml in "),
+        (("KS", "LICENSE", "--lr", "fast"), "--lr: expected a number such as 1e-3, found fast"),
+        (("KS", "LICENSE", "--lr"), "--lr: expected a value behind it"),
+        (("KS", "LICENSE", "--layer", "2"), "--layer: is of QbE alone"),
+        (("QbE", "LICENSE", "--lr", "1"), "--lr: QbE trains nothing"),
+        (("QbE", "LICENSE", "--dry-run", "--layer", "4"), "has the layers 0 to 3, found 4"),
+    ],
+)
+def test_superb_refuses(words, message, quick_python):
+    result = superb(quick_python, *words)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ") and message in result.stderr
+
+
+def test_superb_names_what_is_missing(tmp_path):
+    """A file that is no model, by the real Python; s3prl, by one that has none; Python itself."""
+    (tmp_path / "model.pth").write_text("no model")
+    result = superb(sys.executable, "QbE", tmp_path / "model.pth", "--dry-run")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {tmp_path / 'model.pth'}: ")
+    config = tmp_path / "downstream" / "speech_commands" / "config.yaml"
+    config.parent.mkdir(parents=True)
+    config.touch()
+    result = superb("false", "KS", tmp_path / "model.pth", S3PRL=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1) and "false has no s3prl" in result.stderr
+    result = superb(tmp_path / "nothing", "KS", tmp_path / "model.pth", "--dry-run")
+    assert result.returncode == 1 and f"python: {tmp_path / 'nothing'}: no such command" in result.stderr
+
+
+# What s3prl 0.4.18 imports and the packages of today no longer have, or that its package does not bring.
+TODAY = """
+import os, runpy, sys
+from types import ModuleType
+
+import huggingface_hub, soundfile, torch, torchaudio
+from torch.utils.tensorboard import SummaryWriter
+
+
+def module(name, **contents):
+    sys.modules[name] = ModuleType(name)
+    vars(sys.modules[name]).update(contents)
+
+
+def read(path, effects):
+    waveform, rate = soundfile.read(path, dtype="float32")
+    return torch.from_numpy(waveform)[None], rate
+
+
+module("torchaudio.sox_effects", apply_effects_tensor=None, apply_effects_file=read)
+module("catalyst"), module("catalyst.data"), module("catalyst.data.sampler", DistributedSamplerWrapper=None)
+module("tensorboardX", SummaryWriter=SummaryWriter)
+torchaudio.set_audio_backend = lambda name: None
+huggingface_hub.HfFolder = huggingface_hub.Repository = None
+os.chdir(os.environ["S3PRL"])
+source = sys.argv[1]
+sys.argv = sys.argv[1:]
+runpy.run_path(source, run_name="__main__")
+"""
+
+
+def test_superb_trains_and_tests(s3prl, quick_python, tmp_path):
+    """KS by s3prl itself: the lines of --dry-run, on words that are tones."""
+    layers = [[4, kernel, stride] for _, kernel, stride in CONV_LAYERS]
+    model = save_small_model(tmp_path / "model.pth", "wavlm", "base", extractor_conv_layer_config=layers)
+    folder, generator = tmp_path / "s3prl", torch.Generator().manual_seed(0)
+    words = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go", "_unknown_", "_silence_")
+    for split in ("train", "test"):
+        for number, word in enumerate(words):
+            place = folder / split / ("_background_noise_" if (split, word) == ("train", "_silence_") else word)
+            place.mkdir(parents=True)
+            for speaker in range(12 if split == "train" else 2):
+                wave = 0.3 * torch.sin(2 * torch.pi * (200 + 150 * number) * torch.arange(16100) / 16000)
+                wave += 0.01 * torch.randn(16100, generator=generator)
+                soundfile.write(place / f"{speaker:08d}_nohash_0.wav", wave.numpy(), 16000)
+    config = folder / "downstream" / "speech_commands" / "config.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text(
+        "runner: {total_steps: 4, gradient_clipping: 1, gradient_accumulate_steps: 1, log_step: 1, eval_step: 2,\n"
+        "         save_step: 2, max_keep: 1, eval_dataloaders: [dev, test]}\n"
+        "optimizer: {name: TorchOptim, torch_optim_name: Adam, lr: 7}\n"
+        "downstream_expert:\n"
+        "  datarc: {speech_commands_root: train, speech_commands_test_root: test, num_workers: 0, batch_size: 8}\n"
+        "  modelrc: {projector_dim: 8, select: UtteranceLevel, UtteranceLevel: {pooling: MeanPooling}}\n"
+    )
+    (tmp_path / "today.py").write_text(TODAY)
+    lines = superb(quick_python, "KS", model, "--dry-run", "--device", "cpu", S3PRL=folder).stdout.splitlines()
+    output = tmp_path / "output"
+    for line in lines[1:]:
+        process = start_script(tmp_path / "today", *shlex.split(line)[1:], output=output, S3PRL=folder)
+        process.join()
+        assert process.exitcode == 0, output.read_text()[-3000:]
+    results = tmp_path / "model.superb" / "ks"
+    trained = torch.load(results / "dev-best.ckpt", weights_only=False)
+    assert trained["Config"]["optimizer"]["lr"] == 1e-4 and trained["Args"].upstream == "dphubert_local"
+    assert len((results / "test_predict.txt").read_text().splitlines()) == 24
+    assert output.read_text().count("test acc: ") == 3  # two of the training, one of the evaluation
+
+
+def test_tasks_are_of_s3prl(s3prl):
+    """The downstreams are those that s3prl has."""
+    for name, _, _ in TASKS.values():
         assert (Path(s3prl.hub.__file__).parent / "downstream" / name / "expert.py").is_file(), name

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,14 @@ from helpers import (
     SMALL_LIGHT_LAYERS,
     error_line,
     finetuning_run,
+    free_port,
     logged,
     run_script,
     run_to_exit,
     save_small_model,
     small_run,
+    start_ranks,
+    start_script,
 )
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
@@ -69,11 +73,11 @@ def compare_weights(one: Path, other: Path) -> None:
     assert max(float((value - theirs[key]).abs().max()) for key, value in mine.items()) < 2e-4
 
 
-def run_processes(*command: object, timeout: int = 300) -> None:
-    result = subprocess.run(
-        [str(word) for word in command], cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+def run_two(name: str, *arguments: object, output: Path) -> None:
+    processes = start_ranks(name, *arguments, output=output)
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0], output.read_text()[-3000:]
 
 
 OBJECTIVES = "--unit_weight 1 --num_units 5 --star_weight 1 --l1_weight 0 --cos_weight 0"
@@ -84,9 +88,8 @@ OPTIONS = "--pruning_units conv,head,interm,posconv,embed --ema 0.8 --save_at_sp
     ("family", "size", "seconds_per_batch", "accum_grad", "control"),
     [
         ("hubert", "base", 0.6, 1, "lagrangian"),  # 6 batches: the last update of an epoch is topped up with two
-        ("wavlm", "large", 0.4, 3, "lagrangian"),  # 8 batches for 2 x 3
-        # No equation 1, whose projections then have no gradient.
-        ("hubert", "large", 0.4, 3, f"exact --target_macs 0.35 {OPTIONS} {OBJECTIVES}"),
+        # 8 batches for 2 x 3; no equation 1, whose projections then have no gradient.
+        ("wavlm", "large", 0.4, 3, f"exact --target_macs 0.35 {OPTIONS} {OBJECTIVES}"),
     ],
 )
 def test_two_processes_train_as_one(
@@ -101,7 +104,7 @@ def test_two_processes_train_as_one(
         return [*small_run(manifests, teacher, **run), *PRUNING, *chosen]
 
     run_script(monkeypatch, "distill", *flags("one", accum_grad=2 * accum_grad))
-    run_processes(sys.executable, "distill.py", *flags("two", gpus=2, accum_grad=accum_grad))
+    run_two("distill", *flags("two", gpus=2, accum_grad=accum_grad), output=tmp_path / "output")
     compare(tmp_path / "one", tmp_path / "two")
     if "--save_at_sparsity" in control:
         compare_weights(tmp_path / "one" / "sparsity_0.2", tmp_path / "two" / "sparsity_0.2")
@@ -116,27 +119,21 @@ def test_two_processes_train_an_extractor_and_what_follows_as_one(manifests, tmp
         return [*small_run(manifests, teacher, **run), *PRUNING, "--exp_dir", tmp_path / name]
 
     run_script(monkeypatch, "distill", *flags("one", accum_grad=2))
-    run_processes(sys.executable, "distill.py", *flags("two", gpus=2))
+    run_two("distill", *flags("two", gpus=2), output=tmp_path / "output")
     for phase in (Path("extractor"), Path()):
         compare(tmp_path / "one" / phase, tmp_path / "two" / phase)
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "changes"),
-    [
-        ("text", "large", {"freeze_updates": 3}),
-    ],
-)
-def test_two_processes_fine_tune_as_one(labelled, tmp_path, monkeypatch, name, size, changes):
+def test_two_processes_fine_tune_as_one(labelled, tmp_path, monkeypatch):
     """While the encoder is frozen and behind that; each validation clip is scored once."""
-    model = save_small_model(tmp_path / "model.pth", "hubert", size)
+    model = save_small_model(tmp_path / "model.pth", "hubert", "large")
 
     def flags(folder: str, **more: object) -> list[object]:
-        run = {"max_updates": 9, "seconds_per_batch": 1, **changes, **more}
-        return [*finetuning_run(labelled / f"{name}.tsv", model, **run), "--exp_dir", tmp_path / folder]
+        run = {"max_updates": 9, "seconds_per_batch": 1, "freeze_updates": 3, **more}
+        return [*finetuning_run(labelled / "text.tsv", model, **run), "--exp_dir", tmp_path / folder]
 
     run_script(monkeypatch, "finetune", *flags("one", accum_grad=2))
-    run_processes(sys.executable, "finetune.py", *flags("two", gpus=2))
+    run_two("finetune", *flags("two", gpus=2), output=tmp_path / "output")
     compare(tmp_path / "one", tmp_path / "two")
     scores = [
         {step: value for (step, column), value in values_by_step(tmp_path / folder).items() if column == "valid_score"}
@@ -157,18 +154,12 @@ def test_two_processes_learn_a_task_as_one(labelled, tmp_path, monkeypatch):
         return [*run, *PRUNING, "--sparsity_control", "exact", *OPTIONS.split(), "--exp_dir", tmp_path / name]
 
     run_script(monkeypatch, "distill", *flags("one", accum_grad=2))
-    run_processes(sys.executable, "distill.py", *flags("two", gpus=2))
+    run_two("distill", *flags("two", gpus=2), output=tmp_path / "output")
     compare(tmp_path / "one", tmp_path / "two")
     assert any(name == "valid_score" for _, name in values_by_step(tmp_path / "two"))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_torchrun_on_one_and_two_nodes(manifests, tmp_path, monkeypatch):
+def test_torchrun_on_two_nodes(manifests, tmp_path, monkeypatch):
     teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
 
     def flags(name: str, **changes: object) -> list[str]:
@@ -178,7 +169,6 @@ def test_torchrun_on_one_and_two_nodes(manifests, tmp_path, monkeypatch):
     run_script(monkeypatch, "distill", *flags("one", accum_grad=2))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    run_processes(*torchrun, "2", *address, "distill.py", *flags("local", gpus=2))
     two_nodes = flags("nodes", gpus=1, num_nodes=2)
     nodes = [
         subprocess.Popen(
@@ -187,22 +177,15 @@ def test_torchrun_on_one_and_two_nodes(manifests, tmp_path, monkeypatch):
         for rank in "01"
     ]
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
-    for name in ("local", "nodes"):
-        compare(tmp_path / "one", tmp_path / name)
+    compare(tmp_path / "one", tmp_path / "nodes")
 
 
-def start_two(manifests: Path, teacher: Path, exp_dir: Path, **changes: object) -> subprocess.Popen:
-    """A long run of two processes that has made a few updates."""
+def start_two(manifests: Path, teacher: Path, exp_dir: Path, **changes: object) -> BaseProcess:
+    """A long run that has made a few updates, in two processes, of which Lightning has started the second."""
     flags = small_run(manifests, teacher, seconds_per_batch=0.6, gpus=2, max_updates=5000, log_interval=5, **changes)
-    process = subprocess.Popen(
-        [sys.executable, "distill.py", *map(str, flags), "--exp_dir", str(exp_dir)],
-        cwd=REPOSITORY,
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_script("distill", *flags, "--exp_dir", exp_dir, output=exp_dir.with_name("output"))
     rows = exp_dir / "csv" / "version_0" / "metrics.csv"
-    while process.poll() is None and not rows.is_file():
+    while process.is_alive() and not rows.is_file():
         time.sleep(0.05)
     return process
 
@@ -221,10 +204,11 @@ def second_process(pid: int) -> int:
 
 def test_a_signal_to_one_process_stops_both(manifests, small_teacher, tmp_path):
     exp_dir = tmp_path / "exp"
-    with start_two(manifests, small_teacher, exp_dir) as process:
-        os.kill(second_process(process.pid), signal.SIGTERM)  # not the one that saves
-        errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 143
+    process = start_two(manifests, small_teacher, exp_dir)
+    os.kill(second_process(process.pid), signal.SIGTERM)  # not the one that saves
+    process.join(120)
+    assert process.exitcode == 143
+    errors = (tmp_path / "output").read_text()
     assert errors.count("SIGTERM: saved update") == 1 and "Traceback" not in errors
     saved = torch.load(exp_dir / "ckpts" / "last.ckpt", weights_only=True)["global_step"]
     assert saved > 0
@@ -233,11 +217,12 @@ def test_a_signal_to_one_process_stops_both(manifests, small_teacher, tmp_path):
 def test_a_lost_process_ends_the_run(manifests, small_teacher, tmp_path):
     """The other does not wait for it, and the run goes on from its last checkpoint."""
     exp_dir = tmp_path / "exp"
-    with start_two(manifests, small_teacher, exp_dir, save_interval=2) as process:
-        os.kill(second_process(process.pid), signal.SIGKILL)
-        before = time.monotonic()
-        errors = process.communicate(timeout=120)[1]
-    assert process.returncode != 0 and time.monotonic() - before < 60
+    process = start_two(manifests, small_teacher, exp_dir, save_interval=2)
+    os.kill(second_process(process.pid), signal.SIGKILL)
+    before = time.monotonic()
+    process.join(120)
+    assert process.exitcode not in (0, None) and time.monotonic() - before < 60
+    errors = (tmp_path / "output").read_text()
     assert "Connection closed by peer" in errors or "Child process with PID" in errors or "reset by peer" in errors
     assert torch.load(exp_dir / "ckpts" / "last.ckpt", weights_only=True)["global_step"] > 0
 
@@ -346,70 +331,66 @@ with StopRequest() as stop:
 """
 
 
-def start_waiting(phase: str) -> subprocess.Popen:
+def start_waiting(phase: str, tmp_path: Path) -> BaseProcess:
     """A process that waits in the way of ``phase`` for another that never comes."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, phase, str(free_port())],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "waits\n"
+    script, output = tmp_path / "waiting.py", tmp_path / "output"
+    script.write_text(WAITING)
+    process = start_script(script.with_suffix(""), phase, free_port(), output=output)
+    while process.is_alive() and not (output.exists() and "waits\n" in output.read_text()):
+        time.sleep(0.05)
     time.sleep(1.0)
     return process
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-def test_before_training_a_signal_ends_a_process_that_waits(signum):
-    with start_waiting("before") as process:
-        process.send_signal(signum)
-        errors = process.communicate(timeout=10)[1]
-    assert process.returncode == 128 + signum and errors == f"{signum.name}: ended without saving\n"
+def test_before_training_a_signal_ends_a_process_that_waits(tmp_path, signum):
+    process = start_waiting("before", tmp_path)
+    os.kill(process.pid, signum)
+    process.join(10)
+    assert process.exitcode == 128 + signum
+    assert (tmp_path / "output").read_text() == f"waits\n{signum.name}: ended without saving\n"
 
 
-def test_in_training_a_signal_ends_a_process_that_waits_too_long():
-    with start_waiting("training") as process:
-        process.send_signal(signal.SIGTERM)
-        time.sleep(1.0)
-        assert process.poll() is None
-        errors = process.communicate(timeout=10)[1]
-    assert process.returncode == 143 and "SIGTERM: no batch for 2 s: a process of this run may be gone" in errors
+def test_in_training_a_signal_ends_a_process_that_waits_too_long(tmp_path):
+    process = start_waiting("training", tmp_path)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(1.0)
+    assert process.is_alive()
+    process.join(10)
+    assert process.exitcode == 143
+    assert "SIGTERM: no batch for 2 s: a process of this run may be gone" in (tmp_path / "output").read_text()
 
 
-def test_a_second_ctrl_c_ends_a_process_at_once():
-    with start_waiting("training") as process:
-        process.send_signal(signal.SIGINT)
-        time.sleep(1.2)  # sooner, it may be the first one again, from a launcher
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=1.5) == 130
+def test_a_second_ctrl_c_ends_a_process_at_once(tmp_path):
+    process = start_waiting("training", tmp_path)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(1.2)  # sooner, it may be the first one again, from a launcher
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(1.5)
+    assert process.exitcode == 130
 
 
 def test_a_run_whose_second_process_does_not_come(manifests, small_teacher, tmp_path):
     flags = [*small_run(manifests, small_teacher, gpus=2), "--exp_dir", tmp_path / "exp"]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    errors = tmp_path / "errors"
-    with errors.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "distill.py", *map(str, flags)],
-            cwd=REPOSITORY,
-            env={**os.environ, **in_job(2, "2"), **address},
-            stderr=file,
-        )
+    output = tmp_path / "output"
+    process = start_script("distill", *flags, output=output, **in_job(2, "2"), **address)
     deadline = time.monotonic() + 60
-    while "MEMBER: 1/2" not in errors.read_text() and time.monotonic() < deadline:
+    while not (output.exists() and "MEMBER: 1/2" in output.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
-    assert "Traceback" not in errors.read_text() and not (tmp_path / "exp" / "ckpts").exists()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+    assert "Traceback" not in output.read_text() and not (tmp_path / "exp" / "ckpts").exists()
 
 
 def test_a_signal_before_training_ends_the_processes_that_were_started(manifests, small_teacher, tmp_path):
     flags = [*small_run(manifests, small_teacher, gpus=2), "--exp_dir", tmp_path / "exp"]
-    with subprocess.Popen([sys.executable, "distill.py", *map(str, flags)], cwd=REPOSITORY) as process:
-        other = second_process(process.pid)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 143
+    process = start_script("distill", *flags, output=tmp_path / "output")
+    other = second_process(process.pid)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == 143
     assert not Path(f"/proc/{other}").exists() or "Z" in Path(f"/proc/{other}/stat").read_text()

@@ -28,6 +28,7 @@ from helpers import (
     save_small_model,
     send,
     small_run,
+    start_script,
 )
 
 import lightning
@@ -185,20 +186,21 @@ def test_killed_at_random_moments(manifests, small_teacher, tmp_path, monkeypatc
     run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "whole")
 
     exp_dir = tmp_path / "killed"
-    command = [sys.executable, "distill.py", *flags, "--exp_dir", exp_dir, "--resume_checkpoint", "auto"]
+    flags = (*flags, "--exp_dir", exp_dir, "--resume_checkpoint", "auto")
     moments = random.Random(0)
     reached = []
     for _ in range(2):
         log = exp_dir / "csv" / f"version_{len(reached)}" / "metrics.csv"
-        with subprocess.Popen([*map(str, command)], cwd=REPOSITORY, start_new_session=True) as process:
-            while process.poll() is None and not log.is_file():
-                time.sleep(0.02)
-            time.sleep(moments.uniform(0.0, 0.3))
-            os.killpg(process.pid, signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
+        process = start_script("distill", *flags, output=tmp_path / "output")
+        while process.is_alive() and not (log.is_file() and (exp_dir / "ckpts" / "last.ckpt").is_file()):
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0.0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         reached.append(last_checkpoint(exp_dir)["global_step"])
     assert 0 < reached[0] <= reached[1] < 80
-    subprocess.run([*map(str, command)], cwd=REPOSITORY, check=True)
+    run_script(monkeypatch, "distill", *flags)
     assert_same_run(tmp_path / "whole", exp_dir)
     assert [path.name for path in (exp_dir / "ckpts").iterdir() if not path.name.startswith(".")] == ["last.ckpt"]
 
@@ -495,16 +497,14 @@ def test_a_signal_saves_and_ends(manifests, small_teacher, tmp_path, monkeypatch
 def test_ctrl_c_in_a_terminal(manifests, small_teacher, tmp_path):
     """A real Ctrl-C reaches the whole process group, loader processes too."""
     flags = small_run(manifests, small_teacher, max_updates=4000, num_workers=2, log_interval=5)
-    command = [sys.executable, "distill.py", *map(str, flags), "--exp_dir", str(tmp_path / "exp")]
     rows = tmp_path / "exp" / "csv" / "version_0" / "metrics.csv"
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while process.poll() is None and not rows.is_file():
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 130
+    process = start_script("distill", *flags, "--exp_dir", tmp_path / "exp", output=tmp_path / "output")
+    while process.is_alive() and not rows.is_file():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(120)
+    errors = (tmp_path / "output").read_text()
+    assert process.exitcode == 130
     assert "SIGINT: saved update" in errors and "Traceback" not in errors
     assert last_checkpoint(tmp_path / "exp")["global_step"] > 0
 

@@ -1,15 +1,13 @@
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import REPOSITORY, TASK_HEADS, head_id, random_model, random_waveforms, small_config, task_contents
+from helpers import TASK_HEADS, head_id, random_model, random_waveforms, run_command, small_config, task_contents
 
 import wav2vec2
-from wav2vec2 import checkpoint
+from wav2vec2 import checkpoint, prediction
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.errors import UserError
 from wav2vec2.heads import Head, task_model_of
@@ -61,14 +59,14 @@ def test_model_without_a_head_predicts_nothing():
         wav2vec2.predict(random_model(small_config("hubert")), torch.zeros(900))
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "wav2vec2.prediction", *map(str, arguments), "--device", "cpu"]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ})
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The command in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["prediction", *map(str, arguments), "--device", "cpu"])
+    return prediction.main()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("head", [TASK_HEADS[0], TASK_HEADS[-1]], ids=head_id)
-def test_command(tmp_path, head):
+def test_command(tmp_path, monkeypatch, capsys, head):
     checkpoint.save(tmp_path / "model.pth", task_contents(head, "hubert", "large"))
     paths = [tmp_path / name for name in ("a.wav", "b.flac")]
     for seed, path in enumerate(paths):
@@ -86,17 +84,20 @@ def test_command(tmp_path, head):
                     wanted.append(f"{path}\t{start:.3f}\t{end:.3f}\t{label}")
                 case text:
                     wanted.append(f"{path}\t{text.strip()}")
-    result = run(tmp_path / "model.pth", paths[0], tmp_path / "bad.wav", tmp_path / "none.wav", paths[1])
-    assert result.stdout.splitlines() == wanted
-    errors = result.stderr.splitlines()
-    assert result.returncode == 1 and len(errors) == 2 and "bad.wav" in errors[0] and "none.wav" in errors[1]
-    assert run(tmp_path / "model.pth", *paths).returncode == 0
+    capsys.readouterr()
+    path = tmp_path / "model.pth"
+    assert run(monkeypatch, path, paths[0], tmp_path / "bad.wav", tmp_path / "none.wav", paths[1]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == wanted
+    errors = printed.err.splitlines()
+    assert len(errors) == 2 and "bad.wav" in errors[0] and "none.wav" in errors[1]
+    assert run(monkeypatch, path, *paths) == 0
 
 
 @pytest.mark.slow
 def test_command_names_a_model_without_a_head(tmp_path):
     plain = random_model(small_config("hubert"))
     checkpoint.save(tmp_path / "model.pth", {"config": plain.config, "state_dict": plain.state_dict()})
-    result = run(tmp_path / "model.pth", tmp_path / "a.wav")
+    result = run_command(sys.executable, "-m", "wav2vec2.prediction", tmp_path / "model.pth", tmp_path / "a.wav")
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and "has no task head" in result.stderr

@@ -19,6 +19,8 @@ from ..model import wav2vec2_model
 
 # By format, the library that the hub names for it.
 FORMATS = {"hub": "dphubert", "onnx": "onnx", "torch_export": None, "huggingface": "transformers"}
+# Of this program, see LICENSE.
+CODE_LICENCE = "mit"
 # What the hub calls them.
 _TASKS = {TEXT: "automatic-speech-recognition", CLIPS: "audio-classification"}
 _MAKES = {
@@ -40,7 +42,9 @@ class Card:
         teacher: the teacher's name; its id on the hub (ORG/NAME) becomes the card's ``base_model``.
         teacher_num_params: gives the sparsity.
         data: what it was trained on.
-        licence: an identifier that the hub knows; None leaves it to whoever publishes the model.
+        licence: of the weights, an identifier that the hub knows; None leaves it to whoever publishes the model.
+        teacher_licence, data_licence: of what it was made from.
+        evaluation: what was measured, as keywords of huggingface_hub's EvalResult.
         made_by: the entry of the model file that says which script made it, and from what.
         source: name of the model file.
         head: of a model that has one.
@@ -54,6 +58,9 @@ class Card:
     teacher_num_params: int | None = None
     data: str | None = None
     licence: str | None = None
+    teacher_licence: str | None = None
+    data_licence: str | None = None
+    evaluation: Sequence[Mapping[str, Any]] = ()
     made_by: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
     head: Head | None = None
@@ -70,7 +77,7 @@ class Card:
             UserError: huggingface_hub is missing.
         """
         try:
-            from huggingface_hub import ModelCard, ModelCardData
+            from huggingface_hub import EvalResult, ModelCard, ModelCardData
         except ImportError as error:
             raise UserError(
                 "a model card needs huggingface_hub, which is missing: pip install huggingface_hub"
@@ -87,6 +94,11 @@ class Card:
             pipeline_tag=_TASKS.get(self.head and self.head.kind, "feature-extraction"),
             tags=["speech", "audio", "self-supervised", "dphubert", "wavlm" if is_wavlm(config) else "hubert"],
             base_model=self.teacher if self.teacher and is_hub_id(self.teacher) else None,
+            model_name=self.name,
+            eval_results=[EvalResult(**entry) for entry in self.evaluation] or None,
+            code_license=CODE_LICENCE,
+            teacher_license=self.teacher_licence,
+            data_license=self.data_licence,
         )
         card = ModelCard.from_template(
             data,
@@ -101,6 +113,7 @@ class Card:
             frames_per_second=SAMPLE_RATE / model.feature_extractor.stride,
             layers=[(heads if attends else 0, width if feeds else 0) for heads, attends, width, feeds in blocks],
             format_name=format_name,
+            code_licence=CODE_LICENCE,
             measured=measured,
             torch_version=torch.__version__.partition("+")[0],
             **words,

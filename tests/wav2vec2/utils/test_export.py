@@ -293,6 +293,9 @@ def test_other_frames_are_refused() -> None:
         (("--formats", "onnx", "--opset", "99"), "opset 99: expected at least 18, .* and at most"),
         (("--formats", "hub", "--int8"), "--int8: it is a second file of the onnx format"),
         (("--licence", "My Licence"), "--licence My Licence: expected one of the hub's identifiers"),
+        (("--data", "x", "--data_licence", "©"), "--data_licence ©: expected one of the hub's identifiers"),
+        (("--teacher_licence", "mit"), "--teacher_licence mit: the card does not say of what; add --teacher"),
+        (("--evaluation", "none.json"), "No such file or directory: 'none.json'"),
         (("--teacher_ckpt", "nowhere.pth"), "nowhere.pth"),
     ],
 )
