@@ -3,10 +3,10 @@
   hub           model.safetensors and config.json, as the Hugging Face hub has them; read by wav2vec2.hub
   onnx          model.onnx (--int8: model.int8.onnx too) for ONNX Runtime; pip install -r requirements-export.txt
   torch_export  model.pt2 for torch.export.load, without this project
-  huggingface   transformers' own format, for models whose layers are all alike (teachers)
+  huggingface   for transformers' Auto classes: its own format where it knows the model, else with the model's code
 
 Every file is loaded again and compared with the model before it is kept; the card says what was measured. Of a
-fine-tuned model onnx and torch_export give logits, and huggingface knows text only; --drop_head leaves the encoder.
+fine-tuned model onnx, torch_export and huggingface give logits; --drop_head leaves the encoder.
 
   python export.py --model exp/hubert-base/final/ckpts/pruned_hubert_base.pth --out exp/hubert-base/export \\
       --formats hub,onnx,torch_export --teacher facebook/hubert-base-ls960 --licence mit
@@ -15,7 +15,8 @@ fine-tuned model onnx and torch_export give logits, and huggingface knows text o
 import argparse
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,12 +29,22 @@ import cli
 from evaluation.cost import UTTERANCE_SECONDS, macs_per_second
 from evaluation.tables import card_metrics, model_of_shape, read_results
 from wav2vec2.checkpoint import read_model_file
-from wav2vec2.errors import UserError
+from wav2vec2.errors import UserError, listed
 from wav2vec2.files import read_safetensors
-from wav2vec2.heads import head_of, model_with_its_head, without_head
+from wav2vec2.heads import head_of, joined_state, model_with_its_head, without_head
 from wav2vec2.hub import CARD, WEIGHTS, read_folder, write_folder, write_text
 from wav2vec2.model import Wav2Vec2Model, masked_units, wav2vec2_model
-from wav2vec2.utils.export_huggingface import CTC_PREFIX, check_exportable, ctc_class, export_huggingface
+from wav2vec2.task_model import Head
+from wav2vec2.utils.export_huggingface import (
+    CTC_PREFIX,
+    OWN_PREFIX,
+    OWN_TYPE,
+    auto_class,
+    check_exportable,
+    ctc_class,
+    export_huggingface,
+    load_with_its_code,
+)
 from wav2vec2.utils.export_traced import (
     CHECKED_BATCHES,
     DEFAULT_OPSET,
@@ -42,7 +53,9 @@ from wav2vec2.utils.export_traced import (
     OUTPUTS,
     Exported,
     Program,
+    check_difference,
     check_onnx,
+    compare,
     min_samples,
     output_name,
     trace,
@@ -70,7 +83,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--model_type",
         choices=("hubert", "wav2vec2"),
-        help="of huggingface: which of the two, which are one network (default: hubert; a WavLM is one)",
+        help="of huggingface, where transformers knows the model: which of the two, which are one network (default: "
+        "hubert; a WavLM is one)",
     )
     card = parser.add_argument_group("what the card cannot know")
     card.add_argument("--name", help="title (default: the name of --out)")
@@ -223,22 +237,45 @@ def write_traced_card(job: Job, format_name: str, files: list[Exported], min_fra
 
 def write_huggingface(job: Job, folder: Path) -> None:
     head = job.card.head
-    model_type = export_huggingface(
-        job.contents["state_dict"], job.contents["config"], folder, job.args.model_type, head
-    )
-    imported = import_huggingface_model(folder, normalize_waveform=job.model.config["normalize_waveform"])
-    written = read_safetensors(folder / WEIGHTS)
-    own = {name.replace(CTC_PREFIX, "aux."): x.float() for name, x in written.items() if name.startswith(CTC_PREFIX)}
-    check_weights_written(job.model, {**imported.model.state_dict(), **own}, folder)
-    difference = compare_with_source(imported, folder)
-    measured = [
-        "the weights are those of the model file, bit for bit, in its precision",
-        f"largest difference of transformers' hidden states from ours on a second of noise: {difference:.1e}",
-    ]
-    model_class = FAMILIES[model_type].model_class if head is None else ctc_class(model_type)
-    card = job.card.text("huggingface", measured, model_class=model_class)
+    state_dict = joined_state(job.contents["state_dict"], job.contents["head"]["state_dict"] if head else {})
+    model_type = export_huggingface(state_dict, job.contents["config"], folder, job.args.model_type, head)
+    if model_type == OWN_TYPE:
+        model_class, difference = auto_class(head), check_own_model(job.model, folder, head)
+    else:
+        model_class = FAMILIES[model_type].model_class if head is None else ctc_class(model_type)
+        difference = check_known_model(job.model, folder)
+    measured = ["the weights are those of the model file, bit for bit, in its precision", difference]
+    card = job.card.text("huggingface", measured, model_class=model_class, own_code=model_type == OWN_TYPE)
     write_text(card, folder / CARD)
     report(folder / WEIGHTS, measured)
+
+
+def check_known_model(model: Wav2Vec2Model, folder: Path) -> str:
+    """Compare a folder of a model that transformers knows with the model; what is found is in words."""
+    imported = import_huggingface_model(folder, normalize_waveform=model.config["normalize_waveform"])
+    written = read_safetensors(folder / WEIGHTS)
+    own = {name.replace(CTC_PREFIX, "aux."): x.float() for name, x in written.items() if name.startswith(CTC_PREFIX)}
+    check_weights_written(model, {**imported.model.state_dict(), **own}, folder)
+    difference = compare_with_source(imported, folder)
+    return f"largest difference of transformers' hidden states from ours on a second of noise: {difference:.1e}"
+
+
+def check_own_model(model: Wav2Vec2Model, folder: Path, head: Head | None) -> str:
+    """The same for a folder with the code of its model."""
+    loaded = load_with_its_code(folder, head)
+    weights = {name.removeprefix(OWN_PREFIX): tensor for name, tensor in loaded.state_dict().items()}
+    check_weights_written(model, weights, folder)
+
+    def run(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        mask = torch.arange(waveforms.size(1)) < lengths[:, None]
+        return loaded(waveforms, attention_mask=mask)[0], loaded._get_feat_extract_output_lengths(lengths)
+
+    difference = compare(model, "last", run)
+    check_difference(difference, folder)
+    return (
+        f"largest difference from the model on noise, with and without padding: {difference.largest:.1e} (at most "
+        f"{LARGEST_DIFFERENCE:.0e} is accepted), relative to the largest value where that is above 1"
+    )
 
 
 WRITERS: dict[str, Callable[[Job, Path], None]] = {
@@ -257,8 +294,28 @@ def report(path: Path, measured: Sequence[str]) -> None:
         print(f"  {line}")
 
 
+def check_folders(folders: Iterable[Path]) -> None:
+    """Check that nothing can be overwritten.
+
+    Raises:
+        UserError: a folder has files in it, or is none.
+    """
+    for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(
+                f"{folder}: a file, where the folder of a format is to be; give another --out, or remove it"
+            )
+        found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        if found:
+            raise UserError(
+                f"{folder}: exists, with {listed('files in it', found)}, expected a new folder or an empty one; give "
+                "another --out, or remove it"
+            )
+
+
 def main(args: argparse.Namespace) -> None:
     formats = chosen_formats(args)
+    check_folders(args.out / name for name in formats)
     contents = read_model_file(args.model)
     if args.drop_head:
         contents |= without_head(contents)
@@ -271,7 +328,11 @@ def main(args: argparse.Namespace) -> None:
         check_exportable(contents["state_dict"], contents["config"], args.model_type, head)
     job = Job(contents, model_with_its_head(contents, args.model).eval(), describe(contents, args), args)
     for name in formats:
-        WRITERS[name](job, args.out / name)
+        try:
+            WRITERS[name](job, args.out / name)
+        except BaseException:
+            shutil.rmtree(args.out / name, ignore_errors=True)  # it was not there before
+            raise
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models with a task head: speech to text, a label for a clip, labels for stretches of it.
+"""Files of models with a task head.
 
 A fine-tuned model file is a model file as all others, with one entry more, ``head``: what it recognises, and the
 head's weights. Of ``text`` there are none: its head is the model's own output layer ``aux``, trained with CTC, whose
@@ -6,180 +6,21 @@ output 0 is the blank. Of ``clips`` and ``segments`` the file's config and weigh
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint import build_model, check_weights, masked_model_of, model_of
-from .config import ModelConfig, check_config
+from .config import check_config
 from .errors import UserError, short_repr
 from .model import Wav2Vec2Model
-from .pruning_utils import prune_linear
+from .task_model import TEXT, Head, TaskModel
 
-TEXT, CLIPS, SEGMENTS = "text", "clips", "segments"
-# What each setting of a head may be, by kind; None where the kind has no such setting.
-_CHOICES: dict[str, dict[str, tuple[str | None, ...]]] = {
-    TEXT: {"units": ("words", "characters"), "layers": ("last",), "pooling": (None,)},
-    CLIPS: {"units": (None,), "layers": ("last", "weighted"), "pooling": ("mean", "attentive")},
-    SEGMENTS: {"units": (None,), "layers": ("last", "weighted"), "pooling": (None,)},
-}
 _PREFIX = "head."  # of the head's weights among the model's
 _FRESH_DEVIATION = 0.02  # of a fresh head's weights, as in transformers
-
-
-@dataclass(frozen=True)
-class Head:
-    """What a head recognises, and of what.
-
-    Attributes:
-        kind: "text" (units by CTC), "clips" (one label for an utterance) or "segments" (a label for each frame).
-        labels: the names of the outputs; of text those behind the blank.
-        units: of text, what the labels are: "words" or "characters".
-        layers: "last", what the encoder's ``forward`` gives; or "weighted", a learnt softmax-weighted sum of all hidden
-            states, as in SUPERB (arXiv 2105.01051).
-        pooling: of clips, over frames: "mean", or "attentive", a mean weighted by a learnt softmax.
-
-    Raises:
-        ValueError: a setting cannot be (the message names it).
-    """
-
-    kind: str
-    labels: tuple[str, ...]
-    units: str | None = None
-    layers: str = "last"
-    pooling: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.kind, str) or self.kind not in _CHOICES:
-            raise ValueError(f"kind: expected one of {', '.join(_CHOICES)}, found {short_repr(self.kind)}")
-        labels = self.labels
-        if not (isinstance(labels, (list, tuple)) and labels and all(isinstance(x, str) and x for x in labels)):
-            raise ValueError(f"labels: expected names, found {short_repr(labels)}")
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"labels: expected each once, found {short_repr(labels)}")
-        object.__setattr__(self, "labels", tuple(labels))
-        for key, choices in _CHOICES[self.kind].items():
-            value = getattr(self, key)
-            if not (value is None or isinstance(value, str)) or value not in choices:
-                raise ValueError(
-                    f"{key}: expected {' or '.join(map(repr, choices))} with {self.kind}, found {short_repr(value)}"
-                )
-
-    @property
-    def num_outputs(self) -> int:
-        """One for each label, and of text one for the blank."""
-        return len(self.labels) + (self.kind == TEXT)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as a file holds them."""
-        return asdict(self) | {"labels": list(self.labels)}
-
-
-class TaskHead(nn.Module):
-    """The head of clips or segments: a linear layer on frames, or on what pooling makes of them.
-
-    Args:
-        head: its settings.
-        embed_dim: D.
-        num_states: hidden states of the encoder, the projected extractor output among them.
-    """
-
-    def __init__(self, head: Head, embed_dim: int, num_states: int) -> None:
-        super().__init__()
-        self.pools = head.kind == CLIPS
-        self.layer_scores = nn.Parameter(torch.zeros(num_states)) if head.layers == "weighted" else None
-        self.attention = nn.Linear(embed_dim, 1) if head.pooling == "attentive" else None
-        self.linear = nn.Linear(embed_dim, head.num_outputs)
-
-    def forward(self, hidden_states: Sequence[Tensor], output: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """See :meth:`TaskModel.logits`."""
-        x = output
-        if self.layer_scores is not None:
-            weights = self.layer_scores.softmax(0)
-            x = sum(weight * state for weight, state in zip(weights, hidden_states, strict=True))
-        return self.linear(self._pool(x, lengths) if self.pools else x)
-
-    def _pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """(B, frames, D) -> (B, D), over the valid frames"""
-        scores = x.new_zeros(x.shape[:2]) if self.attention is None else self.attention(x).squeeze(-1)  # (B, frames)
-        if lengths is not None:
-            padded = torch.arange(x.size(1), device=x.device) >= lengths[:, None]
-            # Not -inf: a row without any frame must not become NaN.
-            scores = scores.masked_fill(padded, torch.finfo(scores.dtype).min)
-        return (scores.softmax(1)[:, None] @ x).squeeze(1)
-
-    def prune_embed(self, index: Tensor) -> None:
-        """Keep these dimensions (n,) of frames."""
-        for layer in (self.attention, self.linear):
-            if layer is not None:
-                prune_linear(layer, index, "input")
-
-
-class TaskModel(Wav2Vec2Model):
-    """A model with a head: ``forward`` gives logits; all else is the encoder's.
-
-    Args:
-        config: of the encoder; of text its ``aux_num_out`` is one more than there are labels, else None.
-        head: the settings of the head.
-
-    Raises:
-        ValueError: the two do not fit each other.
-    """
-
-    def __init__(self, config: ModelConfig, head: Head) -> None:
-        expected = head.num_outputs if head.kind == TEXT else None
-        if config.aux_num_out != expected:
-            raise ValueError(
-                f"aux_num_out: expected {expected} with a head of {head.kind} and {len(head.labels)} labels, found "
-                f"{config.aux_num_out}"
-            )
-        super().__init__(config)
-        self.head_settings = head
-        num_states = config.encoder_num_layers + 1
-        self.head = None if head.kind == TEXT else TaskHead(head, config.encoder_embed_dim, num_states)
-
-    @property
-    def kind(self) -> str:
-        """What the head recognises, see :class:`Head`."""
-        return self.head_settings.kind
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The names of the outputs; of text those behind the blank."""
-        return self.head_settings.labels
-
-    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits, see :meth:`logits`, and (B,) valid frames; arguments as of :meth:`extract_features`."""
-        features, lengths, padded_lengths = self.extract_frames(waveforms, lengths)
-        if self.head_settings.layers == "weighted":
-            return self.logits(self.encoder.extract_features(features, padded_lengths), None, lengths), lengths
-        return self.logits([], self.encoder(features, padded_lengths), lengths), lengths
-
-    def logits(self, hidden_states: Sequence[Tensor], output: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """What :meth:`forward` does behind the encoder.
-
-        Args:
-            hidden_states: all of them (B, frames, D), as ``extract_features`` gives them; read for weighted layers.
-            output: (B, frames, D) as the encoder's ``forward`` gives it; read where the layers are the last.
-            lengths: (B,) valid frames, or None if all are.
-
-        Returns:
-            (B, frames, outputs) of text and segments, (B, classes) of clips.
-        """
-        return self.aux(output) if self.head is None else self.head(hidden_states, output, lengths)
-
-    @torch.no_grad()
-    def prune(self) -> dict[str, Any]:
-        """As of the base class; the head takes the dimensions of frames that are left."""
-        self.eval()  # the deterministic masks
-        kept_dims = self.encoder.kept_dims()
-        config = super().prune()
-        if self.head is not None and kept_dims is not None:
-            self.head.prune_embed(kept_dims)
-        return config
 
 
 def head_of(contents: Mapping[str, Any], source: str | os.PathLike) -> Head | None:

@@ -42,9 +42,10 @@ def normalize_waveforms(waveforms: Tensor, lengths: Tensor | None = None) -> Ten
         return nn.functional.layer_norm(waveforms, waveforms.shape[-1:], eps=_NORMALIZATION_EPS)
     valid = torch.arange(waveforms.size(1), device=waveforms.device) < lengths[:, None]  # (B, T)
     num_valid = lengths[:, None].clamp(min=1)  # an empty row has nothing to normalise, and must not become NaN
-    centred = (waveforms - (waveforms * valid).sum(1, keepdim=True) / num_valid) * valid
+    x = waveforms.to(torch.promote_types(waveforms.dtype, torch.float32))  # half precision has no room for the sums
+    centred = (x - (x * valid).sum(1, keepdim=True) / num_valid) * valid
     variance = centred.square().sum(1, keepdim=True) / num_valid
-    return centred * torch.rsqrt(variance + _NORMALIZATION_EPS)
+    return (centred * torch.rsqrt(variance + _NORMALIZATION_EPS)).to(waveforms.dtype)
 
 
 class Wav2Vec2Model(nn.Module):

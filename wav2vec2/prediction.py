@@ -22,9 +22,10 @@ from torch import Tensor
 
 from .audio import SAMPLE_RATE
 from .errors import UserError, single_line
-from .heads import CLIPS, TEXT, TaskModel, greedy_units
+from .heads import greedy_units
 from .inference import extract_iter, is_input, load
 from .model import Wav2Vec2Model
+from .task_model import CLIPS, TEXT, TaskModel
 
 
 class Labelled(NamedTuple):

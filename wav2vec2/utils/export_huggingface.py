@@ -1,7 +1,16 @@
-"""Writes a model in Hugging Face transformers' format: the inverse of import_huggingface.py, by its tables."""
+"""Writes a model in Hugging Face transformers' format.
 
+One that transformers knows is written as import_huggingface.py reads it, by its tables. Any other is written with code
+of its own: this package's network in modeling_dphubert.py.
+"""
+
+import inspect
 import json
+import re
+import sys
+import types
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +22,9 @@ from ..checkpoint import expected_state
 from ..components import WEIGHT_NORM_NAMES, published_name
 from ..config import is_wavlm
 from ..errors import UserError, short_repr
-from ..heads import TEXT, Head
 from ..hub import CONFIG, WEIGHTS, write_safetensors, write_text
 from ..model import wav2vec2_model
+from ..task_model import CLIPS, SEGMENTS, TEXT, Head
 from .import_huggingface import ACCEPTED, EXTRACTOR_MODES, FAMILIES, NAMES
 from .importing import source_name
 
@@ -27,6 +36,21 @@ _SPACE = "|"  # what its tokenizer has for it, and reads as it, whatever its set
 _PROJECTION_NORM = "encoder_feature_projection_layer_norm"
 _DUMMY_WEIGHT = "feature_extractor.dummy_weight"
 
+# Of models that transformers does not know: model_type, where their weights lie, and the modules of their code.
+OWN_TYPE, OWN_PREFIX = "dphubert", "network."
+CONFIGURATION, MODELING, PIPELINE = "configuration_dphubert", "modeling_dphubert", "pipeline_dphubert"
+# By kind of head: transformers' class that opens such a model, and the model's own.
+_OWN_CLASSES = {
+    None: ("AutoModel", "DPHuBERTModel"),
+    TEXT: ("AutoModelForCTC", "DPHuBERTForCTC"),
+    CLIPS: ("AutoModelForAudioClassification", "DPHuBERTForAudioClassification"),
+    SEGMENTS: ("AutoModelForAudioFrameClassification", "DPHuBERTForAudioFrameClassification"),
+}
+_OWN_IMPORT = re.compile(r"^( *)from (\.+|(?=hardconcrete\b))(\w+) import", re.MULTILINE)
+_CODE_HEADER = """# {name} of DPHuBERT, copied by its export.py: only imports differ.
+# SPDX-License-Identifier: MIT. Copyright (c) 2026 the maintainers of DPHuBERT.
+"""
+
 
 def export_huggingface(
     state_dict: Mapping[str, Tensor],
@@ -35,43 +59,98 @@ def export_huggingface(
     model_type: str | None = None,
     head: Head | None = None,
 ) -> str:
-    """Write config.json, model.safetensors and preprocessor_config.json, as transformers' ``save_pretrained`` does.
+    """Write a folder that transformers' Auto classes open, as its ``save_pretrained`` does.
 
-    Of a model with a head of text they are those of transformers' ...ForCTC, with its tokenizer's vocab.json and
-    tokenizer_config.json.
+    It holds config.json, model.safetensors, preprocessor_config.json, of a model with a head of text its tokenizer's
+    vocab.json and tokenizer_config.json, and code: :data:`PIPELINE`, and of a model that transformers does not know
+    all that it is made of, which ``trust_remote_code=True`` loads.
 
     Weights keep their precision and their bits. transformers' parameter for masked frames, which acts in its training
     only, is not in them, so config.json switches that masking off.
 
     Args:
-        state_dict, config: as in a model file.
+        state_dict: of the model, weights of a head among them as :func:`~wav2vec2.heads.joined_state` gives them.
+        config: as in a model file.
         folder: made if it is not there.
         model_type: "hubert" or "wav2vec2", which are the same network; the default is "hubert". WavLM is "wavlm".
         head: of the model file, if it has one.
 
     Returns:
-        The model type.
+        The model type, or :data:`OWN_TYPE` where the code of the model is its own.
 
     Raises:
-        UserError: transformers has no such model; it says which layer and why.
+        UserError: no such model can be written; it says why.
     """
     model_type = check_exportable(state_dict, config, model_type, head)
     config = _per_layer(config)
     state_dict = {published_name(name): tensor for name, tensor in state_dict.items()}
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()}
-    settings = _settings(config, model_type)
+    preprocessor = _preprocessor_settings(config, model_type)
+    files = {PREPROCESSOR: preprocessor}
+    if model_type == OWN_TYPE:
+        settings, names = _own_settings(config, head), {name: OWN_PREFIX + name for name in state_dict}
+    else:
+        settings = _settings(config, model_type)
+        if head is not None:
+            settings |= {"architectures": [ctc_class(model_type)], "vocab_size": head.num_outputs, "pad_token_id": 0}
+        prefix = "" if head is None else f"{model_type}."
+        names = {name: _their_name(name, prefix) for name in expected_state(config) if name != _DUMMY_WEIGHT}
+    if head is not None and head.kind == TEXT:
+        preprocessor["processor_class"] = "Wav2Vec2Processor"
+        files |= _tokenizer_settings(head)
     if len(dtypes) == 1:
         settings["dtype"] = dtypes.pop()
-    prefix, files = "", {CONFIG: settings, PREPROCESSOR: _preprocessor_settings(config)}
-    if head is not None:
-        prefix = f"{model_type}."
-        settings |= {"architectures": [ctc_class(model_type)], "vocab_size": head.num_outputs, "pad_token_id": 0}
-        files |= _tokenizer_settings(head)
-    names = {name: _their_name(name, prefix) for name in expected_state(config) if name != _DUMMY_WEIGHT}
+    settings["custom_pipelines"] = _pipelines(head)
     write_safetensors({theirs: state_dict[ours] for ours, theirs in names.items()}, folder / WEIGHTS)
-    for name, contents in files.items():
+    for name, contents in {CONFIG: settings, **files}.items():
         write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", folder / name)
+    for name, source in code_files(MODELING if model_type == OWN_TYPE else PIPELINE).items():
+        write_text(source, folder / name)
     return model_type
+
+
+def code_files(name: str) -> dict[str, str]:
+    """A module beside this one and all of this project that it imports, as modules of one folder.
+
+    Returns:
+        The source of each by the name of its file, importing the others relatively.
+    """
+    sources: dict[str, str] = {}
+    waiting = [import_module(f".{name}", __package__)]
+    while waiting:
+        module = waiting.pop()
+        name = module.__name__.rpartition(".")[2]
+        if f"{name}.py" in sources:
+            continue
+        source = inspect.getsource(module)
+        for _, dots, imported in _OWN_IMPORT.findall(source):
+            waiting.append(import_module(dots + imported, module.__package__))
+        header = _CODE_HEADER.format(name=module.__name__)
+        sources[f"{name}.py"] = header + _OWN_IMPORT.sub(r"\1from .\3 import", source)
+    return sources
+
+
+def load_with_its_code(folder: Path, head: Head | None) -> Any:
+    """The model of a folder of :data:`OWN_TYPE`, in single precision, by transformers and the code in the folder."""
+    package = types.ModuleType("_exported_model")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    try:
+        module = import_module(f"{package.__name__}.{MODELING}")
+        return getattr(module, own_class(head)).from_pretrained(folder, dtype=torch.float32)
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == package.__name__]:
+            del sys.modules[name]
+
+
+def own_class(head: Head | None) -> str:
+    """The class of a model of :data:`OWN_TYPE`."""
+    return _OWN_CLASSES[head and head.kind][1]
+
+
+def auto_class(head: Head | None) -> str:
+    """transformers' class that opens a model of :data:`OWN_TYPE`."""
+    return _OWN_CLASSES[head and head.kind][0]
 
 
 def ctc_class(model_type: str) -> str:
@@ -90,11 +169,24 @@ def check_exportable(
     Raises:
         UserError: it cannot.
     """
-    model_type = _model_type(config, model_type)
     _check_head(config, head)
-    _check_shapes(_per_layer(config))
-    _check_scale(state_dict[_DUMMY_WEIGHT])
-    return model_type
+    try:
+        known_type = _known_type(config, model_type)
+        if head is not None and head.kind != TEXT:
+            raise UserError(
+                f"huggingface format: the model has a head of {head.kind}, of which transformers has none of the same "
+                "form"
+            )
+        _check_shapes(_per_layer(config))
+        _check_scale(state_dict[_DUMMY_WEIGHT])
+    except UserError as error:
+        if model_type is None:
+            return OWN_TYPE
+        raise UserError(
+            f"{error}; leave out --model_type to have the model written with code of its own, or export it to another "
+            "format"
+        ) from error
+    return known_type
 
 
 def _per_layer(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +195,7 @@ def _per_layer(config: Mapping[str, Any]) -> dict[str, Any]:
         return wav2vec2_model(**config).config
 
 
-def _model_type(config: Mapping[str, Any], model_type: str | None) -> str:
+def _known_type(config: Mapping[str, Any], model_type: str | None) -> str:
     possible = ["wavlm"] if is_wavlm(config) else ["hubert", "wav2vec2"]
     if model_type is None:
         model_type = possible[0]
@@ -112,30 +204,24 @@ def _model_type(config: Mapping[str, Any], model_type: str | None) -> str:
     if model_type != "hubert" and not config.get(_PROJECTION_NORM, True):
         raise UserError(
             f"huggingface format: the model has no LayerNorm before its feature projection ({_PROJECTION_NORM}), but "
-            f"transformers' {model_type} models have; export it "
-            f"{'to another format' if model_type == 'wavlm' else 'as model_type hubert'}"
+            f"transformers' {model_type} models have"
         )
     return model_type
 
 
 def _check_head(config: Mapping[str, Any], head: Head | None) -> None:
-    """Check that transformers has a model with such a head, or with none.
+    """Check that a model with such a head, or with none, can be written.
 
     Raises:
-        UserError: it has not.
+        UserError: it cannot.
     """
     if head is None and config.get("aux_num_out") is not None:
         raise UserError(
-            f"huggingface format: the model has an output layer (aux_num_out {config['aux_num_out']}), which "
-            "transformers' base models have not; export the model without it: --drop_head"
-        )
-    if head is not None and head.kind != TEXT:
-        raise UserError(
-            f"huggingface format: the model has a head of {head.kind}, of which transformers has none of the same "
-            "form; export it to another format, or its encoder alone: --drop_head"
+            f"huggingface format: the model has an output layer (aux_num_out {config['aux_num_out']}), whose outputs "
+            "have no names in the file; export the model without it: --drop_head"
         )
     for token, meaning in ((_BLANK, "blank"), (_SPACE, "space")):
-        if head is not None and token in head.labels:
+        if head is not None and head.kind == TEXT and token in head.labels:
             raise UserError(
                 f"huggingface format: {token!r} is one of the labels, but transformers' name of the {meaning}; export "
                 "the model to another format"
@@ -150,10 +236,7 @@ def _check_shapes(config: Mapping[str, Any]) -> None:
     """
 
     def refuse(layer: int, found: str, expected: str) -> None:
-        raise UserError(
-            f"huggingface format: layer {layer + 1} has {found}, but transformers' models have {expected}; export a "
-            "pruned model to another format"
-        )
+        raise UserError(f"huggingface format: layer {layer + 1} has {found}, but transformers' models have {expected}")
 
     widths = config["encoder_ff_interm_features"]
     total, remaining = _heads(config)
@@ -177,8 +260,7 @@ def _heads(config: Mapping[str, Any]) -> tuple[int, list[int]]:
     if rest or wavlm:
         raise UserError(
             f"huggingface format: attention heads of {config['encoder_head_dim']} dimensions, but those of "
-            f"transformers' models divide the embedding, which has {config['encoder_embed_dim']}; export it "
-            "to another format"
+            f"transformers' models divide the embedding, which has {config['encoder_embed_dim']}"
         )
     return total, config["encoder_num_heads"]
 
@@ -194,8 +276,7 @@ def _check_scale(scale: Tensor) -> None:
         raise UserError(
             f"huggingface format: the extractor's last conv layer, which was pruned, has an output scale other than 1 "
             f"({_DUMMY_WEIGHT}: {short_repr(float(scale[channel]))} of channel {channel}), but transformers' "
-            "models have no "
-            "place for it; export the model to another format"
+            "models have no place for it"
         )
 
 
@@ -248,6 +329,33 @@ def _settings(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     }
 
 
+def _own_settings(config: Mapping[str, Any], head: Head | None) -> dict[str, Any]:
+    """config.json of a model of :data:`OWN_TYPE`."""
+    auto_map = {auto: f"{MODELING}.{own}" for auto, own in _OWN_CLASSES.values()}
+    settings = {
+        **config,
+        "model_type": OWN_TYPE,
+        "architectures": [own_class(head)],
+        "auto_map": {"AutoConfig": f"{CONFIGURATION}.DPHuBERTConfig", **auto_map},
+    }
+    if head is None or head.kind == TEXT:
+        return settings
+    return settings | {
+        "id2label": dict(enumerate(head.labels)),
+        "label2id": {label: number for number, label in enumerate(head.labels)},
+        "use_weighted_layer_sum": head.layers == "weighted",
+        "classifier_pooling": head.pooling or "mean",
+    }
+
+
+def _pipelines(head: Head | None) -> dict[str, dict[str, Any]]:
+    """By task, the classes of transformers' pipelines that the code in the folder has."""
+    pipelines = {"feature-extraction": {"impl": f"{PIPELINE}.SpeechFeaturesPipeline", "pt": ["AutoModel"]}}
+    if head is not None and head.units == "words":
+        pipelines["automatic-speech-recognition"] = {"impl": f"{PIPELINE}.WordsPipeline", "pt": ["AutoModelForCTC"]}
+    return pipelines
+
+
 def _tokenizer_settings(head: Head) -> dict[str, dict[str, Any]]:
     """vocab.json, and tokenizer_config.json for a tokenizer that has no other tokens than the blank and the labels."""
     tokens = [_BLANK, *(_SPACE if label == " " else label for label in head.labels)]
@@ -261,14 +369,14 @@ def _tokenizer_settings(head: Head) -> dict[str, dict[str, Any]]:
     return {VOCABULARY: vocabulary, TOKENIZER: settings}
 
 
-def _preprocessor_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """preprocessor_config.json: the published convention is that only models with layer_norm extractors see masks."""
+def _preprocessor_settings(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """preprocessor_config.json: of transformers' own models, only those with layer_norm extractors see masks."""
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "do_normalize": config["normalize_waveform"],
         "feature_size": 1,
         "padding_side": "right",
         "padding_value": 0.0,
-        "return_attention_mask": config["extractor_mode"] == "layer_norm",
+        "return_attention_mask": model_type == OWN_TYPE or config["extractor_mode"] == "layer_norm",
         "sampling_rate": SAMPLE_RATE,
     }

@@ -13,9 +13,9 @@ import torch
 from ..audio import SAMPLE_RATE
 from ..config import is_wavlm
 from ..errors import UserError, listed
-from ..heads import CLIPS, SEGMENTS, TEXT, Head
 from ..hub import is_hub_id
 from ..model import wav2vec2_model
+from ..task_model import CLIPS, SEGMENTS, TEXT, Head
 
 # By format, the library that the hub names for it.
 FORMATS = {"hub": "dphubert", "onnx": "onnx", "torch_export": None, "huggingface": "transformers"}

@@ -139,12 +139,10 @@ def test_words_are_transformers(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("head", "reason"),
     [
-        (TASK_HEADS[2], "a head of clips, of which transformers has none"),
-        (TASK_HEADS[-1], "a head of segments, of which transformers has none"),
         (Head("text", ("a", "<pad>"), units="words"), "'<pad>' is one of the labels"),
         (Head("text", ("a", " ", "|"), units="characters"), "'|' is one of the labels"),
     ],
-    ids=["clips", "segments", "blank", "space"],
+    ids=["blank", "space"],
 )
 def test_heads_that_transformers_has_not(tmp_path, monkeypatch, capsys, head, reason):
     _, path = saved(tmp_path, head)
