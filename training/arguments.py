@@ -634,8 +634,6 @@ class RunSettings:
                 )
             if self.machine.compile:
                 raise UserError("--compile: is not for batches with padding, which --task_tsv makes; leave it out")
-        elif self.data.tsv_dir is None:
-            raise UserError("--tsv_dir: is not given, expected the directory of the manifests from prepare_data.py")
         elif not (self.distils or others):
             raise UserError(
                 "--l2_weight, --l1_weight, --cos_weight, --star_weight and --unit_weight are all 0: nothing would be "
@@ -783,7 +781,10 @@ def read_arguments(args: argparse.Namespace, stage: str, *, prunes: bool) -> Run
         UserError: names the option, what was found and what is expected.
     """
     groups = _SHARED | (_JOINT if prunes else {})
-    return RunSettings(stage=stage, **{name: group.from_args(args) for name, group in groups.items()})
+    settings = RunSettings(stage=stage, **{name: group.from_args(args) for name, group in groups.items()})
+    if settings.data.tsv_dir is None and not settings.task.is_on:
+        raise UserError("--tsv_dir: is not given, expected the directory of the manifests from prepare_data.py")
+    return settings
 
 
 def add_finetune_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
