@@ -27,7 +27,7 @@ import torch
 import cli
 from dataset.labels import UNITS, Probe, read_probe
 from dataset.scores import METRICS
-from evaluation.backends import Subject, exported, parse_backends, torch_subject
+from evaluation.backends import Subject, exported, parse_backends, read_speech, torch_subject
 from evaluation.cost import cost, counted_on, made_by, measure_speed
 from evaluation.features import LogMel
 from evaluation.fidelity import HeldOutSpeech, make_student, measure_fidelity, shared_min_samples
@@ -156,6 +156,7 @@ def main(args: argparse.Namespace) -> None:
     backends = parse_backends(args.backends)
     if len(backends) > 1 and device.type != "cpu":
         raise UserError(f"--backends {args.backends}: ONNX Runtime is timed on the CPU; add --device cpu")
+    calibration = read_speech(args.tsv) if args.tsv and "onnx-int8" in backends else []
     subjects = load_subjects(args, device)
     models = [subject.model for subject in subjects]
     tasks = {each.name: head_tasks(each.model, probes) for each in subjects if isinstance(each.model, TaskModel)}
@@ -170,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
     own = {each.name: head_summary(each.model, tasks[each.name], each.name) for each in subjects if each.name in tasks}
     with tempfile.TemporaryDirectory() as folder:
         for number, subject in enumerate(list(subjects)):
-            subjects += exported(subject, backends, Path(folder) / str(number))
+            subjects += exported(subject, backends, Path(folder) / str(number), calibration)
         runs = [subject.run for subject in subjects]
         speeds = measure_speed(runs, args.speed_seconds, args.batch, args.repetitions, device)
         probed = {

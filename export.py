@@ -14,10 +14,11 @@ fine-tuned model onnx, torch_export and huggingface give logits; --drop_head lea
 
 import argparse
 import hashlib
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,19 @@ import torch
 from torch import Tensor
 
 import cli
+from dataset.labels import Probe, read_probe
+from evaluation.backends import read_speech
 from evaluation.cost import UTTERANCE_SECONDS, macs_per_second
+from evaluation.losses import Loss, losses
 from evaluation.tables import card_metrics, model_of_shape, read_results
+from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.checkpoint import read_model_file
 from wav2vec2.errors import UserError, listed
 from wav2vec2.files import read_safetensors
 from wav2vec2.heads import head_of, joined_state, model_with_its_head, without_head
 from wav2vec2.hub import CARD, WEIGHTS, read_folder, write_folder, write_text
 from wav2vec2.model import Wav2Vec2Model, masked_units, wav2vec2_model
-from wav2vec2.task_model import Head
+from wav2vec2.task_model import CLIPS, Head, TaskModel
 from wav2vec2.utils.export_huggingface import (
     CTC_PREFIX,
     OWN_PREFIX,
@@ -45,25 +50,35 @@ from wav2vec2.utils.export_huggingface import (
     export_huggingface,
     load_with_its_code,
 )
+from wav2vec2.utils.export_onnx import (
+    DEFAULT_OPSET,
+    ONNX,
+    Chunk,
+    OnnxFile,
+    OnnxOptions,
+    check_onnx,
+    write_onnx,
+)
 from wav2vec2.utils.export_traced import (
     CHECKED_BATCHES,
-    DEFAULT_OPSET,
     LARGEST_DIFFERENCE,
-    ONNX_INT8,
     OUTPUTS,
     Exported,
     Program,
     check_difference,
-    check_onnx,
     compare,
     min_samples,
     output_name,
     trace,
-    write_onnx,
     write_pt2,
 )
 from wav2vec2.utils.import_huggingface import FAMILIES, compare_with_source, import_huggingface_model
 from wav2vec2.utils.model_card import FORMATS, Card
+
+# Flags of the onnx format alone.
+ONNX_FLAGS = ("float16", "int8", "tsv", "chunk_seconds", "probes", "max_loss")
+# Seconds of a chunk, and of what is around it: more than this, and it is no streaming.
+MAX_SECONDS = 60.0
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,14 +93,24 @@ def parse_args() -> argparse.Namespace:
         help="of onnx and torch_export: the last hidden state (logits, if there is a head), or all",
     )
     parser.add_argument("--drop_head", action="store_true", help="export the encoder alone, as a plain model")
-    parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="of onnx")
-    parser.add_argument("--int8", action="store_true", help="of onnx: a second file, with 8-bit weights")
     parser.add_argument(
         "--model_type",
         choices=("hubert", "wav2vec2"),
         help="of huggingface, where transformers knows the model: which of the two, which are one network (default: "
         "hubert; a WavLM is one)",
     )
+    onnx = parser.add_argument_group("onnx")
+    onnx.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="%(default)s by default")
+    onnx.add_argument("--float16", action="store_true", help="a second file, half as large; computes in float32")
+    onnx.add_argument("--int8", action="store_true", help="a second file, which computes with 8 bits; see --tsv")
+    onnx.add_argument(
+        "--tsv", type=Path, help="manifest of speech, from prepare_data.py: with it int8 is of convolutions too"
+    )
+    onnx.add_argument("--chunk_seconds", type=float, help="take speech by chunks of this length, for streaming")
+    onnx.add_argument("--left_seconds", type=float, help="what is heard before a chunk (default: 2)")
+    onnx.add_argument("--right_seconds", type=float, help="what is heard behind a chunk (default: 0)")
+    onnx.add_argument("--probes", type=Path, nargs="+", default=[], metavar="TSV", help="measure what files lose")
+    onnx.add_argument("--max_loss", type=float, metavar="POINTS", help="keep nothing if a file loses more quality")
     card = parser.add_argument_group("what the card cannot know")
     card.add_argument("--name", help="title (default: the name of --out)")
     card.add_argument("--teacher", help="the teacher's name; ORG/NAME links to it on the hub")
@@ -108,8 +133,9 @@ def chosen_formats(args: argparse.Namespace) -> list[str]:
         raise UserError(f"--formats: expected some of {', '.join(FORMATS)}, separated by commas, found {unknown[0]!r}")
     if "onnx" in formats:
         check_onnx(args.opset)
-    elif args.int8:
-        raise UserError("--int8: it is a second file of the onnx format; add onnx to --formats, or leave it out")
+        check_onnx_options(args)
+    elif given := [f"--{name}" for name in ONNX_FLAGS if getattr(args, name) not in (None, False, [])]:
+        raise UserError(f"{given[0]}: is of the onnx format; add onnx to --formats, or leave it out")
     for name, of in (("licence", "model"), ("teacher_licence", "teacher"), ("data_licence", "data")):
         licence = getattr(args, name)
         if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
@@ -120,6 +146,55 @@ def chosen_formats(args: argparse.Namespace) -> list[str]:
         if licence and not (getattr(args, of) or (of == "teacher" and args.teacher_ckpt)):
             raise UserError(f"--{name} {licence}: the card does not say of what; add --{of}")
     return formats
+
+
+def check_onnx_options(args: argparse.Namespace) -> None:
+    """Refuse options of the onnx format that cannot be, or that nothing comes of.
+
+    Raises:
+        UserError: there is one.
+    """
+    if args.max_loss is not None and not args.probes:
+        raise UserError("--max_loss: quality is measured on --probes, lists of labelled clips; give some")
+    if args.max_loss is not None and not 0 <= args.max_loss < math.inf:
+        raise UserError(f"--max_loss {args.max_loss:g}: expected points of quality, at least 0")
+    if args.chunk_seconds is None:
+        for name in ("left_seconds", "right_seconds"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name}: is beside a chunk; give --chunk_seconds, too")
+        if args.tsv and not (args.int8 or args.float16):
+            raise UserError("--tsv: nothing is measured on it; give --int8, --float16 or --chunk_seconds")
+        return
+    for name, value in zip(("chunk", "left", "right"), seconds_of_chunk(args), strict=True):
+        if not 0 <= value <= MAX_SECONDS:
+            raise UserError(f"--{name}_seconds {value:g}: expected 0 to {MAX_SECONDS:g}")
+    if not args.tsv:
+        raise UserError("--chunk_seconds: give --tsv, speech to measure how far chunks are from whole utterances")
+
+
+def seconds_of_chunk(args: argparse.Namespace) -> tuple[float, float, float]:
+    """A chunk's, and those heard before and behind it."""
+    left, right = args.left_seconds, args.right_seconds
+    return args.chunk_seconds, 2.0 if left is None else left, right or 0.0
+
+
+def chosen_onnx_options(model: Wav2Vec2Model, args: argparse.Namespace) -> OnnxOptions:
+    """The options of the onnx format, which the model is looked at for, with the speech of --tsv.
+
+    Raises:
+        UserError: a chunk is no frame, or the model's head answers to whole clips; or the speech cannot be read.
+    """
+    speech = read_speech(args.tsv) if args.tsv else []
+    options = OnnxOptions(args.outputs, args.opset, args.float16, args.int8, None, speech)
+    if args.chunk_seconds is None:
+        return options
+    if isinstance(model, TaskModel) and model.kind == CLIPS and args.outputs == "last":
+        raise UserError("--chunk_seconds: the model's head answers to whole clips; give --drop_head or --outputs all")
+    hop = model.feature_extractor.stride / SAMPLE_RATE
+    chunk = Chunk(*(round(seconds / hop) for seconds in seconds_of_chunk(args)))
+    if chunk.frames == 0:
+        raise UserError(f"--chunk_seconds {args.chunk_seconds:g}: expected at least {hop:g}, which is one frame")
+    return replace(options, chunk=chunk)
 
 
 def describe(contents: dict[str, Any], args: argparse.Namespace) -> Card:
@@ -169,12 +244,17 @@ def num_params(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What every writer needs: a model file's contents, its model in eval mode, what the card says, the options."""
+    """What every writer needs: a model file's contents, its model in eval mode, what the card says, the options.
+
+    ``probes`` are those of --probes.
+    """
 
     contents: dict[str, Any]
     model: Wav2Vec2Model
     card: Card
     args: argparse.Namespace
+    onnx_options: OnnxOptions
+    probes: list[Probe]
 
     @cached_property
     def program(self) -> Program:
@@ -202,35 +282,78 @@ def check_weights_written(model: Wav2Vec2Model, weights: dict[str, Tensor], fold
 
 
 def write_onnx_format(job: Job, folder: Path) -> None:
-    files = write_onnx(job.program, job.model, job.args.outputs, folder, job.args.opset, job.args.int8)
-    write_traced_card(job, "onnx", files, min_frames=1)
+    args, options = job.args, job.onnx_options
+    lost: dict[str, Loss] = {}
+
+    def check(files: Sequence[OnnxFile]) -> None:
+        if job.probes:
+            lost.update(losses(job.model, args.outputs, {file.path.name: file.run for file in files}, job.probes))
+        for name, loss in lost.items():
+            if args.max_loss is not None and not loss.points <= args.max_loss:
+                raise UserError(
+                    f"{folder / name}: {loss.reached}: {loss.points:.1f} points lost, --max_loss allows "
+                    f"{args.max_loss:g}; no file was kept"
+                )
+
+    files = write_onnx(job.model, options, folder, None if options.chunk else job.program, check)
+    measured = []
+    for file in files:
+        name, is_exact = file.path.name, file.path.name == ONNX
+        on = f"{len(options.speech)} utterances of {args.tsv.name}" if options.speech else ""
+        noise = f"{'noise, chunk by chunk' if options.chunk else NOISE}"
+        measured.append(described(job, file, is_exact, noise if is_exact or not on else on))
+        if file.from_whole:
+            apart = file.from_whole
+            measured.append(
+                f"{name}, chunk by chunk: cosine of a frame with that of the whole utterance {apart.mean_cosine:.4f} "
+                f"on average, {apart.lowest_cosine:.4f} at least; {on}"
+            )
+        if name in lost:
+            measured.append(f"{name}: {lost[name].reached}; {lost[name].points:.1f} points lost")
+    hop, (whole, *_) = job.model.feature_extractor.stride, files
+    write_traced_card(
+        job,
+        "onnx",
+        folder,
+        measured,
+        min_frames=1,
+        opset=whole.opset,
+        operators=sorted(set().union(*(file.operators for file in files))),
+        chunk=options.chunk,
+        hop=hop,
+        window_samples=options.chunk and min_samples(job.model, options.chunk.window),
+    )
 
 
 def write_torch_export(job: Job, folder: Path) -> None:
     file = write_pt2(job.program, job.model, job.args.outputs, folder)
-    write_traced_card(job, "torch_export", [file], min_frames=2)
+    write_traced_card(job, "torch_export", folder, [described(job, file, True, NOISE)], min_frames=2)
 
 
-def write_traced_card(job: Job, format_name: str, files: list[Exported], min_frames: int) -> None:
-    frames = [frames for batch in CHECKED_BATCHES for frames in batch]
-    measured, output = [], output_name(job.model, job.args.outputs)
-    what = "logits" if output == "logits" else "hidden states"
-    for path, num_bytes, difference in files:
-        limit = "" if path.name == ONNX_INT8 else f" (at most {LARGEST_DIFFERENCE:.0e} is accepted)"
-        measured.append(
-            f"{path.name}: {num_bytes:,} bytes; {what} differ from PyTorch's by at most "
-            f"{difference.largest:.1e}{limit}, relative to the largest value where that is above 1; cosine of a frame "
-            f"{difference.mean_cosine:.6f} on average, {difference.lowest_cosine:.6f} at least; noise in "
-            f"{len(CHECKED_BATCHES)} batches that were not traced, with and without padding, {min(frames)} to "
-            f"{max(frames)} frames"
-        )
-    text = job.card.text(
-        format_name,
-        measured,
-        output=output,
-        min_samples=min_samples(job.model, min_frames),
+_FRAMES = [frames for batch in CHECKED_BATCHES for frames in batch]
+NOISE = (
+    f"noise in {len(CHECKED_BATCHES)} batches that were not traced, with and without padding, {min(_FRAMES)} to "
+    f"{max(_FRAMES)} frames"
+)
+
+
+def described(job: Job, file: Exported | OnnxFile, is_exact: bool, compared_on: str) -> str:
+    """Size of a file, and how far it is from the model."""
+    difference = file.difference
+    what = "logits" if output_name(job.model, job.args.outputs) == "logits" else "hidden states"
+    limit = f" (at most {LARGEST_DIFFERENCE:.0e} is accepted)" if is_exact else ""
+    return (
+        f"{file.path.name}: {file.num_bytes:,} bytes; {what} differ from PyTorch's by at most "
+        f"{difference.largest:.1e}{limit}, relative to the largest value where that is above 1; cosine of a frame "
+        f"{difference.mean_cosine:.6f} on average, {difference.lowest_cosine:.6f} at least; {compared_on}"
     )
-    folder = files[0].path.parent
+
+
+def write_traced_card(
+    job: Job, format_name: str, folder: Path, measured: Sequence[str], min_frames: int, **words: Any
+) -> None:
+    output = output_name(job.model, job.args.outputs)
+    text = job.card.text(format_name, measured, output=output, min_samples=min_samples(job.model, min_frames), **words)
     write_text(text, folder / CARD)
     report(folder, measured)
 
@@ -326,8 +449,12 @@ def main(args: argparse.Namespace) -> None:
     if "huggingface" in formats:  # before the others, which take longer
         head = head_of(contents, args.model)
         check_exportable(contents["state_dict"], contents["config"], args.model_type, head)
-    job = Job(contents, model_with_its_head(contents, args.model).eval(), describe(contents, args), args)
-    for name in formats:
+    model = model_with_its_head(contents, args.model).eval()
+    options = chosen_onnx_options(model, args)
+    probes = [read_probe(path) for path in args.probes]
+    job = Job(contents, model, describe(contents, args), args, options, probes)
+    # onnx may lose too much; nothing has been written then.
+    for name in sorted(formats, key="onnx".__ne__):
         try:
             WRITERS[name](job, args.out / name)
         except BaseException:

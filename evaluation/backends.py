@@ -7,13 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dataset.manifest import read_manifest
+from dataset.speech import load_finite
 from evaluation.features import Features, ModelFeatures
+from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.errors import UserError
 from wav2vec2.hub import WEIGHTS
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.utils.export_traced import DEFAULT_OPSET, ONNX, ONNX_INT8, check_onnx, onnx_session, trace, write_onnx
+from wav2vec2.utils.export_onnx import DEFAULT_OPSET, ONNX, ONNX_INT8, OnnxOptions, check_onnx, write_onnx
+from wav2vec2.utils.export_traced import Run
 
 BACKENDS = {"torch": None, "onnx": ONNX, "onnx-int8": ONNX_INT8}
+# Of a manifest, for int8's ranges and for differences: so many utterances, and what of each.
+_NUM_UTTERANCES, _MIN_SECONDS, _MAX_SECONDS = 32, 1.0, 10.0
 
 
 def parse_backends(text: str) -> list[str]:
@@ -64,10 +70,16 @@ def torch_subject(name: str, path: Path, model: Wav2Vec2Model, is_teacher: bool)
     return Subject(name, path, "torch", is_teacher, model, ModelFeatures(model, name), run, file.stat().st_size)
 
 
-class OnnxFeatures:
-    """All hidden states of a model that ONNX Runtime runs on the CPU."""
+class RunFeatures:
+    """What a model gives as it is exported: all hidden states, or the last alone.
 
-    def __init__(self, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], model: Wav2Vec2Model, name: str) -> None:
+    Args:
+        run: computes it, on the CPU.
+        model: that it was exported from.
+        name: for progress and errors.
+    """
+
+    def __init__(self, run: Run, model: Wav2Vec2Model, name: str) -> None:
         self.name = name
         self.window = model.feature_extractor.receptive_field
         self.hop = model.feature_extractor.stride
@@ -84,31 +96,57 @@ class OnnxFeatures:
         states, frames = self._run(padded[None], torch.tensor([len(waveform)]))
         if not states.isfinite().all():
             raise UserError(f"{self.name}: hidden states of {place} hold NaN or infinite values, expected numbers")
-        return states[:, 0, : int(frames[0])]
+        return states.reshape(-1, *states.shape[-2:])[:, : int(frames[0])]
 
     def pooled(self, waveform: Tensor, place: str) -> Tensor:
         """The mean over frames."""
         return self.frames(waveform, place).mean(1)
 
 
-def exported(subject: Subject, backends: Sequence[str], folder: Path) -> list[Subject]:
-    """The same model as these other backends run it, from files that are written into ``folder``.
+def read_speech(path: Path) -> list[Tensor]:
+    """Utterances (T,) from all over a manifest, the beginning of long ones.
 
     Raises:
-        UserError: the model cannot be exported, see :func:`wav2vec2.utils.export_traced.write_onnx`.
+        UserError: the manifest or an audio file cannot be read, or all are too short.
+    """
+    manifest = read_manifest(path)
+    long_enough = (manifest.lengths >= _MIN_SECONDS * SAMPLE_RATE).nonzero()[0]
+    if not len(long_enough):
+        raise UserError(f"{path}: no utterance has {_MIN_SECONDS:g} s, expected speech of such length")
+    places = torch.linspace(0, len(long_enough) - 1, min(_NUM_UTTERANCES, len(long_enough))).round().long()
+    speech = []
+    for index in long_enough[places.numpy()].tolist():
+        length = int(manifest.lengths[index])
+        wanted = min(length, round(_MAX_SECONDS * SAMPLE_RATE))
+        speech.append(load_finite(manifest.full_path(index), 0, wanted, length))
+    return speech
+
+
+def exported(subject: Subject, backends: Sequence[str], folder: Path, speech: Sequence[Tensor] = ()) -> list[Subject]:
+    """The same model as these other backends run it, from files that are written into ``folder``.
+
+    Args:
+        subject: as PyTorch runs it.
+        backends: of :data:`BACKENDS`.
+        folder: is made.
+        speech: for the ranges of int8, see :class:`wav2vec2.utils.export_onnx.OnnxOptions`.
+
+    Raises:
+        UserError: the model cannot be exported, see :func:`wav2vec2.utils.export_onnx.write_onnx`.
     """
     names = [name for name in backends if name != "torch"]
     if not names:
         return []
     model = subject.model.cpu()
-    files = write_onnx(trace(model, "all"), model, "all", folder, DEFAULT_OPSET, "onnx-int8" in names)
+    # Hidden states are measured, of a model with a head too.
+    options = OnnxOptions(outputs="all", int8="onnx-int8" in names, speech=speech)
+    files = {file.path.name: file for file in write_onnx(model, options, folder)}
     found = []
     for backend in names:
-        (file,) = (file for file in files if file.path.name == BACKENDS[backend])
-        session = onnx_session(file.path)
+        file = files[BACKENDS[backend]]
         name = f"{subject.name} ({backend})"
 
-        def run(waveforms: Tensor, session: Callable[..., object] = session) -> object:
+        def run(waveforms: Tensor, session: Run = file.run) -> object:
             return session(waveforms, torch.full((len(waveforms),), waveforms.shape[1]))
 
         found.append(
@@ -117,7 +155,7 @@ def exported(subject: Subject, backends: Sequence[str], folder: Path) -> list[Su
                 name=name,
                 backend=backend,
                 is_teacher=False,
-                features=OnnxFeatures(session, model, name),
+                features=RunFeatures(file.run, model, name),
                 run=run,
                 num_bytes=file.num_bytes,
             )

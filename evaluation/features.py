@@ -17,6 +17,7 @@ from wav2vec2.audio import SAMPLE_RATE, read_audio
 from wav2vec2.errors import UserError
 from wav2vec2.heads import TaskModel
 from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.utils.export_traced import Run
 
 # Of every published model: a frame is made of 400 samples, the next begins 320 later.
 _WINDOW, _HOP = 400, 320
@@ -50,14 +51,21 @@ def hidden_states(
 
 
 @torch.inference_mode()
-def head_logits(model: TaskModel, waveform: Tensor, model_source: str, audio_source: str) -> Tensor:
+def head_logits(
+    model: TaskModel, waveform: Tensor, model_source: str, audio_source: str, run: Run | None = None
+) -> Tensor:
     """The logits of a waveform (T,), on the CPU: (frames, outputs), or (classes,) of clips; see :func:`hidden_states`.
+
+    ``run`` makes them in the place of the model, from which it was exported.
 
     Raises:
         UserError: the waveform is too short for a frame, or a logit is not finite.
     """
     _check_length(waveform, model.feature_extractor.receptive_field, audio_source)
-    (logits,), _ = model(waveform[None].to(next(model.parameters()).device))
+    if run is None:
+        (logits,), _ = model(waveform[None].to(next(model.parameters()).device))
+    else:
+        (logits,), _ = run(waveform[None], torch.tensor([len(waveform)]))
     if not logits.isfinite().all():
         raise UserError(
             f"{model_source}: its head gives NaN or infinite values for {audio_source}, expected numbers; its "

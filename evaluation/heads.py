@@ -16,6 +16,7 @@ from evaluation.probes import frame_labels
 from evaluation.scores import Scored
 from wav2vec2.errors import short_repr
 from wav2vec2.heads import TaskModel, greedy_units
+from wav2vec2.utils.export_traced import Run
 
 
 class HeadTasks(NamedTuple):
@@ -67,20 +68,23 @@ def head_summary(model: TaskModel, tasks: HeadTasks, name: str) -> dict[str, Any
     return {**model.head_settings.to_dict(), "scores": scores, "left_out": tasks.left_out}
 
 
-def score_head(model: TaskModel, probe: Probe, name: str) -> Score:
-    """What the head reaches on the test clips; a verification compares its logits, from their mean over training."""
+def score_head(model: TaskModel, probe: Probe, name: str, run: Run | None = None) -> Score:
+    """What the head reaches on the test clips; a verification compares its logits, from their mean over training.
+
+    ``run`` makes the logits in the place of the model, from which it was exported.
+    """
     number = {label: place for place, label in enumerate(model.labels)}
     outputs = torch.tensor([number[label] for label in probe.labels])
     if probe.kind == VERIFICATION:
-        embeddings = _all_logits(model, probe, probe.test, name)
-        embeddings -= _all_logits(model, probe, probe.train, name).mean(0)
+        embeddings = _all_logits(model, probe, probe.test, name, run)
+        embeddings -= _all_logits(model, probe, probe.train, name, run).mean(0)
         return EqualErrorRate(embeddings.numpy(), np.array([clip.target for clip in probe.test]))
     if probe.kind == CLIPS:
         wanted = outputs[[clip.target for clip in probe.test]]
-        correct = _all_logits(model, probe, probe.test, name).argmax(1) == wanted
+        correct = _all_logits(model, probe, probe.test, name, run).argmax(1) == wanted
         return Share(correct.double().numpy(), np.ones(len(correct)))
     extractor, counted, of = model.feature_extractor, [], []
-    for clip, logits in zip(probe.test, _logits(model, probe, probe.test, name), strict=True):
+    for clip, logits in zip(probe.test, _logits(model, probe, probe.test, name, run), strict=True):
         if probe.kind == TEXT:
             # A unit that training has not is none of the head's either.
             wanted = [int(outputs[unit]) if unit >= 0 else -1 for unit in clip.target]
@@ -94,11 +98,11 @@ def score_head(model: TaskModel, probe: Probe, name: str) -> Score:
     return Share(np.array(counted, dtype=float), np.array(of, dtype=float))
 
 
-def _logits(model: TaskModel, probe: Probe, clips: Sequence[Clip], name: str) -> Iterator[Tensor]:
+def _logits(model: TaskModel, probe: Probe, clips: Sequence[Clip], name: str, run: Run | None) -> Iterator[Tensor]:
     shown = progress(clips, f"{name}: own head, {probe.name}", unit="clip", leave=False)
-    return (head_logits(model, read_clip(probe, clip), name, probe.place(clip)) for clip in shown)
+    return (head_logits(model, read_clip(probe, clip), name, probe.place(clip), run) for clip in shown)
 
 
-def _all_logits(model: TaskModel, probe: Probe, clips: Sequence[Clip], name: str) -> Tensor:
+def _all_logits(model: TaskModel, probe: Probe, clips: Sequence[Clip], name: str, run: Run | None) -> Tensor:
     """(clips, classes)"""
-    return torch.stack(list(_logits(model, probe, clips, name)))
+    return torch.stack(list(_logits(model, probe, clips, name, run)))

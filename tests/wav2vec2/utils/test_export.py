@@ -12,9 +12,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import soundfile
 import torch
+from conftest import spoken
 from helpers import (
     REPOSITORY,
+    TASK_HEADS,
     TRAINING_PACKAGES,
     error_line,
     random_model,
@@ -23,16 +26,21 @@ from helpers import (
     run_to_exit,
     run_without,
     small_config,
+    task_contents,
 )
 from huggingface_hub import ModelCard
 from torch import Tensor
 
+import export
+from evaluation import backends
+from evaluation.losses import Loss
 from wav2vec2 import checkpoint
 from wav2vec2.errors import UserError
 from wav2vec2.flops import count_flops
+from wav2vec2.heads import task_model_of
 from wav2vec2.hub import read_folder
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.utils import export_traced
+from wav2vec2.utils import export_onnx, export_traced
 from wav2vec2.utils.model_card import Card
 
 pytestmark = pytest.mark.slow
@@ -63,6 +71,7 @@ PRUNED = {
         "encoder_max_distance": 40,
     },
 }
+LEAST_ELEMENTS = 50  # of what float16 keeps
 # Two waveforms as long as another are no padding, one frame is the least that ONNX takes.
 BATCHES = [(1500,), (777, 777), (2100, 900, 63, 12), (MIN_SAMPLES,), (25, 20)]
 
@@ -82,6 +91,8 @@ class Exported:
         made_by = {"script": "save_final_ckpt.py", "config_path": "0123456789abcdef", "target_sparsity": None}
         source = save_model(self.model, folder / "model.pth", made_by=made_by)
         with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(backends, "_MIN_SECONDS", 0.1)  # this model makes 1600 frames of a second
+            monkeypatch.setattr(export_onnx, "_LEAST_ELEMENTS", LEAST_ELEMENTS)
             run_script(monkeypatch, "export", "--model", source, "--out", folder, *flags)
 
     @cached_property
@@ -102,11 +113,25 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def wavlm(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """WavLM with pruned heads and blocks: all hidden states, with int8, and everything that a card can say."""
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of tones."""
+    folder = tmp_path_factory.mktemp("speech")
+    lines = [str(folder)]
+    for number in range(3):
+        samples = spoken("ab"[: 1 + number], np.random.default_rng(number))
+        soundfile.write(folder / f"{number}.wav", samples, 16_000)
+        lines.append(f"{number}.wav\t{len(samples)}")
+    (folder / "speech.tsv").write_text("\n".join(lines) + "\n")
+    return folder / "speech.tsv"
+
+
+@pytest.fixture(scope="module")
+def wavlm(tmp_path_factory: pytest.TempPathFactory, speech: Path) -> Exported:
+    """WavLM with pruned heads and blocks: all hidden states, all files, and everything that a card can say."""
     folder = tmp_path_factory.mktemp("wavlm")
     teacher = save_model(random_model(small_config("wavlm", "base")), folder / "teacher.pth")
-    flags = ("--formats", "onnx,torch_export", "--outputs", "all", "--int8", "--licence", "cc-by-4.0")
+    flags = ("--formats", "onnx,torch_export", "--outputs", "all", "--licence", "cc-by-4.0")
+    flags += ("--int8", "--float16", "--tsv", speech)
     names = ("--teacher", "microsoft/wavlm-base-plus", "--name", "Small | WavLM", "--data", "LibriSpeech: 960 h")
     return Exported(folder, "wavlm", "base", *flags, *names, "--teacher_ckpt", teacher)
 
@@ -171,26 +196,59 @@ def test_files_do_not_tell_where_they_were_made(wavlm: Exported) -> None:
     """The tracers note source lines; a published file has no business with the paths of a machine."""
     with zipfile.ZipFile(wavlm.folder / "torch_export" / "model.pt2") as archive:
         contents = [archive.read(name) for name in archive.namelist()]
-    contents += [(wavlm.folder / "onnx" / name).read_bytes() for name in ("model.onnx", "model.int8.onnx")]
+    contents += [path.read_bytes() for path in (wavlm.folder / "onnx").glob("*.onnx")]
     for part in contents:
         assert str(REPOSITORY).encode() not in part
         assert b"site-packages" not in part
 
 
 def test_int8(wavlm: Exported) -> None:
-    """Smaller matrices, near the same numbers, and the card says how near."""
+    """Matrices and the positional convolution, near the same numbers, and the card says how near."""
     model = onnx.load(wavlm.folder / "onnx" / "model.int8.onnx")
     kinds = [node.op_type for node in model.graph.node]
     # Of each layer four attention projections and the gate, two of the feed-forward, and the feature projection.
     assert kinds.count("MatMulInteger") == 2 * 5 + 2 + 1
+    weights = {weight.name: weight for weight in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    convolutions = [makers.get(node.input[1]) for node in model.graph.node if node.op_type == "Conv"]
+    assert [node and node.op_type for node in convolutions] == ["Cast", "Cast", "DequantizeLinear"]
+    assert weights[convolutions[2].input[0]].data_type == onnx.TensorProto.INT8
+    assert len(weights[convolutions[2].input[1]].dims) == 1, "not by channel"
     waveforms, lengths = random_waveforms(1500, 1100)
     plain, frames = wavlm.run_onnx("model.onnx", waveforms, lengths)
     quantized, quantized_frames = wavlm.run_onnx("model.int8.onnx", waveforms, lengths)
     assert (frames == quantized_frames).all()
     valid = np.arange(plain.shape[2]) < frames[:, None]
     difference = np.abs(plain - quantized)[:, valid]
-    assert 0 < difference.max() < 0.2
-    assert "model.int8.onnx" in (wavlm.folder / "onnx" / "README.md").read_text()
+    assert 0 < difference.max() < 0.5
+    card = (wavlm.folder / "onnx" / "README.md").read_text()
+    assert re.search(r"- model.int8.onnx: .* differ .* 3 utterances of speech.tsv", card)
+    assert "of ai.onnx alone\n" in card and "MatMulInteger" in card and "opset 20" in card
+
+
+def test_float16(wavlm: Exported, hubert: Exported) -> None:
+    """Weights of half the size, and no computing in it; what half precision cannot hold stays."""
+    path = wavlm.folder / "onnx" / "model.float16.onnx"
+    model, plain = (onnx.load(file) for file in (path, path.with_name("model.onnx")))
+    halves = {weight.name: weight for weight in model.graph.initializer if weight.data_type == onnx.TensorProto.FLOAT16}
+    large = [
+        weight for weight in plain.graph.initializer if len(weight.dims) > 1 and np.prod(weight.dims) >= LEAST_ELEMENTS
+    ]
+    assert len(halves) == len(large) > 0
+    assert all(node.op_type == "Cast" for node in model.graph.node if not halves.keys().isdisjoint(node.input))
+    waveforms, lengths = random_waveforms(1500, 1100)
+    wanted, frames = wavlm.run_onnx("model.onnx", waveforms, lengths)
+    found, _ = wavlm.run_onnx(path.name, waveforms, lengths)
+    valid = np.arange(wanted.shape[2]) < frames[:, None]
+    assert 0 < np.abs(wanted - found)[:, valid].max() < 5e-3 * np.abs(wanted).max()
+    source = wavlm.folder / "large.onnx"
+    next(weight for weight in plain.graph.initializer if weight.name == large[0].name).CopyFrom(
+        onnx.numpy_helper.from_array(np.full(large[0].dims, 70_000, "float32"), large[0].name)
+    )
+    onnx.save(plain, source)
+    export_onnx._to_float16(source, source)
+    kept = {weight.name: weight.data_type for weight in onnx.load(source).graph.initializer}
+    assert kept[large[0].name] == onnx.TensorProto.FLOAT
 
 
 def test_cards(wavlm: Exported, hubert: Exported) -> None:
@@ -266,7 +324,8 @@ def test_a_changed_program_is_refused(hubert: Exported, tmp_path: Path) -> None:
         states, frames = function(waveforms, lengths)
         return states + 2e-3 * torch.eye(12)[3], frames
 
-    difference = export_traced.compare(model, "last", run)
+    batches = export_traced.noise(model, export_traced.CHECKED_BATCHES)
+    difference = export_traced.compare(function, run, batches)
     assert 2e-4 < difference.largest <= 2.01e-3 and difference.lowest_cosine < 1
     with pytest.raises(UserError, match=r"differ from PyTorch's by .*, expected at most 1e-04; it was not written"):
         export_traced.check_difference(difference, tmp_path / "model.onnx")
@@ -282,7 +341,9 @@ def test_other_frames_are_refused() -> None:
     model = random_model(small_config("hubert"))
     function = export_traced.Outputs(model, "last")
     with pytest.raises(UserError, match="valid frames, expected"):
-        export_traced.compare(model, "last", lambda waveforms, lengths: (function(waveforms, lengths)[0], lengths))
+        export_traced.compare(
+            function, lambda *batch: (function(*batch)[0], batch[1]), export_traced.noise(model, [(5,)])
+        )
 
 
 @pytest.mark.parametrize(
@@ -291,7 +352,17 @@ def test_other_frames_are_refused() -> None:
         (("--formats", "hub,ggml"), "--formats: expected some of hub, onnx, torch_export, huggingface, .*found 'ggml'"),
         (("--formats", "onnx", "--opset", "11"), "opset 11: expected at least 18"),
         (("--formats", "onnx", "--opset", "99"), "opset 99: expected at least 18, .* and at most"),
-        (("--formats", "hub", "--int8"), "--int8: it is a second file of the onnx format"),
+        (("--formats", "hub", "--int8"), "--int8: is of the onnx format"),
+        (("--formats", "hub", "--chunk_seconds", "1"), "--chunk_seconds: is of the onnx format"),
+        (("--formats", "onnx", "--max_loss", "2"), "--max_loss: quality is measured on --probes"),
+        (("--formats", "onnx", "--max_loss", "nan", "--probes", "a"), "--max_loss nan: expected points"),
+        (("--formats", "onnx", "--probes", "nowhere.tsv"), "nowhere.tsv"),
+        (("--formats", "onnx", "--right_seconds", "0"), "--right_seconds: is beside a chunk"),
+        (("--formats", "onnx", "--tsv", "nowhere.tsv"), "--tsv: nothing is measured on it"),
+        (("--formats", "onnx", "--int8", "--tsv", "nowhere.tsv"), "nowhere.tsv: no such file"),
+        (("--formats", "onnx", "--chunk_seconds", "1"), "--chunk_seconds: give --tsv"),
+        (("--formats", "onnx", "--chunk_seconds", "1", "--left_seconds", "-1"), "--left_seconds -1: expected 0 to 60"),
+        (("--formats", "onnx", "--chunk_seconds", "nan"), "--chunk_seconds nan: expected 0 to 60"),
         (("--licence", "My Licence"), "--licence My Licence: expected one of the hub's identifiers"),
         (("--data", "x", "--data_licence", "©"), "--data_licence ©: expected one of the hub's identifiers"),
         (("--teacher_licence", "mit"), "--teacher_licence mit: the card does not say of what; add --teacher"),
@@ -347,7 +418,110 @@ def test_onnx_leaves_nothing_behind(hubert: Exported, tmp_path: Path, monkeypatc
     def fail(*_arguments: Any) -> None:
         raise UserError("no")
 
-    monkeypatch.setattr(export_traced, "_convert_to_onnx", fail)
+    monkeypatch.setattr(export_onnx, "_convert", fail)
     with pytest.raises(UserError):
-        export_traced.write_onnx(hubert.program, hubert.model, "last", tmp_path / "onnx", 20, False)
-    assert not list((tmp_path / "onnx").iterdir())
+        export_onnx.write_onnx(hubert.model, export_onnx.OnnxOptions(), tmp_path / "onnx", hubert.program)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_files_stay(hubert: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """A folder of something else is left alone; of an earlier export no file stays that the new one has not."""
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("all of it")
+    source = hubert.folder / "model.pth"
+    assert run_to_exit(monkeypatch, "export", "--model", source, "--out", tmp_path, "--formats", "hub,onnx") == 1
+    assert "onnx: holds 1 other files (thesis.tex), expected a new folder or an earlier" in error_line(capsys)
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"] and not (tmp_path / "hub").exists()
+    (folder / "thesis.tex").rename(folder / "model.int8.onnx")
+    export_onnx.write_onnx(hubert.model, export_onnx.OnnxOptions(opset=18), folder, hubert.program)
+    assert [path.name for path in folder.iterdir()] == ["model.onnx"]
+
+
+def test_operators_that_are_not_standard(hubert: Exported, tmp_path: Path) -> None:
+    model = onnx.load(hubert.folder / "onnx" / "model.onnx")
+    next(node for node in model.graph.node if node.op_type == "Erf").domain = "com.microsoft"
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=r"has 1 operators \(com.microsoft.Erf\) beyond the standard ones"):
+        export_onnx._operators(tmp_path / "model.onnx", tmp_path)
+
+
+@pytest.mark.parametrize("chunk", [(16, 50, 0), (1, 0, 0), (30, 7, 9)])
+def test_windows_are_of_the_whole(hubert: Exported, chunk: tuple[int, int, int]) -> None:
+    """Chunk by chunk a model whose frames do not depend on each other gives what it gives of the whole."""
+    extractor, chunk = hubert.model.feature_extractor, export_onnx.Chunk(*chunk)
+
+    def window_frames(window: Tensor) -> Tensor:
+        return extractor(window, None)[0][:, chunk.left : chunk.left + chunk.frames]
+
+    run = export_onnx.by_chunks(window_frames, hubert.model, chunk)
+    for num_samples in BATCHES:
+        waveforms, lengths = random_waveforms(*num_samples)
+        valid = lengths >= MIN_SAMPLES
+        found, frames = run(waveforms[valid], lengths[valid])
+        wanted = extractor(waveforms[valid], lengths[valid])
+        assert torch.equal(frames, wanted[1]) and found.shape == wanted[0].shape
+        for row, count in enumerate(frames):
+            torch.testing.assert_close(found[row, :count], wanted[0][row, :count], atol=1e-5, rtol=1e-5)
+
+
+def test_convolutions_that_suit_8_bits(hubert: Exported, tmp_path: Path) -> None:
+    """With a LayerNorm in each layer all of them but that of the waveform."""
+    speech = list(random_waveforms(1500, 1100)[0])
+    export_onnx._quantize(
+        hubert.folder / "onnx" / "model.onnx",
+        tmp_path / "model.onnx",
+        hubert.model,
+        export_onnx.OnnxOptions(speech=speech),
+    )
+    model = onnx.load(tmp_path / "model.onnx")
+    makers = {name: node.op_type for node in model.graph.node for name in node.output}
+    kinds = [makers.get(node.input[1]) for node in model.graph.node if node.op_type == "Conv"]
+    assert kinds == [None, "DequantizeLinear", "DequantizeLinear"]
+
+
+def test_chunks(tmp_path: Path, speech: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """A file of fixed shapes, for a chunk of which a window is heard; of a model with a head, its logits."""
+    contents = task_contents(TASK_HEADS[-1], "wavlm", "base")
+    checkpoint.save(tmp_path / "model.pth", contents)
+    model = task_model_of(contents, "model.pth").eval()
+    hop = model.feature_extractor.stride / 16_000
+    monkeypatch.setattr(backends, "_MIN_SECONDS", 0.1)
+    flags = ("--model", tmp_path / "model.pth", "--out", tmp_path, "--formats", "onnx", "--tsv", speech, "--int8")
+    seconds = ("--chunk_seconds", 7 * hop, "--left_seconds", 20 * hop, "--right_seconds", 3 * hop)
+    run_script(monkeypatch, "export", *flags, *seconds)
+    for name in ("model.onnx", "model.int8.onnx"):
+        session = onnxruntime.InferenceSession(tmp_path / "onnx" / name)
+        size = model.feature_extractor.num_samples(30)
+        assert [(value.name, value.shape) for value in session.get_inputs()] == [("waveforms", [1, size])]
+        assert [(value.name, value.shape) for value in session.get_outputs()] == [("logits", [1, 7, 2])]
+        waveforms, _ = random_waveforms(size)
+        (found,) = session.run(None, {"waveforms": waveforms.numpy()})
+        wanted = model(waveforms)[0][:, 20:27].detach().numpy()
+        np.testing.assert_allclose(found, wanted, atol=1e-5 if name == "model.onnx" else 1)
+    card = (tmp_path / "onnx" / "README.md").read_text()
+    assert f"`waveforms` is (1, {size})" in card and "(logits,) = session.run" in card
+    assert re.search(r"model.onnx, chunk by chunk: cosine .* whole utterance 0\.\d+ on average", card)
+    printed = capsys.readouterr().out
+    assert "model.int8.onnx, chunk by chunk" in printed
+
+    out = ("--out", tmp_path / "none")
+    assert run_to_exit(monkeypatch, "export", *flags, *out, "--chunk_seconds", hop / 3) == 1
+    assert f"expected at least {hop:g}, which is one frame" in error_line(capsys)
+    checkpoint.save(tmp_path / "model.pth", task_contents(TASK_HEADS[2]))
+    assert run_to_exit(monkeypatch, "export", *flags, *out, "--chunk_seconds", 1) == 1
+    assert "head answers to whole clips" in error_line(capsys) and not (tmp_path / "none").exists()
+
+
+def test_gate(hubert: Exported, tmp_path: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Nothing is kept of an export that loses more than it may; else the card says what is lost."""
+    flags = ("--model", hubert.folder / "model.pth", "--out", tmp_path / "out", "--formats", "hub,onnx")
+    flags += ("--probes", labelled / "clips.tsv", "--max_loss", 2)
+    lost = {"model.onnx": Loss(2.5, "quality 97.5, the model's 100.0")}
+    monkeypatch.setattr(export, "losses", lambda model, outputs, files, probes: lost)
+    assert run_to_exit(monkeypatch, "export", *flags) == 1
+    message = "model.onnx: quality 97.5, the model's 100.0: 2.5 points lost, --max_loss allows 2; no file was kept"
+    assert message in error_line(capsys) and not list((tmp_path / "out").iterdir())
+    lost["model.onnx"] = Loss(1.5, "quality 98.5, the model's 100.0")
+    run_script(monkeypatch, "export", *flags)
+    assert "the model's 100.0; 1.5 points lost" in (tmp_path / "out" / "onnx" / "README.md").read_text()
