@@ -216,7 +216,7 @@ def test_every_unit_to_both_budgets(manifests, tmp_path, monkeypatch, capsys, fa
     assert min(beyond) > -0.02 and min(map(abs, beyond)) < 0.02  # a head is that much of such models
     evaluated = tmp_path / "evaluation.json"
     measured = ("--teacher", teacher, "--models", saved, "--tsv", manifests / "valid.tsv", "--out", evaluated)
-    run_script(monkeypatch, "evaluate", *measured, "--device", "cpu", "--distill_layers", "0.1,3")
+    run_script(monkeypatch, "evaluate", *measured, "--device", "cpu", "--distill_layers", "0.1,3", "--speed_seconds")
     assert json.loads(evaluated.read_text())
     run_script(monkeypatch, "evaluation.report", exp_dir)
     report = (exp_dir / "report.html").read_text()
