@@ -52,6 +52,8 @@ def labelled_batch(model: TaskModel) -> LabelledBatch:
 def test_the_loss_is_that_of_the_heads_logits(head, size, units):
     """By the task alone the teacher is not run, and all that the head reads is trained."""
     student = masked_model_with_its_head(task_contents(head, size=size), ["head", *units], "model.pth")
+    if units:
+        student.encoder.hard_concrete.log_alpha.data[1] = -9  # dropped
     teacher = random_model(small_config("hubert", size))
     teacher.extract_features = None
     module = make_module(
