@@ -90,6 +90,11 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
         model.network.feature_extractor.dummy_weight.requires_grad_(False)
         return (model, report) if output_loading_info else model
 
+    @staticmethod
+    def _fix_state_dict_key_on_load(key: str) -> tuple[str, bool]:
+        """Names stay; transformers 4 would rename those of weight norm."""
+        return key, False
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
