@@ -163,6 +163,11 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
     if not (folder / CONFIG).is_file() and (names := model_files(folder)):
         raise UserError(f"{folder}: a folder without {CONFIG}, {listed('model files', names)}; give one of them")
     config = read_json(folder / CONFIG, f"a folder with {CONFIG} and {WEIGHTS}", "export or download it again")
+    if config.get("model_type") == "dphubert":
+        raise UserError(
+            f"{folder}: a folder that export.py wrote for transformers' Auto classes, with the code of the model; give "
+            "the model file that it was made of, or export that as hub"
+        )
     if "model_type" in config:
         raise UserError(
             f"{folder}: a folder in transformers' format (its {CONFIG} has model_type); make a model file of it: "

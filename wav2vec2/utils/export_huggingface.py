@@ -116,17 +116,20 @@ def code_files(name: str) -> dict[str, str]:
         The source of each by the name of its file, importing the others relatively.
     """
     sources: dict[str, str] = {}
-    waiting = [import_module(f".{name}", __package__)]
-    while waiting:
-        module = waiting.pop()
-        name = module.__name__.rpartition(".")[2]
-        if f"{name}.py" in sources:
-            continue
-        source = inspect.getsource(module)
+
+    def add(module: types.ModuleType) -> set[str]:
+        """Its source and those of what it imports; returns the names of the latter."""
+        source, needed = inspect.getsource(module), set()
         for _, dots, imported in _OWN_IMPORT.findall(source):
-            waiting.append(import_module(dots + imported, module.__package__))
-        header = _CODE_HEADER.format(name=module.__name__)
-        sources[f"{name}.py"] = header + _OWN_IMPORT.sub(r"\1from .\3 import", source)
+            needed |= {imported, *add(import_module(dots + imported, module.__package__))}
+        text = _CODE_HEADER.format(name=module.__name__) + _OWN_IMPORT.sub(r"\1from .\3 import", source)
+        if module.__package__ == __package__ and needed:  # transformers loads these, and its version 4 looks no further
+            text += "\nif False:  # so that transformers copies them\n"
+            text += "".join(f"    from .{name} import __name__  # noqa: F401\n" for name in sorted(needed))
+        sources[f"{module.__name__.rpartition('.')[2]}.py"] = text
+        return needed
+
+    add(import_module(f".{name}", __package__))
     return sources
 
 

@@ -82,11 +82,18 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
                     f"{args[0] if args else cls.__name__}: weights do not fit the model: {len(names)} "
                     f"{problem.replace('_', ' ')} ({', '.join(names[:8])})"
                 )
+        # What transformers takes from no file, it leaves without a value, and what it does, it trains.
         for module in model.modules():
-            if isinstance(module, WavLMSelfAttention):  # in no file, so that transformers leaves it without a value
+            if isinstance(module, WavLMSelfAttention):
                 device = module.head_index.device
                 module.head_index = torch.tensor(module.remaining_heads, dtype=torch.long, device=device)
+        model.network.feature_extractor.dummy_weight.requires_grad_(False)
         return (model, report) if output_loading_info else model
+
+    @staticmethod
+    def _fix_state_dict_key_on_load(key: str) -> tuple[str, bool]:
+        """Names stay; transformers 4 would rename those of weight norm."""
+        return key, False
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

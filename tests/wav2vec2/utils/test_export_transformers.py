@@ -104,6 +104,8 @@ def test_the_model_of_the_folder(exported, name: str, batch: tuple[int, ...]) ->
     folder, models = exported
     loaded = CLASSES[name].from_pretrained(folder / name)
     waveforms, lengths = random_waveforms(*batch)
+    for weight, own in zip(loaded.network.parameters(), models[name].parameters(), strict=True):
+        assert weight.requires_grad == own.requires_grad
     result = loaded(waveforms, mask_of(waveforms, lengths), output_hidden_states=True)
     wanted, frames = models[name](waveforms, lengths)
     assert_close(result[0], wanted)
