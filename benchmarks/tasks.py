@@ -87,8 +87,8 @@ def table(runs: Sequence[Run]) -> str:
             else ""
             for found in own.values()
         ]
-        seeds = sorted({len(found) for found in own.values()})
-        lines.append([recipe, num_params, *scores, " to ".join(map(str, {seeds[0], seeds[-1]}))])
+        seeds = sorted({len(found) for found in own.values() if found})
+        lines.append([recipe, num_params, *scores, " to ".join(map(str, seeds))])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + NOTES
 
 
