@@ -167,7 +167,10 @@ def _source_config(settings: dict[str, Any], source: Path) -> Any:
     """
     model_type = settings.get("model_type")
     if "encoder_embed_dim" in settings:
-        raise UserError(f"{source}: of a model of this project, which needs no conversion; give its folder as a model")
+        raise UserError(
+            f"{source}: of a model of this project, which needs no conversion; give its folder as a model, or the file "
+            "that it was exported from"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"{source}: model_type {short_repr(model_type)}, expected one of {list(FAMILIES)}; "

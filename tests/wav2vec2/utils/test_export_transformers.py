@@ -23,6 +23,7 @@ from torch import Tensor
 
 import wav2vec2
 from wav2vec2 import checkpoint
+from wav2vec2.errors import UserError
 from wav2vec2.heads import head_of, joined_state, task_model_of
 from wav2vec2.model import Wav2Vec2Model, normalize_waveforms
 from wav2vec2.utils.configuration_dphubert import DPHuBERTConfig
@@ -360,3 +361,5 @@ def test_script(tmp_path: Path, monkeypatch, capsys) -> None:
     assert run_to_exit(monkeypatch, "export", *flags) == 1
     assert "huggingface: exists, with 15 files in it" in error_line(capsys)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == written
+    with pytest.raises(UserError, match=r"for transformers' Auto classes, .* give the model file that it was made of"):
+        wav2vec2.load(folder)
