@@ -64,10 +64,12 @@ from wav2vec2.utils.export_traced import (
     LARGEST_DIFFERENCE,
     OUTPUTS,
     Exported,
+    Outputs,
     Program,
     check_difference,
     compare,
     min_samples,
+    noise,
     output_name,
     trace,
     write_pt2,
@@ -393,7 +395,7 @@ def check_own_model(model: Wav2Vec2Model, folder: Path, head: Head | None) -> st
         mask = torch.arange(waveforms.size(1)) < lengths[:, None]
         return loaded(waveforms, attention_mask=mask)[0], loaded._get_feat_extract_output_lengths(lengths)
 
-    difference = compare(model, "last", run)
+    difference = compare(Outputs(model, "last").eval(), run, noise(model, CHECKED_BATCHES))
     check_difference(difference, folder)
     return (
         f"largest difference from the model on noise, with and without padding: {difference.largest:.1e} (at most "
