@@ -219,8 +219,9 @@ def test_int8(wavlm: Exported) -> None:
     quantized, quantized_frames = wavlm.run_onnx("model.int8.onnx", waveforms, lengths)
     assert (frames == quantized_frames).all()
     valid = np.arange(plain.shape[2]) < frames[:, None]
-    difference = np.abs(plain - quantized)[:, valid]
-    assert 0 < difference.max() < 0.5
+    plain, quantized = plain[:, valid], quantized[:, valid]
+    cosines = (plain * quantized).sum(-1) / np.linalg.norm(plain, axis=-1) / np.linalg.norm(quantized, axis=-1)
+    assert (plain != quantized).any() and cosines.mean() > 0.95
     card = (wavlm.folder / "onnx" / "README.md").read_text()
     assert re.search(r"- model.int8.onnx: .* differ .* 3 utterances of speech.tsv", card)
     assert "of ai.onnx alone\n" in card and "MatMulInteger" in card and "opset 20" in card
@@ -425,17 +426,14 @@ def test_onnx_leaves_nothing_behind(hubert: Exported, tmp_path: Path, monkeypatc
 
 
 def test_other_files_stay(hubert: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """A folder of something else is left alone; of an earlier export no file stays that the new one has not."""
+    """A folder that has files in it is left alone."""
     folder = tmp_path / "onnx"
     folder.mkdir()
     (folder / "thesis.tex").write_text("all of it")
     source = hubert.folder / "model.pth"
     assert run_to_exit(monkeypatch, "export", "--model", source, "--out", tmp_path, "--formats", "hub,onnx") == 1
-    assert "onnx: holds 1 other files (thesis.tex), expected a new folder or an earlier" in error_line(capsys)
+    assert "onnx: exists, with 1 files in it (thesis.tex), expected a new folder or an empty" in error_line(capsys)
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"] and not (tmp_path / "hub").exists()
-    (folder / "thesis.tex").rename(folder / "model.int8.onnx")
-    export_onnx.write_onnx(hubert.model, export_onnx.OnnxOptions(opset=18), folder, hubert.program)
-    assert [path.name for path in folder.iterdir()] == ["model.onnx"]
 
 
 def test_operators_that_are_not_standard(hubert: Exported, tmp_path: Path) -> None:
