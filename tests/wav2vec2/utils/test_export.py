@@ -220,7 +220,7 @@ def test_int8(wavlm: Exported) -> None:
     assert (frames == quantized_frames).all()
     valid = np.arange(plain.shape[2]) < frames[:, None]
     difference = np.abs(plain - quantized)[:, valid]
-    assert 0 < difference.max() < 0.5
+    assert 0 < difference.mean() < 0.2
     card = (wavlm.folder / "onnx" / "README.md").read_text()
     assert re.search(r"- model.int8.onnx: .* differ .* 3 utterances of speech.tsv", card)
     assert "of ai.onnx alone\n" in card and "MatMulInteger" in card and "opset 20" in card
