@@ -87,6 +87,7 @@ class RunFeatures:
         # A file of traced operations takes two frames at least; a zero behind the end makes none.
         self._least = model.feature_extractor.num_samples(2)
 
+    @torch.no_grad()
     def frames(self, waveform: Tensor, place: str) -> Tensor:
         if len(waveform) < self.window:
             raise UserError(
