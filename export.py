@@ -1,7 +1,8 @@
 """Write a model in formats that other programs load: one folder each, with a model card (README.md).
 
   hub           model.safetensors and config.json, as the Hugging Face hub has them; read by wav2vec2.hub
-  onnx          model.onnx (--int8: model.int8.onnx too) for ONNX Runtime; pip install -r requirements-export.txt
+  onnx          model.onnx for ONNX Runtime, with --float16 and --int8 smaller ones beside it, of any length or, with
+                --chunk_seconds, by chunks; pip install -r requirements-export.txt
   torch_export  model.pt2 for torch.export.load, without this project
   huggingface   for transformers' Auto classes: its own format where it knows the model, else with the model's code
 
@@ -9,7 +10,7 @@ Every file is loaded again and compared with the model before it is kept; the ca
 fine-tuned model onnx, torch_export and huggingface give logits; --drop_head leaves the encoder.
 
   python export.py --model exp/hubert-base/final/ckpts/pruned_hubert_base.pth --out exp/hubert-base/export \\
-      --formats hub,onnx,torch_export --teacher facebook/hubert-base-ls960 --licence mit
+      --formats hub,onnx,huggingface --teacher facebook/hubert-base-ls960 --licence mit
 """
 
 import argparse
