@@ -42,7 +42,9 @@ def test_quality(labelled, monkeypatch, outputs):
 
 
 def test_own_head(labelled):
-    model = task_model_of(task_contents(Head("clips", ("a", "b", "c", "d"))), "model.pth").eval()
+    model = task_model_of(
+        task_contents(Head("clips", ("a", "b", "c", "d"), layers="last", pooling="mean")), "model.pth"
+    ).eval()
     probes = [read_probe(labelled / f"{name}.tsv") for name in ("clips", "segments")]
     wrong = lambda *batch: (torch.tensor([[0.0, 0.0, 0.0, 1.0]]), torch.tensor([1]))  # noqa: E731
     found = losses.losses(model, "last", {"same": model, "wrong": wrong}, probes)
