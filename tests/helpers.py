@@ -119,7 +119,9 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
 
 def random_model(config: dict[str, Any], seed: int = 0) -> Wav2Vec2Model:
     """The model of a config with random weights, in eval mode."""
-    model = wav2vec2_model(**config)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = wav2vec2_model(**config)
     randomize(model, seed)
     return model.eval()
 
