@@ -693,7 +693,8 @@ def test_evaluate(files, corpus, monkeypatch, capsys):
     assert f"- pitch: accuracy, linear probe (%) {scores['pitch', 'accuracy']}\n" in card.text
     assert (REPOSITORY / "LICENSE").read_text().startswith("MIT License\n")  # what the card says of the code
     other = save_small_model(files["out"].with_name("other.pth"), "hubert", "large")
-    assert run_to_exit(monkeypatch, "export", *as_words({**flags, "model": other})) == 1
+    elsewhere = {"model": other, "out": out.with_name("elsewhere")}
+    assert run_to_exit(monkeypatch, "export", *as_words({**flags, **elsewhere})) == 1
     assert error_line(capsys).startswith(f"--evaluation {files['out']}: 0 of its models (teacher, first, second) have")
 
 

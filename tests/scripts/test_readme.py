@@ -55,26 +55,31 @@ def running(script: str) -> list[list[str]]:
     return [command for command in starting_with("bash", "sbatch") if script in command]
 
 
+BENCHMARKS = ("benchmarks/methods.sh", "benchmarks/tasks.sh")
+
+
 def test_every_shell_script_is_covered():
-    assert len(running("run.sh")) + len(running("benchmarks/methods.sh")) == len(starting_with("bash", "sbatch"))
+    assert sum(len(running(script)) for script in ("run.sh", *BENCHMARKS)) == len(starting_with("bash", "sbatch"))
 
 
-@pytest.mark.parametrize("command", running("benchmarks/methods.sh"), ids=" ".join)
-def test_methods_commands(command, tmp_path):
+@pytest.mark.parametrize("command", [command for script in BENCHMARKS for command in running(script)], ids=" ".join)
+def test_benchmark_commands(command, tmp_path):
+    (script,) = set(command).intersection(BENCHMARKS)
     settings = dict(word.split("=", 1) for word in command if "=" in word) | {"OUT": str(tmp_path), "ROWS": "published"}
-    lists = [str(tmp_path / name) for name in command[command.index("benchmarks/methods.sh") + 1 :]]
+    lists = [str(tmp_path / name) for name in command[command.index(script) + 1 :]]
     for path in map(Path, lists):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     result = subprocess.run(
-        ["bash", "benchmarks/methods.sh", "--dry-run", *lists],
+        ["bash", script, "--dry-run", *lists],
         cwd=REPOSITORY,
         env=os.environ | settings,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert f"--probes {' '.join(lists)}" in result.stdout
+    flag = "--probes" if script == BENCHMARKS[0] else "--tsv"
+    assert f"{flag} {' '.join(lists)}" in result.stdout
 
 
 @pytest.mark.parametrize("command", running("run.sh"), ids=" ".join)
