@@ -101,11 +101,9 @@ def small_config(family: str, size: str = "base", **changes: Any) -> dict[str, A
 
 def one_layer_config(family: str) -> dict[str, Any]:
     """A single layer, and two of the extractor, for what takes its time for each: exports, compiled code."""
-    config = small_config(family)
-    shorter = {
-        key: value[:1] for key, value in config.items() if key.startswith("encoder_") and isinstance(value, list)
-    }
-    return config | shorter | {"encoder_num_layers": 1}
+    config = small_config(family, encoder_num_layers=1, extractor_conv_layer_config=SMALL_LIGHT_LAYERS)
+    per_layer = [key for key, value in config.items() if key.startswith("encoder_") and isinstance(value, list)]
+    return config | {key: config[key][:1] for key in per_layer}
 
 
 @torch.no_grad()
