@@ -1,5 +1,5 @@
-# Jobs side by side: sourced by the scripts here, which set dry_run, OUT, jobs (how many go on at once), done and total.
-# A job is a function's name and its words; its log is OUT/logs/WORD-WORD.log.
+# Jobs side by side: sourced by the scripts here, which set dry_run, OUT, jobs (how many go on at once) and done (how many
+# were complete before). A job is a function's name and its words; its log is OUT/logs/WORD-WORD.log.
 
 fail() {
     echo "error: $*" >&2
@@ -60,6 +60,24 @@ finish() {
         fi
         unset "names[$pid]"
     done
+}
+
+# Runs the jobs of the array plan, each a line of words, and waits for all.
+run_plan() {
+    local job
+    total=$((done + ${#plan[@]}))
+    ((!done)) || echo "$done/$total are complete"
+    # shellcheck disable=SC2086 # jobs are words
+    for job in "${plan[@]}"; do start $job; done
+    while ((${#names[@]})); do finish; done
+}
+
+# Ends with an error that names the jobs that failed, if any did.
+check_failed() {
+    if ((${#failed[@]})); then
+        printf 'failed: %s\n' "${failed[@]}" >&2
+        exit 1
+    fi
 }
 
 # Ends all that is running; trainings save a checkpoint first.

@@ -8,7 +8,6 @@ against parameters) and ``methods-2.svg`` (against the real-time factor).
 """
 
 import argparse
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import cli
 from evaluation.pictures import Point, methods
 from evaluation.scores import LOG_MEL, placed
+from evaluation.tables import read_results
 from wav2vec2.errors import UserError
 from wav2vec2.files import atomic_path
 
@@ -48,21 +48,6 @@ class Run(NamedTuple):
     cka: float | None
     probes: Mapping[str, float]
     quality: float | None
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A results file of ``evaluate.py``.
-
-    Raises:
-        UserError: it does not exist, or is something else.
-    """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: does not exist, expected results of evaluate.py; run benchmarks/methods.sh") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not the results of evaluate.py ({error})") from None
-    return results
 
 
 def scores_of(probes: Mapping[str, Any]) -> dict[str, float]:

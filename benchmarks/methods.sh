@@ -131,19 +131,11 @@ for seed in $seeds; do
         done
     done
 done
-total=$((done + ${#plan[@]}))
-((!done)) || echo "$done/$total are complete"
-
-# shellcheck disable=SC2086 # jobs are words
-for job in "${plan[@]}"; do start $job; done
-while ((${#names[@]})); do finish; done
+run_plan
 if $evaluate; then
     total=$((total + 1))
     start speed
     while ((${#names[@]})); do finish; done
     call "$python" -m benchmarks.methods "$OUT"
 fi
-if ((${#failed[@]})); then
-    printf 'failed: %s\n' "${failed[@]}" >&2
-    exit 1
-fi
+check_failed

@@ -12,8 +12,8 @@
 #   by_task          prune by the loss of the labels alone, without a teacher, fine-tune
 #   scratch          learn the labels in the compressed shape, from random weights
 #
-# All make the same number of updates, by the flags of benchmarks/tasks.conf; the teacher as finetune_first fine-tunes it
-# is in the table, too. A run is OUT/RECIPE-LIST-SEED, and finetuned/finetuned.json in it what it reaches.
+# The compressed model makes as many updates in each, by the flags of benchmarks/tasks.conf; the teacher's fine-tuning in
+# finetune_first comes on top, and is in the table, too. A run is OUT/RECIPE-LIST-SEED, and finetuned/finetuned.json in it what it reaches.
 #
 #   --dry-run   show the commands, run nothing
 #
@@ -88,10 +88,6 @@ for seed in $seeds; do
         done
     done
 done
-total=$((done + ${#plan[@]}))
-((!done)) || echo "$done/$total are complete"
-# shellcheck disable=SC2086 # jobs are words
-for job in "${plan[@]}"; do start $job; done
-while ((${#names[@]})); do finish; done
-call "$python" -m benchmarks.tasks "$OUT"
-((!${#failed[@]})) || fail "${#failed[@]} runs: ${failed[*]}"
+run_plan
+((${#failed[@]} == total)) || call "$python" -m benchmarks.tasks "$OUT"
+check_failed

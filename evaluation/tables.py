@@ -53,10 +53,12 @@ def read_results(path: Path) -> dict[str, Any]:
     """The results of evaluate.py.
 
     Raises:
-        UserError: the file is not JSON of a dict.
+        UserError: the file does not exist, or is not JSON of a dict.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist, expected the JSON that evaluate.py writes") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not the JSON that evaluate.py writes ({error})") from error
     if not isinstance(results, dict):

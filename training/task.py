@@ -228,14 +228,14 @@ class Task(Objective):
             targets = targets.masked_fill(targets >= len(model.labels), -1)
         return task_loss(model.kind, model.logits(seen.student, self._output(seen), lengths), lengths, targets)
 
-    def _output(self, seen: Seen) -> Tensor:
-        """What the encoder's ``forward`` gives (B, frames, D)."""
+    def _output(self, seen: Seen) -> Tensor | None:
+        """What the encoder's ``forward`` gives (B, frames, D), if the head reads it."""
         encoder = seen.model.encoder
         if not self.reads_student:
             return encoder(seen.frames, seen.lengths)
-        last, transformer = seen.student[-1], encoder.transformer
-        is_read = transformer.layer_norm_first and seen.model.head_settings.layers == "last"
-        return transformer.layer_norm(last) if is_read else last
+        if seen.model.head_settings.layers == "weighted":
+            return None
+        return encoder.transformer.finished(seen.student[-1])
 
 
 class TaskScore(pl.Callback):

@@ -910,6 +910,10 @@ class Transformer(nn.Module):
         for layer in self.layers:
             if not (self.training and self.layer_drop and torch.rand(1).item() <= self.layer_drop):
                 x = _run(layer, self.recompute, x, padding_scores, position_bias, embed_mask)
+        return self.finished(x, embed_mask)
+
+    def finished(self, x: Tensor, embed_mask: Tensor | None = None) -> Tensor:
+        """What :meth:`forward` makes of the last layer's output (B, T, D)."""
         return self.layer_norm(x, embed_mask) if self.layer_norm_first else x
 
     def get_intermediate_outputs(

@@ -353,7 +353,7 @@ def test_bad_folders(out, monkeypatch, capsys):
     assert f"{out}: its files are not the results of benchmarks/methods.sh (KeyError: 'probes')" in error_line(capsys)
     (out / "star-0.9-0/evaluation.json").write_text("{")
     assert run_to_exit(monkeypatch, "benchmarks.methods", out) == 1
-    assert "star-0.9-0/evaluation.json: not the results of evaluate.py" in error_line(capsys)
+    assert "star-0.9-0/evaluation.json: not the JSON that evaluate.py writes" in error_line(capsys)
     (out / "teacher.json").unlink()
     assert run_to_exit(monkeypatch, "benchmarks.methods", out) == 1
-    assert "teacher.json: does not exist, expected results of evaluate.py" in error_line(capsys)
+    assert "teacher.json: does not exist, expected the JSON that evaluate.py writes" in error_line(capsys)

@@ -137,8 +137,7 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
         if not all_states:
             return None, network.encoder(features, padded_frames), frames
         states = network.encoder.extract_features(features, padded_frames)
-        transformer = network.encoder.transformer
-        return states, transformer.layer_norm(states[-1]) if transformer.layer_norm_first else states[-1], frames
+        return states, network.encoder.transformer.finished(states[-1]), frames
 
     def _wants(self, name: str, value: bool | None) -> bool:
         """An option of forward, which the config has the default of."""
