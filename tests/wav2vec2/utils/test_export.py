@@ -367,7 +367,7 @@ def test_other_frames_are_refused() -> None:
         (("--licence", "My Licence"), "--licence My Licence: expected one of the hub's identifiers"),
         (("--data", "x", "--data_licence", "©"), "--data_licence ©: expected one of the hub's identifiers"),
         (("--teacher_licence", "mit"), "--teacher_licence mit: the card does not say of what; add --teacher"),
-        (("--evaluation", "none.json"), "No such file or directory: 'none.json'"),
+        (("--evaluation", "none.json"), "none.json: does not exist, expected the JSON that evaluate.py writes"),
         (("--teacher_ckpt", "nowhere.pth"), "nowhere.pth"),
     ],
 )
