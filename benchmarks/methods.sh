@@ -36,10 +36,10 @@ probes=("$@")
 $train || $evaluate || fail "--train-only and --evaluate-only leave nothing to do; give one of them"
 ((${#probes[@]})) || ! $evaluate || fail "give lists of labelled clips"
 all_rows="published exact schedule units macs light star masked_units ema distilhubert half_width fithubert"
-longer_rows="published_longer units_longer" # only if ROWS asks for them
+other_rows="published_longer units_longer units_shorter" # only if ROWS asks for them
 rows=${ROWS:-$all_rows} sizes=${SIZES:-0.75 0.9 0.95} seeds=${SEEDS:-0 1} jobs=${JOBS:-2} flags=${FLAGS:-}
 for row in $rows; do
-    [[ " $all_rows $longer_rows " == *" $row "* ]] || fail "ROWS: $row is none of: $all_rows $longer_rows"
+    [[ " $all_rows $other_rows " == *" $row "* ]] || fail "ROWS: $row is none of: $all_rows $other_rows"
 done
 [[ $LAYERS =~ ^[0-9]+([.,][0-9]+)*$ ]] || fail "LAYERS: expected layers such as 0.2,4, found $LAYERS"
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "JOBS: expected a number from 1, found $jobs"

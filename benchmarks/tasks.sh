@@ -5,15 +5,17 @@
 #   METHODS=results/8m LAYERS=0.2,4 OUT=results/8m-tasks bash benchmarks/tasks.sh probes/digits.tsv phones/segments.tsv
 #
 # METHODS is a folder of benchmarks/methods.sh: with its teacher, and the models that it compressed without labels (the
-# row units). LAYERS are those to distil. The recipes:
+# row units_shorter). LAYERS are those to distil. The recipes:
 #
-#   compressed       compress without labels, fine-tune
-#   finetune_first   fine-tune the teacher, compress it with the labels, fine-tune again
-#   by_task          prune by the loss of the labels alone, without a teacher, fine-tune
-#   scratch          learn the labels in the compressed shape, from random weights
+#   compressed          compress without labels, fine-tune
+#   compressed_longer   the same, fine-tuned for as many updates as the others meet labels in
+#   finetune_first      fine-tune the teacher, compress it with the labels, fine-tune again
+#   by_task             prune by the loss of the labels alone, without a teacher, fine-tune
+#   scratch             learn the labels in the compressed shape, from random weights
 #
-# The compressed model makes as many updates in each, by the flags of benchmarks/tasks.conf; the teacher's fine-tuning in
-# finetune_first comes on top, and is in the table, too. A run is OUT/RECIPE-LIST-SEED, and finetuned/finetuned.json in it what it reaches.
+# But for compressed_longer the small model makes as many updates in each, by the flags of benchmarks/tasks.conf; the
+# teacher's fine-tuning in finetune_first comes on top, and is in the table, too. A run is OUT/RECIPE-LIST-SEED, and
+# finetuned/finetuned.json in it what it reaches.
 #
 #   --dry-run   show the commands, run nothing
 #
@@ -27,7 +29,7 @@ source benchmarks/jobs.sh
 dry_run=false
 if [[ ${1-} == --dry-run ]]; then dry_run=true && shift; fi
 : "${METHODS:?}" "${LAYERS:?}" "${OUT:?}"
-all_recipes="compressed finetune_first by_task scratch"
+all_recipes="compressed compressed_longer finetune_first by_task scratch"
 recipes=${RECIPES:-$all_recipes} size=${SIZE:-0.9} seeds=${SEEDS:-0 1 2} jobs=${JOBS:-2} flags=${FLAGS:-}
 for recipe in $recipes; do
     [[ " $all_recipes " == *" $recipe "* ]] || fail "RECIPES: $recipe is none of: $all_recipes"
@@ -39,10 +41,10 @@ for list in "$@"; do
     [[ -f $list ]] || fail "$list: no such file in $PWD; give lists of labelled clips"
     lists[$(basename "${list%.tsv}")]=$list
 done
-compressed() { echo "$METHODS/units-$size-$1/final/ckpts/pruned_hubert_base.pth"; }
+compressed() { echo "$METHODS/units_shorter-$size-$1/final/ckpts/pruned_hubert_base.pth"; }
 for seed in $seeds; do
     $dry_run || [[ -f $(compressed "$seed") ]] ||
-        fail "$(compressed "$seed"): does not exist; make it by ROWS=units SIZES=$size SEEDS=$seed OUT=$METHODS benchmarks/methods.sh"
+        fail "$(compressed "$seed"): does not exist; make it by ROWS=units_shorter SIZES=$size SEEDS=$seed OUT=$METHODS benchmarks/methods.sh"
 done
 python=${python:-python} teacher_ckpt=$METHODS/teacher.pth
 export python teacher_ckpt OMP_NUM_THREADS=1

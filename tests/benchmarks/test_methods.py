@@ -187,7 +187,7 @@ def value(command: list[str], flag: str) -> str:
 
 def rows() -> list[str]:
     lines = (REPOSITORY / "benchmarks/methods.sh").read_text().splitlines()
-    values = [line.partition("=")[2] for line in lines if line.startswith(("all_rows=", "longer_rows="))]
+    values = [line.partition("=")[2] for line in lines if line.startswith(("all_rows=", "other_rows="))]
     return [row for value in values for row in shlex.split(value, comments=True)[0].split()]
 
 
@@ -205,7 +205,7 @@ def test_every_row_makes_as_many_updates_of_as_much_audio(row, monkeypatch):
             assert value(command, "seconds_per_batch") == "16" and value(command, "max_crop_seconds") == "4"
             updates += int(value(command, "max_updates"))
             updates += int(value(command, "extractor_updates")) if "--student_extractor" in command else 0
-    assert updates == (8800 if row.endswith("_longer") else 2200)
+    assert updates == {"longer": 8800, "shorter": 550}.get(row.rpartition("_")[2], 2200)
 
 
 # --- students --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ SCRIPTS = {"distill.py": distill, "final_distill.py": final_distill, "finetune.p
 @pytest.fixture
 def setting(tmp_path) -> dict[str, object]:
     """The environment of the script, with one model compressed without labels."""
-    model = tmp_path / "methods/units-0.9-0/final/ckpts/pruned_hubert_base.pth"
+    model = tmp_path / "methods/units_shorter-0.9-0/final/ckpts/pruned_hubert_base.pth"
     model.parent.mkdir(parents=True)
     model.touch()
     return {"METHODS": tmp_path / "methods", "LAYERS": "0.2,4", "OUT": tmp_path / "out", "SEEDS": "0"}
@@ -52,10 +52,11 @@ def test_recipes_make_as_many_updates(setting, monkeypatch):
             continue
         made[recipe] = [updates(command, monkeypatch) for command in commands if command[0] in SCRIPTS]
     assert made == {
-        "compressed": [400],  # behind the 2,200 of the row units
-        "finetune_first": [400, 1000, 1200, 400],
-        "by_task": [2200, 400],
-        "scratch": [2600],
+        "compressed": [100],  # behind the 550 of the row units_shorter
+        "compressed_longer": [650],
+        "finetune_first": [100, 250, 300, 100],
+        "by_task": [550, 100],
+        "scratch": [650],
     }
 
 
@@ -65,7 +66,7 @@ def test_recipes_make_as_many_updates(setting, monkeypatch):
     [
         ([], {}, "give lists of labelled clips"),
         (["README.md"], {"RECIPES": "scratched"}, "RECIPES: scratched is none of: compressed"),
-        (["README.md"], {"SEEDS": "0 1"}, "make it by ROWS=units SIZES=0.9 SEEDS=1"),
+        (["README.md"], {"SEEDS": "0 1"}, "make it by ROWS=units_shorter SIZES=0.9 SEEDS=1"),
         (["c.tsv"], {}, "c.tsv: no such file in"),
     ],
 )

@@ -126,15 +126,15 @@ LIGHT = ("--student_extractor", json.dumps(SMALL_LIGHT_LAYERS), "--extractor_upd
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "size", "flags"),
+    ("name", "family", "size", "flags"),
     [
-        ("text", "large", ["--task_units", "characters", "--ema", 0.5, "--save_at_sparsity", 0.2]),
-        ("segments", "base", ["--distill_weight", 0, "--sparsity_control", "exact", "--accum_grad", 2, *LIGHT]),
+        ("text", "hubert", "large", ["--task_units", "characters", "--ema", 0.5, "--save_at_sparsity", 0.2]),
+        ("segments", "wavlm", "base", ["--distill_weight", 0, "--sparsity_control=exact", "--accum_grad", 2, *LIGHT]),
     ],
 )
-def test_a_task_through_all_stages(labelled, tmp_path, monkeypatch, disturb, capsys, name, size, flags):
+def test_a_task_through_all_stages(labelled, tmp_path, monkeypatch, disturb, capsys, name, family, size, flags):
     """Stopped and resumed it is the same; the head is kept, and what is pruned answers as the masked model does."""
-    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", size)
+    teacher = save_small_model(tmp_path / "teacher.pth", family, size)
     run = [*task_run(labelled, name, teacher, valid_interval=3), *PRUNING, *flags]
     run_script(monkeypatch, "distill", *run, "--exp_dir", tmp_path / "whole")
     run += ["--exp_dir", tmp_path / "exp", "--resume_checkpoint", "auto"]
