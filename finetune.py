@@ -43,7 +43,7 @@ RESULT = "finetuned.json"
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add_finetune_arguments(
-        parser, seconds_per_batch=32.0, learning_rate=1e-3, warmup_updates=200, max_updates=2000, clip_norm=1.0
+        parser, seconds_per_batch=32.0, learning_rate=1e-2, warmup_updates=200, max_updates=2000, clip_norm=1.0
     )
     return parser.parse_args()
 
