@@ -1,7 +1,8 @@
-"""For all test files: one thread, which is by far quicker for tiny models; and shared fixtures."""
+"""For all test files: one thread, which is by far quicker for tiny models; random numbers from a seed; and fixtures."""
 
 import json
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,14 @@ def count_flops_once(*arguments: Any) -> Parts:
 
 
 speed.count_flops = count_flops_once
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test, and what fixtures make for it, draws the same numbers, whichever tests ran before."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(scope="session")
