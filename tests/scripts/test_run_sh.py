@@ -242,7 +242,7 @@ def test_run_sh_lets_the_stage_save(tmp_path, name, send, status):
     """A signal to run.sh reaches the stage; run.sh shows what the stage still says and ends with its status."""
     process = start_run_sh(tmp_path)
     send(process.pid, getattr(signal, name))
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == status
     assert output == "saved\n"
     assert (tmp_path / "exp" / "distill.log").read_text() == "training\nsaved\n"
@@ -291,6 +291,6 @@ def test_run_sh_requeues_what_slurm_stopped(tmp_path, name, script_too, state, a
         time.sleep(0.2)
         assert process.poll() is None
     os.kill(int(stage), getattr(signal, name))
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 128 + getattr(signal, name)
     assert log.read_text() == requeued
