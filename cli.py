@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 # Seconds between the lines of a progress bar in a log file.
 LOG_SECONDS = 30.0

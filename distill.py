@@ -35,9 +35,9 @@ from training.objectives import with_layer_groups
 from training.student import student_of
 from training.task import with_task
 from training.trainer import new_projections, train
-from wav2vec2.checkpoint import build_model, load_model, load_state, read_model_file
-from wav2vec2.errors import UserError
-from wav2vec2.heads import masked_model_with_its_head
+from wav2vec2.files.checkpoint import build_model, load_model, load_state, read_model_file
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.heads import masked_model_with_its_head
 from wav2vec2.model import Wav2Vec2Model, with_masks
 from wav2vec2.sparsity import Size, size_of, smallest_size
 

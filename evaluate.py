@@ -9,7 +9,7 @@
       --models exp/hubert-base/ckpts/pruned_hubert_base.pth exp/hubert-base/final/ckpts/pruned_hubert_base.pth \\
       --names pruned final --tsv data/librispeech/valid.tsv --distill_layers 0.4,8,12 \\
       --probes probes/keywords.tsv --out results/evaluation.json
-  python -m evaluation.report exp/hubert-base --evaluation results/evaluation.json     to show it with the run
+  python -m report.__main__ exp/hubert-base --evaluation results/evaluation.json     to show it with the run
 
 A probe is a list of labelled audio files, separated by tabs, with the header "split path label" (clips, or a
 verification), "split path start end label" (segments) or "split path text" (CTC): see docs/measuring.md. Everything but
@@ -25,23 +25,23 @@ from pathlib import Path
 import torch
 
 import cli
-from dataset.labels import UNITS, Probe, read_probe
-from dataset.scores import METRICS
 from evaluation.backends import Subject, exported, parse_backends, read_speech, torch_subject
 from evaluation.cost import cost, counted_on, made_by, measure_speed
 from evaluation.features import LogMel
 from evaluation.fidelity import HeldOutSpeech, make_student, measure_fidelity, shared_min_samples
 from evaluation.heads import head_summary, head_tasks
-from evaluation.pictures import layers_alone, quality
 from evaluation.probes import Probed, probe_random_models, run_probe, summary
 from evaluation.scores import LOG_MEL, figure_of_merit
 from evaluation.tables import evaluation_tables
+from labels.lists import UNITS, Probe, read_probe
+from labels.scores import METRICS
 from lightning import DISTILL_MODES, parse_distill_layers
+from report.pictures import layers_alone, quality
 from wav2vec2.audio import MAX_SECONDS
-from wav2vec2.checkpoint import read_model_file
-from wav2vec2.errors import UserError
-from wav2vec2.files import atomic_path
-from wav2vec2.heads import TaskModel, model_with_its_head
+from wav2vec2.files.checkpoint import read_model_file
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.heads import TaskModel, model_with_its_head
+from wav2vec2.files.storage import atomic_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -131,7 +131,7 @@ def read_probes(paths: list[Path], units: str) -> list[Probe]:
     """The probes, each with a name of its own.
 
     Raises:
-        UserError: see :func:`dataset.labels.read_probe`; or two have one name.
+        UserError: see :func:`labels.lists.read_probe`; or two have one name.
     """
     probes = [read_probe(path, units) for path in paths]
     names = [probe.name for probe in probes]

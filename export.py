@@ -1,6 +1,6 @@
 """Write a model in formats that other programs load: one folder each, with a model card (README.md).
 
-  hub           model.safetensors and config.json, as the Hugging Face hub has them; read by wav2vec2.hub
+  hub           model.safetensors and config.json, as the Hugging Face hub has them; read by wav2vec2.files.hub
   onnx          model.onnx for ONNX Runtime, with --float16 and --int8 smaller ones beside it, of any length or, with
                 --chunk_seconds, by chunks; pip install -r requirements-export.txt
   torch_export  model.pt2 for torch.export.load, without this project
@@ -28,20 +28,12 @@ import torch
 from torch import Tensor
 
 import cli
-from dataset.labels import Probe, read_probe
 from evaluation.backends import read_speech
 from evaluation.cost import UTTERANCE_SECONDS, macs_per_second
 from evaluation.losses import Loss, losses
 from evaluation.tables import card_metrics, model_of_shape, read_results
-from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.checkpoint import read_model_file
-from wav2vec2.errors import UserError, listed
-from wav2vec2.files import read_safetensors
-from wav2vec2.heads import head_of, joined_state, model_with_its_head, without_head
-from wav2vec2.hub import CARD, WEIGHTS, read_folder, write_folder, write_text
-from wav2vec2.model import Wav2Vec2Model, masked_units, wav2vec2_model
-from wav2vec2.task_model import CLIPS, Head, TaskModel
-from wav2vec2.utils.export_huggingface import (
+from exporters.card import FORMATS, Card
+from exporters.huggingface import (
     CTC_PREFIX,
     OWN_PREFIX,
     OWN_TYPE,
@@ -51,7 +43,7 @@ from wav2vec2.utils.export_huggingface import (
     export_huggingface,
     load_with_its_code,
 )
-from wav2vec2.utils.export_onnx import (
+from exporters.onnx import (
     DEFAULT_OPSET,
     ONNX,
     Chunk,
@@ -60,7 +52,7 @@ from wav2vec2.utils.export_onnx import (
     check_onnx,
     write_onnx,
 )
-from wav2vec2.utils.export_traced import (
+from exporters.traced import (
     CHECKED_BATCHES,
     LARGEST_DIFFERENCE,
     OUTPUTS,
@@ -75,8 +67,16 @@ from wav2vec2.utils.export_traced import (
     trace,
     write_pt2,
 )
+from labels.lists import Probe, read_probe
+from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.files.checkpoint import read_model_file
+from wav2vec2.files.errors import UserError, listed
+from wav2vec2.files.heads import head_of, joined_state, model_with_its_head, without_head
+from wav2vec2.files.hub import CARD, WEIGHTS, read_folder, write_folder, write_text
+from wav2vec2.files.storage import read_safetensors
+from wav2vec2.model import Wav2Vec2Model, masked_units, wav2vec2_model
+from wav2vec2.task_model import CLIPS, Head, TaskModel
 from wav2vec2.utils.import_huggingface import FAMILIES, compare_with_source, import_huggingface_model
-from wav2vec2.utils.model_card import FORMATS, Card
 
 # Flags of the onnx format alone.
 ONNX_FLAGS = ("float16", "int8", "tsv", "chunk_seconds", "probes", "max_loss")

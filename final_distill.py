@@ -26,9 +26,9 @@ from training.objectives import with_layer_groups
 from training.student import student_of
 from training.task import with_task
 from training.trainer import new_projections, train
-from wav2vec2.checkpoint import load_model, load_state, read_model_file
-from wav2vec2.errors import UserError
-from wav2vec2.heads import model_with_its_head
+from wav2vec2.files.checkpoint import load_model, load_state, read_model_file
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.heads import model_with_its_head
 
 
 def parse_args() -> argparse.Namespace:

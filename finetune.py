@@ -23,18 +23,18 @@ import json
 import pytorch_lightning as pl
 
 import cli
-from dataset.scores import METRICS
 from evaluation.heads import score_head
 from evaluation.scores import Scored
+from labels.scores import METRICS
 from training.arguments import FinetuneRunSettings, add_finetune_arguments, read_finetune_arguments
 from training.checkpoints import BEST_MODEL, FINETUNED_MODEL, made_before
 from training.data import TEST_SUBSET, TRAIN_SUBSET, VALID_SUBSET, LabelledDataModule
 from training.finetuning import finetune
 from training.objectives import own_device
-from wav2vec2.checkpoint import read_model_file, save
-from wav2vec2.errors import UserError
-from wav2vec2.files import atomic_path
-from wav2vec2.heads import task_model_of
+from wav2vec2.files.checkpoint import read_model_file, save
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.heads import task_model_of
+from wav2vec2.files.storage import atomic_path
 
 # What the result reaches.
 RESULT = "finetuned.json"

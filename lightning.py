@@ -16,8 +16,8 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wav2vec2.errors import UserError
 from wav2vec2.fast import fast_paths
+from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.sparsity import Size, compete, initial_size, meet_expected_size, size_of
 

@@ -43,8 +43,8 @@ from wav2vec2.audio import (
     read_mono,
     stated_length,
 )
-from wav2vec2.errors import UserError
-from wav2vec2.files import atomic_path
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.storage import atomic_path
 
 # Of audio and video that libsndfile does not read, or not without being told the rate.
 OTHER_NAMES = """

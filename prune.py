@@ -27,11 +27,11 @@ from training.checkpoints import (
     recorded_head,
     trained_weights,
 )
-from wav2vec2.checkpoint import build_model, check_weights, load_state, read_model_file, save
-from wav2vec2.checkpoint import load_model as load_pruned_model  # noqa: F401 - the published name, which others import
 from wav2vec2.components import published_state
-from wav2vec2.errors import UserError, short_repr
-from wav2vec2.heads import build_with_head, contents_of, with_outputs
+from wav2vec2.files.checkpoint import build_model, check_weights, load_state, read_model_file, save
+from wav2vec2.files.checkpoint import load_model as load_pruned_model  # noqa: F401 - the published name, which others import
+from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.files.heads import build_with_head, contents_of, with_outputs
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
 from wav2vec2.sparsity import (
     Size,

@@ -167,7 +167,7 @@ leave() {
 
 # What only a later stage refuses must not wait for the end of the first: its flags, and a list of labels.
 check() { $print_only || "$python" -c "$@"; }
-read_list='import cli, finetune; from dataset.labels import read_probe
+read_list='import cli, finetune; from labels.lists import read_probe
 cli.run(lambda args: read_probe(args.tsv), finetune.parse_args())'
 ! $distills_on || check 'import final_distill; final_distill.parse_args()' "${final[@]}" --student_ckpt "$student_ckpt"
 ! ((${#finetune[@]})) || check "$read_list" --model "$student_ckpt" "${finetune[@]}" "${always[@]}"
@@ -196,6 +196,6 @@ for exp_dir in "${folders[@]}"; do # its logs go there too
             --exp_dir "$exp_dir/finetuned" || leave $?
         compressed=$exp_dir/finetuned/finetuned.pth
     fi
-    stage report "$python" -m evaluation.report "$exp_dir" || echo "warning: no report, see $exp_dir/report.log" >&2
+    stage report "$python" -m report "$exp_dir" || echo "warning: no report, see $exp_dir/report.log" >&2
     $print_only || echo "the compressed model: $compressed"
 done

@@ -22,9 +22,9 @@ from training.checkpoints import (
     recorded_head,
     trained_weights,
 )
-from wav2vec2.checkpoint import load_state, read_model_file, save
-from wav2vec2.errors import UserError, short_repr
-from wav2vec2.heads import build_with_head, contents_of, with_outputs
+from wav2vec2.files.checkpoint import load_state, read_model_file, save
+from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.files.heads import build_with_head, contents_of, with_outputs
 from wav2vec2.model import with_masks
 
 

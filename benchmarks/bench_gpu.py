@@ -18,7 +18,7 @@ from benchmarks.bench_model import TEACHERS, Update
 from benchmarks.results import Result, write_results
 from evaluation.cost import take_turns
 from training.speed import compile_steps, peak_flops, update_flops
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 SHAPE = (13, 196_923)  # 160 s
 VARIANTS = {"published": ("plain", "16"), "ours": ("fast", "bf16"), "ours compiled": ("fast", "bf16")}

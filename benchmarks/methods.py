@@ -15,11 +15,11 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import cli
-from evaluation.pictures import Point, methods
 from evaluation.scores import LOG_MEL, placed
 from evaluation.tables import read_results
-from wav2vec2.errors import UserError
-from wav2vec2.files import atomic_path
+from report.pictures import Point, methods
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.storage import atomic_path
 
 NOTES = """
 Means over the seeds of training; in brackets the lowest and the highest. RTF: real-time factor, seconds of work per

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from evaluation.cost import made_by
-from wav2vec2.files import atomic_path
+from wav2vec2.files.storage import atomic_path
 
 
 class Result(NamedTuple):

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import cli
-from wav2vec2.checkpoint import read_model_file
-from wav2vec2.errors import UserError
-from wav2vec2.files import atomic_path
+from wav2vec2.files.checkpoint import read_model_file
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.storage import atomic_path
 from wav2vec2.model import wav2vec2_model
 
 # Keys of a config that stand for all layers: whole numbers.

@@ -17,9 +17,9 @@ import torch
 
 import cli
 from benchmarks.methods import averaged
-from wav2vec2.checkpoint import read_model_file
-from wav2vec2.errors import UserError
-from wav2vec2.files import atomic_path
+from wav2vec2.files.checkpoint import read_model_file
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.storage import atomic_path
 from wav2vec2.model import wav2vec2_model
 
 NOTES = """

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Sampler
 
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 
 def make_batches(

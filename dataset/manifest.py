@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wav2vec2.errors import UserError, short_repr
+from wav2vec2.files.errors import UserError, short_repr
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from dataset.batches import Crop
 from dataset.manifest import Manifest
 from wav2vec2.audio import AudioError, checked_audio, decode, stated_length
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 # Files tried in place of a bad one before giving up: as many in a row point to a lost disk, not to bad files.
 MAX_REPLACEMENTS = 20

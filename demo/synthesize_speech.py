@@ -22,7 +22,7 @@ import torch
 
 import cli
 from wav2vec2.audio import SAMPLE_RATE, resample_to_16k
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 VALID_FRACTION = 0.15
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from dataset.manifest import read_manifest
 from dataset.speech import load_finite
 from evaluation.features import Features, ModelFeatures
+from exporters.onnx import DEFAULT_OPSET, ONNX, ONNX_INT8, OnnxOptions, check_onnx, write_onnx
+from exporters.traced import Run
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.errors import UserError
-from wav2vec2.hub import WEIGHTS
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.hub import WEIGHTS
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.utils.export_onnx import DEFAULT_OPSET, ONNX, ONNX_INT8, OnnxOptions, check_onnx, write_onnx
-from wav2vec2.utils.export_traced import Run
 
 BACKENDS = {"torch": None, "onnx": ONNX, "onnx-int8": ONNX_INT8}
 # Of a manifest, for int8's ranges and for differences: so many utterances, and what of each.
@@ -130,10 +130,10 @@ def exported(subject: Subject, backends: Sequence[str], folder: Path, speech: Se
         subject: as PyTorch runs it.
         backends: of :data:`BACKENDS`.
         folder: is made.
-        speech: for the ranges of int8, see :class:`wav2vec2.utils.export_onnx.OnnxOptions`.
+        speech: for the ranges of int8, see :class:`exporters.onnx.OnnxOptions`.
 
     Raises:
-        UserError: the model cannot be exported, see :func:`wav2vec2.utils.export_onnx.write_onnx`.
+        UserError: the model cannot be exported, see :func:`exporters.onnx.write_onnx`.
     """
     names = [name for name in backends if name != "torch"]
     if not names:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from cli import progress
-from dataset.labels import Clip, Probe
+from exporters.traced import Run
+from labels.lists import Clip, Probe
 from wav2vec2.audio import SAMPLE_RATE, read_audio
-from wav2vec2.errors import UserError
-from wav2vec2.heads import TaskModel
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.heads import TaskModel
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.utils.export_traced import Run
 
 # Of every published model: a frame is made of 400 samples, the next begins 320 later.
 _WINDOW, _HOP = 400, 320

@@ -17,8 +17,8 @@ from dataset.speech import SpeechDataset
 from evaluation.features import hidden_states
 from lightning import Layers, check_pair, make_projections, mean_of, student_layers
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.checkpoint import load_state, read_model_file
-from wav2vec2.errors import UserError, short_repr
+from wav2vec2.files.checkpoint import load_state, read_model_file
+from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.model import Wav2Vec2Model
 
 

@@ -9,14 +9,14 @@ from torch import Tensor
 from torchaudio.functional import edit_distance
 
 from cli import progress
-from dataset.labels import CLIPS, TEXT, VERIFICATION, Clip, Probe, read_probe
-from dataset.scores import METRICS, EqualErrorRate, Score, Share
 from evaluation.features import frame_times, head_logits, read_clip
 from evaluation.probes import frame_labels
 from evaluation.scores import Scored
-from wav2vec2.errors import short_repr
-from wav2vec2.heads import TaskModel, greedy_units
-from wav2vec2.utils.export_traced import Run
+from exporters.traced import Run
+from labels.lists import CLIPS, TEXT, VERIFICATION, Clip, Probe, read_probe
+from labels.scores import METRICS, EqualErrorRate, Score, Share
+from wav2vec2.files.errors import short_repr
+from wav2vec2.files.heads import TaskModel, greedy_units
 
 
 class HeadTasks(NamedTuple):
@@ -30,7 +30,7 @@ def head_tasks(model: TaskModel, probes: Sequence[Probe]) -> HeadTasks:
     """Choose the lists whose kind is the head's and whose labels it knows; texts are read again in its units.
 
     Raises:
-        UserError: see :func:`dataset.labels.read_probe`.
+        UserError: see :func:`labels.lists.read_probe`.
     """
     chosen, left_out = [], {}
     for probe in probes:

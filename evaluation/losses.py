@@ -3,17 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from dataset.labels import Probe
-from dataset.scores import METRICS
 from evaluation.backends import RunFeatures
 from evaluation.features import LogMel
 from evaluation.heads import head_tasks, score_head
 from evaluation.probes import run_probe
 from evaluation.scores import LOG_MEL, Scored, figure_of_merit
-from wav2vec2.errors import UserError
-from wav2vec2.heads import TaskModel
+from exporters.traced import Outputs, Run
+from labels.lists import Probe
+from labels.scores import METRICS
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.heads import TaskModel
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.utils.export_traced import Outputs, Run
 
 _SEEDS = (0, 1, 2)  # as evaluate.py
 _MODEL = "the model"
@@ -36,7 +36,7 @@ def losses(model: Wav2Vec2Model, outputs: str, files: Mapping[str, Run], probes:
 
     Args:
         model: in eval mode, on the CPU.
-        outputs: of the files, see :class:`~wav2vec2.utils.export_traced.Outputs`.
+        outputs: of the files, see :class:`~exporters.traced.Outputs`.
         files: what each computes, by its name.
         probes: lists of labelled clips.
 

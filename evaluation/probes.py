@@ -1,7 +1,7 @@
 """What a model's frozen features know: linear probes on labelled audio, a SUPERB in miniature.
 
 As in SUPERB, a probe sees a learnt softmax-weighted sum of all hidden states. What it makes of it is one linear layer,
-by the kind of list (:mod:`dataset.labels`):
+by the kind of list (:mod:`labels.lists`):
 
     clips          classes of the mean over a clip's frames; accuracy
     segments       classes of each labelled frame; accuracy over frames
@@ -30,11 +30,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchaudio.functional import edit_distance
 
-from dataset.labelled import frame_labels
-from dataset.labels import CLIPS, SEGMENTS, TEXT, VERIFICATION, Clip, Probe
-from dataset.scores import METRICS, EqualErrorRate, Score, Share
 from evaluation.features import Features, Frames, ModelFeatures, frames_on_disk, pooled_features
 from evaluation.scores import Scored
+from labels.batches import frame_labels
+from labels.lists import CLIPS, SEGMENTS, TEXT, VERIFICATION, Clip, Probe
+from labels.scores import METRICS, EqualErrorRate, Score, Share
 from wav2vec2.model import wav2vec2_model
 
 # What the squared weights are multiplied by before they are added to the mean cross entropy.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.scores import Score
+from labels.scores import Score
 
 # The control that quality is measured from.
 LOG_MEL = "log-mel"

@@ -24,8 +24,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from dataset.labels import TEXT
-from wav2vec2.errors import UserError
+from labels.lists import TEXT
+from wav2vec2.files.errors import UserError
 
 # Names that the hub has for metrics; others are written with underscores.
 _METRIC_TYPES = {"frame accuracy": "accuracy", "word error rate": "wer", "character error rate": "cer"}

@@ -24,8 +24,8 @@ import cli
 import wav2vec2
 from dataset.manifest import read_manifest
 from wav2vec2.audio import AUDIO_SUFFIXES
-from wav2vec2.errors import UserError, short_repr
-from wav2vec2.files import atomic_path, read_json
+from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.files.storage import atomic_path, read_json
 from wav2vec2.inference import BATCH_SECONDS, MAX_SECONDS
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}

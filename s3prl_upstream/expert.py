@@ -18,7 +18,7 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def _checkpoint_module() -> ModuleType:
-    """``wav2vec2.checkpoint``: of the repository around this folder, or else of the installed package ``dphubert``.
+    """``wav2vec2.files.checkpoint`` of this repository, or else of the installed package ``dphubert``.
 
     The repository is in ``sys.path`` during the import only, because its lightning.py would hide the package of that
     name. The names that s3prl gives its own folders (``s3prl.upstream.wav2vec2``) do not get in the way.
@@ -26,11 +26,11 @@ def _checkpoint_module() -> ModuleType:
     Raises:
         ImportError: neither is there.
     """
-    in_place = all((_REPOSITORY / name).is_file() for name in ("hardconcrete.py", "wav2vec2/checkpoint.py"))
+    in_place = all((_REPOSITORY / name).is_file() for name in ("hardconcrete.py", "wav2vec2/files/checkpoint.py"))
     if in_place:
         sys.path.insert(0, str(_REPOSITORY))
     try:
-        return import_module("wav2vec2.checkpoint")
+        return import_module("wav2vec2.files.checkpoint")
     except ImportError as error:
         found = getattr(sys.modules.get("wav2vec2"), "__path__", None)
         other = f"; the wav2vec2 in {list(found)} is another one" if found else ""
@@ -62,7 +62,7 @@ class UpstreamExpert(nn.Module):
 
     Raises:
         ImportError: this folder has been copied and the package ``dphubert`` is not installed.
-        wav2vec2.errors.UserError: the file is missing or not a model.
+        wav2vec2.files.errors.UserError: the file is missing or not a model.
         ValueError: ``model_config`` is given.
     """
 

@@ -68,8 +68,8 @@ if ! $dry_run; then
 fi
 num_layers=$(cd "$here/.." && "$python" -c '
 import sys
-from wav2vec2.checkpoint import load_model
-from wav2vec2.errors import UserError
+from wav2vec2.files.checkpoint import load_model
+from wav2vec2.files.errors import UserError
 try:
     print(len(load_model(sys.argv[1]).encoder.transformer.layers))
 except (UserError, OSError) as error:

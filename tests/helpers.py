@@ -29,9 +29,9 @@ from lightning import (
     make_projections,
 )
 from training import speed
-from wav2vec2 import checkpoint
 from wav2vec2.fast import plain_paths
-from wav2vec2.heads import Head, contents_of, task_model_of, with_head
+from wav2vec2.files import checkpoint
+from wav2vec2.files.heads import Head, contents_of, task_model_of, with_head
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model, with_masks
 from wav2vec2.utils.import_huggingface import import_huggingface_model
 from wav2vec2.utils.importing import ImportedModel

@@ -34,8 +34,8 @@ from lightning import (
     parse_distill_layers,
 )
 from training.callbacks import StopRequest, UpdateGuard
-from wav2vec2.errors import UserError
 from wav2vec2.fast import plain_paths
+from wav2vec2.files.errors import UserError
 from wav2vec2.flops import count_flops
 from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, wav2vec2_model, with_masks
 from wav2vec2.sparsity import Size, size_of

@@ -19,12 +19,12 @@ from typing import Any, Self
 
 import torch
 
-from dataset.labels import UNITS
+from labels.lists import UNITS
 from lightning import COS_TYPES, DISTILL_MODES, SPARSITY_CONTROLS, Layers, parse_distill_layers
 from training.checkpoints import AUTO
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
-from wav2vec2.errors import UserError, short_repr
-from wav2vec2.files import read_json
+from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.files.storage import read_json
 from wav2vec2.flops import UTTERANCE_SECONDS
 from wav2vec2.model import PRUNING_UNITS
 

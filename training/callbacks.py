@@ -37,8 +37,8 @@ from training.checkpoints import (
     SIZE_FOLDER,
     print_line,
 )
-from wav2vec2 import checkpoint as ckpt
-from wav2vec2.errors import UserError
+from wav2vec2.files import checkpoint as ckpt
+from wav2vec2.files.errors import UserError
 
 _LISTED_FILES = 20
 # Updates in a row that the loss scaler may skip: it starts with 65536 and halves, so that its scale is below 1 by then,

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from wav2vec2 import checkpoint as ckpt
-from wav2vec2.errors import UserError, short_repr
-from wav2vec2.heads import Head, head_of
+from wav2vec2.files import checkpoint as ckpt
+from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.files.heads import Head, head_of
 
 CHECKPOINTS = "ckpts"
 LAST_CHECKPOINT = "last.ckpt"

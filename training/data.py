@@ -13,14 +13,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.batches import BatchSampler, TrainingSampler, make_batches
-from dataset.labelled import FrameTimes, LabelledDataset, checked_lengths
-from dataset.labels import SEGMENTS, TEXT, Clip, Probe
 from dataset.manifest import Manifest, read_manifest
 from dataset.speech import SpeechDataset, check_files
+from labels.batches import FrameTimes, LabelledDataset, checked_lengths
+from labels.lists import SEGMENTS, TEXT, Clip, Probe
 from training.arguments import BatchSettings, DataSettings
 from training.callbacks import ignore_stop_signals, too_many_bad_files
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 # Of labelled lists; manifests have names of their own for the first.
 TRAIN_SUBSET, VALID_SUBSET, TEST_SUBSET = "train", "valid", "test"
@@ -234,7 +234,7 @@ class LabelledDataModule(BatchDataModule):
         clips: of each split.
 
     Raises:
-        UserError: a clip cannot be used (see :func:`dataset.labelled.checked_lengths`), or there are too few.
+        UserError: a clip cannot be used (see :func:`labels.batches.checked_lengths`), or there are too few.
     """
 
     def __init__(self, settings: BatchSettings, probe: Probe, frames: FrameTimes) -> None:

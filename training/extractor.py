@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from training.arguments import LIGHT, ExtractorSettings, RunSettings, TaskSettings
 from training.data import BatchDataModule
 from training.trainer import train
-from wav2vec2.checkpoint import model_of
 from wav2vec2.components import FeatureExtractor
 from wav2vec2.config import ModelConfig, check_config
-from wav2vec2.errors import UserError
+from wav2vec2.files.checkpoint import model_of
+from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, with_masks
 
 # Of fresh layers: higher than for weights that were trained before.

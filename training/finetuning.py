@@ -9,8 +9,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, distributed, nn
 
-from dataset.labelled import FrameTimes, LabelledBatch
-from dataset.labels import VERIFICATION, Clip, Probe
+from labels.batches import FrameTimes, LabelledBatch
+from labels.lists import VERIFICATION, Clip, Probe
 from lightning import freeze_unreached, scheduled_adamw
 from training.arguments import ALWAYS, FinetuneRunSettings
 from training.callbacks import save_or_end
@@ -19,8 +19,8 @@ from training.data import VALID_SUBSET, LabelledDataModule
 from training.speed import forward_flops
 from training.task import ValidScores, read_task, task_loss, train_head, with_this_head
 from training.trainer import check_settings, data_and_machine, fit
-from wav2vec2 import checkpoint as ckpt
-from wav2vec2.heads import TaskModel, contents_of, head_of, task_model_of
+from wav2vec2.files import checkpoint as ckpt
+from wav2vec2.files.heads import TaskModel, contents_of, head_of, task_model_of
 
 
 class SpanMasking(nn.Module):

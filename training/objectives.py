@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from lightning import student_layers
 from training.arguments import MachineSettings, RunSettings
 from training.data import BatchDataModule
-from wav2vec2.checkpoint import load_state
-from wav2vec2.errors import UserError
+from wav2vec2.files.checkpoint import load_state
+from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning import DistillModule
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 from wav2vec2.flops import count_flops
 from wav2vec2.model import Wav2Vec2Model
 

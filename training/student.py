@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hardconcrete import HardConcrete
 from training.arguments import RANDOM, StudentSettings
-from wav2vec2.checkpoint import build_model, load_state
 from wav2vec2.config import MAX_LAYERS, PRUNING_UNITS, HubertConfig, ModelConfig, WavLMConfig, check_config, is_wavlm
-from wav2vec2.errors import UserError, short_repr
+from wav2vec2.files.checkpoint import build_model, load_state
+from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.model import with_masks
 
 # What starts from the source, or fresh, as a whole: name -> the prefix of its parameters.

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchaudio.functional import edit_distance
 
-from dataset.labelled import FrameTimes, LabelledBatch
-from dataset.labels import CLIPS, SEGMENTS, TEXT, UNITS, VERIFICATION, Clip, Probe, read_probe
-from dataset.scores import METRICS, EqualErrorRate, Score, Share
+from labels.batches import FrameTimes, LabelledBatch
+from labels.lists import CLIPS, SEGMENTS, TEXT, UNITS, VERIFICATION, Clip, Probe, read_probe
+from labels.scores import METRICS, EqualErrorRate, Score, Share
 from training.arguments import RunSettings
 from training.callbacks import gather
 from training.data import VALID_SUBSET, LabelledDataModule
 from training.objectives import Objective, Seen
-from wav2vec2.checkpoint import build_model
-from wav2vec2.errors import UserError
-from wav2vec2.heads import Head, TaskModel, greedy_units, head_of, with_head
+from wav2vec2.files.checkpoint import build_model
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.heads import Head, TaskModel, greedy_units, head_of, with_head
 
 # ---------------------------------------------------------------------------------------------------
 # Head, loss and score
@@ -88,7 +88,7 @@ def task_loss(kind: str, logits: Tensor, lengths: Tensor, targets: Tensor) -> Te
         kind: of the head.
         logits: (B, frames, outputs), or (B, outputs) of clips.
         lengths: (B,) valid frames.
-        targets: (B, N), as of :class:`~dataset.labelled.LabelledBatch`.
+        targets: (B, N), as of :class:`~labels.batches.LabelledBatch`.
     """
     logits = logits.float()
     if kind == TEXT:
@@ -106,7 +106,7 @@ def clip_results(kind: str, logits: Tensor, lengths: Tensor, targets: Tensor) ->
     """What is counted of each clip: errors and units (text), what is right and how much there is; or its logits.
 
     Args:
-        kind: of what is scored, as of :class:`~dataset.labels.Probe`.
+        kind: of what is scored, as of :class:`~labels.lists.Probe`.
         logits, lengths, targets: as of :func:`task_loss`.
     """
     if kind == VERIFICATION:

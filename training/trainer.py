@@ -57,10 +57,10 @@ from training.speed import (
     update_flops,
 )
 from training.task import Task, TaskScore, ValidScores, train_head
-from wav2vec2 import checkpoint as ckpt
-from wav2vec2.errors import UserError, one_line
 from wav2vec2.fast import fast_paths, plain_paths
-from wav2vec2.heads import TaskModel
+from wav2vec2.files import checkpoint as ckpt
+from wav2vec2.files.errors import UserError, one_line
+from wav2vec2.files.heads import TaskModel
 from wav2vec2.model import Wav2Vec2Model
 
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from .errors import UserError, one_line
+from .files.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
-from .errors import short_repr
+from .files.errors import short_repr
 
 # Far beyond any model that there is, and small enough that lists of this length do no harm.
 MAX_LAYERS = 256

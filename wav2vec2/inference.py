@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from . import checkpoint, hub
 from .audio import HIGHEST_RATE, LOWEST_RATE, SAMPLE_RATE, AudioError, read_audio, resample_to_16k
 from .components import FeatureExtractor
-from .errors import UserError, one_line, short_repr
 from .fast import norm_over_time
-from .heads import model_with_its_head
+from .files import checkpoint, hub
+from .files.errors import UserError, one_line, short_repr
+from .files.heads import model_with_its_head
 from .model import Wav2Vec2Model, normalize_waveforms
 
 BATCH_SECONDS = 60.0
@@ -52,7 +52,7 @@ def load(
 ) -> Wav2Vec2Model:
     """Load a model for use: in eval mode, without gradients, its positional convolution's weight computed once.
 
-    Of a file with a task head it is a :class:`~wav2vec2.heads.TaskModel`, whose ``forward`` gives logits.
+    Of a file with a task head it is a :class:`~wav2vec2.files.heads.TaskModel`, whose ``forward`` gives logits.
 
     Args:
         source: a model file ``.pth`` (of a converter, ``prune.py``, ``save_final_ckpt.py``, or one that the original

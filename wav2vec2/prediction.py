@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .audio import SAMPLE_RATE
-from .errors import UserError, single_line
-from .heads import greedy_units
+from .files.errors import UserError, single_line
+from .files.heads import greedy_units
 from .inference import extract_iter, is_input, load
 from .model import Wav2Vec2Model
 from .task_model import CLIPS, TEXT, TaskModel

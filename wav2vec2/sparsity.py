@@ -24,7 +24,7 @@ from hardconcrete import HardConcrete
 
 from .audio import SAMPLE_RATE
 from .components import assumed_sizes
-from .errors import UserError, short_repr
+from .files.errors import UserError, short_repr
 from .flops import UTTERANCE_SECONDS
 from .model import Wav2Vec2Model
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .errors import short_repr
+from .files.errors import short_repr
 from .model import Wav2Vec2Model
 from .pruning_utils import prune_linear
 

@@ -16,9 +16,9 @@ import pytest
 from helpers import REPOSITORY, error_line, random_model, run_command, run_script, run_to_exit, small_config
 
 from benchmarks import methods, students
-from dataset.scores import Share
 from evaluation.scores import Scored, figure_of_merit
-from wav2vec2 import checkpoint
+from labels.scores import Share
+from wav2vec2.files import checkpoint
 from wav2vec2.model import wav2vec2_model
 
 # The fake python below does not read them.

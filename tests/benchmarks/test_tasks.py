@@ -12,7 +12,7 @@ from helpers import error_line, random_model, run_command, run_script, run_to_ex
 import distill
 import final_distill
 import finetune
-from wav2vec2 import checkpoint
+from wav2vec2.files import checkpoint
 
 SCRIPTS = {"distill.py": distill, "final_distill.py": final_distill, "finetune.py": finetune}
 

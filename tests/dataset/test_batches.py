@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.batches import BatchSampler, Crop, TrainingSampler, make_batches
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 PUBLISHED = json.loads((REFERENCE / "batches.json").read_text())
 CASES = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dataset.manifest import read_manifest
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 
 @pytest.mark.parametrize(

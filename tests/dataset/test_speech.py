@@ -14,7 +14,7 @@ from dataset.batches import BatchSampler, Crop, make_batches
 from dataset.manifest import Manifest, read_manifest
 from dataset.speech import MAX_REPLACEMENTS, AudioError, SpeechDataset, check_files, load_audio
 from wav2vec2.audio import SAMPLE_RATE, num_samples_at_16k, resample_to_16k
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 
 def noise(num_samples: int, seed: int = 0, num_channels: int = 1) -> np.ndarray:

@@ -13,7 +13,7 @@ from helpers import run_command
 
 from demo import synthesize_speech
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 pytestmark = pytest.mark.slow
 

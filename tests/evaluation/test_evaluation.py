@@ -23,16 +23,17 @@ from helpers import (
 )
 from huggingface_hub import ModelCard
 
-from dataset import labels
-from dataset.scores import EqualErrorRate, Share
 from dataset.speech import load_audio
 from evaluation import cost, features, probes, scores
 from evaluation.features import hidden_states
 from evaluation.fidelity import HeldOutSpeech, LinearCKA, make_student, measure_fidelity
 from evaluation.tables import architecture_tables, unit_counts
+from labels import lists as labels
+from labels.scores import EqualErrorRate, Share
 from lightning import DistillLoss, make_projections
-from wav2vec2 import checkpoint, flops
-from wav2vec2.errors import UserError
+from wav2vec2 import flops
+from wav2vec2.files import checkpoint
+from wav2vec2.files.errors import UserError
 from wav2vec2.model import hubert_base, wav2vec2_model
 
 LAYERS = [0, 1, 3]

@@ -10,13 +10,13 @@ import torch
 from helpers import run_script, save_small_model, task_contents
 from torchaudio.functional import edit_distance
 
-from dataset.labels import read_probe
 from evaluation.heads import head_summary, head_tasks
 from evaluation.tables import evaluation_tables
-from wav2vec2 import checkpoint
+from labels.lists import read_probe
 from wav2vec2.audio import read_audio
-from wav2vec2.errors import UserError
-from wav2vec2.heads import Head, TaskModel, task_model_of
+from wav2vec2.files import checkpoint
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.heads import Head, TaskModel, task_model_of
 
 # In another order than the lists', and with a label that they do not have.
 LABELS = ("mid", "none", "low", "high")

@@ -4,13 +4,13 @@ import pytest
 import torch
 from helpers import random_model, small_config, task_contents
 
-from dataset.labels import read_probe
 from evaluation import losses
 from evaluation.features import LogMel
 from evaluation.probes import Probed
-from wav2vec2.errors import UserError
-from wav2vec2.heads import Head, task_model_of
-from wav2vec2.utils.export_traced import Outputs
+from exporters.traced import Outputs
+from labels.lists import read_probe
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.heads import Head, task_model_of
 
 
 class Silence(LogMel):

@@ -10,7 +10,7 @@ from helpers import error_line, run_script, run_to_exit
 
 import wav2vec2
 from examples import extract_features
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 
 @pytest.fixture

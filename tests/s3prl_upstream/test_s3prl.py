@@ -23,8 +23,8 @@ from helpers import (
 from torch import Tensor
 
 from s3prl_upstream.hubconf import dphubert_local
-from wav2vec2 import checkpoint
-from wav2vec2.errors import UserError
+from wav2vec2.files import checkpoint
+from wav2vec2.files.errors import UserError
 from wav2vec2.model import CONV_LAYERS, with_masks
 
 pytestmark = pytest.mark.slow

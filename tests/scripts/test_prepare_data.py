@@ -18,7 +18,7 @@ from dataset.manifest import read_manifest
 from dataset.speech import load_audio
 from prepare_data import LIBRISPEECH_SPLITS, count_samples, find_audio, hold_out, parse_splits, split_by_folder
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 
 def write_audio(path: Path, num_samples: int = 1600, sample_rate: int = SAMPLE_RATE, num_channels: int = 1) -> Path:

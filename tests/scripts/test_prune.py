@@ -17,7 +17,7 @@ from helpers import (
     small_run,
 )
 
-from wav2vec2 import checkpoint
+from wav2vec2.files import checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from helpers import REPOSITORY, random_model, random_waveforms, small_config
 
-from wav2vec2 import checkpoint
+from wav2vec2.files import checkpoint
 
 README = (REPOSITORY / "README.md").read_text()
 GUIDES = ("running", "reliability", "using", "measuring")
@@ -48,7 +48,9 @@ def test_script_flags(command, monkeypatch):
     is_module = command[1] == "-m"
     monkeypatch.setattr(sys, "argv", command[1 + is_module :])
     if command[1:3] != ["-m", "venv"]:
-        importlib.import_module(command[1 + is_module].removesuffix(".py")).parse_args()
+        name = command[1 + is_module].removesuffix(".py")
+        is_package = is_module and (REPOSITORY / name).is_dir()
+        importlib.import_module(f"{name}.__main__" if is_package else name).parse_args()
 
 
 def running(script: str) -> list[list[str]]:
@@ -112,7 +114,7 @@ def test_every_command_is_covered():
 
 
 def test_paths_exist():
-    folders = "conf|demo|tests|benchmarks|wav2vec2|evaluation|examples|s3prl_upstream|docs"
+    folders = "conf|demo|tests|benchmarks|wav2vec2|evaluation|report|labels|exporters|examples|s3prl_upstream|docs"
     for path in re.findall(rf"`((?:{folders})/[\w./-]*|[\w-]+\.(?:py|sh))`", PAGES):
         assert (REPOSITORY / path).exists() or (REPOSITORY / "wav2vec2" / path).exists(), path
 

@@ -42,7 +42,7 @@ def test_every_shipped_config_gives_commands_that_parse(config, monkeypatch):
         monkeypatch.setattr(sys, "argv", command[1:])
         importlib.import_module(command[1].removesuffix(".py")).parse_args()
     exp_dir = re.sub("/(final|teacher)$", "", value(stages[0], "--exp_dir"))
-    assert report[1:] == ["-m", "evaluation.report", exp_dir]
+    assert report[1:] == ["-m", "report.__main__", exp_dir]
 
 
 def test_defaults_are_the_published_experiment():
@@ -95,7 +95,7 @@ def test_every_size_of_a_run_is_finished(tmp_path, flag):
         assert value(final, "--exp_dir") == f"{exp_dir}/final" and value(final, "--seed") == "5"
         assert value(final, "--max_updates") == "200" and flag not in " ".join(final)
         assert value(save, "--ckpt_after_final_distill") == f"{exp_dir}/final/ckpts/last.ckpt"
-        assert report[1:] == ["-m", "evaluation.report", exp_dir]
+        assert report[1:] == ["-m", "report.__main__", exp_dir]
 
 
 def test_without_pruning(tmp_path):
@@ -106,7 +106,7 @@ def test_without_pruning(tmp_path):
     assert final[1] == "final_distill.py" and value(final, "--seed") == "4" and value(final, "--accum_grad") == "2"
     assert value(final, "--student_ckpt") == "student.pth" and value(final, "--exp_dir") == "exp/final"
     assert save[1:] == ["save_final_ckpt.py", "--ckpt_after_final_distill", "exp/final/ckpts/last.ckpt"]
-    assert report[1:] == ["-m", "evaluation.report", "exp"]
+    assert report[1:] == ["-m", "report.__main__", "exp"]
     assert value(commands(config)[0], "--student_ckpt") == "demo/out/mini-hubert.pth"
     result = run_command("bash", "run.sh", config, python="true", exp_dir=tmp_path / "exp")
     assert result.returncode == 0, result.stderr
@@ -183,7 +183,7 @@ def test_run_sh_stops_at_the_first_failure(tmp_path, failing, begun, status):
     if failing == "-c":
         assert result.stderr == "import final_distill; final_distill.parse_args()\n"
     else:
-        assert (tmp_path / "exp" / f"{begun[-1]}.log").read_text().startswith(("--distilled", "evaluation.report"))
+        assert (tmp_path / "exp" / f"{begun[-1]}.log").read_text().startswith(("--distilled", "report.__main__"))
 
 
 STAGE = """#!{python}

@@ -30,7 +30,7 @@ from helpers import (
 
 from training.arguments import DataSettings
 from training.data import SpeechDataModule
-from wav2vec2 import checkpoint
+from wav2vec2.files import checkpoint
 from wav2vec2.sparsity import size_of
 
 pytestmark = pytest.mark.slow
@@ -143,7 +143,7 @@ def test_joint_training_drives_the_expected_size_to_the_target(manifests, tmp_pa
     last = final / "ckpts" / "last.ckpt"
     run_script(monkeypatch, "save_final_ckpt", "--config_path", pruned, "--ckpt_after_final_distill", last)
     assert load_as_others_do(last.parent / "pruned_hubert_base.pth").get_num_params() == num_after
-    run_script(monkeypatch, "evaluation.report", size)
+    run_script(monkeypatch, "report.__main__", size)
     assert (size / "report.html").stat().st_size > 10_000
 
 
@@ -181,7 +181,7 @@ def test_another_extractor(manifests, tmp_path, monkeypatch, family, size, units
     waveforms = random_waveforms(2000)[0]
     with torch.no_grad():
         torch.testing.assert_close(exported(waveforms)[0], student.eval()(waveforms)[0])
-    run_script(monkeypatch, "evaluation.report", exp_dir)
+    run_script(monkeypatch, "report.__main__", exp_dir)
     assert (exp_dir / "report.html").is_file()
 
 
@@ -218,7 +218,7 @@ def test_every_unit_to_both_budgets(manifests, tmp_path, monkeypatch, capsys, fa
     measured = ("--teacher", teacher, "--models", saved, "--tsv", manifests / "valid.tsv", "--out", evaluated)
     run_script(monkeypatch, "evaluate", *measured, "--device", "cpu", "--distill_layers", "0.1,3", "--speed_seconds")
     assert json.loads(evaluated.read_text())
-    run_script(monkeypatch, "evaluation.report", exp_dir)
+    run_script(monkeypatch, "report.__main__", exp_dir)
     report = (exp_dir / "report.html").read_text()
     assert "multiply-adds gone" in report and f"{config['encoder_embed_dim']}/64" in report
 

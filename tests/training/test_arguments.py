@@ -16,7 +16,7 @@ from training.arguments import (
     add_arguments,
     read_arguments,
 )
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 REQUIRED = ["--tsv_dir", "data", "--teacher_ckpt", "teacher.pth", "--student_ckpt", "student.pth"]
 

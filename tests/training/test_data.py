@@ -10,7 +10,7 @@ from helpers import error_line, run_to_exit, small_run
 
 from training.arguments import DataSettings
 from training.data import SpeechDataModule
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 SHORT, LONG = 399, 16_000
 

@@ -6,10 +6,10 @@ from helpers import SMALL_LIGHT_LAYERS, random_model, small_config
 
 from training.arguments import ExtractorSettings
 from training.extractor import light_layers, with_extractor
-from wav2vec2.checkpoint import model_of
 from wav2vec2.components import FeatureExtractor
 from wav2vec2.config import check_config
-from wav2vec2.errors import UserError
+from wav2vec2.files.checkpoint import model_of
+from wav2vec2.files.errors import UserError
 
 
 def extractor(layers: list) -> FeatureExtractor:

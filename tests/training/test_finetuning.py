@@ -29,7 +29,7 @@ import wav2vec2
 from training import callbacks, speed
 from training.finetuning import BestModel, FinetuneModule, SpanMasking
 from training.task import clip_results, score_of, task_loss
-from wav2vec2 import checkpoint
+from wav2vec2.files import checkpoint
 from wav2vec2.model import wav2vec2_model
 
 

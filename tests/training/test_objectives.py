@@ -11,7 +11,7 @@ from evaluation.fidelity import LinearCKA
 from lightning import DistillLoss, mean_of, parse_distill_layers, student_layers
 from training import objectives
 from training.objectives import MaskedUnits, TemporalRelations, cka, nearest, temporal_relations
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 NOTHING = DistillLoss(0, 0, 0, "raw")
 BATCH = random_waveforms(4000, 4000)[0], None

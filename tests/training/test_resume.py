@@ -33,7 +33,7 @@ from helpers import (
 
 import lightning
 from training import callbacks
-from wav2vec2 import checkpoint
+from wav2vec2.files import checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -30,8 +30,8 @@ from lightning import SPARSITY_CONTROLS, DistillModule, make_projections
 from training import speed
 from training.objectives import MaskedUnits, TemporalRelations
 from training.speed import COLUMNS, FetchTimer, forward_flops, peak_flops, update_flops
-from wav2vec2.errors import UserError
 from wav2vec2.fast import fast_paths
+from wav2vec2.files.errors import UserError
 from wav2vec2.model import PRUNING_UNITS, hubert_base, with_masks
 
 NOISE = {"encoder_dropout": 0.1, "encoder_attention_dropout": 0.1, "encoder_ff_interm_dropout": 0.1}

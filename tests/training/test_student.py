@@ -26,8 +26,9 @@ from torch import Tensor
 from s3prl_upstream.expert import UpstreamExpert
 from training.arguments import StudentSettings
 from training.student import student_of
-from wav2vec2 import checkpoint, extract, load
-from wav2vec2.errors import UserError
+from wav2vec2 import extract, load
+from wav2vec2.files import checkpoint
+from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model
 
 FAMILIES = [("hubert", "base"), ("hubert", "large"), ("wavlm", "base"), ("wavlm", "large")]
@@ -340,7 +341,7 @@ def test_whatever_takes_models_takes_it(manifests, tmp_path, monkeypatch, capsys
         monkeypatch, "final_distill", *small_run(manifests, teacher, **student), "--exp_dir", tmp_path / "exp/final"
     )
     run_script(monkeypatch, "save_final_ckpt", "--ckpt_after_final_distill", saved.with_name("last.ckpt"))
-    run_script(monkeypatch, "evaluation.report", tmp_path / "exp")
+    run_script(monkeypatch, "report.__main__", tmp_path / "exp")
     assert (tmp_path / "exp/report.html").is_file()
     flags = ("--teacher", teacher, "--models", saved, "--tsv", manifests / "valid.tsv", "--distill_layers", "1,3")
     once = ("--speed_seconds", 0.1, "--repetitions", 1, "--device", "cpu", "--out", tmp_path / "evaluation.json")

@@ -27,11 +27,11 @@ from helpers import (
 )
 
 import wav2vec2
-from dataset.labelled import LabelledBatch
+from labels.batches import LabelledBatch
 from lightning import DistillLoss, make_projections
 from training.task import Task, task_loss, train_head
-from wav2vec2 import checkpoint
-from wav2vec2.heads import TaskModel, masked_model_with_its_head
+from wav2vec2.files import checkpoint
+from wav2vec2.files.heads import TaskModel, masked_model_with_its_head
 
 WAVEFORMS, LENGTHS = random_waveforms(900, 500)
 

@@ -20,7 +20,7 @@ from dataset.speech import SpeechDataset, check_files, load_audio
 from prepare_data import count_samples
 from wav2vec2 import audio
 from wav2vec2.audio import SAMPLE_RATE, AudioError, num_samples_at_16k, read_audio, resample_to_16k
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 
 # Formats without a header need to be told what they hold; the last two cannot be written.
 FORMATS = [

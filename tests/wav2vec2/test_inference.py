@@ -17,8 +17,9 @@ from torch import Tensor
 
 import wav2vec2
 from dataset.speech import load_audio
-from wav2vec2 import audio, checkpoint, hub, inference
-from wav2vec2.errors import UserError
+from wav2vec2 import audio, inference
+from wav2vec2.files import checkpoint, hub
+from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
 
 KINDS = list(itertools.product(("hubert", "wavlm"), ("base", "large")))

@@ -7,10 +7,11 @@ import torch
 from helpers import TASK_HEADS, head_id, random_model, random_waveforms, run_command, small_config, task_contents
 
 import wav2vec2
-from wav2vec2 import checkpoint, prediction
+from wav2vec2 import prediction
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.errors import UserError
-from wav2vec2.heads import Head, task_model_of
+from wav2vec2.files import checkpoint
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.heads import Head, task_model_of
 from wav2vec2.prediction import Labelled, Stretch
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hardconcrete import HardConcrete
-from wav2vec2 import checkpoint
+from wav2vec2.files import checkpoint
 from wav2vec2.flops import count_flops
 from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, masked_units, wav2vec2_model, with_masks
 from wav2vec2.sparsity import (

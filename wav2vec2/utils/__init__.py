@@ -1,1 +1,1 @@
-"""Importers and exporters: one module per format, and what they share."""
+"""Importers, one for each source, and what they share."""

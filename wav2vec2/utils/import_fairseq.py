@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError, one_line, short_repr, single_line
+from ..files.errors import UserError, one_line, short_repr, single_line
+from ..files.unpickling import kind_of_contents, read_torch_file, to_plain
 from .importing import (
     Architecture,
     Dropouts,
@@ -27,7 +28,6 @@ from .importing import (
     load_source_state,
 )
 from .quiet import quiet
-from .unpickling import kind_of_contents, read_torch_file, to_plain
 
 # (our prefix, fairseq's prefix); {} is a layer index.
 _ENCODER_NAMES = [

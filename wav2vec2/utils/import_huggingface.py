@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, one_line, short_repr
-from ..files import read_json, read_safetensors
+from ..files.errors import UserError, one_line, short_repr
+from ..files.storage import read_json, read_safetensors
+from ..files.unpickling import kind_of_contents, kind_of_path, read_torch_file
 from .importing import (
     Architecture,
     Dropouts,
@@ -21,7 +22,6 @@ from .importing import (
     import_weights,
     load_source_state,
 )
-from .unpickling import kind_of_contents, kind_of_path, read_torch_file
 
 # (our prefix, transformers' prefix); below these, transformers' names are torchaudio's.
 NAMES = [

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import check_weights, expected_state
-from ..errors import UserError
+from ..files.checkpoint import check_weights, expected_state
+from ..files.errors import UserError
 from ..model import (
     Wav2Vec2Model,
     hubert_base,

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checkpoint
 from ..audio import SAMPLE_RATE
 from ..components import published_name, published_state
 from ..config import MAX_LAYERS
-from ..errors import UserError, listed, short_repr
+from ..files import checkpoint
+from ..files.errors import UserError, listed, short_repr
 from ..model import Wav2Vec2Model, normalize_waveforms
 
 # Created here: no source has the extractor's output scale (it keeps the last conv's soft mask after pruning).

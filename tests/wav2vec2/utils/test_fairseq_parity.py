@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import randomize
 
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 from wav2vec2.utils.import_fairseq import compare_with_fairseq, import_fairseq_model
 
 pytest.importorskip("fairseq", reason="fairseq is not installed (requirements-fairseq.txt)")

@@ -27,10 +27,10 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
+from wav2vec2.files.unpickling import read_torch_file
 from wav2vec2.utils.import_fairseq import compare_with_fairseq, import_fairseq_model, parse_conv_layers
 from wav2vec2.utils.import_huggingface import import_huggingface_model
-from wav2vec2.utils.unpickling import read_torch_file
 
 CHECKPOINTS = {
     path.parent.relative_to(FIXTURES).as_posix(): path for path in sorted(FIXTURES.glob("*/*/checkpoint.pt"))

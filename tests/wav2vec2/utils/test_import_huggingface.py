@@ -27,7 +27,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wav2vec2.errors import UserError
+from wav2vec2.files.errors import UserError
 from wav2vec2.utils.import_huggingface import compare_with_source, fetch_huggingface_model, import_huggingface_model
 from wav2vec2.utils.importing import Dropouts
 

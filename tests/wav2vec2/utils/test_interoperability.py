@@ -24,10 +24,10 @@ from helpers import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wav2vec2 import checkpoint
-from wav2vec2.errors import UserError
+from exporters.huggingface import export_huggingface
+from wav2vec2.files import checkpoint
+from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, normalize_waveforms, wav2vec2_model
-from wav2vec2.utils.export_huggingface import export_huggingface
 from wav2vec2.utils.import_huggingface import FAMILIES, import_huggingface_model
 from wav2vec2.utils.import_torchaudio import import_torchaudio, is_torchaudio_state, our_names, recognize
 from wav2vec2.utils.importing import Dropouts

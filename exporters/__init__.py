@@ -1,0 +1,1 @@
+"""Writes models in formats that other programs load, and their cards."""

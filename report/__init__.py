@@ -1,0 +1,1 @@
+"""Shows a run on one page, read from its files: python -m report EXP."""

@@ -1,0 +1,246 @@
+"""The pictures of a run, as SVG for its report: training curves and the units that each layer keeps."""
+
+import re
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+from report.experiment import Column
+from wav2vec2.files.errors import single_line
+from wav2vec2.files.storage import atomic_path
+
+# Okabe and Ito's colours, which colour-blind people can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+# Text and axes: the page replaces it by the colour of its own text.
+INK = "#1b1f24"
+MOST_POINTS = 400  # of a line; longer logs are averaged
+
+_STYLE = {
+    "font.size": 10,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.formatter.useoffset": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "figure.figsize": (4.8, 2.6),
+    **{f"figure.subplot.{side}": place for side, place in (("left", 0.14), ("right", 0.97), ("bottom", 0.19))},
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dphubert",
+}
+
+
+class Panel(NamedTuple):
+    """A picture of one quantity of a log: its lines by name, each a column that is multiplied by ``factor``."""
+
+    title: str
+    lines: Mapping[str, str]
+    factor: float = 1
+
+
+def _loss(title: str, term: str) -> Panel:
+    return Panel(title, {"training": f"train_{term}", "held-out speech": f"valid_{term}"})
+
+
+PANELS = (
+    _loss("loss", "loss"),
+    _loss("loss: L1 distance", "loss_l1"),
+    _loss("loss: squared error", "loss_mse"),
+    _loss("loss: −cosine", "loss_cos"),
+    _loss("loss of the task", "loss_task"),
+    Panel("score of the task in validation (%)", {"": "valid_score"}),
+    _loss("size penalty", "loss_reg"),
+    Panel("sparsity (%)", {"expected": "sparsity_expected", "target": "sparsity_target"}, factor=100),
+    Panel("multiply-adds gone (%)", {"expected": "macs_expected", "target": "macs_target"}, factor=100),
+    Panel("multiplier λ₁", {"λ₁": "lambda1"}),
+    Panel("multiplier λ₂", {"λ₂": "lambda2"}),
+    Panel("learning rate of the weights", {"": "lr-AdamW/main_params"}),
+    Panel("learning rate", {"head": "lr-AdamW/head", "encoder": "lr-AdamW/encoder"}),
+    Panel("learning rate of masks and multipliers", {"": "lr-AdamW/log_alpha"}),
+    Panel("norm of the gradient before clipping", {"": "grad_norm"}),
+    Panel("throughput (s of audio per s, each process)", {"": "audio_seconds_per_second"}),
+    Panel("wait for data (% of the time)", {"": "data_wait"}, factor=100),
+    Panel("peak memory (GB)", {"": "peak_memory_gb"}),
+)
+
+
+class Picture(NamedTuple):
+    """A caption in words, and the drawing as an ``<svg>`` element."""
+
+    caption: str
+    svg: Markup
+
+    def write(self, path: Path) -> None:
+        """Write it as an SVG file of its own."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(self.svg.replace("currentColor", INK), encoding="utf-8")
+
+
+def curves(log: Mapping[str, Column]) -> list[Picture]:
+    """A picture of each of :data:`PANELS` that the log has values for; a term of the loss of weight 0 is left out."""
+    pictures = []
+    for panel in PANELS:
+        lines = {name: log[column] for name, column in panel.lines.items() if any(log.get(column, {}).values())}
+        if lines:
+            pictures.append(_curve(panel, lines))
+    return pictures
+
+
+def _curve(panel: Panel, lines: Mapping[str, Column]) -> Picture:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure()
+        axes = figure.subplots()
+        ends = []
+        for colour, (name, column) in zip(COLOURS, lines.items(), strict=False):
+            updates, values = _thinned(column)
+            marker = "o" if len(updates) <= 20 else None
+            axes.plot(updates, panel.factor * values, color=colour, marker=marker, markersize=3.5, label=name)
+            ends.append(f"{name} {panel.factor * next(reversed(column.values())):.4g}".strip())
+        axes.set_title(panel.title)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50000 as 50k
+        axes.set_xlabel("update")
+        if len(lines) > 1:
+            axes.legend()
+        return Picture(f"{', '.join(ends)} in the end", _svg(figure))
+
+
+def _thinned(column: Column) -> tuple[np.ndarray, np.ndarray]:
+    """Updates and values of a column, averaged in groups where there are more than a picture can show."""
+    table = np.array(list(column.items()))
+    groups = np.array_split(table, min(len(table), MOST_POINTS))
+    return tuple(np.stack([group.mean(axis=0) for group in groups]).T)
+
+
+def kept_units(unit: str, before: Sequence[int], after: Sequence[int], first_layer: int) -> Picture:
+    """The units of each layer after pruning, in the outline of those before it; a cross marks a block that is gone."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure()
+        axes = figure.subplots()
+        layers = np.arange(first_layer, first_layer + len(before))
+        axes.bar(layers, before, color="none", edgecolor=INK, linewidth=0.8, alpha=0.6)
+        axes.bar(layers, after, color=COLOURS[0])
+        gone = layers[np.array(after) == 0]
+        axes.plot(gone, np.zeros(len(gone)), "x", color=COLOURS[1], clip_on=False)
+        axes.set_title(unit)
+        axes.set_xlabel("layer")
+        axes.grid(axis="x", visible=False)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(12 if axis is axes.xaxis else 4, integer=True))
+        return Picture(f"{sum(after):,} of {sum(before):,} {unit} kept", _svg(figure))
+
+
+def _label(text: str) -> str:
+    """A name from a file as a picture may show it: one line, and no formula of matplotlib's."""
+    return single_line(text, 60).replace("$", r"\$")
+
+
+def quality(results: Mapping[str, Any]) -> list[Picture]:
+    """Quality against parameters and against real-time factor, a point for each model of ``evaluate.py``'s results."""
+    models = [model for model in results["models"] if model["quality"]]
+    costs = {
+        "parameters": [model["cost"]["num_params"] for model in models],
+        "real-time factor": [
+            model["cost"]["speed"][0]["real_time_factor"] for model in models if model["cost"]["speed"]
+        ],
+    }
+    return [_points(models, title, values) for title, values in costs.items() if values]
+
+
+def _points(models: Sequence[Mapping[str, Any]], title: str, costs: Sequence[float]) -> Picture:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure()
+        axes = figure.subplots()
+        for number, (model, cost) in enumerate(zip(models, costs, strict=True)):
+            value, (low, high) = model["quality"]["mean"], model["quality"]["interval"]
+            colour = COLOURS[number % len(COLOURS)]
+            axes.errorbar(
+                cost, value, [[max(0, value - low)], [max(0, high - value)]], fmt="o", color=colour, capsize=3
+            )
+            axes.annotate(_label(model["name"]), (cost, value), (5, 4), textcoords="offset points", fontsize=8)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
+        axes.set_title("quality (log-mel 0, teacher 100)")
+        axes.set_xlabel(title)
+        return Picture(f"quality against {title}", _svg(figure))
+
+
+class Point(NamedTuple):
+    """What a method reaches at a cost, and how far its runs lie apart."""
+
+    cost: float
+    mean: float
+    lowest: float
+    highest: float
+
+
+def methods(lines: Mapping[str, Sequence[Point]], title: str) -> Picture:
+    """Quality against a cost: a line for each method, a point for each size with the range of its runs."""
+    with matplotlib.rc_context({**_STYLE, "figure.figsize": (7.2, 4.8), "figure.subplot.right": 0.75}):
+        figure = Figure()
+        axes = figure.subplots()
+        # Colours come again with other markers.
+        styles = product(MARKERS, COLOURS)
+        for (marker, colour), (name, points) in zip(styles, lines.items(), strict=False):
+            costs, means, lowest, highest = zip(*sorted(points), strict=True)
+            spread = [np.subtract(means, lowest), np.subtract(highest, means)]
+            axes.errorbar(
+                *(costs, means, spread), color=colour, marker=marker, markersize=4, capsize=2, lw=1, label=_label(name)
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title("quality (log-mel 0, teacher 100), mean and range of the seeds")
+        axes.set_xlabel(title)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+        return Picture(f"quality against {title}", _svg(figure))
+
+
+def layers_alone(results: Mapping[str, Any]) -> list[Picture]:
+    """What each layer alone knows, a picture for each probe and a line for each model; none if not measured."""
+    pictures = []
+    for probe, task in results["probes"].items():
+        lines = {
+            model["name"]: model["probes"][probe]["by_layer"]
+            for model in results["models"]
+            if model["probes"].get(probe, {}).get("by_layer")
+        }
+        if lines:
+            with matplotlib.rc_context(_STYLE):
+                figure = Figure()
+                axes = figure.subplots()
+                for colour, (name, values) in zip(cycle(COLOURS), lines.items(), strict=False):
+                    axes.plot(values, color=colour, marker="o", markersize=3.5, label=_label(name))
+                axes.set_title(_label(f"{probe}: {task['metric']} (%)"))
+                axes.set_xlabel("layer")
+                axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+                axes.legend(fontsize=8)
+                pictures.append(Picture(_label(f"{probe}: each layer alone"), _svg(figure)))
+    return pictures
+
+
+def _svg(figure: Figure) -> Markup:
+    """The figure as an ``<svg>`` element without a background, its text in the page's colour."""
+    out = StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'<g id="\w+">', "<g>", svg)  # every figure has the same ones; those of shapes say what is in them
+    return Markup(svg.replace(INK, "currentColor"))

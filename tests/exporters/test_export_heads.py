@@ -1,0 +1,172 @@
+"""export.py on models with a task head: logits in every format, transformers' CTC, and the encoder alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from helpers import (
+    TASK_HEADS,
+    error_line,
+    head_id,
+    random_waveforms,
+    run_script,
+    run_to_exit,
+    small_config,
+    task_contents,
+)
+from torch.nn import functional as F
+
+import wav2vec2
+from exporters.traced import output_name
+from wav2vec2.files import checkpoint
+from wav2vec2.files.heads import Head, TaskModel, greedy_units, task_model_of, without_head
+
+CHARACTERS = Head("text", ("a", "b", " ", "'", "é"), units="characters")
+WORDS = Head("text", ("yes", "no", "<s>"), units="words")
+
+
+def saved(folder: Path, head: Head, *family: str) -> tuple[TaskModel, Path]:
+    contents = task_contents(head, *family)
+    contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)  # transformers' models have none
+    checkpoint.save(folder / "model.pth", contents)
+    return task_model_of(contents, "model.pth").eval(), folder / "model.pth"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", [TASK_HEADS[5]], ids=head_id)
+def test_onnx_and_pt2_give_logits(tmp_path, monkeypatch, head):
+    model, path = saved(tmp_path, head, "wavlm", "large")
+    formats = "onnx,torch_export,hub"
+    run_script(monkeypatch, "export", "--model", path, "--out", tmp_path, "--formats", formats)
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    extra = {"head": ""}
+    program = torch.export.load(tmp_path / "torch_export" / "model.pt2", extra_files=extra).module()
+    settings = json.loads(session.get_modelmeta().custom_metadata_map["head"])
+    assert settings == json.loads(extra["head"]) == head.to_dict()
+    assert session.get_outputs()[0].name == "logits"
+    axes = ["batch"] if head.kind == "clips" else ["batch", "frames"]
+    assert session.get_outputs()[0].shape == [*axes, head.num_outputs]
+    for num_samples in ((1500,), (777, 777), (2100, 900, 3)):
+        waveforms, lengths = random_waveforms(*num_samples)
+        logits, frames = model(waveforms, lengths)
+        found = session.run(["logits", "frames"], {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()})
+        for own, own_frames in (map(torch.from_numpy, found), program(waveforms, lengths)):
+            assert torch.equal(own_frames, frames) and own.shape == logits.shape
+            for row, valid in enumerate(frames.clamp(max=1) if head.kind == "clips" else frames):
+                rows = [x[row][None] if head.kind == "clips" else x[row] for x in (own, logits)]
+                torch.testing.assert_close(rows[0][:valid], rows[1][:valid], atol=1e-5, rtol=1e-5)
+    waveforms, lengths = random_waveforms(900, 700)
+    torch.testing.assert_close(wav2vec2.load(tmp_path / "hub")(waveforms, lengths)[0], model(waveforms, lengths)[0])
+    for name in formats.split(","):
+        card = (tmp_path / name / "README.md").read_text()
+        assert "logits, frames = " in card and head.labels[0] in card
+        assert ("logits differ" in card) == (name != "hub")
+
+
+def test_name_of_the_output():
+    model = task_model_of(task_contents(TASK_HEADS[2]), "model.pth")
+    plain = wav2vec2.model.wav2vec2_model(**model.config)
+    assert [output_name(model, outputs) for outputs in ("last", "all")] == ["logits", "hidden_states"]
+    assert [output_name(plain, outputs) for outputs in ("last", "all")] == ["last_hidden_state", "hidden_states"]
+
+
+def exported(folder: Path, monkeypatch: pytest.MonkeyPatch, head: Head, model_type: str, size: str) -> tuple[Any, ...]:
+    """Our model, transformers' of the files that export.py writes, and its tokenizer."""
+    model, path = saved(folder, head, "wavlm" if model_type == "wavlm" else "hubert", size)
+    flags = () if model_type == "wavlm" else ("--model_type", model_type)
+    run_script(monkeypatch, "export", "--model", path, "--out", folder, "--formats", "huggingface", *flags)
+    settings = json.loads((folder / "huggingface" / "config.json").read_text())
+    theirs, report = getattr(transformers, settings["architectures"][0]).from_pretrained(
+        folder / "huggingface", attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"] - {f"{model_type}.masked_spec_embed"} and not report["unexpected_keys"]
+    return model, theirs.eval(), transformers.AutoTokenizer.from_pretrained(folder / "huggingface")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "size"), [("hubert", "base"), ("hubert", "large"), ("wav2vec2", "large"), ("wavlm", "base")]
+)
+def test_ctc_is_transformers(tmp_path, monkeypatch, model_type, size):
+    """The same weights give the same logits, losses, gradients and greedy text."""
+    ours, theirs, tokenizer = exported(tmp_path, monkeypatch, CHARACTERS, model_type, size)
+    assert type(theirs).__name__ == {"hubert": "HubertForCTC", "wavlm": "WavLMForCTC"}.get(model_type, "Wav2Vec2ForCTC")
+    # Base models take padding for audio, and theirs normalise elsewhere: whole rows, of which only ours are normalised.
+    waveforms, _ = random_waveforms(1500, 1500)
+    normed = wav2vec2.model.normalize_waveforms(waveforms) if size == "large" else waveforms
+    units = [[0, 1, 1, 2, 3], [4, 0]]
+    logits, _ = ours(waveforms)
+    targets = torch.tensor([[unit + 1 for unit in units[0]], [units[1][0] + 1, units[1][1] + 1, -100, -100, -100]])
+    result = theirs(normed, labels=targets)
+    torch.testing.assert_close(logits, result.logits, atol=1e-5, rtol=1e-5)
+    frames = torch.full((2,), logits.shape[1])
+    log_probs = logits.float().log_softmax(-1).transpose(0, 1)
+    counts = torch.tensor([len(row) for row in units])
+    loss = F.ctc_loss(log_probs, targets[targets >= 0], frames, counts, reduction=theirs.config.ctc_loss_reduction)
+    torch.testing.assert_close(loss, result.loss, atol=1e-4, rtol=1e-5)
+    loss.backward()
+    result.loss.backward()
+    pairs = [(ours.aux.weight, theirs.lm_head.weight), (ours.aux.bias, theirs.lm_head.bias)]
+    backbone = getattr(theirs, model_type)
+    for layer, other in zip(ours.encoder.transformer.layers, backbone.encoder.layers, strict=True):
+        pairs.append((layer.feed_forward.intermediate_dense.weight, other.feed_forward.intermediate_dense.weight))
+        pairs.append((layer.attention.v_proj.weight, other.attention.v_proj.weight))
+    first = ours.feature_extractor.conv_layers[0].conv.weight
+    pairs.append((first, backbone.feature_extractor.conv_layers[0].conv.weight))
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-4 * float(other.grad.abs().max()), rtol=1e-3)
+    found = wav2vec2.predict(ours, list(waveforms))
+    assert [text.strip() for text in found] == tokenizer.batch_decode(result.logits.argmax(-1))
+    best = torch.tensor([1, 1, 0, 1, 3, 2, 0, 4, 3, 3, 5])
+    said = "".join(ours.labels[unit] for unit in greedy_units(F.one_hot(best, 6)))
+    assert said == "aa b' é" and tokenizer.batch_decode(best[None]) == [said]
+    assert [greedy_units(row) for row in logits] == [greedy_units(row) for row in result.logits]
+
+
+def test_words_are_transformers(tmp_path, monkeypatch):
+    ours, theirs, tokenizer = exported(tmp_path, monkeypatch, WORDS, "wav2vec2", "base")
+    waveforms, _ = random_waveforms(4000, 4000)
+    best = theirs(waveforms).logits.argmax(-1)
+    assert tokenizer.batch_decode(best, spaces_between_special_tokens=True) == wav2vec2.predict(ours, list(waveforms))
+    assert tokenizer.convert_tokens_to_ids(["<pad>", *WORDS.labels]) == [0, 1, 2, 3]
+    assert "spaces_between_special_tokens" in (tmp_path / "huggingface" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (Head("text", ("a", "<pad>"), units="words"), "'<pad>' is one of the labels"),
+        (Head("text", ("a", " ", "|"), units="characters"), "'|' is one of the labels"),
+    ],
+    ids=["blank", "space"],
+)
+def test_heads_that_transformers_has_not(tmp_path, monkeypatch, capsys, head, reason):
+    _, path = saved(tmp_path, head)
+    flags = ("--model", path, "--out", tmp_path / "out", "--formats", "hub,huggingface")
+    assert run_to_exit(monkeypatch, "export", *flags) == 1
+    assert reason in error_line(capsys) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("head", [TASK_HEADS[0], TASK_HEADS[3]], ids=head_id)
+def test_drop_head_leaves_a_plain_model(tmp_path, monkeypatch, head):
+    model, path = saved(tmp_path, head)
+    flags = ("--formats", "hub,huggingface", "--drop_head")
+    run_script(monkeypatch, "export", "--model", path, "--out", tmp_path, *flags)
+    contents = checkpoint.read_model_file(tmp_path / "hub")
+    assert contents.keys() == {"config", "state_dict"} and contents["config"] == small_config("hubert")
+    wanted = without_head(checkpoint.read_model_file(path))["state_dict"]
+    assert contents["state_dict"].keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in contents["state_dict"].items())
+    plain = wav2vec2.load(tmp_path / "hub")
+    waveforms, lengths = random_waveforms(900, 700)
+    expected = model.extract_features(waveforms, lengths)[0]
+    assert type(plain) is wav2vec2.model.Wav2Vec2Model
+    assert all(map(torch.equal, plain.extract_features(waveforms, lengths)[0], expected))
+    theirs = transformers.HubertModel.from_pretrained(tmp_path / "huggingface")
+    np.testing.assert_allclose(
+        theirs(waveforms[:1]).last_hidden_state.detach(), plain(waveforms[:1])[0], atol=1e-4, rtol=1e-4
+    )

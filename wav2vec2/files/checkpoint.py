@@ -1,0 +1,175 @@
+"""The one place that reads and writes model files ``{"state_dict", "config", ...}``.
+
+Files hold plain tensors, lists, tuples and numbers, so that they load with
+``torch.load(path, weights_only=True)``; nothing in this project unpickles more than that.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..components import published_state
+from ..model import Wav2Vec2Model, wav2vec2_model, with_masks
+from .errors import UserError, listed, short_repr
+from .storage import atomic_path
+from .unpickling import kind_of_contents, read_torch_file
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def save(path: str | os.PathLike, contents: dict[str, Any]) -> None:
+    """Write ``contents`` with ``torch.save``, whole or not at all; the same contents make the same bytes."""
+    # To an open file: given a path, torch.save writes its (temporary, random) name into the archive.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(contents, file)
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a file written by ``torch.save`` without running code from it; tensors are put on the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds more than plain data.
+    """
+    contents = read_torch_file(path)
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: expected a dict of tensors and settings, found {type(contents).__name__}")
+    for place in (contents, contents.get("state_dict"), contents.get("config")):
+        odd = [key for key in place if not isinstance(key, str)] if isinstance(place, dict) else []
+        if odd:
+            raise UserError(f"{path}: expected names as keys, found {short_repr(odd[0])}; the file is damaged")
+    return contents
+
+
+def read_model_file(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a model ``.pth``, or a folder as :func:`hub.save_folder` writes it, and check that it is a model's.
+
+    Its ``state_dict`` is that of its ``config``.
+
+    No memory is taken for what the config claims before the weights are known to be of those shapes.
+
+    Raises:
+        UserError: not a model file; files of other kinds are named as such.
+    """
+    if Path(path).is_dir():
+        from . import hub
+
+        return hub.read_folder(path)
+    return checked_model(read(path), path)
+
+
+def checked_model(contents: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """What :func:`read` found in a file, checked as in :func:`read_model_file`, its weights under published names.
+
+    Raises:
+        UserError: it is not a model.
+    """
+    kind = kind_of_contents(contents, path)
+    if "pytorch-lightning_version" in contents or "optimizer_states" in contents:
+        raise UserError(f"{path}: {kind}")
+    missing = [key for key in ("state_dict", "config") if not isinstance(contents.get(key), dict)]
+    if missing:
+        raise UserError(
+            f"{path}: not a model file: no dict under {missing}, found keys {short_repr(sorted(contents))}; "
+            f"{kind or 'convert foreign checkpoints with convert_hubert_from_hf.py or convert_wavlm_from_fairseq.py'}"
+        )
+    contents = {**contents, "state_dict": published_state(contents["state_dict"])}
+    check_weights(expected_state(contents["config"], path), contents["state_dict"], path)
+    return contents
+
+
+def expected_state(config: dict[str, Any], source: str | os.PathLike = "config") -> dict[str, Tensor]:
+    """The state dict of the model of a config, without memory for it (on torch's meta device).
+
+    Raises:
+        UserError: as :func:`build_model`.
+    """
+    with torch.device("meta"):
+        return build_model(config, source).state_dict()
+
+
+def build_model(config: dict[str, Any], source: str | os.PathLike = "config") -> Wav2Vec2Model:
+    """Build the model of a config; ``source`` is named in errors.
+
+    Raises:
+        UserError: a key is missing, unknown or has an impossible value.
+    """
+    try:
+        return wav2vec2_model(**config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: no model can be built from its config: {error}") from error
+
+
+def load_state(model: torch.nn.Module, state_dict: dict[str, Tensor], source: str | os.PathLike) -> None:
+    """Load ``state_dict`` strictly; ``source`` is named in errors.
+
+    Raises:
+        UserError: an entry is missing, left over, of another shape, not a plain float tensor or not finite.
+    """
+    state_dict = published_state(state_dict)
+    check_weights(model.state_dict(), state_dict, source)
+    model.load_state_dict(state_dict)
+
+
+def check_weights(expected: dict[str, Tensor], state_dict: dict[str, Any], source: str | os.PathLike) -> None:
+    """Check that ``state_dict`` has the keys and shapes of ``expected``, in finite floats that are really there.
+
+    Raises:
+        UserError: names the first key that is wrong.
+    """
+
+    def refuse(reason: str) -> NoReturn:
+        raise UserError(f"{source}: weights do not fit the model: {reason}")
+
+    missing = [key for key in expected if key not in state_dict]
+    left_over = [key for key in state_dict if key not in expected]
+    if missing or left_over:
+        refuse(f"{listed('missing', missing)}, {listed('left over', left_over)}")
+    for key, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            refuse(f"{key} is {short_repr(tensor)}, expected a tensor of floats")
+        for found, wanted in (
+            (tensor.dtype, FLOAT_DTYPES),
+            (tensor.layout, (torch.strided,)),
+            (tensor.device, (torch.device("cpu"),)),
+        ):
+            if found not in wanted:
+                refuse(f"{key} is {found}, expected {' or '.join(map(str, wanted))}")
+        if tensor.shape != expected[key].shape:
+            refuse(f"{key} has shape {list(tensor.shape)}, expected {list(expected[key].shape)}")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # strides of 0: a few bytes can claim any shape
+            refuse(f"{key} has shape {list(tensor.shape)}, more than the numbers stored for it")
+        if tensor.numel() and not torch.stack(tensor.detach().aminmax()).isfinite().all():
+            refuse(f"{key} holds NaN or infinite values; the file is damaged or its training failed")
+
+
+def load_model(path: str | os.PathLike) -> Wav2Vec2Model:
+    """Build the model of a ``.pth`` file and load its weights strictly; returned in training mode, on the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, of another kind, or its weights do not fit its config.
+    """
+    return model_of(read_model_file(path), path)
+
+
+def model_of(contents: dict[str, Any], source: str | os.PathLike) -> Wav2Vec2Model:
+    """Build the model of contents that are checked, as from :func:`read_model_file`; ``source`` is named in errors."""
+    model = build_model(contents["config"], source)
+    model.load_state_dict(published_state(contents["state_dict"]))
+    return model
+
+
+def masked_model_of(contents: dict[str, Any], units: Iterable[str], source: str | os.PathLike) -> Wav2Vec2Model:
+    """:func:`model_of` with fresh masks on ``units`` (names as in ``--pruning_units``).
+
+    Raises:
+        UserError: as :func:`load_state`.
+    """
+    model = build_model(with_masks(contents["config"], units), source)
+    # The one thing that the file cannot have is the state of the masks; everything else must be there.
+    fresh_masks = {key: value for key, value in model.state_dict().items() if key.endswith("log_alpha")}
+    load_state(model, {**fresh_masks, **contents["state_dict"]}, source)
+    return model

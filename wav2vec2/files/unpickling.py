@@ -1,0 +1,204 @@
+"""Reads files that ``torch.save`` wrote, also other programs' and without those programs, and runs no code from them.
+
+torch's ``weights_only`` unpickler calls nothing but the names on an allow-list. Those that the checkpoints of fairseq
+and its relatives need beyond tensors are added here, and each of them stands for something that only holds data.
+"""
+
+import re
+import warnings
+import zipfile
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError, listed, single_line
+from .storage import placeholder, read_json
+
+FILE_SUFFIXES = (".pth", ".pt", ".ckpt")  # of what torch.save writes
+
+
+class _Inert:
+    """Stands for a foreign class or function: keeps the pickled state, does nothing with it or with arguments."""
+
+    state: Any = None
+
+    def __init__(self, *_arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Namespace(_Inert):
+    """``argparse.Namespace``; the state is its attributes."""
+
+
+class _ConfigContainer(_Inert):
+    """omegaconf's DictConfig and ListConfig; ``state["_content"]`` is a dict or list of nodes."""
+
+
+class _ConfigValue(_Inert):
+    """omegaconf's value nodes; ``state["_val"]`` is the value."""
+
+
+def _plain_dict(*_factory: Any) -> dict[Any, Any]:
+    """Stands for ``collections.defaultdict``: an empty dict that makes nothing up."""
+    return {}
+
+
+# numpy's scalars and arrays stand in the training state, which is never looked at. numpy 1 and 2 name them differently.
+_NUMPY_NAMES = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
+_NUMPY_NAMES += ["numpy.dtype", "numpy.ndarray"]
+_NODES = ("AnyNode", "BooleanNode", "FloatNode", "IntegerNode", "StringNode")
+_OTHERS = ("fairseq.data.dictionary.Dictionary", "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata")
+_SAFE_GLOBALS = [
+    (_Namespace, "argparse.Namespace"),
+    (_ConfigContainer, "omegaconf.dictconfig.DictConfig"),
+    (_ConfigContainer, "omegaconf.listconfig.ListConfig"),
+    *((_ConfigValue, f"omegaconf.nodes.{name}") for name in _NODES),
+    *((_Inert, name) for name in (*_NUMPY_NAMES, *_OTHERS, "typing.Any")),
+    (_plain_dict, "collections.defaultdict"),
+    # Python 2's names for these, "__builtin__.dict" and "__builtin__.long" among them, are translated by torch.
+    (dict, "builtins.dict"),
+    (list, "builtins.list"),
+    (int, "builtins.int"),
+]
+
+
+def read_torch_file(path: str | PathLike) -> Any:
+    """Read a file written by ``torch.save`` (zip or the older format); tensors are put on the CPU.
+
+    Objects of foreign classes come back as inert stand-ins; :func:`to_plain` opens those that hold settings.
+
+    Raises:
+        UserError: the file is missing, of another kind, damaged, or asks for a name outside the allow-list.
+    """
+    path = Path(path)
+    kind = kind_of_path(path)
+    if kind:
+        raise UserError(f"{path}: {kind}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a checkpoint")
+    try:
+        if zipfile.is_zipfile(path):
+            _check_records(path)
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the file decides which operation fails, and so which of many exceptions is raised
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        if name:
+            raise UserError(
+                f"{path}: the file asks for {single_line(name[1], 80)}, which is not among the names that a checkpoint "
+                "needs; it was not read, and nothing in it was run; get the file from its publisher"
+            ) from error
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{path}: damaged, or not a checkpoint written by torch.save ({single_line(reason)}); download it "
+            "again; convert_hubert_from_hf.py and convert_wavlm_from_fairseq.py read models of other programs"
+        ) from error
+
+
+def kind_of_path(path: Path) -> str | None:
+    """What a folder, a safetensors file or a placeholder is, and what to do with it; None for all else."""
+    if path.is_dir():
+        if _transformers_type(path):
+            return (
+                "a folder in transformers' format, where a file is wanted; convert it: "
+                f"python convert_hubert_from_hf.py --model {path}"
+            )
+        return f"a folder, where a file is wanted; give a file, {listed('in it', model_files(path))}"
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(9)
+        # The length of its header, which is JSON; of the formats of torch.save, one is a zip file, the other a pickle.
+        if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+            if not (path.parent / "config.json").is_file():
+                return f"a safetensors file; with the config.json that belongs to it, {_convert_folder(path.parent)}"
+            if not _transformers_type(path.parent):
+                return f"a safetensors file; give the folder that it lies in, {path.parent}"
+            return f"a safetensors file; {_convert_folder(path.parent)}"
+        return placeholder(path)
+    return None
+
+
+def model_files(folder: Path) -> list[str]:
+    """The names of the files in a folder that ``torch.save`` may have written."""
+    return [file.name for file in sorted(folder.glob("*")) if file.suffix in FILE_SUFFIXES]
+
+
+def kind_of_contents(contents: Any, path: str | PathLike) -> str | None:
+    """What a file that was read is, if another command wants it, and which; None for all else."""
+    if not isinstance(contents, dict):
+        return None
+    if "pytorch-lightning_version" in contents or "optimizer_states" in contents:
+        return (
+            "a training checkpoint (.ckpt) where a model file (.pth) is wanted; "
+            "prune.py or save_final_ckpt.py makes the model file from it"
+        )
+    if isinstance(contents.get("state_dict"), dict) and isinstance(contents.get("config"), dict):
+        return "a model file (.pth) of this project, which needs no conversion"
+    if "model_weight" in contents or ("model" in contents and ("cfg" in contents or "args" in contents)):
+        return f"a checkpoint in fairseq's format; convert it: python convert_wavlm_from_fairseq.py --ckpt {path}"
+    if contents and all(isinstance(value, torch.Tensor) for value in contents.values()):
+        return (
+            "bare weights without their config, as transformers' pytorch_model.bin; "
+            f"{_convert_folder(Path(path).parent)}"
+        )
+    return None
+
+
+def _transformers_type(folder: Path) -> Any:
+    """``model_type`` of the folder's config.json, which all of transformers' have; None if there is none."""
+    try:
+        return read_json(folder / "config.json", "").get("model_type")
+    except (UserError, OSError):
+        return None
+
+
+def _convert_folder(folder: Path) -> str:
+    return f"convert the folder that it lies in: python convert_hubert_from_hf.py --model {folder}"
+
+
+def _check_records(path: Path) -> None:
+    """Compare every record of a zip archive with its checksum, which torch does not, and all of them with the file.
+
+    Raises:
+        ValueError, zipfile.BadZipFile: a record is damaged, or they claim to be larger than the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+            raise ValueError("its records claim to be larger than the file")
+        damaged = archive.testzip()
+        if damaged and archive.getinfo(damaged).CRC:  # 0 where torch was told to write no checksums
+            raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def to_plain(value: Any, source: str | PathLike) -> Any:
+    """``value`` with Namespace, DictConfig, ListConfig and their nodes replaced by dicts, lists and plain values.
+
+    Raises:
+        UserError: the settings are nested without end or lack their content.
+    """
+    try:
+        return _to_plain(value)
+    except (RecursionError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{source}: the settings in the file are damaged ({type(error).__name__}); download it again"
+        ) from error
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, _Namespace):
+        value = value.state
+    elif isinstance(value, _ConfigContainer):
+        value = value.state["_content"]
+    elif isinstance(value, _ConfigValue):
+        return value.state["_val"]
+    if isinstance(value, dict):
+        return {key: _to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_plain(item) for item in value]
+    return value
