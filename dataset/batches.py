@@ -1,8 +1,8 @@
-"""From lengths to batches (data section of the paper): buckets, batches, random crops, and who gets which."""
+"""From lengths to batches (data section of the paper): buckets, batches, random crops, and each process's share."""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ def make_batches(
 ) -> list[list[int]]:
     """Sort utterances into even buckets by length and fill batches bucket after bucket.
 
-    A batch takes utterances until the next one would push it past its budget, and may span buckets.
+    A batch takes utterances until the next one would exceed its budget, and may span buckets.
 
     Args:
         lengths: (N,) samples of each utterance.
@@ -34,7 +34,7 @@ def make_batches(
         min_len: shorter utterances are left out.
         max_len: longer utterances are left out; None keeps all.
         generator: shuffles the utterances inside each bucket; None leaves them from short to long.
-        max_crop: an utterance counts at most this many samples of the budget, as :class:`BatchSampler` crops it.
+        max_crop: an utterance counts at most this many samples, as :class:`BatchSampler` crops it.
 
     Returns:
         Indices into ``lengths``, one list per batch.
@@ -42,43 +42,52 @@ def make_batches(
     Raises:
         UserError: no utterance is within the limits, or the longest does not fit into ``max_tokens``.
     """
-    if (max_tokens is None) == (batch_size is None):
-        raise ValueError("give either max_tokens or batch_size")
     lengths = np.asarray(lengths, dtype=np.int64)
     upper = max_len if max_len is not None else int(lengths.max(initial=0))
-    (kept,) = np.nonzero((lengths >= min_len) & (lengths <= upper))
-    if kept.size == 0:
-        found = f": they last {_seconds(lengths.min())} to {_seconds(lengths.max())}" if lengths.size else ""
-        raise UserError(
-            f"none of {lengths.size} utterances lasts {_seconds(min_len)} to {_seconds(upper)}, the limits{found}"
-        )
-    counted = lengths if max_crop is None else np.minimum(lengths, max_crop)
-    if max_tokens is not None and (longest := int(counted[kept].max())) > max_tokens:
-        raise UserError(f"the longest utterance lasts {_seconds(longest)}, a batch holds {_seconds(max_tokens)}")
+    kept = _within_limits(lengths, min_len, upper)
+    if max_tokens is not None and batch_size is None:
+        budget, costs = max_tokens, lengths if max_crop is None else np.minimum(lengths, max_crop)
+        if (longest := costs[kept[-1]]) > budget:
+            raise UserError(f"the longest utterance lasts {_seconds(longest)}, a batch holds {_seconds(budget)}")
+    elif batch_size is not None and max_tokens is None:
+        budget, costs = batch_size, np.ones_like(lengths)
+    else:
+        raise ValueError("give either max_tokens or batch_size")
 
-    kept = kept[np.argsort(lengths[kept], kind="stable")]
     if generator is not None:
         boundaries = torch.linspace(min_len - 1, upper + 1, num_buckets + 1)
         bucket_ids = torch.bucketize(torch.from_numpy(lengths[kept]), boundaries)
         # A stable sort by bucket of a random order: shuffled inside each bucket, buckets still in order.
         order = torch.randperm(kept.size, generator=generator)
         kept = kept[order[torch.argsort(bucket_ids[order], stable=True)].numpy()]
+    return _fill(kept.tolist(), costs.tolist(), budget)
 
-    costs = (counted[kept] if max_tokens is not None else np.ones_like(kept)).tolist()
-    budget = max_tokens if max_tokens is not None else batch_size
+
+def _within_limits(lengths: np.ndarray, lower: int, upper: int) -> np.ndarray:
+    """Indices of the utterances of ``lower`` to ``upper`` samples, from short to long."""
+    (kept,) = np.nonzero((lengths >= lower) & (lengths <= upper))
+    if kept.size == 0:
+        found = f": they last {_seconds(lengths.min())} to {_seconds(lengths.max())}" if lengths.size else ""
+        raise UserError(
+            f"none of {lengths.size} utterances lasts {_seconds(lower)} to {_seconds(upper)}, the limits{found}"
+        )
+    return kept[np.argsort(lengths[kept], kind="stable")]
+
+
+def _fill(indices: list[int], costs: list[int], budget: float) -> list[list[int]]:
     batches: list[list[int]] = [[]]
     total = 0
-    for index, cost in zip(kept.tolist(), costs, strict=True):
-        if batches[-1] and total + cost > budget:
+    for index in indices:
+        if batches[-1] and total + costs[index] > budget:
             batches.append([])
             total = 0
         batches[-1].append(index)
-        total += cost
+        total += costs[index]
     return batches
 
 
 def _seconds(num_samples: float) -> str:
-    """In words, rounded up: a limit of so many seconds is long enough."""
+    """Format a duration, rounded up: a limit of so many seconds is long enough."""
     return f"{math.ceil(num_samples / SAMPLE_RATE * 1000) / 1000:.3f} s"
 
 
@@ -87,12 +96,12 @@ class Crop:
     """One batch to read.
 
     Attributes:
-        indices: of its utterances in the manifest.
+        indices: the utterances' places in the manifest.
         offsets: the first sample of each.
-        num_samples: the samples read of each, the same for all.
+        num_samples: the samples to read of each, the same for all.
         seed: 32 bits for the noise (masks, dropout) of this batch; like the offsets it depends on the sampler's
             seed, the epoch and the batch's position alone.
-        tops_up: the batch is a repeat that only makes the ranks even.
+        tops_up: the batch is a repeat that only gives every process the same number.
     """
 
     indices: tuple[int, ...]
@@ -102,21 +111,22 @@ class Crop:
     tops_up: bool
 
 
+@dataclass(eq=False)
 class BatchSampler(Sampler[Crop]):
-    """Deals batches to ranks, the same number to each, and crops each batch to its shortest utterance, if it crops.
+    """Deals batches to processes, the same number to each, and crops each batch to its shortest utterance.
 
     Shuffling permutes whole batches by ``seed + epoch``. An utterance is cropped at an offset drawn
     evenly from all that are possible, or at its start when ``shuffle`` is off (validation). The draw
-    depends on the seed, the epoch and the batch's position among all ranks' batches, and on nothing else.
+    depends on the seed, the epoch and the batch's position among all processes' batches, and on nothing else.
 
-    Rank r of R gets the batches at positions r, r + R, r + 2R, ... So the updates of one process that
-    accumulates A batches are made of the very batches, crops and seeds that A processes share among them.
+    Rank r of R gets the batches at positions r, r + R, r + 2R, ... So one process that accumulates A batches makes
+    its updates of the same batches, crops and seeds as A processes.
 
     Args:
         lengths: (N,) samples of each utterance at 16 kHz.
         batches: indices into ``lengths``, from :func:`make_batches`.
-        num_replicas: number of ranks.
-        rank: which of them this is.
+        num_replicas: number of processes.
+        rank: this process's number.
         shuffle: permute the batches and crop at random.
         seed: not negative; the same on every rank.
         drop_last: drop the batches that do not make up a whole update, instead of topping up.
@@ -128,49 +138,42 @@ class BatchSampler(Sampler[Crop]):
         UserError: a negative seed, or ``drop_last`` leaves no update.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        batches: list[list[int]],
-        num_replicas: int,
-        rank: int,
-        shuffle: bool,
-        seed: int,
-        drop_last: bool = False,
-        max_crop: int | None = None,
-        accum_grad: int = 1,
-        whole: bool = False,
-    ) -> None:
-        if not 0 <= rank < num_replicas:
-            raise ValueError(f"rank {rank} is not one of {num_replicas} ranks")
-        if seed < 0:
-            raise UserError(f"seed {seed}: expected 0 or a positive number")
-        if len(batches) < (num_replicas * accum_grad if drop_last else 1):
-            raise UserError(f"{len(batches)} batches do not give each of {num_replicas} processes {accum_grad}")
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.batches = batches
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.shuffle = shuffle
-        self.seed = seed
-        self.drop_last = drop_last
-        self.max_crop = max_crop
-        self.accum_grad = accum_grad
-        self.whole = whole
-        self._ordered_epoch = None
-        self._order = list(range(len(batches)))
+    lengths: Sequence[int] | np.ndarray
+    batches: list[list[int]]
+    num_replicas: int
+    rank: int
+    shuffle: bool
+    seed: int
+    drop_last: bool = False
+    max_crop: int | None = None
+    accum_grad: int = 1
+    whole: bool = False
+    # The order of the batches in one epoch; before the first shuffle, and without any, they are in their own order.
+    _ordered_epoch: int | None = field(init=False, default=None)
+    _order: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.num_replicas:
+            raise ValueError(f"rank {self.rank} is not one of {self.num_replicas} ranks")
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed}: expected 0 or a positive number")
+        if len(self) < 1 or not self.batches:
+            raise UserError(
+                f"{len(self.batches)} batches do not give each of {self.num_replicas} processes {self.accum_grad}"
+            )
+        self._order = list(range(len(self.batches)))
 
     def __len__(self) -> int:
-        """Batches a rank gets in an epoch.
+        """Number of batches that a rank gets in an epoch.
 
-        Topping up adds one update to every rank even where the batches already divide evenly, one rank
-        included: so does the published program, and its step counts per epoch follow from it.
+        Topping up adds one update to every rank even if the batches divide evenly, with one rank too. So does the
+        published program, and its step counts per epoch follow from it.
         """
         num_updates = len(self.batches) // (self.num_replicas * self.accum_grad) + (0 if self.drop_last else 1)
         return self.accum_grad * num_updates
 
     def __iter__(self) -> Iterator[Crop]:
-        """The first epoch's; :class:`TrainingSampler` goes on to the others."""
+        """Yield the first epoch; :class:`TrainingSampler` goes on to the others."""
         for index in range(len(self)):
             yield self.crop(0, index)
 
@@ -185,7 +188,7 @@ class BatchSampler(Sampler[Crop]):
         position = index * self.num_replicas + self.rank
         # Past the end the order starts again: these are the batches that top up.
         batch = self.batches[self._order[position % len(self.batches)]]
-        lengths = self.lengths[batch]
+        lengths = np.array([self.lengths[utterance] for utterance in batch], dtype=np.int64)
         num_samples = int(lengths.max() if self.whole else min(lengths.min(), self.max_crop or math.inf))
         offsets = np.zeros_like(lengths)
         if self.shuffle and not self.whole:
@@ -196,22 +199,22 @@ class BatchSampler(Sampler[Crop]):
         return Crop(tuple(batch), tuple(offsets.tolist()), num_samples, seed, position >= len(self.batches))
 
 
+@dataclass(eq=False)
 class TrainingSampler(Sampler[Crop]):
-    """Strings one rank's epochs together, so that a resumed run goes on in the middle of one.
+    """Strings one rank's epochs together, so that a resumed run continues in the middle of one.
 
     Args:
         batches: the rank's sampler.
         end: batches of the whole run, over all epochs.
-        start: batches of them that an earlier run has used.
+        start: batches that an earlier run has used.
     """
 
-    def __init__(self, batches: BatchSampler, end: int, start: int = 0) -> None:
-        self.batches = batches
-        self.end = end
-        self.start = start
+    batches: BatchSampler
+    end: int
+    start: int = 0
 
     def __len__(self) -> int:
-        """``end``, also where less is left to yield: Lightning counts the batches before ``start`` as fetched."""
+        """``end``, even if fewer are left to yield: Lightning counts the batches before ``start`` as fetched."""
         return self.end
 
     def __iter__(self) -> Iterator[Crop]:

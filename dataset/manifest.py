@@ -1,7 +1,6 @@
-"""A manifest: which utterances there are, where, and how long.
+"""Reads a manifest, the list of utterances that ``prepare_data.py`` writes.
 
-It is what ``prepare_data.py`` writes: the root folder on the first line, then one
-``relative path<TAB>samples`` per utterance, counted at 16 kHz.
+The root folder is on the first line; each other line is ``relative path<TAB>samples``, counted at 16 kHz.
 """
 
 import os
@@ -18,11 +17,11 @@ class Manifest:
     """The utterances of one split.
 
     Attributes:
-        path: the manifest's own.
+        path: the manifest itself.
         root: the folder that ``paths`` start from.
-        paths: (N,) str, of the audio files. Loader processes share an array; of a list, each would come to hold a
-            copy (33 MB for 300,000 files), because every str counts its users inside itself.
-        lengths: (N,) int64 in samples at 16 kHz.
+        paths: (N,) str, the audio files. Loader processes share an array. Each would end up with its own copy of a
+            list (33 MB for 300,000 files), because every str counts its references inside itself.
+        lengths: (N,) int64, samples at 16 kHz.
     """
 
     path: Path
@@ -45,7 +44,9 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"
         others = ", ".join(sorted(other.stem for other in path.parent.glob("*.tsv"))) or "none"
-        raise UserError(f"{path}: {found}, expected a manifest (.tsv files beside it: {others})")
+        raise UserError(
+            f"{path}: {found}, expected a manifest (.tsv files beside it: {others}); write it with prepare_data.py"
+        )
     line_numbers: dict[str, int] = {}
     lengths: list[int] = []
     # surrogateescape: a file name on Linux is bytes, and need not be valid UTF-8.

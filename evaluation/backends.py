@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from dataset.manifest import read_manifest
-from dataset.speech import load_finite
 from evaluation.features import Features, ModelFeatures
 from exporters.onnx import DEFAULT_OPSET, ONNX, ONNX_INT8, OnnxOptions, check_onnx, write_onnx
 from exporters.traced import Run
-from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.audio import SAMPLE_RATE, read_audio
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.hub import WEIGHTS
 from wav2vec2.model import Wav2Vec2Model
@@ -119,7 +118,7 @@ def read_speech(path: Path) -> list[Tensor]:
     for index in long_enough[places.numpy()].tolist():
         length = int(manifest.lengths[index])
         wanted = min(length, round(_MAX_SECONDS * SAMPLE_RATE))
-        speech.append(load_finite(manifest.full_path(index), 0, wanted, length))
+        speech.append(read_audio(manifest.full_path(index), 0, wanted, length))
     return speech
 
 

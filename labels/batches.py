@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from dataset.batches import Crop
-from dataset.speech import MAX_REPLACEMENTS, first_readable, load_finite
+from dataset.speech import MAX_REPLACEMENTS, first_readable
 from labels.lists import SEGMENTS, TEXT, UNITS, Clip, Probe, read_table, text_units
 from wav2vec2.audio import SAMPLE_RATE, AudioError, checked_audio, read_audio, stated_length
 from wav2vec2.files.errors import UserError, short_repr
@@ -180,7 +180,7 @@ class LabelledDataset(Dataset):
 
     def _read(self, index: int) -> Tensor:
         length = int(self.lengths[index])
-        return load_finite(self._path(index), 0, length, length)
+        return read_audio(self._path(index), 0, length, length)
 
     def target(self, index: int) -> Tensor:
         """(N,) of a clip: as of :class:`LabelledBatch`, without what is behind it."""

@@ -1,10 +1,8 @@
-"""The data of a run: what is in its two subsets, their batches, and which process gets which."""
+"""The data of a run: its training and validation subsets, their batches, and each process's share."""
 
 import hashlib
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.batches import BatchSampler, TrainingSampler, make_batches
-from dataset.manifest import Manifest, read_manifest
+from dataset.manifest import read_manifest
 from dataset.speech import SpeechDataset, check_files
 from labels.batches import FrameTimes, LabelledDataset, checked_lengths
 from labels.lists import SEGMENTS, TEXT, Clip, Probe
@@ -22,110 +20,123 @@ from training.callbacks import ignore_stop_signals, too_many_bad_files
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.errors import UserError
 
-# Of labelled lists; manifests have names of their own for the first.
+# Names of the subsets of labelled lists. Of manifests, the user names the one for training.
 TRAIN_SUBSET, VALID_SUBSET, TEST_SUBSET = "train", "valid", "test"
-# Of the training clips of a list without others to validate on.
+# Share of the training clips held out for validation if a list has none.
 VALID_SHARE = 0.1
-# Length buckets that batches are filled from (paper's program).
+# Length buckets that batches are filled from (as in the paper's program).
 NUM_BUCKETS = 1000
-# Seconds without a batch after which the loader processes count as hanging: a disk may, and a process that is forked
-# while another thread calls into Python may never start (seen with Python 3.11.7 and gloo).
+# Seconds without a batch after which the loader processes count as hanging: a disk may hang, and a process that is
+# forked while another thread calls into Python may never start (seen with Python 3.11.7 and gloo).
 WORKER_TIMEOUT = 600
 
 
-@contextmanager
-def advice(text: str) -> Iterator[None]:
-    """Add to an error of ``dataset/``, which states facts, what users can do about it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error}; {text}") from error
-
-
 class BatchDataModule(pl.LightningDataModule):
-    """The batches of two subsets, for training and validation, and which process gets which.
+    """Makes the batches of a training and a validation subset, and deals them to processes.
 
     Args:
         settings: of the batches.
-        train_subset: the name of the one that is trained on.
+        train_subset: the name of the subset to train on.
+        max_bad_files: audio files that may be bad.
+        lengths: samples of each utterance (N,) of each subset.
+        datasets: read the batches of each subset.
         max_crop: the longest crop in samples; None for no limit.
         whole: do not crop.
+        limits: ``min_len`` and ``max_len`` of :func:`make_batches`.
 
     Attributes:
-        batches: of each subset; filled by what is derived from this.
-        max_bad_files: audio files that may be bad.
+        batches: indices into ``lengths``, one list per batch, of the training and the validation subset.
+
+    Raises:
+        UserError: the utterances of a subset do not make batches.
     """
 
-    max_bad_files: int
+    trainer: pl.Trainer  # type: ignore[assignment]  # Lightning sets it before it asks for loaders
 
     def __init__(
-        self, settings: BatchSettings, train_subset: str, *, max_crop: int | None = None, whole: bool = False
+        self,
+        settings: BatchSettings,
+        train_subset: str,
+        max_bad_files: int,
+        lengths: dict[str, np.ndarray],
+        datasets: dict[str, Dataset],
+        *,
+        max_crop: int | None = None,
+        whole: bool = False,
+        **limits: int,
     ) -> None:
         super().__init__()
         self.settings = settings
         self.train_subset = train_subset
-        self.batches: dict[str, list[list[int]]] = {}
+        self.max_bad_files = max_bad_files
+        self.lengths = lengths
+        self.datasets = datasets
         self._max_crop = max_crop
         self._whole = whole
-
-    def lengths(self, subset: str) -> np.ndarray:
-        """The samples of each utterance (N,)."""
-        raise NotImplementedError
-
-    def dataset(self, subset: str) -> Dataset:
-        """What reads the batches of the sampler."""
-        raise NotImplementedError
+        self.batches: dict[str, list[list[int]]] = {}
+        for subset in (train_subset, VALID_SUBSET):
+            is_training = subset == train_subset
+            try:
+                self.batches[subset] = make_batches(
+                    lengths[subset],
+                    num_buckets=NUM_BUCKETS,
+                    max_tokens=settings.seconds_per_batch * SAMPLE_RATE,
+                    generator=torch.Generator().manual_seed(settings.seed) if is_training else None,
+                    max_crop=max_crop,
+                    **limits,
+                )
+            except UserError as error:
+                raise UserError(
+                    f"{subset}.tsv: {error}; see --seconds_per_batch, --min_seconds and --max_seconds"
+                ) from error
 
     def fingerprint(self) -> str:
-        """A digest of what is trained on, wherever it lies."""
+        """A digest of the training data, wherever they lie."""
         raise NotImplementedError
 
     def check_crops(self, num_samples: int) -> None:
-        """Check that nothing is shorter than this many samples, of which the models make one frame.
+        """Check that no crop is shorter than ``num_samples``, which the models need for one frame.
 
         Raises:
-            UserError: something is; names the option that lets it in.
+            UserError: one is; names the option that lets it in.
         """
-
-    def _make_batches(self, subset: str, **limits: int | None) -> list[list[int]]:
-        settings = self.settings
-        is_training = subset == self.train_subset
-        return make_batches(
-            self.lengths(subset),
-            num_buckets=NUM_BUCKETS,
-            max_tokens=settings.seconds_per_batch * SAMPLE_RATE,
-            generator=torch.Generator().manual_seed(settings.seed) if is_training else None,
-            **limits,
-        )
 
     def sampler(self, subset: str, num_replicas: int, rank: int, accum_grad: int = 1) -> BatchSampler:
         """The batches of one process; those of the training subset are shuffled and cropped at random."""
         is_training = subset == self.train_subset
-        with advice("lower --seconds_per_batch or --accum_grad, or use fewer GPUs"):
-            return BatchSampler(
-                self.lengths(subset),
-                self.batches[subset],
-                num_replicas=num_replicas,
-                rank=rank,
-                shuffle=is_training,
-                seed=self.settings.seed,
-                # Validation on one process needs no batch twice to make the processes even.
-                drop_last=not is_training and num_replicas == 1,
-                max_crop=self._max_crop,
-                accum_grad=accum_grad,
-                whole=self._whole,
-            )
+        return BatchSampler(
+            self.lengths[subset],
+            self.batches[subset],
+            num_replicas=num_replicas,
+            rank=rank,
+            shuffle=is_training,
+            seed=self.settings.seed,
+            # Validation on one process needs no repeated batch to make the processes even.
+            drop_last=not is_training and num_replicas == 1,
+            max_crop=self._max_crop,
+            accum_grad=accum_grad,
+            whole=self._whole,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """All batches of the run that are left, one epoch after the other."""
+        trainer, accum_grad = self.trainer, self.trainer.accumulate_grad_batches
+        batches = self.sampler(self.train_subset, trainer.world_size, trainer.global_rank, accum_grad)
+        end, start = trainer.max_steps * accum_grad, trainer.global_step * accum_grad
+        return self._loader(self.train_subset, TrainingSampler(batches, end, start))
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(VALID_SUBSET, self.sampler(VALID_SUBSET, self.trainer.world_size, self.trainer.global_rank))
 
     def _loader(self, subset: str, sampler: BatchSampler | TrainingSampler) -> DataLoader:
         num_workers = self.settings.num_workers
-        # batch_size=None: the sampler's entries are whole batches already.
         return DataLoader(
-            self.dataset(subset),
+            self.datasets[subset],
             sampler=sampler,
-            batch_size=None,
+            batch_size=None,  # the sampler yields whole batches
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            # Lightning copies what is pinned to the GPU without waiting for the end of it.
+            # Lightning copies pinned memory to the GPU without waiting for the copy to end.
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
             timeout=WORKER_TIMEOUT if num_workers else 0,
             worker_init_fn=ignore_stop_signals,
@@ -133,29 +144,17 @@ class BatchDataModule(pl.LightningDataModule):
             generator=torch.Generator().manual_seed(self.settings.seed),
         )
 
-    def train_dataloader(self) -> DataLoader:
-        """All batches of the run that are left, one epoch after the other."""
-        trainer, subset = self.trainer, self.train_subset
-        accum_grad = trainer.accumulate_grad_batches
-        batches = self.sampler(subset, trainer.world_size, trainer.global_rank, accum_grad)
-        return self._loader(
-            subset, TrainingSampler(batches, end=trainer.max_steps * accum_grad, start=trainer.global_step * accum_grad)
-        )
-
-    def val_dataloader(self) -> DataLoader:
-        return self._loader(VALID_SUBSET, self.sampler(VALID_SUBSET, self.trainer.world_size, self.trainer.global_rank))
-
 
 class SpeechDataModule(BatchDataModule):
     """Batches of ``TSV_DIR/TRAIN_SUBSET.tsv`` and ``TSV_DIR/valid.tsv``, bucketed and cropped.
 
-    Manifests are read and batches are made here and now, so that bad input ends the run before any model is built.
+    The constructor reads the manifests and makes the batches, so that bad input ends the run before a model is built.
 
     Args:
         settings: of the data.
 
     Attributes:
-        manifests: of each of the two subsets.
+        manifests: of the two subsets.
 
     Raises:
         UserError: a manifest is wrong, its utterances do not make batches, or too many of its files are bad.
@@ -164,36 +163,24 @@ class SpeechDataModule(BatchDataModule):
     settings: DataSettings
 
     def __init__(self, settings: DataSettings) -> None:
-        max_crop = None if settings.max_crop_seconds is None else round(settings.max_crop_seconds * SAMPLE_RATE)
-        super().__init__(settings, settings.train_subset, max_crop=max_crop)
-        self.manifests: dict[str, Manifest] = {}
-        limits = {
-            "min_len": round(settings.min_seconds * SAMPLE_RATE),
-            "max_len": round(settings.max_seconds * SAMPLE_RATE),
-            "max_crop": max_crop,
-        }
-        for subset in (settings.train_subset, VALID_SUBSET):
-            path = settings.tsv_dir / f"{subset}.tsv"
-            with advice("write it with prepare_data.py, or change --tsv_dir and --train_subset"):
-                self.manifests[subset] = read_manifest(path)
-            with advice("see --seconds_per_batch, --min_seconds and --max_seconds"):
-                try:
-                    self.batches[subset] = self._make_batches(subset, **limits)
-                except UserError as error:
-                    raise UserError(f"{path}: {error}") from None
-        self.max_bad_files = settings.max_bad_files_of(len(self.manifests[settings.train_subset].paths))
+        subsets = (settings.train_subset, VALID_SUBSET)
+        manifests = {subset: read_manifest(settings.tsv_dir / f"{subset}.tsv") for subset in subsets}
+        super().__init__(
+            settings,
+            settings.train_subset,
+            settings.max_bad_files_of(len(manifests[settings.train_subset].paths)),
+            {subset: manifest.lengths for subset, manifest in manifests.items()},
+            {subset: SpeechDataset(manifest) for subset, manifest in manifests.items()},
+            max_crop=None if settings.max_crop_seconds is None else round(settings.max_crop_seconds * SAMPLE_RATE),
+            min_len=round(settings.min_seconds * SAMPLE_RATE),
+            max_len=round(settings.max_seconds * SAMPLE_RATE),
+        )
+        self.manifests = manifests
         bad_files: dict[str, str] = {}
-        for manifest in self.manifests.values():
-            with advice("run prepare_data.py again, or see --max_bad_files"):
-                bad_files |= check_files(manifest, self.max_bad_files)
+        for manifest in manifests.values():
+            bad_files |= check_files(manifest)
         if len(bad_files) > self.max_bad_files:
             raise UserError(too_many_bad_files(bad_files, self.max_bad_files))
-
-    def lengths(self, subset: str) -> np.ndarray:
-        return self.manifests[subset].lengths
-
-    def dataset(self, subset: str) -> SpeechDataset:
-        return SpeechDataset(self.manifests[subset])
 
     def fingerprint(self) -> str:
         manifest = self.manifests[self.train_subset]
@@ -202,27 +189,26 @@ class SpeechDataModule(BatchDataModule):
         return utterances.hexdigest()[:16]
 
     def check_crops(self, num_samples: int) -> None:
-        settings, seconds = self.settings, math.ceil(1000 * num_samples / SAMPLE_RATE) / 1000
+        settings, max_crop = self.settings, self._max_crop
+        seconds = math.ceil(1000 * num_samples / SAMPLE_RATE) / 1000
         needed = f"the models make a frame of {num_samples}; give {seconds:.3f} or more"
-        if self._max_crop is not None and self._max_crop < num_samples:
-            raise UserError(
-                f"--max_crop_seconds {settings.max_crop_seconds:g}: {self._max_crop} samples at 16 kHz, {needed}"
-            )
+        if max_crop is not None and max_crop < num_samples:
+            raise UserError(f"--max_crop_seconds {settings.max_crop_seconds:g}: {max_crop} samples at 16 kHz, {needed}")
         for subset, batches in self.batches.items():
-            manifest = self.manifests[subset]
-            shortest = min((index for batch in batches for index in batch), key=manifest.lengths.__getitem__)
-            if manifest.lengths[shortest] < num_samples:
+            lengths = self.lengths[subset]
+            shortest = min((index for batch in batches for index in batch), key=lengths.__getitem__)
+            if lengths[shortest] < num_samples:
                 raise UserError(
-                    f"--min_seconds {settings.min_seconds:g} lets in {manifest.full_path(shortest)}, which has "
-                    f"{manifest.lengths[shortest]} samples at 16 kHz; {needed}"
+                    f"--min_seconds {settings.min_seconds:g} lets in {self.manifests[subset].full_path(shortest)}, "
+                    f"which has {lengths[shortest]} samples at 16 kHz; {needed}"
                 )
 
 
 class LabelledDataModule(BatchDataModule):
     """Batches of whole utterances of a labelled list, bucketed and padded.
 
-    Where the list has no clips for validation, a tenth of those for training is held out for it, drawn by the seed: of
-    clips with labels a tenth of each label.
+    If the list has no clips for validation, a tenth of the training clips is held out, drawn by the seed: a tenth of
+    each label of clips with labels.
 
     Args:
         settings: of the data.
@@ -230,7 +216,7 @@ class LabelledDataModule(BatchDataModule):
         frames: of the model.
 
     Attributes:
-        probe, frames: the same.
+        probe, frames: as given.
         clips: of each split.
 
     Raises:
@@ -238,29 +224,23 @@ class LabelledDataModule(BatchDataModule):
     """
 
     def __init__(self, settings: BatchSettings, probe: Probe, frames: FrameTimes) -> None:
-        super().__init__(settings, TRAIN_SUBSET, whole=True)
+        train, valid = (probe.train, probe.valid) if probe.valid else held_out(probe, settings.seed)
+        clips = {TRAIN_SUBSET: train, VALID_SUBSET: valid, TEST_SUBSET: probe.test}
+        max_samples = settings.seconds_per_batch * SAMPLE_RATE
+        lengths = {split: checked_lengths(probe, clips[split], frames, max_samples) for split in clips}
+        datasets = {split: LabelledDataset(probe.kind, clips[split], lengths[split], frames) for split in clips}
+        super().__init__(
+            settings, TRAIN_SUBSET, settings.max_bad_files_of(len(train)), lengths, dict(datasets), whole=True
+        )
         self.probe = probe
         self.frames = frames
-        train, valid = (probe.train, probe.valid) if probe.valid else held_out(probe, settings.seed)
-        self.clips = {TRAIN_SUBSET: train, VALID_SUBSET: valid, TEST_SUBSET: probe.test}
-        max_samples = settings.seconds_per_batch * SAMPLE_RATE
-        self._lengths = {
-            split: checked_lengths(probe, clips, frames, max_samples) for split, clips in self.clips.items()
-        }
-        if probe.kind == SEGMENTS:
-            for split in self.clips:
-                dataset = self.dataset(split)
-                if not any((dataset.target(index) >= 0).any() for index in range(len(dataset))):
-                    raise UserError(
-                        f"{probe.path}: no segment of the {split} clips holds the middle of a frame of the model, "
-                        f"expected segments of {frames.hop / SAMPLE_RATE:g} s or more"
-                    )
-        for subset in (TRAIN_SUBSET, VALID_SUBSET):
-            self.batches[subset] = self._make_batches(subset)
-        self.max_bad_files = settings.max_bad_files_of(len(train))
-
-    def lengths(self, subset: str) -> np.ndarray:
-        return self._lengths[subset]
+        self.clips = clips
+        for split, dataset in datasets.items():
+            if probe.kind == SEGMENTS and not any((dataset.target(i) >= 0).any() for i in range(len(dataset))):
+                raise UserError(
+                    f"{probe.path}: no segment of the {split} clips holds the middle of a frame of the model, "
+                    f"expected segments of {frames.hop / SAMPLE_RATE:g} s or more"
+                )
 
     def fingerprint(self) -> str:
         folder = self.probe.path.parent
@@ -268,18 +248,15 @@ class LabelledDataModule(BatchDataModule):
         for split, clips in self.clips.items():
             rows = [(split, os.path.relpath(clip.path, folder), clip.target) for clip in clips]
             digest.update(repr(rows).encode(errors="surrogateescape"))
-            digest.update(self._lengths[split].tobytes())
+            digest.update(self.lengths[split].tobytes())
         return digest.hexdigest()[:16]
-
-    def dataset(self, subset: str) -> LabelledDataset:
-        return LabelledDataset(self.probe.kind, self.clips[subset], self._lengths[subset], self.frames)
 
 
 def held_out(probe: Probe, seed: int) -> tuple[tuple[Clip, ...], tuple[Clip, ...]]:
-    """The training clips of a list in two: nine tenths and a tenth, one clip of each label or more.
+    """Split a list's training clips into nine tenths and a tenth, the latter with at least one clip of each label.
 
     Raises:
-        UserError: there is one clip alone.
+        UserError: there is only one clip.
     """
     groups: dict[Any, list[int]] = {}
     for index, clip in enumerate(probe.train):
@@ -288,10 +265,11 @@ def held_out(probe: Probe, seed: int) -> tuple[tuple[Clip, ...], tuple[Clip, ...
         raise UserError(
             f"{probe.path}: one file is there to train on, expected two or more, or some with the split valid"
         )
-    generator, chosen = torch.Generator().manual_seed(seed), set()
-    for _, group in sorted(groups.items(), key=lambda item: item[1]):
+    generator = torch.Generator().manual_seed(seed)
+    chosen: set[int] = set()
+    for group in groups.values():
         count = max(1, round(VALID_SHARE * len(group)))
-        chosen |= {group[i] for i in torch.randperm(len(group), generator=generator)[:count].tolist()}
-    parts = ([clip for i, clip in enumerate(probe.train) if (i in chosen) == is_valid] for is_valid in (False, True))
-    train, valid = map(tuple, parts)
+        chosen.update(group[i] for i in torch.randperm(len(group), generator=generator)[:count].tolist())
+    train = tuple(clip for index, clip in enumerate(probe.train) if index not in chosen)
+    valid = tuple(probe.train[index] for index in sorted(chosen))
     return train, valid

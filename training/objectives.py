@@ -285,7 +285,7 @@ def teacher_frames(
 
     There are ``num_frames``, or as many as an epoch has. The teacher stays on the device that it ran on.
     """
-    speech = data.dataset(data.train_subset)
+    speech = data.datasets[data.train_subset]
     device = own_device(settings.machine)
     teacher.eval().to(device)
     found: list[list[Tensor]] = [[] for _ in layers]

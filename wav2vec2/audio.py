@@ -1,4 +1,4 @@
-"""From an audio file to samples at 16 kHz, mono; torch, soundfile and torchaudio are imported when they are needed."""
+"""Reads audio files as 16 kHz mono. torch, soundfile and torchaudio are imported when they are needed."""
 
 import math
 import os
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 SAMPLE_RATE = 16_000
 
-# Of what is read. No recorder has others: what is far below is a rate in kHz, or a damaged header.
+# The sample rates that are read, in Hz. A rate far below is in kHz by mistake, or the header is damaged.
 LOWEST_RATE, HIGHEST_RATE = 1_000, 384_000
 
-# The published limits for an utterance to be trained on: 32,000 to 250,000 samples.
+# The published limits for training utterances: 32,000 to 250,000 samples.
 MIN_SECONDS = 2.0
 MAX_SECONDS = 15.625
 
-# What libsndfile reads, but for files without a header.
+# Suffixes of what libsndfile reads, except for files without a header.
 _AUDIO_NAMES = """
 flac wav ogg mp3 opus oga aiff aif aifc aiffc au snd sph nist wv1 wv2 w64 caf rf64 wave wavex bwf mp1 mp2 mpga sf ircam
 voc iff svx 8svx 16svx avr htk paf fap pvf sd2 sds mpc wve xi mat
@@ -34,7 +34,7 @@ voc iff svx 8svx 16svx avr htk paf fap pvf sd2 sds mpc wve xi mat
 AUDIO_SUFFIXES = tuple(f".{name}" for name in _AUDIO_NAMES.split())
 CONVERT = "ffmpeg -i IN OUT.flac"
 
-# What a file is that libsndfile cannot decode, by its first bytes.
+# The first bytes of files that libsndfile cannot decode, and what such a file is.
 _FOREIGN = {
     rb"OggS.{24}\x7fFLAC": "FLAC in Ogg",
     rb"OggS.{24}Speex": "Speex in Ogg",
@@ -44,30 +44,30 @@ _FOREIGN = {
     rb"#!AMR": "AMR",
 }
 
-# Formats and encodings in which each sample has its own place, and FLAC, whose decoder finds the sample itself. Others
+# Formats and encodings in which each sample has its own place, and FLAC, whose decoder finds the exact sample. Others
 # decode a sample from those before it, or seek to the nearest block.
 _EXACT_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "FLAC"}
 _EXACT_ENCODINGS = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
 
-# Of audio decoded at once, and of one read: what a file has beyond mono at 16 kHz never fills the memory.
+# Limits on what is decoded at once and on one read: high rates and many channels must not fill the memory.
 _BLOCK_SECONDS = 60
 _READ_VALUES = 2**22
 
-# What libsndfile makes of a FLAC file whose encoder wrote to a pipe.
+# The number of frames that libsndfile states for a FLAC file whose encoder wrote to a pipe.
 _UNKNOWN_LENGTH = 2**63 - 1
 
-# The filter of torchaudio's resample: zero crossings on each side, and the band that is kept.
+# The filter of torchaudio's resample: zero crossings on each side, and the share of the band that is kept.
 _CROSSINGS, _ROLLOFF = 6, 0.99
-# torchaudio tabulates it for each phase: as many products as the terms of the ratio of both rates have, 282,240 at
-# 11,025 Hz, the most of an ordinary rate, and 705,616,000 at 44,101 Hz.
+# torchaudio tabulates the filter for each phase. The table grows with the product of the terms of the rates' ratio:
+# 282,240 at 11,025 Hz, the most of any ordinary rate, and 705,616,000 at 44,101 Hz.
 _MAX_TABLE = 2_000_000
 
 
 class AudioError(UserError):
     """A file that cannot give the audio that is wanted; the message is one line.
 
-    A DataLoader worker's exception reaches the main process as the same class built from the text of
-    its traceback. The traceback ends with the original message, which is all that the user needs.
+    A DataLoader worker's exception reaches the main process as the same class, built from the text of its traceback.
+    That text ends with the original message, which is all that the user needs.
     """
 
     def __init__(self, message: str) -> None:
@@ -81,13 +81,18 @@ def num_samples_at_16k(num_frames: int, sample_rate: int) -> int:
 
 
 @contextmanager
-def checked_audio(path: str | os.PathLike) -> "Iterator[SoundFile]":
-    """Open a file to read audio from; whatever goes wrong, inside the ``with`` too, is the file's fault.
+def checked_audio(path: str | os.PathLike, length: int | None = None) -> "Iterator[SoundFile]":
+    """Open an audio file; any error, inside the ``with`` block too, is reported as the file's.
 
-    Its ``seekable()`` says whether a seek gives the samples that reading from the start gives.
+    The file's ``seekable()`` is true only if a seek gives the samples that reading from the start gives.
+
+    Args:
+        path: the file.
+        length: samples at 16 kHz that its header must state, if it states any; None accepts all.
 
     Raises:
-        AudioError: the file is missing, cannot be read or decoded, or states a rate that no recording has.
+        AudioError: the file is missing, cannot be read or decoded, has another length, or states a rate that no
+            recording has.
         UserError: a package that reads it is not installed.
     """
     if not os.path.isfile(path):
@@ -106,6 +111,11 @@ def checked_audio(path: str | os.PathLike) -> "Iterator[SoundFile]":
                 )
             if not _seeks_exactly(file):
                 file.seekable = lambda: False  # or soundfile itself would seek, after every read
+            if length is not None and (stated := stated_length(file)) not in (None, length):
+                raise AudioError(
+                    f"{path}: is {stated} samples long (at 16 kHz), expected {length} as it was listed: "
+                    "the file has changed since"
+                )
             yield file
     except (UserError, ImportError):
         raise
@@ -114,14 +124,14 @@ def checked_audio(path: str | os.PathLike) -> "Iterator[SoundFile]":
 
 
 def _reason(path: str | os.PathLike, error: Exception) -> str:
-    """What is wrong with a file that could not be read, and what to do."""
+    """Say what is wrong with a file that could not be read, and what to do."""
     try:
         if isinstance(error, OSError):
             raise error
         with open(path, "rb") as file:
             head = file.read(64)
             num_bytes = os.fstat(file.fileno()).st_size
-    except OSError as failure:  # no right to read, a disk that fails, a network folder that went away
+    except OSError as failure:  # no permission, a failing disk, a network folder that went away
         return f"reading it fails ({failure.strerror or one_line(failure)}), expected audio; check the disk"
     for pattern, kind in _FOREIGN.items():
         if re.match(pattern, head, re.DOTALL):
@@ -136,76 +146,104 @@ def _seeks_exactly(file: "SoundFile") -> bool:
 
 
 def stated_length(file: "SoundFile") -> int | None:
-    """Samples at 16 kHz that an open file has by its header; None where the header states none that can be trusted.
+    """Samples at 16 kHz that an open file's header states; None if the header cannot be trusted.
 
-    Ogg's last page has the true count, even of a file that was cut short; an MP3's header makes a claim only.
+    Ogg's last page has the true count, even in a file that was cut short; an MP3's header is only a claim.
     """
     is_true = file.seekable() or (file.format == "OGG" and file.frames != _UNKNOWN_LENGTH)
     return num_samples_at_16k(file.frames, file.samplerate) if is_true else None
 
 
 def read_mono(file: "SoundFile", num_frames: int) -> "np.ndarray":
-    """The next ``num_frames`` of an open file, or what is left of it, channels averaged: (T,) float32."""
+    """Read the next ``num_frames`` of an open file, or what is left of it, and average the channels: (T,) float32."""
     import numpy as np
 
-    pieces = []
+    pieces = [np.empty(0, np.float32)]
     size = max(1, _READ_VALUES // file.channels)
     while num_frames > 0:
-        frames = file.read(min(num_frames, size), dtype="float32")
-        # The mean over one channel would change nothing, in a tenth of the time that decoding takes.
+        wanted = min(num_frames, size)
+        frames = file.read(wanted, dtype="float32")
+        # The mean over one channel would change nothing, and take a tenth of the time that decoding takes.
         pieces.append(frames if frames.ndim == 1 else frames.mean(axis=1))
-        num_frames = num_frames - len(frames) if len(frames) == min(num_frames, size) else 0
-    return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.float32), *pieces])
+        num_frames = num_frames - wanted if len(frames) == wanted else 0
+    return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
 
 
 def mono_blocks(file: "SoundFile") -> "Iterator[np.ndarray]":
-    """What is left of an open file, a minute at a time; the last block is shorter, or empty."""
+    """Read the rest of an open file a minute at a time; the last block is shorter, or empty."""
     size = _BLOCK_SECONDS * file.samplerate
-    block = read_mono(file, size)
-    while len(block) == size:
-        yield block
+    while True:
         block = read_mono(file, size)
-    yield block
+        yield block
+        if len(block) < size:
+            return
 
 
-def decode(file: "SoundFile", offset: int = 0, num_samples: int | None = None) -> "Tensor":
-    """What an open file holds of the wanted range, (T,) at 16 kHz; shorter than asked if the file is."""
-    import torch
+def read_audio(
+    path: str | os.PathLike, offset: int = 0, num_samples: int | None = None, length: int | None = None
+) -> "Tensor":
+    """Read an audio file as 16 kHz mono, or ``num_samples`` of it from sample ``offset`` on.
 
-    wanted = sys.maxsize if num_samples is None else num_samples
-    if file.samplerate != SAMPLE_RATE:
-        kept, position = [], 0
-        for block in _resampled(map(torch.from_numpy, mono_blocks(file)), file.samplerate):
-            kept.append(block[max(offset - position, 0) :])
-            position += len(block)
-            if position >= offset + wanted:
-                break
-        return torch.cat(kept)[:wanted]
-    if file.seekable():
-        file.seek(min(offset, file.frames))
-    else:
-        while offset and len(passed := read_mono(file, min(offset, _BLOCK_SECONDS * SAMPLE_RATE))):
-            offset -= len(passed)
-    return torch.from_numpy(read_mono(file, wanted))
+    Other rates are resampled and channels averaged. A whole file takes the memory of its samples (0.23 GB an hour,
+    briefly twice) and of a minute as decoded.
 
+    Args:
+        path: the file.
+        offset: first sample, at 16 kHz.
+        num_samples: at 16 kHz; None reads to the end.
+        length: expected samples of the whole file, as in :func:`checked_audio`.
 
-def read_audio(path: str | os.PathLike) -> "Tensor":
-    """Read a whole file, (T,) float32 at 16 kHz; several channels are averaged.
-
-    Beside the samples themselves (0.23 GB an hour, twice for a moment) it takes a minute of audio as decoded.
+    Returns:
+        (T,) float32.
 
     Raises:
-        AudioError: the file is missing, unreadable or cut short.
+        AudioError: the file is missing, unreadable, shorter or longer than stated, or holds NaN or infinite samples.
         UserError: a package that reads it is not installed.
     """
-    with checked_audio(path) as file:
-        waveform = decode(file)
-        length = stated_length(file)
-    if length not in (None, len(waveform)):
+    import torch
+
+    with checked_audio(path, length) as file:
+        wanted = sys.maxsize if num_samples is None else num_samples
+        if file.samplerate != SAMPLE_RATE:
+            waveform = _read_resampled(file, offset, wanted)
+        else:
+            _skip(file, offset)
+            waveform = torch.from_numpy(read_mono(file, wanted))
+        stated_end = stated_length(file) if num_samples is None else offset + num_samples
+    end = offset + len(waveform)
+    if stated_end not in (None, end):
+        raise AudioError(f"{path}: is cut short at sample {end} (at 16 kHz), expected {stated_end}; get the file again")
+    if not (is_finite := waveform.isfinite()).all():
         raise AudioError(
-            f"{path}: is cut short: {len(waveform)} of {length} samples (at 16 kHz) can be read; get the file again"
+            f"{path}: {int((~is_finite).sum())} of samples {offset} to {end} (at 16 kHz) are NaN or infinite, "
+            "expected numbers"
         )
     return waveform
+
+
+def _skip(file: "SoundFile", num_samples: int) -> None:
+    """Move an open file at 16 kHz to a sample, or to its end."""
+    if file.seekable():
+        file.seek(min(num_samples, file.frames))
+        return
+    while num_samples and len(passed := read_mono(file, min(num_samples, _BLOCK_SECONDS * SAMPLE_RATE))):
+        num_samples -= len(passed)
+
+
+def _read_resampled(file: "SoundFile", offset: int, num_samples: int) -> "Tensor":
+    """Read part of an open file at another rate, (T,) at 16 kHz; shorter than asked if the file is.
+
+    Resampling starts at the file's first sample, so that a crop is a slice of the whole.
+    """
+    import torch
+
+    kept, position = [], 0
+    for block in _resampled(map(torch.from_numpy, mono_blocks(file)), file.samplerate):
+        kept.append(block[max(offset - position, 0) :])
+        position += len(block)
+        if position >= offset + num_samples:
+            break
+    return torch.cat(kept)[:num_samples]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -214,7 +252,7 @@ def read_audio(path: str | os.PathLike) -> "Tensor":
 
 
 def resample_to_16k(waveform: "Tensor", sample_rate: int) -> "Tensor":
-    """(T,) at ``sample_rate`` to (``num_samples_at_16k(T, sample_rate)``,) at 16 kHz.
+    """Resample (T,) at ``sample_rate`` to (``num_samples_at_16k(T, sample_rate)``,) at 16 kHz.
 
     Raises:
         UserError: torchaudio is missing.
@@ -223,33 +261,33 @@ def resample_to_16k(waveform: "Tensor", sample_rate: int) -> "Tensor":
 
     if sample_rate == SAMPLE_RATE:
         return waveform
-    # As a file is read; the empty block is the last one if a whole number of blocks comes before it.
+    # In the blocks in which a file is read. The empty block is the last if a whole number of blocks comes before it.
     blocks = chain(waveform.split(_BLOCK_SECONDS * sample_rate), [waveform[:0]])
     return torch.cat(list(_resampled(blocks, sample_rate)))
 
 
 def _resampled(blocks: "Iterable[Tensor]", sample_rate: int) -> "Iterator[Tensor]":
-    """A waveform's samples at 16 kHz, from its blocks of a minute; the first shorter block is the last.
+    """Resample blocks of a minute to 16 kHz; the first shorter block is the last.
 
     A block is resampled together with a second before and after it, which is more than the filter reaches. Whole
-    seconds fall on samples at every rate, so that the blocks are those of the waveform resampled as a whole.
+    seconds fall on samples at every rate, so the result is that of the whole waveform.
     """
     import torch
 
     held, num_done = torch.empty(0), 0  # samples held, and how many of their seconds have been yielded
     for block in blocks:
         held = torch.cat([held, block])
-        is_last = block.numel() < _BLOCK_SECONDS * sample_rate
-        num_ready = None if is_last else held.numel() // sample_rate - 1
-        resampled = _resample(held, sample_rate)
-        yield resampled[num_done * SAMPLE_RATE : None if is_last else num_ready * SAMPLE_RATE].clone()
-        if is_last:
+        resampled = _resample(held, sample_rate)[num_done * SAMPLE_RATE :]
+        if len(block) < _BLOCK_SECONDS * sample_rate:
+            yield resampled
             return
+        num_ready = len(held) // sample_rate - 1
+        yield resampled[: (num_ready - num_done) * SAMPLE_RATE].clone()  # a view would keep all of it in memory
         held, num_done = held[(num_ready - 1) * sample_rate :], 1
 
 
 def _resample(waveform: "Tensor", sample_rate: int) -> "Tensor":
-    """One block, with torchaudio where that is cheap."""
+    """Resample one block, with torchaudio where its table is small."""
     from torch.nn.functional import pad
 
     ratio = Fraction(SAMPLE_RATE, sample_rate)
@@ -260,15 +298,15 @@ def _resample(waveform: "Tensor", sample_rate: int) -> "Tensor":
     except ModuleNotFoundError as error:
         raise UserError(f"audio at {sample_rate} Hz: resampling to 16 kHz needs torchaudio; install it") from error
 
-    # torchaudio rounds the length in float32, which can lose the last sample; a few zeros more prevent it.
+    # torchaudio rounds the length in float32, which can lose the last sample; a few more zeros prevent it.
     padded = pad(waveform, (0, sample_rate // 100))
     return resample(padded, sample_rate, SAMPLE_RATE)[: num_samples_at_16k(waveform.numel(), sample_rate)]
 
 
 def _interpolate(waveform: "Tensor", sample_rate: int) -> "Tensor":
-    """What torchaudio's ``resample`` gives, at any rate in time and memory that depend on the waveform alone.
+    """Resample as torchaudio does, in time and memory that depend on the waveform alone, not on the rate.
 
-    Its filter, a sinc under a Hann window, is computed for each sample instead of once for each phase.
+    The filter, a sinc under a Hann window, is computed for each sample instead of once for each phase.
     """
     import torch
     from torch.nn.functional import pad

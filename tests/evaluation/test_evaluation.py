@@ -23,7 +23,6 @@ from helpers import (
 )
 from huggingface_hub import ModelCard
 
-from dataset.speech import load_audio
 from evaluation import cost, features, probes, scores
 from evaluation.features import hidden_states
 from evaluation.fidelity import HeldOutSpeech, LinearCKA, make_student, measure_fidelity
@@ -32,6 +31,7 @@ from labels import lists as labels
 from labels.scores import EqualErrorRate, Share
 from lightning import DistillLoss, make_projections
 from wav2vec2 import flops
+from wav2vec2.audio import read_audio
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
 from wav2vec2.model import hubert_base, wav2vec2_model
@@ -207,7 +207,7 @@ def test_fidelity_is_the_training_loss_and_cka(mode, corpus, tmp_path):
     parts, states = [], []
     with torch.inference_mode():
         for number in range(4):
-            waveform = load_audio(corpus / f"{number}.wav")[None]
+            waveform = read_audio(corpus / f"{number}.wav")[None]
             (expected, _), (actual, _) = teacher.extract_features(waveform), student.extract_features(waveform)
             pairs = [(actual[source], expected[layer]) for source, layer in zip(sources, LAYERS, strict=True)]
             states.append([(x[0], y[0]) for x, y in pairs])
@@ -393,7 +393,7 @@ def test_features_of_clips(corpus):
     model = random_model(small_config("wavlm"))
     pooled = features.pooled_features(features.ModelFeatures(model, "model"), probe, probe.test)
     with torch.inference_mode():
-        expected, _ = model.extract_features(load_audio(probe.test[5].path)[None])
+        expected, _ = model.extract_features(read_audio(probe.test[5].path)[None])
     torch.testing.assert_close(pooled[5], torch.stack([state[0].mean(0) for state in expected]))
     assert pooled.shape == (8, 4, 16)
     assert features.pooled_features(features.LogMel(), probe, probe.test).shape == (8, 1, 160)
@@ -502,7 +502,7 @@ def test_frames_on_disk_are_those_in_memory(tones):
     with features.frames_on_disk(model, probe, clips, wanted) as frames:
         kept = []
         for clip in clips:
-            states = model.frames(load_audio(clip.path), "here")
+            states = model.frames(read_audio(clip.path), "here")
             times = (torch.arange(states.shape[1]) * model.hop + model.window / 2) / 16_000
             kept.append(states[:, times > 0.2].transpose(0, 1))
         expected = torch.cat(kept)

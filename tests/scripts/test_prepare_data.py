@@ -15,9 +15,8 @@ from helpers import REPOSITORY, run_without
 import cli
 import prepare_data
 from dataset.manifest import read_manifest
-from dataset.speech import load_audio
 from prepare_data import LIBRISPEECH_SPLITS, count_samples, find_audio, hold_out, parse_splits, split_by_folder
-from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.audio import SAMPLE_RATE, read_audio
 from wav2vec2.files.errors import UserError
 
 
@@ -147,7 +146,7 @@ def test_other_formats_rates_and_channels(tmp_path, prepare):
     assert counted["tr/a b.WAV"] == 16_002
     assert set(counted) == {"tr/a b.WAV", "tr/ü.Mp3", "tr/deeper/c.ogg"}
     for name, num_samples in counted.items():
-        assert len(load_audio(root / name)) == num_samples
+        assert len(read_audio(root / name)) == num_samples
 
 
 def test_every_suffix_that_libsndfile_reads_is_found_and_others_are_counted(tmp_path, prepare):
@@ -174,7 +173,7 @@ def test_every_suffix_that_libsndfile_reads_is_found_and_others_are_counted(tmp_
     assert result.returncode == 0, result.stderr
     found = rows(tmp_path / "out" / "train.tsv") | rows(tmp_path / "out" / "valid.tsv")
     assert set(found) == {f"a.{suffix}" for suffix in formats}
-    assert {name: len(load_audio(root / name)) for name in found} == found
+    assert {name: len(read_audio(root / name)) for name in found} == found
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("passed over")]
     assert line.startswith("passed over: 2 .m4a, 1 .webm, which") and "ffmpeg -i IN OUT.flac" in line
     assert "txt" not in result.stdout and "json" not in result.stdout
@@ -239,7 +238,7 @@ def test_files_that_cannot_be_used_are_listed(tmp_path, prepare):
         assert rejected[name.replace("\n", "?").replace("\r", "?")].startswith(reason)
     found = rows(tmp_path / "out" / "train.tsv") | rows(tmp_path / "out" / "valid.tsv")
     assert found == good
-    assert {name: len(load_audio(root / name)) for name in good} == good
+    assert {name: len(read_audio(root / name)) for name in good} == good
 
     for name in damages:
         (root / name).unlink(missing_ok=True)
@@ -253,7 +252,7 @@ def test_length_of_a_cut_mp3_is_what_can_be_decoded(tmp_path, prepare):
     write_audio(tmp_path / "corpus" / "b.wav")
     assert prepare(tmp_path / "corpus", tmp_path / "out", "--valid_fraction", "0.5").returncode == 0
     counted = rows(tmp_path / "out" / "train.tsv") | rows(tmp_path / "out" / "valid.tsv")
-    assert counted["cut.mp3"] == len(load_audio(cut)) < 50_000
+    assert counted["cut.mp3"] == len(read_audio(cut)) < 50_000
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
@@ -274,7 +273,7 @@ def test_names_that_are_not_utf8(tmp_path, prepare):
     result = prepare(root, tmp_path / "out", "--valid_fraction", "0.5")
     assert result.returncode == 0, result.stderr
     for name in rows(tmp_path / "out" / "train.tsv") | rows(tmp_path / "out" / "valid.tsv"):
-        assert len(load_audio(root / name)) == 1600
+        assert len(read_audio(root / name)) == 1600
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse names that are not UTF-8")

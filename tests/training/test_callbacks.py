@@ -278,10 +278,7 @@ def test_too_much_bad_audio_ends_the_run(own_corpus, small_teacher, tmp_path, mo
     flags = small_run(tmp_path / "data", small_teacher, seconds_per_batch=0.6, max_updates=20, num_workers=1)
     assert run_to_exit(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp") == 1
     message = error_line(capsys)
-    expected = (
-        "1 of 16 files looked at" if kind == "missing" else "--max_bad_files: at most 0 bad audio files are allowed"
-    )
-    assert expected in message and str(path) in message
+    assert "--max_bad_files: at most 0 bad audio files are allowed" in message and str(path) in message
     assert (tmp_path / "exp").exists() == (kind != "missing")
 
 
