@@ -15,7 +15,7 @@ from helpers import REPOSITORY, run_without
 import cli
 import prepare_data
 from dataset.manifest import read_manifest
-from prepare_data import LIBRISPEECH_SPLITS, count_samples, find_audio, hold_out, parse_splits, split_by_folder
+from prepare_data import parse_splits
 from wav2vec2.audio import SAMPLE_RATE, read_audio
 from wav2vec2.files.errors import UserError
 
@@ -122,15 +122,6 @@ def test_other_corpora_are_not_librispeech(tmp_path, prepare):
     assert result.returncode == 0, result.stderr
     assert "0.05 of the files" in result.stdout
     assert {path.stem for path in (tmp_path / "out").iterdir()} == {"train", "valid"}
-
-
-def test_outermost_folder_decides():
-    paths = ["train-clean-100/dev-1/a.flac", "speakers/dev-clean/train-clean-100/a.flac", "train-clean-100.flac"]
-    assert split_by_folder(paths, LIBRISPEECH_SPLITS) == {
-        "train100": paths[:1],
-        "train960": paths[:1],
-        "valid": paths[1:2],
-    }
 
 
 def test_other_formats_rates_and_channels(tmp_path, prepare):
@@ -255,15 +246,6 @@ def test_length_of_a_cut_mp3_is_what_can_be_decoded(tmp_path, prepare):
     assert counted["cut.mp3"] == len(read_audio(cut)) < 50_000
 
 
-def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
-    root = tmp_path / "corpus"
-    write_audio(tmp_path / "elsewhere" / "a.wav")
-    write_audio(root / "b.wav")
-    (root / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(root)
-    assert find_audio(str(root)) == ["b.wav", "linked/a.wav"]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse names that are not UTF-8")
 def test_names_that_are_not_utf8(tmp_path, prepare):
     root = tmp_path / "corpus"
@@ -297,30 +279,6 @@ def test_any_name_can_be_printed(tmp_path, encoding):
 
 def test_manifests_go_where_the_published_program_writes_them():
     assert prepare_data.parse_args(["--data", "corpus"]).out == "data/librispeech"
-
-
-def test_flac_file_cut_anywhere_is_left_out(tmp_path):
-    path = write_audio(tmp_path / "a.flac", 20_000)
-    contents = path.read_bytes()
-    assert count_samples(str(path)) == (20_000, "")
-    for size in [*range(len(contents) - 30, len(contents)), *range(100, len(contents), 997)]:
-        path.write_bytes(contents[:size])
-        num_samples, reason = count_samples(str(path))
-        assert num_samples == 0 and ("cut short" in reason or "cannot be decoded" in reason)
-
-
-@pytest.mark.slow
-def test_held_out_files():
-    paths = [f"{number:03}.wav" for number in range(200)]
-    splits = hold_out(paths, 0.05, seed=0)
-    assert splits == hold_out(paths, 0.05, seed=0)
-    assert splits != hold_out(paths, 0.05, seed=1)
-    assert len(splits["valid"]) == 10
-    assert sorted(splits["train"] + splits["valid"]) == paths
-    assert hold_out(paths[:3], 0.05, seed=0)["valid"] != []
-    # As the corpus grows, most held-out files stay held out.
-    grown = hold_out([*paths, *(f"new{number}.wav" for number in range(20))], 0.05, seed=0)
-    assert len(set(grown["valid"]) & set(splits["valid"])) >= 8
 
 
 def test_output_does_not_depend_on_the_run(tmp_path, prepare):

@@ -15,9 +15,9 @@ from torchaudio.functional import resample
 
 import wav2vec2
 from dataset.batches import Crop
+from dataset.corpus import count_samples
 from dataset.manifest import Manifest
 from dataset.speech import SpeechDataset, check_files
-from prepare_data import count_samples
 from wav2vec2 import audio
 from wav2vec2.audio import SAMPLE_RATE, AudioError, num_samples_at_16k, read_audio, resample_to_16k
 from wav2vec2.files.errors import UserError

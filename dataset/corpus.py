@@ -1,0 +1,151 @@
+"""Finds the audio files of a corpus, splits them and counts their samples, without torch."""
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from functools import cache
+
+import numpy as np
+
+from wav2vec2.audio import (
+    AUDIO_SUFFIXES,
+    AudioError,
+    checked_audio,
+    mono_blocks,
+    num_samples_at_16k,
+    read_mono,
+    stated_length,
+)
+
+# Suffixes of audio and video that libsndfile does not read, or not without being told the rate.
+_OTHER_NAMES = """
+m4a m4b mp4 m4v mov 3gp aac ac3 eac3 amr awb wma wmv asf webm weba mkv mka avi flv mpg mpeg ogv spx ape wv tta tak dsf
+dff dts ra rm shn gsm vox raw pcm
+"""
+_OTHER_SUFFIXES = tuple(f".{name}" for name in _OTHER_NAMES.split())
+LINE_BREAK = re.compile(r"[\r\n]")  # either would end a manifest's row
+
+FolderPatterns = dict[str, list[str]]  # split name to its folders
+Splits = dict[str, list[str]]  # split name to its files
+
+
+def find_audio(root: str) -> tuple[list[str], Counter[str]]:
+    """Find every audio file below a folder by its suffix, in either case. Links to folders are followed.
+
+    Returns:
+        The files that libsndfile reads, as sorted paths from ``root`` with ``/``; and the suffixes of other audio and
+        video with the number of files of each.
+    """
+    found: list[str] = []
+    others: Counter[str] = Counter()
+    for path in sorted(_walk(root)):
+        suffix = os.path.splitext(path)[1].lower()
+        if path.lower().endswith(AUDIO_SUFFIXES):
+            found.append(path)
+        elif suffix in _OTHER_SUFFIXES:
+            others[suffix] += 1
+    return found, others
+
+
+def _walk(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Yield every file below ``folder``; ``above`` holds device and inode of the folders around it."""
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:  # a link leads in a circle
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {identity})
+            else:
+                yield prefix + entry.name
+
+
+def split_by_folder(paths: Iterable[str], splits: FolderPatterns) -> Splits:
+    """Sort relative paths into splits: the outermost folder that any pattern matches decides.
+
+    A folder may belong to several splits, as train-clean-100 does to train100 and train960.
+    """
+
+    @cache
+    def names_of(folder: str) -> list[str]:
+        if folder == "":
+            return []
+        parent, _, last = folder.rpartition("/")
+        return names_of(parent) or [
+            name
+            for name, patterns in splits.items()
+            if any(fnmatchcase(last, pattern) or fnmatchcase(folder, pattern) for pattern in patterns)
+        ]
+
+    found: Splits = {name: [] for name in splits}
+    for path in paths:
+        for name in names_of(path.rpartition("/")[0]):
+            found[name].append(path)
+    return found
+
+
+def hold_out(paths: list[str], fraction: float, seed: int) -> Splits:
+    """Hold out ``fraction`` of the files, at least one, as valid; the rest is train.
+
+    Files are ranked by a hash of seed and path, so that most keep their place when the corpus grows.
+    """
+    ranked = sorted(paths, key=lambda path: hashlib.sha256(f"{seed} {path}".encode(errors="surrogateescape")).digest())
+    num_valid = max(1, round(fraction * len(paths)))
+    return {"train": sorted(ranked[num_valid:]), "valid": sorted(ranked[:num_valid])}
+
+
+def count_samples(path: str) -> tuple[int, str]:
+    """Count the samples of a file at 16 kHz.
+
+    The last sample is read too: the header of a file that was cut short still has the whole count. Where the header
+    cannot be trusted, the file is decoded.
+
+    Returns:
+        The samples and ``""``, or 0 and the reason why the file cannot be used.
+    """
+    if LINE_BREAK.search(path):
+        return 0, "a line break in its path"
+    if not os.path.isfile(path):
+        return 0, "not a file, or a link to nothing"
+    try:
+        with checked_audio(path) as file:
+            num_frames, is_finite = file.frames, True
+            if stated_length(file) is None:
+                num_frames = 0
+                for block in mono_blocks(file):
+                    num_frames += len(block)
+                    is_finite = is_finite and bool(np.isfinite(block).all())
+            elif num_frames:
+                last = np.empty(0)
+                with contextlib.suppress(RuntimeError):  # soundfile's
+                    file.seek(num_frames - 1)
+                    last = read_mono(file, 1)
+                if not len(last):
+                    return 0, f"cut short: its header promises {num_frames} samples, the last cannot be read"
+                is_finite = bool(np.isfinite(last).all())
+            if num_frames == 0:
+                return 0, "no samples"
+            if not is_finite:
+                return 0, "NaN or infinite samples"
+            return num_samples_at_16k(num_frames, file.samplerate), ""
+    except AudioError as error:
+        return 0, str(error).removeprefix(f"{path}: ")
+
+
+def count_all(root: str, paths: list[str], num_workers: int) -> Iterator[tuple[int, str]]:
+    """Call :func:`count_samples` for every file below ``root``, in order.
+
+    In processes: threads would wait for Python's lock in the short calls, and be slower than one thread alone.
+    """
+    # Many files at a time, or the main process would slow down the others; enough parts to share out.
+    size = max(1, min(256, len(paths) // (8 * num_workers)))
+    # Ctrl-C is left to the main process, which ends the workers.
+    with multiprocessing.Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        yield from pool.imap(count_samples, (os.path.join(root, path) for path in paths), chunksize=size)
