@@ -29,8 +29,8 @@ def make_batches(
     Args:
         lengths: (N,) samples of each utterance.
         num_buckets: even divisions of the range ``min_len`` to ``max_len``.
-        max_tokens: budget of a batch in samples; give this or ``batch_size``.
-        batch_size: budget of a batch in utterances.
+        max_tokens: budget of a batch in samples.
+        batch_size: budget of a batch in utterances, if it has none in samples.
         min_len: shorter utterances are left out.
         max_len: longer utterances are left out; None keeps all.
         generator: shuffles the utterances inside each bucket; None leaves them from short to long.
@@ -45,14 +45,14 @@ def make_batches(
     lengths = np.asarray(lengths, dtype=np.int64)
     upper = max_len if max_len is not None else int(lengths.max(initial=0))
     kept = _within_limits(lengths, min_len, upper)
-    if max_tokens is not None and batch_size is None:
+    if max_tokens is not None:
         budget, costs = max_tokens, lengths if max_crop is None else np.minimum(lengths, max_crop)
         if (longest := costs[kept[-1]]) > budget:
             raise UserError(f"the longest utterance lasts {_seconds(longest)}, a batch holds {_seconds(budget)}")
-    elif batch_size is not None and max_tokens is None:
+    elif batch_size is not None:
         budget, costs = batch_size, np.ones_like(lengths)
     else:
-        raise ValueError("give either max_tokens or batch_size")
+        raise ValueError("give max_tokens or batch_size")
 
     if generator is not None:
         boundaries = torch.linspace(min_len - 1, upper + 1, num_buckets + 1)
@@ -115,9 +115,9 @@ class Crop:
 class BatchSampler(Sampler[Crop]):
     """Deals batches to processes, the same number to each, and crops each batch to its shortest utterance.
 
-    Shuffling permutes whole batches by ``seed + epoch``. An utterance is cropped at an offset drawn
-    evenly from all that are possible, or at its start when ``shuffle`` is off (validation). The draw
-    depends on the seed, the epoch and the batch's position among all processes' batches, and on nothing else.
+    Shuffling permutes whole batches by ``seed + epoch``. An utterance is cropped at an offset drawn evenly from all
+    that are possible, or at its start if ``shuffle`` is off (validation). The draw depends only on the seed, the epoch
+    and the batch's position among all processes' batches.
 
     Rank r of R gets the batches at positions r, r + R, r + 2R, ... So one process that accumulates A batches makes
     its updates of the same batches, crops and seeds as A processes.
@@ -133,9 +133,6 @@ class BatchSampler(Sampler[Crop]):
         max_crop: longest crop in samples; None for no limit.
         accum_grad: batches of one rank per update; an epoch is a whole number of updates.
         whole: do not crop; a batch has the samples of its longest utterance.
-
-    Raises:
-        UserError: a negative seed, or ``drop_last`` leaves no update.
     """
 
     lengths: Sequence[int] | np.ndarray
@@ -148,19 +145,10 @@ class BatchSampler(Sampler[Crop]):
     max_crop: int | None = None
     accum_grad: int = 1
     whole: bool = False
-    # The order of the batches in one epoch; before the first shuffle, and without any, they are in their own order.
     _ordered_epoch: int | None = field(init=False, default=None)
-    _order: list[int] = field(init=False)
+    _order: list[int] = field(init=False)  # of the batches in that epoch
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.num_replicas:
-            raise ValueError(f"rank {self.rank} is not one of {self.num_replicas} ranks")
-        if self.seed < 0:
-            raise UserError(f"seed {self.seed}: expected 0 or a positive number")
-        if len(self) < 1 or not self.batches:
-            raise UserError(
-                f"{len(self.batches)} batches do not give each of {self.num_replicas} processes {self.accum_grad}"
-            )
         self._order = list(range(len(self.batches)))
 
     def __len__(self) -> int:
@@ -179,8 +167,6 @@ class BatchSampler(Sampler[Crop]):
 
     def crop(self, epoch: int, index: int) -> Crop:
         """This rank's batch number ``index`` of an epoch, both from 0, cropped to its shortest utterance."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"batch {index} is not one of the epoch's {len(self)}")
         if self.shuffle and epoch != self._ordered_epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)
             self._order = torch.randperm(len(self.batches), generator=generator).tolist()

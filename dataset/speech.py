@@ -84,9 +84,10 @@ class SpeechDataset(Dataset):
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
+        self.lengths = manifest.lengths
 
     def __len__(self) -> int:
-        return len(self.manifest.paths)
+        return len(self.lengths)
 
     def __getitem__(self, crop: Crop) -> Batch:
         """Read one batch.
@@ -98,7 +99,7 @@ class SpeechDataset(Dataset):
         paths: list[str] = []
         bad_files: dict[str, str] = {}
         for row, wanted, offset in zip(waveforms, crop.indices, crop.offsets, strict=True):
-            candidates = with_replacements(wanted, self.manifest.lengths, crop.num_samples)
+            candidates = with_replacements(wanted, self.lengths, crop.num_samples)
             read = partial(self._read, offset=offset, num_samples=crop.num_samples)
             index, waveform, bad = first_readable(candidates, self.manifest.full_path, read)
             row.copy_(waveform)
@@ -107,7 +108,7 @@ class SpeechDataset(Dataset):
         return Batch(waveforms, None, paths, crop.seed, 0 if crop.tops_up else len(paths), bad_files)
 
     def _read(self, index: int, offset: int, num_samples: int) -> Tensor:
-        path, length = self.manifest.full_path(index), int(self.manifest.lengths[index])
+        path, length = self.manifest.full_path(index), int(self.lengths[index])
         waveform = read_audio(path, min(offset, length - num_samples), num_samples, length)
         # A crop may fall into a pause of digital silence; only a file without any sound is bad.
         if not waveform.any() and not read_audio(path).any():

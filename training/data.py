@@ -5,10 +5,9 @@ import math
 import os
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dataset.batches import BatchSampler, TrainingSampler, make_batches
 from dataset.manifest import read_manifest
@@ -24,8 +23,6 @@ from wav2vec2.files.errors import UserError
 TRAIN_SUBSET, VALID_SUBSET, TEST_SUBSET = "train", "valid", "test"
 # Share of the training clips held out for validation if a list has none.
 VALID_SHARE = 0.1
-# Length buckets that batches are filled from (as in the paper's program).
-NUM_BUCKETS = 1000
 # Seconds without a batch after which the loader processes count as hanging: a disk may hang, and a process that is
 # forked while another thread calls into Python may never start (seen with Python 3.11.7 and gloo).
 WORKER_TIMEOUT = 600
@@ -37,29 +34,26 @@ class BatchDataModule(pl.LightningDataModule):
     Args:
         settings: of the batches.
         train_subset: the name of the subset to train on.
-        max_bad_files: audio files that may be bad.
-        lengths: samples of each utterance (N,) of each subset.
-        datasets: read the batches of each subset.
+        datasets: the subsets by name.
         max_crop: the longest crop in samples; None for no limit.
         whole: do not crop.
         limits: ``min_len`` and ``max_len`` of :func:`make_batches`.
 
     Attributes:
-        batches: indices into ``lengths``, one list per batch, of the training and the validation subset.
+        batches: indices into each dataset, one list per batch, of the training and the validation subset.
+        max_bad_files: number of audio files that may be bad.
 
     Raises:
         UserError: the utterances of a subset do not make batches.
     """
 
-    trainer: pl.Trainer  # type: ignore[assignment]  # Lightning sets it before it asks for loaders
+    trainer: pl.Trainer  # Lightning sets it before it asks for loaders
 
     def __init__(
         self,
         settings: BatchSettings,
         train_subset: str,
-        max_bad_files: int,
-        lengths: dict[str, np.ndarray],
-        datasets: dict[str, Dataset],
+        datasets: dict[str, SpeechDataset] | dict[str, LabelledDataset],
         *,
         max_crop: int | None = None,
         whole: bool = False,
@@ -68,22 +62,17 @@ class BatchDataModule(pl.LightningDataModule):
         super().__init__()
         self.settings = settings
         self.train_subset = train_subset
-        self.max_bad_files = max_bad_files
-        self.lengths = lengths
         self.datasets = datasets
+        self.max_bad_files = settings.max_bad_files_of(len(datasets[train_subset]))
         self._max_crop = max_crop
         self._whole = whole
         self.batches: dict[str, list[list[int]]] = {}
         for subset in (train_subset, VALID_SUBSET):
-            is_training = subset == train_subset
+            generator = torch.Generator().manual_seed(settings.seed) if subset == train_subset else None
+            max_tokens = settings.seconds_per_batch * SAMPLE_RATE
             try:
                 self.batches[subset] = make_batches(
-                    lengths[subset],
-                    num_buckets=NUM_BUCKETS,
-                    max_tokens=settings.seconds_per_batch * SAMPLE_RATE,
-                    generator=torch.Generator().manual_seed(settings.seed) if is_training else None,
-                    max_crop=max_crop,
-                    **limits,
+                    datasets[subset].lengths, max_tokens=max_tokens, generator=generator, max_crop=max_crop, **limits
                 )
             except UserError as error:
                 raise UserError(
@@ -105,7 +94,7 @@ class BatchDataModule(pl.LightningDataModule):
         """The batches of one process; those of the training subset are shuffled and cropped at random."""
         is_training = subset == self.train_subset
         return BatchSampler(
-            self.lengths[subset],
+            self.datasets[subset].lengths,
             self.batches[subset],
             num_replicas=num_replicas,
             rank=rank,
@@ -150,40 +139,31 @@ class SpeechDataModule(BatchDataModule):
 
     The constructor reads the manifests and makes the batches, so that bad input ends the run before a model is built.
 
-    Args:
-        settings: of the data.
-
-    Attributes:
-        manifests: of the two subsets.
-
     Raises:
         UserError: a manifest is wrong, its utterances do not make batches, or too many of its files are bad.
     """
 
     settings: DataSettings
+    datasets: dict[str, SpeechDataset]
 
     def __init__(self, settings: DataSettings) -> None:
-        subsets = (settings.train_subset, VALID_SUBSET)
-        manifests = {subset: read_manifest(settings.tsv_dir / f"{subset}.tsv") for subset in subsets}
+        paths = {subset: settings.tsv_dir / f"{subset}.tsv" for subset in (settings.train_subset, VALID_SUBSET)}
         super().__init__(
             settings,
             settings.train_subset,
-            settings.max_bad_files_of(len(manifests[settings.train_subset].paths)),
-            {subset: manifest.lengths for subset, manifest in manifests.items()},
-            {subset: SpeechDataset(manifest) for subset, manifest in manifests.items()},
+            {subset: SpeechDataset(read_manifest(path)) for subset, path in paths.items()},
             max_crop=None if settings.max_crop_seconds is None else round(settings.max_crop_seconds * SAMPLE_RATE),
             min_len=round(settings.min_seconds * SAMPLE_RATE),
             max_len=round(settings.max_seconds * SAMPLE_RATE),
         )
-        self.manifests = manifests
         bad_files: dict[str, str] = {}
-        for manifest in manifests.values():
-            bad_files |= check_files(manifest)
+        for dataset in self.datasets.values():
+            bad_files |= check_files(dataset.manifest)
         if len(bad_files) > self.max_bad_files:
             raise UserError(too_many_bad_files(bad_files, self.max_bad_files))
 
     def fingerprint(self) -> str:
-        manifest = self.manifests[self.train_subset]
+        manifest = self.datasets[self.train_subset].manifest
         utterances = hashlib.sha256(manifest.lengths.tobytes())
         utterances.update("\0".join(manifest.paths).encode(errors="surrogateescape"))
         return utterances.hexdigest()[:16]
@@ -195,12 +175,12 @@ class SpeechDataModule(BatchDataModule):
         if max_crop is not None and max_crop < num_samples:
             raise UserError(f"--max_crop_seconds {settings.max_crop_seconds:g}: {max_crop} samples at 16 kHz, {needed}")
         for subset, batches in self.batches.items():
-            lengths = self.lengths[subset]
-            shortest = min((index for batch in batches for index in batch), key=lengths.__getitem__)
-            if lengths[shortest] < num_samples:
+            manifest = self.datasets[subset].manifest
+            shortest = min((index for batch in batches for index in batch), key=manifest.lengths.__getitem__)
+            if manifest.lengths[shortest] < num_samples:
                 raise UserError(
-                    f"--min_seconds {settings.min_seconds:g} lets in {self.manifests[subset].full_path(shortest)}, "
-                    f"which has {lengths[shortest]} samples at 16 kHz; {needed}"
+                    f"--min_seconds {settings.min_seconds:g} lets in {manifest.full_path(shortest)}, which has "
+                    f"{manifest.lengths[shortest]} samples at 16 kHz; {needed}"
                 )
 
 
@@ -211,17 +191,19 @@ class LabelledDataModule(BatchDataModule):
     each label of clips with labels.
 
     Args:
-        settings: of the data.
+        settings: of the batches.
         probe: the list.
         frames: of the model.
 
     Attributes:
-        probe, frames: as given.
+        probe: the list.
         clips: of each split.
 
     Raises:
         UserError: a clip cannot be used (see :func:`labels.batches.checked_lengths`), or there are too few.
     """
+
+    datasets: dict[str, LabelledDataset]
 
     def __init__(self, settings: BatchSettings, probe: Probe, frames: FrameTimes) -> None:
         train, valid = (probe.train, probe.valid) if probe.valid else held_out(probe, settings.seed)
@@ -229,11 +211,8 @@ class LabelledDataModule(BatchDataModule):
         max_samples = settings.seconds_per_batch * SAMPLE_RATE
         lengths = {split: checked_lengths(probe, clips[split], frames, max_samples) for split in clips}
         datasets = {split: LabelledDataset(probe.kind, clips[split], lengths[split], frames) for split in clips}
-        super().__init__(
-            settings, TRAIN_SUBSET, settings.max_bad_files_of(len(train)), lengths, dict(datasets), whole=True
-        )
+        super().__init__(settings, TRAIN_SUBSET, datasets, whole=True)
         self.probe = probe
-        self.frames = frames
         self.clips = clips
         for split, dataset in datasets.items():
             if probe.kind == SEGMENTS and not any((dataset.target(i) >= 0).any() for i in range(len(dataset))):
@@ -248,7 +227,7 @@ class LabelledDataModule(BatchDataModule):
         for split, clips in self.clips.items():
             rows = [(split, os.path.relpath(clip.path, folder), clip.target) for clip in clips]
             digest.update(repr(rows).encode(errors="surrogateescape"))
-            digest.update(self.lengths[split].tobytes())
+            digest.update(self.datasets[split].lengths.tobytes())
         return digest.hexdigest()[:16]
 
 
