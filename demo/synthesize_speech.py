@@ -11,10 +11,11 @@ grammar of everyday words; the same options give the same files.
 import argparse
 import ctypes
 import random
+import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -26,8 +27,8 @@ from wav2vec2.files.errors import UserError
 
 VALID_FRACTION = 0.15
 
-# The eSpeak NG variants (files of its voices/!v) that speak in each split. None is one with "breath",
-# whose noise differs from run to run.
+# eSpeak NG variants (files of its voices/!v) that speak in each split. None has "breath", whose noise differs from
+# run to run.
 TRAIN_VARIANTS = [
     *("m1", "f1", "m2", "f4", "m3", "Annie", "m4", "Andrea", "m7", "belinda", "Alex", "linda", "Andy", "anika"),
     *("Gene", "steph", "Michael", "aunty", "adam", "steph2", "Lee", "shelby"),
@@ -76,22 +77,18 @@ TEMPLATES = (
 
 
 def sentences(seed: int) -> Iterator[str]:
-    """Endless sentences, in lower case with commas, none of them twice."""
+    """Yield endless sentences, in lower case with commas, none of them twice."""
     choose = random.Random(seed)
     said: set[str] = set()
     while True:
-        words = choose.choice(TEMPLATES)
-        while "{" in words:
-            before, _, rest = words.partition("{")
-            name, _, after = rest.partition("}")
-            words = before + choose.choice(VOCABULARY[name]) + after
+        template = choose.choice(TEMPLATES)
+        words = re.sub(r"{(\w+)}", lambda gap: choose.choice(VOCABULARY[gap[1]]), template)
         if words not in said:
             said.add(words)
             yield words
 
 
-@dataclass(frozen=True)
-class Speaker:
+class Speaker(NamedTuple):
     """One voice: an eSpeak NG voice name, words per minute, pitch and its range (both 0 to 100)."""
 
     speaker_id: int
@@ -102,7 +99,7 @@ class Speaker:
 
 
 def make_speakers(variants: list[str], first_id: int, seed: int) -> list[Speaker]:
-    """A speaker per variant, the accents in turn, rate and pitch drawn."""
+    """Make a speaker of each variant, with the accents in turn and random rate and pitch."""
     draw = random.Random(f"{seed} {first_id}")
     return [
         Speaker(
@@ -126,10 +123,8 @@ class Espeak:
         UserError: the package ``espeakng-loader`` is not installed, or its data cannot be opened.
     """
 
-    AUDIO_OUTPUT_SYNCHRONOUS = 2
-    DONT_EXIT = 0x8000
-    POSITION_CHARACTER = 1
-    CHARS_UTF8 = 1
+    AUDIO_OUTPUT_SYNCHRONOUS, DONT_EXIT = 2, 0x8000
+    POSITION_CHARACTER, CHARS_UTF8 = 1, 1
     RATE, PITCH, RANGE = 1, 3, 4
 
     def __init__(self, folder: Path) -> None:
@@ -140,21 +135,22 @@ class Espeak:
                 "eSpeak NG, which speaks the demo's sentences, is not installed; "
                 "pip install -r requirements-demo.txt, or use recorded speech"
             ) from error
+        data = espeakng_loader.get_data_path()
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         self._library.espeak_Synth.argtypes = [
             *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint),
             *(ctypes.c_void_p, ctypes.c_void_p),
         ]
-        self._variants = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
+        self._variants = Path(data) / "voices" / "!v"
         # A virtual environment's path can be longer than the 160 characters that eSpeak NG has room for.
         link = folder / "espeak-ng-data"
-        link.symlink_to(espeakng_loader.get_data_path())
-        self.sample_rate = self._library.espeak_Initialize(
+        link.symlink_to(data)
+        self.sample_rate: int = self._library.espeak_Initialize(
             self.AUDIO_OUTPUT_SYNCHRONOUS, 0, str(link).encode(), self.DONT_EXIT
         )
         if self.sample_rate <= 0:
             raise UserError(
-                f"eSpeak NG cannot open its data in {espeakng_loader.get_data_path()} through the link {link}; "
+                f"eSpeak NG cannot open its data in {data} through the link {link}; "
                 "pip install --force-reinstall espeakng-loader, or set TMPDIR to a folder with a shorter name"
             )
         self._chunks: list[np.ndarray] = []
@@ -162,8 +158,8 @@ class Espeak:
         self._callback = callback_type(self._collect)  # kept: C holds a bare pointer to it
         self._library.espeak_SetSynthCallback(self._callback)
 
-    def _collect(self, samples: "ctypes._Pointer[ctypes.c_short]", num_samples: int, events: int | None) -> int:
-        """Called by eSpeak NG with the next piece of speech; the last call comes without samples."""
+    def _collect(self, samples: Any, num_samples: int, _events: int | None) -> int:
+        """Take the next piece of speech from eSpeak NG, whose last call comes without samples."""
         if samples:
             self._chunks.append(np.ctypeslib.as_array(samples, (num_samples,)).copy())
         return 0
@@ -174,21 +170,18 @@ class Espeak:
         Raises:
             UserError: this eSpeak NG lacks the voice.
         """
-        # A variant that does not exist is ignored without an error, hence the look at the file.
+        # eSpeak NG ignores a variant that does not exist, hence the look at the file.
         variant = self._variants / speaker.voice.partition("+")[2]
         if not variant.is_file() or self._library.espeak_SetVoiceByName(speaker.voice.encode()) != 0:
             raise UserError(
                 f"eSpeak NG has no voice {speaker.voice!r}; pip install the version in requirements-demo.txt"
             )
-        for parameter, value in (
-            (self.RATE, speaker.rate),
-            (self.PITCH, speaker.pitch),
-            (self.RANGE, speaker.pitch_range),
-        ):
-            self._library.espeak_SetParameter(parameter, value, 0)
+        self._library.espeak_SetParameter(self.RATE, speaker.rate, 0)
+        self._library.espeak_SetParameter(self.PITCH, speaker.pitch, 0)
+        self._library.espeak_SetParameter(self.RANGE, speaker.pitch_range, 0)
 
     def say(self, text: str) -> torch.Tensor:
-        """Speech (T,) float32 at ``self.sample_rate``."""
+        """Speak: (T,) float32 at ``self.sample_rate``."""
         self._chunks.clear()
         encoded = text.encode()
         self._library.espeak_Synth(
@@ -198,14 +191,12 @@ class Espeak:
         return torch.from_numpy(np.concatenate(self._chunks)).float() / 2**15
 
 
-def speak(espeak: Espeak, texts: Iterator[str]) -> tuple[str, torch.Tensor]:
-    """The next sentence that lasts 3 s to 9 s: its text and the speech (T,) at 16 kHz, at an even level."""
+def utterances(espeak: Espeak, texts: Iterator[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the sentences that last 3 s to 9 s: text and speech (T,) at 16 kHz, at an even level."""
     for text in texts:
         speech = resample_to_16k(espeak.say(text), espeak.sample_rate)
         if MIN_UTTERANCE_SECONDS <= len(speech) / SAMPLE_RATE <= MAX_UTTERANCE_SECONDS:
-            gain = min(TARGET_RMS / speech.square().mean().sqrt(), MAX_PEAK / speech.abs().max())
-            return text, speech * gain
-    raise AssertionError("the sentences are endless")
+            yield text, speech * min(TARGET_RMS / speech.square().mean().sqrt(), MAX_PEAK / speech.abs().max())
 
 
 def write_speaker(espeak: Espeak, speaker: Speaker, texts: Iterator[str], folder: Path, min_seconds: float) -> float:
@@ -216,12 +207,13 @@ def write_speaker(espeak: Espeak, speaker: Speaker, texts: Iterator[str], folder
     chapter_folder.mkdir(parents=True, exist_ok=True)
     transcript: list[str] = []
     seconds = 0.0
-    while seconds < min_seconds or not transcript:
-        text, speech = speak(espeak, texts)
+    for text, speech in utterances(espeak, texts):
         name = f"{chapter}-{len(transcript):04d}"
         soundfile.write(chapter_folder / f"{name}.flac", speech.numpy(), SAMPLE_RATE, subtype="PCM_16")
         transcript.append(f"{name} {text.replace(',', '').upper()}\n")
         seconds += len(speech) / SAMPLE_RATE
+        if seconds >= min_seconds:
+            break
     (chapter_folder / f"{chapter}.trans.txt").write_text("".join(transcript), encoding="utf-8")
     return seconds
 

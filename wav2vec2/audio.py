@@ -204,11 +204,11 @@ def read_audio(
 
     with checked_audio(path, length) as file:
         wanted = sys.maxsize if num_samples is None else num_samples
-        if file.samplerate != SAMPLE_RATE:
-            waveform = _read_resampled(file, offset, wanted)
-        else:
-            _skip(file, offset)
+        if file.seekable() and file.samplerate == SAMPLE_RATE:
+            file.seek(min(offset, file.frames))
             waveform = torch.from_numpy(read_mono(file, wanted))
+        else:
+            waveform = _read_from_start(file, offset, wanted)
         stated_end = stated_length(file) if num_samples is None else offset + num_samples
     end = offset + len(waveform)
     if stated_end not in (None, end):
@@ -221,24 +221,13 @@ def read_audio(
     return waveform
 
 
-def _skip(file: "SoundFile", num_samples: int) -> None:
-    """Move an open file at 16 kHz to a sample, or to its end."""
-    if file.seekable():
-        file.seek(min(num_samples, file.frames))
-        return
-    while num_samples and len(passed := read_mono(file, min(num_samples, _BLOCK_SECONDS * SAMPLE_RATE))):
-        num_samples -= len(passed)
-
-
-def _read_resampled(file: "SoundFile", offset: int, num_samples: int) -> "Tensor":
-    """Read part of an open file at another rate, (T,) at 16 kHz; shorter than asked if the file is.
-
-    Resampling starts at the file's first sample, so that a crop is a slice of the whole.
-    """
+def _read_from_start(file: "SoundFile", offset: int, num_samples: int) -> "Tensor":
+    """Decode and resample an open file up to the samples that are wanted: a crop is a slice of the whole."""
     import torch
 
+    blocks = map(torch.from_numpy, mono_blocks(file))
     kept, position = [], 0
-    for block in _resampled(map(torch.from_numpy, mono_blocks(file)), file.samplerate):
+    for block in blocks if file.samplerate == SAMPLE_RATE else _resampled(blocks, file.samplerate):
         kept.append(block[max(offset - position, 0) :])
         position += len(block)
         if position >= offset + num_samples:
