@@ -213,7 +213,8 @@ def read_audio(
     end = offset + len(waveform)
     if stated_end not in (None, end):
         raise AudioError(f"{path}: is cut short at sample {end} (at 16 kHz), expected {stated_end}; get the file again")
-    if not (is_finite := waveform.isfinite()).all():
+    # The sum is not finite if any sample is not, and is much faster than a look at each sample.
+    if not waveform.sum().isfinite() and not (is_finite := waveform.isfinite()).all():
         raise AudioError(
             f"{path}: {int((~is_finite).sum())} of samples {offset} to {end} (at 16 kHz) are NaN or infinite, "
             "expected numbers"

@@ -146,6 +146,18 @@ def test_rates_that_no_recording_has(tmp_path, sample_rate):
     assert count_samples(str(path))[1].startswith(message)
 
 
+def test_samples_must_be_finite(tmp_path):
+    """Nothing else is asked of them, not even that their sum is finite."""
+    path = tmp_path / "a.wav"
+    for value, is_fine in ((3e38, True), (np.nan, False), (-np.inf, False)):
+        soundfile.write(path, np.full(800, value), SAMPLE_RATE, subtype="FLOAT")
+        if is_fine:
+            assert len(read_audio(path)) == 800
+        else:
+            with pytest.raises(AudioError, match=r"a\.wav: 700 of samples 50 to 750 \(at 16 kHz\) are NaN or infinite"):
+                read_audio(path, 50, 700)
+
+
 # Files that cannot be read
 
 
