@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .components import Count
 from .config import with_masks
 from .model import Wav2Vec2Model, wav2vec2_model
 
@@ -58,7 +59,7 @@ def count_flops(config: dict[str, Any], num_samples: int, num_layers: int | None
     layers = encoder.transformer.layers[:num_layers]
     embed_dim, num_frames = encoder.embed_dim, model.feature_extractor.num_frames(num_samples)
 
-    def operations(*macs: Tensor | int) -> int:
+    def operations(*macs: Count) -> int:
         return 2 * sum(int(value) for value in macs)
 
     conv, channels = model.feature_extractor.get_num_macs(num_samples)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .components import Encoder, FeatureExtractor, SelfAttention
+from .components import Count, Encoder, FeatureExtractor, SelfAttention
 from .config import CONV_LAYERS, PRUNING_UNITS, ModelConfig, check_config, with_masks
 from .fast import fast_paths, on_cpu
-from .pruning_utils import prune_linear
+from .pruning_utils import prune_inputs
 
 __all__ = ["CONV_LAYERS", "PRUNING_UNITS", "Wav2Vec2Model", "masked_units", "wav2vec2_model", "with_masks"]
 
@@ -112,7 +112,7 @@ class Wav2Vec2Model(nn.Module):
         features, frames = self.feature_extractor(waveforms, lengths)
         return features, frames, frames if is_padded else None
 
-    def get_num_params(self) -> Tensor | int:
+    def get_num_params(self) -> Count:
         """Expected number of parameters (paper, section 2.3): a differentiable scalar while there are masks.
 
         Without masks it is the exact number. The auxiliary head is not counted: it belongs to a
@@ -123,7 +123,7 @@ class Wav2Vec2Model(nn.Module):
         num_params = num_params + self.encoder.feature_projection.get_num_params(channels, embed_dim)
         return num_params + self.encoder.transformer.get_num_params(embed_dim)
 
-    def get_num_macs(self, num_samples: int) -> Tensor | int:
+    def get_num_macs(self, num_samples: int) -> Count:
         """Expected multiply-adds of ``extract_features`` on a waveform: a differentiable scalar while there are masks.
 
         Convolutions and matrix products only, those of attention included; without masks it is the exact number, half
@@ -175,7 +175,7 @@ class Wav2Vec2Model(nn.Module):
         kept_dims = self.encoder.kept_dims()
         self.encoder.prune(self.feature_extractor.prune())
         if self.aux is not None and kept_dims is not None:
-            prune_linear(self.aux, kept_dims, "input")
+            prune_inputs(self.aux, kept_dims)
         switches = {unit.switch: False for unit in PRUNING_UNITS.values()}
         self._config = replace(self._config, encoder_embed_dim=self.encoder.embed_dim, **switches)
         return self.config

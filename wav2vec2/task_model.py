@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .files.errors import short_repr
 from .model import Wav2Vec2Model
-from .pruning_utils import prune_linear
+from .pruning_utils import prune_inputs
 
 TEXT, CLIPS, SEGMENTS = "text", "clips", "segments"
 # What each setting of a head may be, by kind; None where the kind has no such setting.
@@ -106,7 +106,7 @@ class TaskHead(nn.Module):
         """Keep these dimensions (n,) of frames."""
         for layer in (self.attention, self.linear):
             if layer is not None:
-                prune_linear(layer, index, "input")
+                prune_inputs(layer, index)
 
 
 class TaskModel(Wav2Vec2Model):
