@@ -62,12 +62,12 @@ def _width_masks(model: Wav2Vec2Model) -> list[HardConcrete]:
     return [mask for mask in masks if mask is not None]
 
 
-# Far above any width, and small enough to be read back from the file that records it.
+# Far above any width; a number without bounds could not be read back from the file that it is recorded in.
 MAX_ROUND_TO = 1_000_000
 
 
 def check_round_to(value: Any, source: str) -> None:
-    """Check a multiple of widths; ``source`` is the option or the entry of a file that gives it.
+    """Check the multiple of widths that ``source``, an option or an entry of a file, asks for.
 
     Raises:
         UserError: not a whole number from 1 to :data:`MAX_ROUND_TO`.

@@ -13,7 +13,7 @@ from .model import Wav2Vec2Model
 from .pruning_utils import prune_inputs
 
 TEXT, CLIPS, SEGMENTS = "text", "clips", "segments"
-# Values of each setting by kind of head; None where the kind has no such setting.
+# What each setting of a head may be, by kind; None where the kind has no such setting.
 _CHOICES: dict[str, dict[str, tuple[str | None, ...]]] = {
     TEXT: {"units": ("words", "characters"), "layers": ("last",), "pooling": (None,)},
     CLIPS: {"units": (None,), "layers": ("last", "weighted"), "pooling": ("mean", "attentive")},
