@@ -4,16 +4,15 @@
     python convert_hubert_from_hf.py --model facebook/hubert-large-ll60k
     python convert_hubert_from_hf.py --model path/to/directory --out pretrained/mine.pth
 
-Heads (CTC, pre-training, classification) are left out. The converted model's outputs are compared with those of
-transformers before anything is written.
+Heads (CTC, pre-training, classification) are left out. The outputs of the converted model are compared
+with those of transformers before anything is written.
 """
 
 import argparse
 from pathlib import Path
 
 from cli import make_parser, run
-from wav2vec2.utils.import_huggingface import compare_with_source, fetch_huggingface_model, import_huggingface_model
-from wav2vec2.utils.importing import add_converter_flags, dropouts_from, normalize_waveform_from, write_model
+from wav2vec2.utils.converter_flags import add_converter_flags, dropouts_from, normalize_waveform_from
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,8 +24,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    dropouts, normalize_waveform = dropouts_from(args), normalize_waveform_from(args)
+    # After the flags: --help and a wrong flag should not wait for torch.
+    from wav2vec2.utils.import_huggingface import compare_with_source, fetch_huggingface_model, import_huggingface_model
+    from wav2vec2.utils.importing import write_model
+
     directory = fetch_huggingface_model(args.model)
-    imported = import_huggingface_model(directory, dropouts_from(args), normalize_waveform_from(args))
+    imported = import_huggingface_model(directory, dropouts, normalize_waveform)
     difference = compare_with_source(imported, directory)
     print(f"largest difference from transformers' outputs: {difference:.1e}")
     write_model(imported, args.out or Path("pretrained") / f"{Path(args.model).resolve().name}.hf.pth")

@@ -3,16 +3,15 @@
     python convert_wavlm_from_fairseq.py --ckpt WavLM-Base+.pt
     python convert_wavlm_from_fairseq.py --ckpt hubert_large_ll60k.pt --out pretrained/hubert-large.pth
 
-fairseq is not needed, and no code from the file is run. Where it is installed (requirements-fairseq.txt), the
-outputs of HuBERT and wav2vec 2.0 are compared with fairseq's before anything is written.
+fairseq is not needed, and no code from the file is run. If fairseq is installed (requirements-fairseq.txt), the
+outputs of HuBERT and wav2vec 2.0 are compared with its outputs before anything is written.
 """
 
 import argparse
 from pathlib import Path
 
 from cli import make_parser, run
-from wav2vec2.utils.import_fairseq import compare_with_fairseq, import_fairseq_model
-from wav2vec2.utils.importing import add_converter_flags, dropouts_from, normalize_waveform_from, write_model
+from wav2vec2.utils.converter_flags import add_converter_flags, dropouts_from, normalize_waveform_from
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,7 +23,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    imported = import_fairseq_model(args.ckpt, dropouts_from(args), normalize_waveform_from(args))
+    dropouts, normalize_waveform = dropouts_from(args), normalize_waveform_from(args)
+    # After the flags: --help and a wrong flag should not wait for torch.
+    from wav2vec2.utils.import_fairseq import compare_with_fairseq, import_fairseq_model
+    from wav2vec2.utils.importing import write_model
+
+    imported = import_fairseq_model(args.ckpt, dropouts, normalize_waveform)
     difference = compare_with_fairseq(imported, args.ckpt)
     if difference is not None:
         print(f"largest difference from fairseq's outputs: {difference:.1e}")

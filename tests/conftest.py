@@ -1,6 +1,5 @@
 """For all test files: one thread, which is by far quicker for tiny models; random numbers from a seed; and fixtures."""
 
-import json
 import os
 import random
 import sys
@@ -15,27 +14,12 @@ import soundfile
 import torch
 from helpers import run_command, save_small_model
 
-from training import callbacks, speed
-from wav2vec2.flops import Parts, count_flops
+from training import callbacks
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
 for name in [name for name in os.environ if name.startswith("SLURM_")]:
     del os.environ[name]  # scripts behave differently inside a SLURM job, which a run of the tests may be
-
-
-_counted: dict[str, Parts] = {}
-
-
-def count_flops_once(*arguments: Any) -> Parts:
-    """What is counted depends on the arguments alone, and takes a third of the time of a small run."""
-    key = json.dumps(arguments)
-    if key not in _counted:
-        _counted[key] = count_flops(*arguments)
-    return _counted[key]
-
-
-speed.count_flops = count_flops_once
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,21 +1,22 @@
 """The blocks of the model.
 
 Module and parameter names are torchaudio's, so that its checkpoints and the published ones load.
-A block that can be pruned does three things beside its forward:
+Beside its forward, a block that can be pruned has
 
-- ``get_num_params()`` and ``get_num_macs()`` count its expected parameters and multiply-adds (differentiable while it
-  has masks),
-- ``prune()`` makes it physically smaller and says whether anything is left of it, ``prune_embed()`` narrower,
-- ``shape`` says its size in the config's terms.
+- ``get_num_params()`` and ``get_num_macs()``, its expected parameters and multiply-adds (differentiable while it has
+  masks),
+- ``prune()``, which makes it physically smaller and returns whether anything is left, and ``prune_embed()``, which
+  makes it narrower,
+- ``shape``, its size in the config's terms.
 
 Throughout, B is the batch, T the number of samples or frames, C conv channels, D the embedding
 dimension, H heads, K the head dimension, F the intermediate dimension of the feed-forward.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +35,31 @@ from .fast import (
     on_cpu,
     prefers_fused_attention,
 )
-from .pruning_utils import prune_conv1d, prune_linear, prune_norm
+from .pruning_utils import keep, prune_inputs, prune_norm, prune_outputs
 
-# The two parts of a weight under weight norm, as torch's newer parametrization calls them -> the published names.
+Count = Tensor | float
+"""A number of units, parameters or multiply-adds: whole without masks, a differentiable scalar with them."""
+
+Length = TypeVar("Length", int, Tensor)
+Block = TypeVar("Block", bound=nn.Module)
+
+# Parts of a weight under weight norm: names in torch's newer parametrization -> published names.
 WEIGHT_NORM_NAMES = {
     "parametrizations.weight.original0": "weight_g",
     "parametrizations.weight.original1": "weight_v",
 }
-# Its weight without weight norm, in ours, transformers' and torchaudio's names, and in fairseq's.
+# Name of the weight where weight norm has been removed: ours, transformers' and torchaudio's; and fairseq's.
 _PLAIN_POSITIONAL_WEIGHTS = (".pos_conv_embed.conv.weight", ".pos_conv.0.weight")
+
+# The extractor's first layers take most of a forward pass. Two seconds of them fit a CPU's cache.
+_SAMPLES_AT_ONCE = 32_000
+
+# Added to the attention scores of padded frames; a finite number survives half precision.
+_PADDING_SCORE = -10000.0
 
 
 def published_name(key: str) -> str:
-    """The published name of a state dict key, where torch's newer weight norm has given it another."""
+    """Return the published name of a state dict key that torch's newer weight norm may have renamed."""
     for name, published in WEIGHT_NORM_NAMES.items():
         if key.endswith("." + name):
             return key.removesuffix(name) + published
@@ -54,10 +67,10 @@ def published_name(key: str) -> str:
 
 
 def published_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict under the published names, as a plain dict: torch would follow attributes that a file gave it.
+    """Return a state dict under the published names.
 
-    Where weight norm has been removed from the positional convolution, its one weight is split into direction and
-    scale, of which it is the product.
+    Where weight norm has been removed from the positional convolution, its weight is split into direction and scale
+    again. The result is a plain dict: torch would follow attributes that a file gave to its own.
     """
     state_dict = {published_name(key): value for key, value in state_dict.items()}
     for key in [key for key in state_dict if f".{key}".endswith(_PLAIN_POSITIONAL_WEIGHTS)]:
@@ -67,32 +80,39 @@ def published_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             del state_dict[key]
             weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
             scale = torch.norm_except_dim(weight, 2, 2)
-            # A direction of no length would be divided by 0.
+            # A direction of zero length would be divided by 0.
             state_dict |= {f"{key}_g": scale, f"{key}_v": torch.where(scale == 0, 1, weight)}
     return state_dict
 
 
-# Samples that the extractor takes at once on a CPU, without gradient: its first layers make by far the most of a
-# forward pass, and two seconds of them fit a cache.
-_SAMPLES_AT_ONCE = 32_000
+def _module_list(blocks: Iterable[Block]) -> Sequence[Block]:
+    """Return an ``nn.ModuleList`` of the blocks, whose own type does not say what it holds."""
+    return cast(Sequence[Block], nn.ModuleList(blocks))
 
-# Added to the attention scores of padded frames; a finite number survives half precision.
-_PADDING_SCORE = -10000.0
+
+# ---------------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------------
 
 
 def _make_mask(config: ModelConfig, unit: str, num_units: int = 1, **options: Any) -> HardConcrete | None:
-    """The mask over a block's units of one kind (a key of ``PRUNING_UNITS``), or None where the config has none."""
+    """Make the mask over a block's units of one kind (a key of ``PRUNING_UNITS``) if the config asks for it."""
     switch, drop_rate = PRUNING_UNITS[unit].switch, PRUNING_UNITS[unit].drop_rate
     return HardConcrete(num_units, drop_rate, **options) if getattr(config, switch) else None
 
 
-# What the masks are taken to keep inside of :func:`assumed_sizes`.
+def _values(mask: HardConcrete | None) -> Tensor | None:
+    """Return the values (n,) of a mask if there is one."""
+    return None if mask is None else mask()
+
+
+# Numbers of kept units that replace the masks' own expectations inside of assumed_sizes.
 _assumed_sizes: dict[HardConcrete, float] = {}
 
 
 @contextmanager
 def assumed_sizes(sizes: Mapping[HardConcrete, float]) -> Iterator[None]:
-    """Let ``get_num_params`` count with these plain numbers of kept units in the place of what masks expect."""
+    """Count with these numbers of kept units, instead of the expected ones, inside the block."""
     _assumed_sizes.update(sizes)
     try:
         yield
@@ -100,25 +120,25 @@ def assumed_sizes(sizes: Mapping[HardConcrete, float]) -> Iterator[None]:
         _assumed_sizes.clear()
 
 
-def _expected_size(mask: HardConcrete | None, size: int) -> Tensor | float | int:
-    """Number of units a mask is expected to keep, or all of them where there is no mask."""
+def _expected_size(mask: HardConcrete | None, size: int) -> Count:
+    """Return the number of units that a mask is expected to keep, or ``size`` if there is no mask."""
     if mask is None:
         return size
     return _assumed_sizes[mask] if _assumed_sizes else mask.l0_norm()
 
 
-def _part(size: Any, num_parts: int) -> Any:
-    """One of ``num_parts`` equal parts of an expected size; a whole number stays one."""
+def _part(size: Count, num_parts: int) -> Count:
+    """Return one of ``num_parts`` equal parts of an expected size; a whole number stays whole."""
     return size // num_parts if isinstance(size, int) else size / num_parts
 
 
 def _mask_for(x: Tensor, mask: Tensor) -> Tensor:
-    """``mask`` in the precision of what it multiplies: a float32 mask would turn all that follows into float32."""
+    """Convert a mask to the precision of ``x``: a float32 mask would turn all that follows into float32."""
     return mask.to(x.dtype) if fast_paths() else mask
 
 
 def _run(function: Callable[..., Tensor], recompute: bool, *inputs: Any) -> Tensor:
-    """``function(*inputs)``; with ``recompute`` the backward pass runs it again, so that only its inputs are kept.
+    """Return ``function(*inputs)``; with ``recompute`` only the inputs are kept, and the backward pass runs it again.
 
     The second run sees the noise (dropout, masks) of the first.
     """
@@ -137,24 +157,16 @@ def _prune_whole_block(block: "SelfAttention | FeedForward", last: nn.Linear) ->
     return bool(mask.any())
 
 
+# ---------------------------------------------------------------------------------------------------
+# Extractor
+# ---------------------------------------------------------------------------------------------------
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, T)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
-
-
-class FrameNorm(nn.LayerNorm):
-    """LayerNorm over frames (B, T, D), which a mask (D,) turns into one over the dimensions that it keeps."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D), with a mask: mean and variance weighted by it, and the output times it."""
-        if mask is None:
-            return super().forward(x)
-        weights = mask / mask.sum().clamp(min=torch.finfo(mask.dtype).tiny)
-        centred = x - (x * weights).sum(-1, keepdim=True)
-        variance = (centred.square() * weights).sum(-1, keepdim=True)
-        return (centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias) * mask
 
 
 class ConvLayerBlock(nn.Module):
@@ -164,7 +176,7 @@ class ConvLayerBlock(nn.Module):
         super().__init__()
         layers = config.extractor_conv_layer_config
         channels, kernel, stride = layers[number]
-        self.layer_norm = None
+        self.layer_norm: LayerNorm | nn.GroupNorm | None = None
         if config.extractor_mode == "layer_norm":
             self.layer_norm = LayerNorm(channels)
         elif number == 0:
@@ -188,9 +200,9 @@ class ConvLayerBlock(nn.Module):
         """(B, T, C_in) -> (B, num_frames(T), C_out) without this layer's mask.
 
         Args:
-            x: the layer below's output without its mask, contiguous.
-            scale: (C_in,) the mask of the layer below, or None. Multiplied into the weight, as pruning will do, it
-                costs nothing for each frame.
+            x: output of the layer below without its mask, contiguous.
+            scale: (C_in,) mask of the layer below, or None. Multiplied into the weight, as pruning will do, it costs
+                nothing for each frame.
         """
         weight = self.conv.weight if scale is None else self.conv.weight * scale[:, None]
         x = conv_frames(x, weight, self.conv.bias, self.conv.stride[0])
@@ -201,13 +213,13 @@ class ConvLayerBlock(nn.Module):
             x = norm(x.transpose(1, 2)).transpose(1, 2)
         return F.gelu(x)
 
-    def num_frames(self, length: Any) -> Any:
-        """Frames made of ``length`` (an int or an integer tensor): floor((n - kernel) / stride) + 1, at least 0."""
+    def num_frames(self, length: Length) -> Length:
+        """Return the frames made of ``length`` inputs: floor((n - kernel) / stride) + 1, at least 0."""
         frames = (length - self.conv.kernel_size[0]) // self.conv.stride[0] + 1
         return frames.clamp(min=0) if isinstance(frames, Tensor) else max(frames, 0)
 
-    def get_num_params(self, in_channels: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
-        """Expected parameters given the expected input channels, and the expected output channels."""
+    def get_num_params(self, in_channels: Count) -> tuple[Count, Count]:
+        """Return the expected parameters and output channels, given the expected input channels."""
         out_channels = _expected_size(self.hard_concrete, self.conv.out_channels)
         num_params = in_channels * out_channels * self.conv.kernel_size[0]
         if self.conv.bias is not None:
@@ -216,18 +228,18 @@ class ConvLayerBlock(nn.Module):
             num_params = num_params + 2 * out_channels
         return num_params, out_channels
 
-    def get_num_macs(self, in_channels: Tensor | int, num_frames: int) -> tuple[Tensor | int, Tensor | int]:
-        """Expected multiply-adds given the expected input channels and the frames made, and the output channels."""
+    def get_num_macs(self, in_channels: Count, num_frames: int) -> tuple[Count, Count]:
+        """Return the expected multiply-adds for ``num_frames`` outputs, and the expected output channels."""
         out_channels = _expected_size(self.hard_concrete, self.conv.out_channels)
         return in_channels * out_channels * (self.conv.kernel_size[0] * num_frames), out_channels
 
     def prune_outputs(self) -> tuple[Tensor, Tensor] | None:
-        """Drop masked output channels; returns (kept index, kept soft mask) for whoever consumes them, or None."""
+        """Drop masked output channels; returns the kept index and soft mask for whoever consumes them, or None."""
         if self.hard_concrete is None:
             return None
         mask = self.hard_concrete()
         index = mask.nonzero().squeeze(-1)
-        prune_conv1d(self.conv, index, "output")
+        prune_outputs(self.conv, index)
         if self.layer_norm is not None:
             prune_norm(self.layer_norm, index)
         self.hard_concrete = None
@@ -249,7 +261,7 @@ class FeatureExtractor(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         numbers = range(len(config.extractor_conv_layer_config))
-        self.conv_layers = nn.ModuleList(ConvLayerBlock(config, number) for number in numbers)
+        self.conv_layers = _module_list(ConvLayerBlock(config, number) for number in numbers)
         self.recompute = False
         # A non-trained scale that keeps the last conv's soft mask after pruning: the projection's
         # LayerNorm behind it could not absorb the mask into its weights.
@@ -273,8 +285,9 @@ class FeatureExtractor(nn.Module):
 
     def _by_frames(self, waveforms: Tensor) -> Tensor:
         """(B, T) -> (B, frames, C) with a frame's channels side by side in memory; in blocks where nothing is kept."""
-        masks = [None if layer.hard_concrete is None else layer.hard_concrete() for layer in self.conv_layers]
-        scale = self.dummy_weight if masks[-1] is None else self.dummy_weight * masks[-1]
+        masks = [_values(layer.hard_concrete) for layer in self.conv_layers]
+        last = masks[-1]
+        scale = self.dummy_weight if last is None else self.dummy_weight * last
         if torch.is_grad_enabled():
             x = self._convolve(waveforms, self._first_layer(waveforms), masks)
         else:
@@ -282,7 +295,7 @@ class FeatureExtractor(nn.Module):
         return x * _mask_for(x, scale)
 
     def _first_layer(self, waveforms: Tensor) -> Callable[[Tensor], Tensor]:
-        """The first layer, (B, T) -> (B, T', C), for any stretch of ``waveforms``; its norm needs all of them."""
+        """Return the first layer, (B, T) -> (B, T', C), for any part of ``waveforms``; its norm needs the whole."""
         first = self.conv_layers[0]
         if not isinstance(first.layer_norm, nn.GroupNorm):
             return lambda stretch: first.forward_frames(stretch[..., None], None)
@@ -309,14 +322,14 @@ class FeatureExtractor(nn.Module):
             blocks.append(self._convolve(stretch, first_layer, masks))
         return torch.cat(blocks, dim=1)
 
-    def num_frames(self, length: Any) -> Any:
-        """Frames made of ``length`` samples (an int or an integer tensor)."""
+    def num_frames(self, length: Length) -> Length:
+        """Return the frames made of ``length`` samples."""
         for layer in self.conv_layers:
             length = layer.num_frames(length)
         return length
 
     def num_samples(self, num_frames: int) -> int:
-        """The samples that ``num_frames`` frames are made of, at least."""
+        """Return the fewest samples that make ``num_frames`` frames."""
         for layer in reversed(self.conv_layers):
             num_frames = (num_frames - 1) * layer.conv.stride[0] + layer.conv.kernel_size[0]
         return num_frames
@@ -331,17 +344,20 @@ class FeatureExtractor(nn.Module):
         """Samples from one frame to the next."""
         return math.prod(layer.conv.stride[0] for layer in self.conv_layers)
 
-    def get_num_params(self) -> tuple[Tensor | int, Tensor | int]:
-        """Expected parameters, and the expected number of output channels."""
-        num_params, channels = 0, 1
+    def get_num_params(self) -> tuple[Count, Count]:
+        """Return the expected parameters and output channels."""
+        num_params: Count = 0
+        channels: Count = 1
         for layer in self.conv_layers:
             layer_params, channels = layer.get_num_params(channels)
             num_params = num_params + layer_params
         return num_params + channels, channels  # dummy_weight has one entry per channel
 
-    def get_num_macs(self, num_samples: int) -> tuple[Tensor | int, Tensor | int]:
-        """Expected multiply-adds for a waveform of ``num_samples``, and the expected number of output channels."""
-        num_macs, channels, length = 0, 1, num_samples
+    def get_num_macs(self, num_samples: int) -> tuple[Count, Count]:
+        """Return the expected multiply-adds for a waveform of ``num_samples``, and the expected output channels."""
+        num_macs: Count = 0
+        channels: Count = 1
+        length = num_samples
         for layer in self.conv_layers:
             length = layer.num_frames(length)
             layer_macs, channels = layer.get_num_macs(channels, length)
@@ -357,12 +373,17 @@ class FeatureExtractor(nn.Module):
                 continue
             index, soft_mask = kept
             if consumer is not None:
-                prune_conv1d(consumer.conv, index, "input")
+                prune_inputs(consumer.conv, index)
                 consumer.conv.weight.mul_(soft_mask[:, None])
             else:
                 scale = self.dummy_weight[index] * soft_mask
                 self.dummy_weight = nn.Parameter(scale, requires_grad=False)
         return None if kept is None else kept[0]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Between extractor and transformer
+# ---------------------------------------------------------------------------------------------------
 
 
 class FeatureProjection(nn.Module):
@@ -382,20 +403,20 @@ class FeatureProjection(nn.Module):
             x = self.layer_norm(x)
         return self.dropout(self.projection(x))
 
-    def get_num_params(self, in_features: Tensor | int, embed_dim: Tensor | int) -> Tensor | int:
-        """Expected parameters given the expected output channels of the extractor and the expected D."""
+    def get_num_params(self, in_features: Count, embed_dim: Count) -> Count:
+        """Return the expected parameters, given the expected output channels of the extractor and the expected D."""
         num_params = 0 if self.layer_norm is None else in_features * 2
         return num_params + (in_features + 1) * embed_dim
 
-    def get_num_macs(self, in_features: Tensor | int, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
-        """Expected multiply-adds, given these."""
+    def get_num_macs(self, in_features: Count, embed_dim: Count, num_frames: int) -> Count:
+        """Return the expected multiply-adds, given the same and the frames."""
         return in_features * embed_dim * num_frames
 
     def prune(self, index: Tensor) -> None:
         """Keep the input channels of ``index`` (n,)."""
         if self.layer_norm is not None:
             prune_norm(self.layer_norm, index)
-        prune_linear(self.projection, index, "input")
+        prune_inputs(self.projection, index)
 
 
 class WeightNormConv1d(nn.Module):
@@ -405,13 +426,14 @@ class WeightNormConv1d(nn.Module):
     ``torch.nn.utils.parametrizations.weight_norm`` load as well.
     """
 
+    folded_weight: Tensor | None
+
     def __init__(self, channels: int, kernel_size: int, groups: int) -> None:
         super().__init__()
-        conv = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, groups=groups)
-        self.padding, self.groups, self.kernel_size = kernel_size // 2, groups, kernel_size
-        self.bias = conv.bias
-        self.weight_g = nn.Parameter(torch.linalg.vector_norm(conv.weight.detach(), dim=(0, 1), keepdim=True))
-        self.weight_v = conv.weight
+        self.groups, self.kernel_size = groups, kernel_size
+        weight, self.bias = nn.Conv1d(channels, channels, kernel_size, groups=groups).parameters()
+        self.weight_g = nn.Parameter(torch.linalg.vector_norm(weight.detach(), dim=(0, 1), keepdim=True))
+        self.weight_v = weight
         self.register_buffer("folded_weight", None, persistent=False)
 
     @property
@@ -432,28 +454,28 @@ class WeightNormConv1d(nn.Module):
 
     def forward(self, x: Tensor, tap_mask: Tensor | None = None) -> Tensor:
         """(B, D, T) -> (B, D, T), one more frame if the kernel is even; with a mask (kernel,) over its taps"""
-        # Requiring gradients again invalidates the folded weight.
-        is_folded = self.folded_weight is not None and not self.weight_v.requires_grad
         if tap_mask is not None:
             weight = self._weight(self.weight_g * tap_mask)
+        # Requiring gradients again invalidates the folded weight.
+        elif self.folded_weight is not None and not self.weight_v.requires_grad and fast_paths():
+            weight = self.folded_weight
         else:
-            weight = self.folded_weight if is_folded and fast_paths() else self.weight
-        if fast_paths() and on_cpu(x):
-            return conv_channels_last(x, weight, self.bias, padding=self.padding, groups=self.groups)
-        return F.conv1d(x, weight, self.bias, padding=self.padding, groups=self.groups)
+            weight = self.weight
+        convolve = conv_channels_last if fast_paths() and on_cpu(x) else F.conv1d
+        return convolve(x, weight, self.bias, padding=self.kernel_size // 2, groups=self.groups)
 
     def prune(self, index: Tensor, soft_mask: Tensor) -> None:
         """Keep the taps of ``index`` (n,), each times its entry of the mask (n,)."""
         self.weight_v = nn.Parameter(self.weight_v.detach()[..., index].clone())
         self.weight_g = nn.Parameter(self.weight_g.detach()[..., index] * soft_mask)
-        self.kernel_size, self.padding, self.folded_weight = len(index), len(index) // 2, None
+        self.kernel_size, self.folded_weight = len(index), None
 
     def prune_embed(self, index: Tensor) -> None:
         """Keep the channels of ``index`` (n,), which are the same in each group."""
         weight_v = self.weight_v.detach()[index][:, index[: len(index) // self.groups]]
         kept, before = (torch.linalg.vector_norm(v, dim=(0, 1), keepdim=True) for v in (weight_v, self.weight_v))
         self.weight_g = nn.Parameter(self.weight_g.detach() * kept / before)
-        self.weight_v, self.bias = nn.Parameter(weight_v), nn.Parameter(self.bias.detach()[index])
+        self.weight_v, self.bias = nn.Parameter(weight_v), keep(self.bias, index, dim=0)
         self.folded_weight = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -466,8 +488,8 @@ class WeightNormConv1d(nn.Module):
 class ConvolutionalPositionalEmbedding(nn.Module):
     """Relative position from a wide grouped convolution over time, with a mask over its taps.
 
-    A unit is a ring: the two taps that are as far from the middle, or the one in the middle of an odd kernel. What is
-    left between the outermost kept taps is a convolution again, so rings go from the outside in.
+    A unit is a ring: the two taps at one distance from the middle, or the middle tap of an odd kernel. Rings go from
+    the outside in, so that the remaining taps form a convolution again.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -475,7 +497,6 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         self.conv = WeightNormConv1d(
             config.encoder_embed_dim, config.encoder_pos_conv_kernel, config.encoder_pos_conv_groups
         )
-        # One ring stays: a kernel has at least a tap.
         num_rings = (self.conv.kernel_size + 1) // 2
         self.hard_concrete = _make_mask(config, "posconv", num_rings, min_kept=1, nested=True)
 
@@ -484,29 +505,25 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         num_frames = x.size(1)
         if num_frames == 0:  # torch has no convolution over nothing
             return x
-        x, mask = x.transpose(1, 2), self._tap_mask()
-        x = self.conv(x) if mask is None else self.conv(x, mask)
+        x = self.conv(x.transpose(1, 2), self._tap_mask())
         return F.gelu(x[..., :num_frames]).transpose(1, 2)  # an even kernel makes one frame too many
 
     def _tap_mask(self) -> Tensor | None:
         """(kernel,), or None without a mask"""
-        if self.hard_concrete is None:
-            return None
-        rings = self.hard_concrete()  # from the middle outwards
-        return torch.cat([rings.flip(0), rings[self.conv.kernel_size % 2 :]])
+        rings = _values(self.hard_concrete)  # from the middle outwards
+        return None if rings is None else torch.cat([rings.flip(0), rings[self.conv.kernel_size % 2 :]])
 
-    def _expected_taps(self) -> Tensor | int:
+    def _expected_taps(self) -> Count:
         taps = self.conv.kernel_size
         return 2 * _expected_size(self.hard_concrete, (taps + 1) // 2) - taps % 2
 
-    def get_num_params(self, embed_dim: Tensor | int) -> Tensor | int:
-        """Expected parameters given the expected D."""
+    def get_num_params(self, embed_dim: Count) -> Count:
+        """Return the expected parameters, given the expected D."""
         return embed_dim + self._expected_taps() * (embed_dim * _part(embed_dim, self.conv.groups) + 1)
 
-    def get_num_macs(self, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
-        """Expected multiply-adds given the expected D."""
-        if self.conv.kernel_size % 2 == 0:
-            num_frames += 1  # the one too many
+    def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
+        """Return the expected multiply-adds, given the expected D."""
+        num_frames += self.conv.kernel_size % 2 == 0  # the one too many
         return self._expected_taps() * embed_dim * _part(embed_dim, self.conv.groups) * num_frames
 
     def prune(self) -> None:
@@ -519,8 +536,26 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 
     @property
     def shape(self) -> dict[str, int]:
-        """Its size, as the config says it."""
+        """The config's keys that pruning changes."""
         return {"encoder_pos_conv_kernel": self.conv.kernel_size}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Transformer
+# ---------------------------------------------------------------------------------------------------
+
+
+class FrameNorm(nn.LayerNorm):
+    """LayerNorm over frames (B, T, D); a mask (D,) turns it into one over the dimensions that the mask keeps."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D). With a mask, mean and variance are weighted by it, and the output is multiplied."""
+        if mask is None:
+            return super().forward(x)
+        weights = mask / mask.sum().clamp(min=torch.finfo(mask.dtype).tiny)
+        centred = x - (x * weights).sum(-1, keepdim=True)
+        variance = (centred.square() * weights).sum(-1, keepdim=True)
+        return (centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias) * mask
 
 
 class SelfAttention(nn.Module):
@@ -539,6 +574,10 @@ class SelfAttention(nn.Module):
         self.hard_concrete_for_heads = _make_mask(config, "head", num_heads)
         self.hard_concrete_for_layer = _make_mask(config, "attlayer")
 
+    @property
+    def _in_projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
+
     def forward(self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)
 
@@ -552,10 +591,12 @@ class SelfAttention(nn.Module):
         def split_heads(projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
             return projected.view(batch, frames, self.num_heads, self.head_dim).transpose(1, 2)
 
-        query, key, value = (split_heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        bias = padding_scores if position_bias is None else self._gate(x, position_bias)
-        if position_bias is not None and padding_scores is not None:
-            bias = bias + padding_scores
+        query, key, value = (split_heads(projection(x)) for projection in self._in_projections)
+        bias = padding_scores
+        if position_bias is not None:
+            bias = self._gate(x, position_bias)
+            if padding_scores is not None:
+                bias = bias + padding_scores
         probability = self.dropout if self.training else 0.0
         if fast_paths() and prefers_fused_attention(query, probability):
             heads = F.scaled_dot_product_attention(query, key, value, bias, probability)  # scales by K ** -0.5
@@ -565,7 +606,7 @@ class SelfAttention(nn.Module):
                 scores = scores + bias
             heads = F.dropout(scores.softmax(dim=-1), probability) @ value  # (B, H, T, K)
 
-        mask = None if self.hard_concrete_for_heads is None else self.hard_concrete_for_heads()
+        mask = _values(self.hard_concrete_for_heads)
         if mask is not None:
             heads = heads * _mask_for(heads, mask[:, None, None])
         heads = heads.transpose(1, 2).reshape(batch, frames, self.num_heads * self.head_dim)
@@ -577,26 +618,27 @@ class SelfAttention(nn.Module):
         return output
 
     def _gate(self, x: Tensor, position_bias: Tensor) -> Tensor:
-        raise NotImplementedError("only WavLM's attention has a position bias")
+        """Return the position bias as it is; WavLM weights it."""
+        return position_bias
 
-    def get_num_params(self, embed_dim: Tensor | int) -> Tensor | int:
-        """Expected parameters given the expected D."""
+    def get_num_params(self, embed_dim: Count) -> Count:
+        """Return the expected parameters, given the expected D."""
         width = _expected_size(self.hard_concrete_for_heads, self.num_heads) * self.head_dim
         num_params = 3 * (embed_dim + 1) * width + (width + 1) * embed_dim + self._num_gate_params(embed_dim)
         return num_params * _expected_size(self.hard_concrete_for_layer, 1)
 
-    def _num_gate_params(self, embed_dim: Tensor | int) -> Tensor | int:
+    def _num_gate_params(self, embed_dim: Count) -> Count:
         return 0
 
-    def get_num_macs(self, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
-        """Expected multiply-adds given the expected D."""
+    def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
+        """Return the expected multiply-adds, given the expected D."""
         num_heads = _expected_size(self.hard_concrete_for_heads, self.num_heads)
         projections = num_heads * embed_dim * (4 * self.head_dim * num_frames)
         num_macs = projections + num_heads * (2 * self.head_dim * num_frames**2)
         num_macs = num_macs + self._num_gate_macs(num_heads, embed_dim, num_frames)
         return num_macs * _expected_size(self.hard_concrete_for_layer, 1)
 
-    def _num_gate_macs(self, num_heads: Tensor | int, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
+    def _num_gate_macs(self, num_heads: Count, embed_dim: Count, num_frames: int) -> Count:
         return 0
 
     def prune(self) -> bool:
@@ -607,9 +649,9 @@ class SelfAttention(nn.Module):
             self.out_proj.weight.mul_(mask.repeat_interleave(self.head_dim))
             head_index = mask.nonzero().squeeze(-1)
             columns = (head_index[:, None] * self.head_dim + torch.arange(self.head_dim, device=mask.device)).flatten()
-            for projection in (self.k_proj, self.v_proj, self.q_proj):
-                prune_linear(projection, columns, "output")
-            prune_linear(self.out_proj, columns, "input")
+            for projection in self._in_projections:
+                prune_outputs(projection, columns)
+            prune_inputs(self.out_proj, columns)
             self._keep_heads(head_index)
             self.hard_concrete_for_heads = None
         return is_kept and self.num_heads > 0
@@ -619,14 +661,42 @@ class SelfAttention(nn.Module):
 
     def prune_embed(self, index: Tensor) -> None:
         """Keep the dimensions of ``index`` (n,) of the input and of the output."""
-        for projection in (self.k_proj, self.v_proj, self.q_proj):
-            prune_linear(projection, index, "input")
-        prune_linear(self.out_proj, index, "output")
+        for projection in self._in_projections:
+            prune_inputs(projection, index)
+        prune_outputs(self.out_proj, index)
 
     @property
     def shape(self) -> dict[str, Any]:
-        """This layer's entries of the list-valued attention keys of the config."""
+        """This layer's entries of the config's keys for attention."""
         return {"encoder_num_heads": self.num_heads}
+
+
+class BucketTable(nn.Embedding):
+    """WavLM's relative positions, as T5's: a learnt score of each head for each bucket of distances.
+
+    Half of the buckets belong to each sign. Half of those hold one distance each, the others grow logarithmically
+    up to ``max_distance``.
+    """
+
+    def __init__(self, num_buckets: int, num_heads: int, max_distance: int) -> None:
+        super().__init__(num_buckets, num_heads)
+        self.max_distance = max_distance
+
+    def position_bias(self, num_frames: int) -> Tensor:
+        """Return the ungated bias (H_total, T, T)."""
+        position = torch.arange(num_frames, device=self.weight.device)
+        distance = position[None, :] - position[:, None]  # key minus query
+        return self(self._bucket(distance)).permute(2, 0, 1)
+
+    def _bucket(self, distance: Tensor) -> Tensor:
+        num_buckets = self.num_embeddings // 2
+        num_exact = num_buckets // 2
+        magnitude = distance.abs()
+        # Small magnitudes take the other branch; the clamp only keeps their logarithm finite.
+        log_ratio = torch.log(magnitude.clamp(min=1).float() / num_exact) / math.log(self.max_distance / num_exact)
+        far = num_exact + (log_ratio * (num_buckets - num_exact)).long()
+        bucket = torch.where(magnitude < num_exact, magnitude, far.clamp(max=num_buckets - 1))
+        return bucket + (distance > 0) * num_buckets
 
 
 class WavLMSelfAttention(SelfAttention):
@@ -638,41 +708,26 @@ class WavLMSelfAttention(SelfAttention):
         rel_attn_embed: the bucket table that all layers share; in the first attention of the model, None in the others.
     """
 
+    head_index: Tensor
+
     def __init__(self, config: WavLMConfig, layer: int) -> None:
         self.total_num_heads = config.encoder_total_num_heads[layer]
         self.remaining_heads = list(config.encoder_remaining_heads[layer])
         super().__init__(config, len(self.remaining_heads), config.encoder_head_dim)
-        self.num_buckets = config.encoder_num_buckets
-        self.max_distance = config.encoder_max_distance
         # The same on the model's device, so that selecting them waits for nothing.
         self.register_buffer("head_index", torch.tensor(self.remaining_heads, dtype=torch.long), persistent=False)
-        holds_table = not any(config.encoder_use_attention[:layer])
-        self.rel_attn_embed = nn.Embedding(self.num_buckets, self.total_num_heads) if holds_table else None
+        self.rel_attn_embed: BucketTable | None = None
+        if not any(config.encoder_use_attention[:layer]):
+            table = config.encoder_num_buckets, self.total_num_heads, config.encoder_max_distance
+            self.rel_attn_embed = BucketTable(*table)
         self.gru_rel_pos_linear = nn.Linear(config.encoder_embed_dim // self.total_num_heads, 8)
         self.gru_rel_pos_const = nn.Parameter(torch.ones(1, self.total_num_heads, 1, 1))
-
-    def position_bias(self, num_frames: int) -> Tensor:
-        """The shared, ungated bias (H_total, T, T); only the layer that holds the table has it."""
-        position = torch.arange(num_frames, device=self.rel_attn_embed.weight.device)
-        distance = position[None, :] - position[:, None]  # key minus query
-        return self.rel_attn_embed(self._bucket(distance)).permute(2, 0, 1)
-
-    def _bucket(self, distance: Tensor) -> Tensor:
-        """T5's buckets: half for each sign; of those, half exact and half logarithmic up to max_distance."""
-        num_buckets = self.num_buckets // 2
-        num_exact = num_buckets // 2
-        magnitude = distance.abs()
-        # Small magnitudes take the other branch; the clamp only keeps their logarithm finite.
-        log_ratio = torch.log(magnitude.clamp(min=1).float() / num_exact) / math.log(self.max_distance / num_exact)
-        far = num_exact + (log_ratio * (num_buckets - num_exact)).long()
-        bucket = torch.where(magnitude < num_exact, magnitude, far.clamp(max=num_buckets - 1))
-        return bucket + (distance > 0) * num_buckets
 
     def _gate(self, x: Tensor, position_bias: Tensor) -> Tensor:
         """(B, T, D) input of the attention, (H_total, T, T) -> (B, H, T, T)"""
         batch, frames, embed_dim = x.shape
         per_head = x.view(batch, frames, self.total_num_heads, embed_dim // self.total_num_heads).transpose(1, 2)
-        const = self.gru_rel_pos_const
+        const: Tensor = self.gru_rel_pos_const
         if self.num_heads < self.total_num_heads:
             per_head = per_head.index_select(1, self.head_index)
             const = const.index_select(1, self.head_index)
@@ -683,16 +738,16 @@ class WavLMSelfAttention(SelfAttention):
         gate = gate_a * (gate_b * const - 1.0) + 2.0
         return (gate.to(position_bias.dtype) if fast_paths() else gate) * position_bias
 
-    def _num_gate_params(self, embed_dim: Tensor | int) -> Tensor | int:
+    def _num_gate_params(self, embed_dim: Count) -> Count:
         # The table is counted by the transformer: it lives as long as any attention does.
         return 8 * (_part(embed_dim, self.total_num_heads) + 1) + self.total_num_heads
 
-    def _num_gate_macs(self, num_heads: Tensor | int, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
+    def _num_gate_macs(self, num_heads: Count, embed_dim: Count, num_frames: int) -> Count:
         return num_heads * _part(embed_dim, self.total_num_heads) * (8 * num_frames)
 
     def prune_embed(self, index: Tensor) -> None:
         super().prune_embed(index)
-        prune_linear(self.gru_rel_pos_linear, index[: len(index) // self.total_num_heads], "input")
+        prune_inputs(self.gru_rel_pos_linear, index[: len(index) // self.total_num_heads])
 
     def _keep_heads(self, head_index: Tensor) -> None:
         super()._keep_heads(head_index)
@@ -723,7 +778,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
         x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))  # (B, T, F)
-        mask = None if self.hard_concrete_for_intermediate is None else self.hard_concrete_for_intermediate()
+        mask = _values(self.hard_concrete_for_intermediate)
         if mask is not None:
             x = x * _mask_for(x, mask)
         x = self.output_dropout(self.output_dense(x))
@@ -733,17 +788,17 @@ class FeedForward(nn.Module):
             x = x * self.hard_concrete_for_layer()
         return x
 
-    def _expected_width(self) -> Tensor | int:
+    def _expected_width(self) -> Count:
         return _expected_size(self.hard_concrete_for_intermediate, self.intermediate_dense.out_features)
 
-    def get_num_params(self, embed_dim: Tensor | int) -> Tensor | int:
-        """Expected parameters given the expected D."""
+    def get_num_params(self, embed_dim: Count) -> Count:
+        """Return the expected parameters, given the expected D."""
         width = self._expected_width()
         num_params = (embed_dim + 1) * width + (width + 1) * embed_dim
         return num_params * _expected_size(self.hard_concrete_for_layer, 1)
 
-    def get_num_macs(self, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
-        """Expected multiply-adds given the expected D."""
+    def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
+        """Return the expected multiply-adds, given the expected D."""
         num_macs = self._expected_width() * embed_dim * (2 * num_frames)
         return num_macs * _expected_size(self.hard_concrete_for_layer, 1)
 
@@ -754,19 +809,19 @@ class FeedForward(nn.Module):
             mask = self.hard_concrete_for_intermediate()
             index = mask.nonzero().squeeze(-1)
             self.output_dense.weight.mul_(mask)
-            prune_linear(self.intermediate_dense, index, "output")
-            prune_linear(self.output_dense, index, "input")
+            prune_outputs(self.intermediate_dense, index)
+            prune_inputs(self.output_dense, index)
             self.hard_concrete_for_intermediate = None
         return is_kept and self.intermediate_dense.out_features > 0
 
     def prune_embed(self, index: Tensor) -> None:
         """Keep the dimensions of ``index`` (n,) of the input and of the output."""
-        prune_linear(self.intermediate_dense, index, "input")
-        prune_linear(self.output_dense, index, "output")
+        prune_inputs(self.intermediate_dense, index)
+        prune_outputs(self.output_dense, index)
 
     @property
-    def shape(self) -> dict[str, int]:
-        """This layer's entry of the list-valued feed-forward key of the config."""
+    def shape(self) -> dict[str, Any]:
+        """This layer's entry of the config's key for the feed-forward."""
         return {"encoder_ff_interm_features": self.intermediate_dense.out_features}
 
 
@@ -787,7 +842,7 @@ class EncoderLayer(nn.Module):
         self.layer_norm_first = config.encoder_layer_norm_first
         self.feed_forward = FeedForward(config, layer) if config.encoder_use_feed_forward[layer] else None
         self.final_layer_norm = FrameNorm(config.encoder_embed_dim)
-        self._absent_shape = config.of_layer(layer)  # with the shape of a block that is not there
+        self._absent_shape = config.of_layer(layer)  # keeps the shape of a block that is not there
 
     def forward(
         self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None, embed_mask: Tensor | None = None
@@ -796,7 +851,7 @@ class EncoderLayer(nn.Module):
 
         Args:
             x: input frames.
-            padding_scores, position_bias: as of :meth:`SelfAttention.forward`.
+            padding_scores, position_bias: see :meth:`SelfAttention.forward`.
             embed_mask: (D,), or None. Only what is read is masked: pre-norm layers leave other dimensions behind.
         """
         if self.attention is not None:
@@ -815,27 +870,28 @@ class EncoderLayer(nn.Module):
         return self.final_layer_norm(x, embed_mask)
 
     @property
-    def _blocks(self) -> list["SelfAttention | FeedForward"]:
+    def _blocks(self) -> list[SelfAttention | FeedForward]:
         return [block for block in (self.attention, self.feed_forward) if block is not None]
 
-    def get_num_params(self, embed_dim: Tensor | int) -> Tensor | int:
-        """Expected parameters given the expected D, both LayerNorms included."""
+    def get_num_params(self, embed_dim: Count) -> Count:
+        """Return the expected parameters, both LayerNorms included, given the expected D."""
         num_params = 4 * embed_dim
         for block in self._blocks:
             num_params = num_params + block.get_num_params(embed_dim)
         return num_params
 
-    def get_num_macs(self, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
-        """Expected multiply-adds given the expected D."""
+    def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
+        """Return the expected multiply-adds, given the expected D."""
         return sum(block.get_num_macs(embed_dim, num_frames) for block in self._blocks)
 
     def prune(self) -> None:
         """Prune both blocks and drop what is empty."""
-        for name in ("attention", "feed_forward"):
-            block = getattr(self, name)
-            if block is not None and not block.prune():
-                self._absent_shape |= block.shape
-                setattr(self, name, None)
+        if self.attention is not None and not self.attention.prune():
+            self._absent_shape |= self.attention.shape
+            self.attention = None
+        if self.feed_forward is not None and not self.feed_forward.prune():
+            self._absent_shape |= self.feed_forward.shape
+            self.feed_forward = None
 
     def prune_embed(self, index: Tensor) -> None:
         """Keep the dimensions of ``index`` (n,) of all frames."""
@@ -848,12 +904,10 @@ class EncoderLayer(nn.Module):
     def shape(self) -> dict[str, Any]:
         """This layer's entries of the config's keys that have one for each layer."""
         shape = dict(self._absent_shape)
-        for name in ("attention", "feed_forward"):
-            block = getattr(self, name)
-            shape[f"encoder_use_{name}"] = block is not None
-            if block is not None:
-                shape |= block.shape
-        return shape
+        for block in self._blocks:
+            shape |= block.shape
+        use = {"encoder_use_attention": self.attention, "encoder_use_feed_forward": self.feed_forward}
+        return shape | {key: block is not None for key, block in use.items()}
 
 
 class Transformer(nn.Module):
@@ -868,13 +922,13 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        layers = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.encoder_num_layers))
+        layers = _module_list(EncoderLayer(config, layer) for layer in range(config.encoder_num_layers))
         self.pos_conv_embed = ConvolutionalPositionalEmbedding(config)
         self.layer_norm = FrameNorm(config.encoder_embed_dim)
         self.layer_norm_first = config.encoder_layer_norm_first
         self.layer_drop = config.encoder_layer_drop
         self.dropout = nn.Dropout(config.encoder_dropout)
-        self.layers = layers
+        self.layers = layers  # drawn before the convolution, registered behind it
         self.recompute = False
 
     def _preprocess(self, x: Tensor, embed_mask: Tensor | None = None) -> Tensor:
@@ -883,24 +937,26 @@ class Transformer(nn.Module):
             x = self.layer_norm(x, embed_mask)
         return self.dropout(x)
 
+    @property
+    def _wavlm_attentions(self) -> list[WavLMSelfAttention]:
+        return [layer.attention for layer in self.layers if isinstance(layer.attention, WavLMSelfAttention)]
+
+    @property
+    def bucket_table(self) -> BucketTable | None:
+        """WavLM's table, held by one attention for all; None for other families and where every attention is gone."""
+        tables = [attention.rel_attn_embed for attention in self._wavlm_attentions]
+        return next((table for table in tables if table is not None), None)
+
     def _position_bias(self, num_frames: int) -> Tensor | None:
-        """WavLM's shared bias; None for the other families and where every attention is gone."""
-        holder = self.table_holder
-        if holder is None:
+        """Return the bias (H_total, T, T) of :attr:`bucket_table` if there is one."""
+        table = self.bucket_table
+        if table is None:
             return None
-        bias = holder.position_bias(num_frames)
+        bias = table.position_bias(num_frames)
         if not fast_paths():
             return bias
         # Every layer multiplies it: laid out for that, and in the precision of the scores that the product is added to.
         return bias.to(autocast_dtype(bias.device.type) or bias.dtype).contiguous()
-
-    @property
-    def table_holder(self) -> WavLMSelfAttention | None:
-        """The attention that owns WavLM's bucket table."""
-        for layer in self.layers:
-            if getattr(layer.attention, "rel_attn_embed", None) is not None:
-                return layer.attention
-        return None
 
     def forward(self, x: Tensor, padding_scores: Tensor | None = None, embed_mask: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), with layer drop in training"""
@@ -913,7 +969,7 @@ class Transformer(nn.Module):
         return self.finished(x, embed_mask)
 
     def finished(self, x: Tensor, embed_mask: Tensor | None = None) -> Tensor:
-        """What :meth:`forward` makes of the last layer's output (B, T, D)."""
+        """Turn the last layer's output (B, T, D) into that of :meth:`forward`."""
         return self.layer_norm(x, embed_mask) if self.layer_norm_first else x
 
     def get_intermediate_outputs(
@@ -926,7 +982,7 @@ class Transformer(nn.Module):
     ) -> list[Tensor]:
         """(B, T, D) -> the outputs (B, T, D) of the first ``num_layers`` layers (default: all), without layer drop.
 
-        Layers are counted from 1 in ``kept``; the output of one that is not among them is replaced by an empty tensor.
+        ``kept`` counts layers from 1; an empty tensor replaces the output of a layer that is not in it.
 
         Raises:
             ValueError: ``num_layers`` is not between 1 and the number of layers.
@@ -942,41 +998,35 @@ class Transformer(nn.Module):
             outputs.append(output if kept is None or number in kept else x.new_empty(0))
         return outputs
 
-    def get_num_params(self, embed_dim: Tensor | int) -> Tensor | int:
-        """Expected parameters given the expected D."""
+    def get_num_params(self, embed_dim: Count) -> Count:
+        """Return the expected parameters, given the expected D."""
         num_params = self.pos_conv_embed.get_num_params(embed_dim) + 2 * embed_dim
         for layer in self.layers:
             num_params = num_params + layer.get_num_params(embed_dim)
         return num_params + self._num_table_params()
 
-    def get_num_macs(self, embed_dim: Tensor | int, num_frames: int) -> Tensor | int:
-        """Expected multiply-adds given the expected D."""
+    def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
+        """Return the expected multiply-adds, given the expected D."""
         num_macs = self.pos_conv_embed.get_num_macs(embed_dim, num_frames)
         return num_macs + sum(layer.get_num_macs(embed_dim, num_frames) for layer in self.layers)
 
-    def _num_table_params(self) -> Tensor | int:
-        holder = self.table_holder
-        if holder is None:
+    def _num_table_params(self) -> Count:
+        table = self.bucket_table
+        if table is None:
             return 0
-        all_gone = 1
-        for layer in self.layers:
-            if layer.attention is not None:
-                all_gone = all_gone * (1 - _expected_size(layer.attention.hard_concrete_for_layer, 1))
-        return holder.rel_attn_embed.weight.numel() * (1 - all_gone)
+        all_gone: Count = 1
+        for attention in self._wavlm_attentions:
+            all_gone = all_gone * (1 - _expected_size(attention.hard_concrete_for_layer, 1))
+        return table.weight.numel() * (1 - all_gone)
 
     def prune(self) -> None:
         """Prune convolution and layers; WavLM's bucket table moves to the first attention that is left."""
         self.pos_conv_embed.prune()
-        holder = self.table_holder
+        table = self.bucket_table
         for layer in self.layers:
             layer.prune()
-        if holder is None:
-            return
-        table, holder.rel_attn_embed = holder.rel_attn_embed, None
-        for layer in self.layers:
-            if layer.attention is not None:
-                layer.attention.rel_attn_embed = table
-                return
+        for number, attention in enumerate(self._wavlm_attentions):
+            attention.rel_attn_embed = None if number else table
 
     def prune_embed(self, index: Tensor) -> None:
         """Keep the dimensions of ``index`` (n,) of all frames."""
@@ -989,9 +1039,9 @@ class Transformer(nn.Module):
 class Encoder(nn.Module):
     """Projection of the extractor's frames, padding, and the transformer, with a mask over the dimensions of frames.
 
-    A unit of this mask is a dimension at the same place in each group of the positional convolution (and in each head,
-    as WavLM's gates see them): groups and heads stay alike. Its deterministic values are 0 and 1: what the convolution
-    adds passes an activation, behind which no weight could take another value.
+    A unit of this mask is a dimension at one place in every group of the positional convolution (and in every head, as
+    WavLM's gates see them): groups and heads stay alike. Its deterministic values are 0 and 1, because the output of
+    the convolution passes an activation, behind which no weight could absorb another value.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -1005,7 +1055,7 @@ class Encoder(nn.Module):
     def _preprocess(
         self, features: Tensor, lengths: Tensor | None, hidden: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The projected frames, the scores of padding, and the mask (D,) over dimensions of frames."""
+        """Return the projected frames, the scores of padding, and the mask (D,) over dimensions of frames."""
         x, mask = self.feature_projection(features), self._embed_mask()
         if hidden is not None:
             is_hidden, stand_in = hidden
@@ -1020,14 +1070,13 @@ class Encoder(nn.Module):
 
     def _embed_mask(self) -> Tensor | None:
         """(D,), or None without a mask"""
-        if self.hard_concrete is None:
-            return None
-        return self.hard_concrete().repeat(self.embed_dim // self.num_embed_units)
+        units = _values(self.hard_concrete)
+        return None if units is None else units.repeat(self.embed_dim // self.num_embed_units)
 
     def forward(
         self, features: Tensor, lengths: Tensor | None = None, hidden: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """(B, frames, C) and (B,) valid frames -> (B, frames, D); ``hidden`` as of :meth:`extract_features`."""
+        """(B, frames, C) and (B,) valid frames -> (B, frames, D); ``hidden`` as in :meth:`extract_features`."""
         x, padding_scores, embed_mask = self._preprocess(features, lengths, hidden)
         return self.transformer(x, padding_scores, embed_mask)
 
@@ -1039,23 +1088,23 @@ class Encoder(nn.Module):
         kept: Collection[int] | None = None,
         hidden: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """The projected features and the output of each layer: num_layers + 1 tensors (B, frames, D).
+        """Return the projected features and the output of each layer: num_layers + 1 tensors (B, frames, D).
 
         Args:
-            features, lengths: as of :meth:`forward`.
-            num_layers, kept: as of :meth:`~wav2vec2.model.Wav2Vec2Model.extract_features`.
-            hidden: frames (B, frames) that the transformer does not see, and what stands in their place (D,).
+            features, lengths: as in :meth:`forward`.
+            num_layers, kept: as in :meth:`~wav2vec2.model.Wav2Vec2Model.extract_features`.
+            hidden: which frames (B, frames) are hidden from the transformer, and the vector (D,) in their place.
         """
         x, padding_scores, embed_mask = self._preprocess(features, lengths, hidden)
         return [x, *self.transformer.get_intermediate_outputs(x, padding_scores, num_layers, kept, embed_mask)]
 
-    def expected_embed_dim(self) -> Tensor | int:
-        """The expected D."""
+    def expected_embed_dim(self) -> Count:
+        """Return the expected D."""
         num_units = self.num_embed_units
         return _expected_size(self.hard_concrete, num_units) * (self.embed_dim // num_units)
 
     def kept_dims(self) -> Tensor | None:
-        """The dimensions (n,) that :meth:`prune` keeps, in eval mode, or None where all stay: there is no mask."""
+        """Return the dimensions (n,) that :meth:`prune` keeps, in eval mode; None without a mask."""
         mask = self._embed_mask()
         return None if mask is None else mask.nonzero().squeeze(-1)
 
@@ -1070,7 +1119,7 @@ class Encoder(nn.Module):
         self.transformer.prune()
         index = self.kept_dims()
         if index is not None:
-            prune_linear(self.feature_projection.projection, index, "output")
+            prune_outputs(self.feature_projection.projection, index)
             self.transformer.prune_embed(index)
             self.embed_dim, self.num_embed_units = len(index), len(index) * self.num_embed_units // self.embed_dim
             self.hard_concrete = None

@@ -1,6 +1,6 @@
-"""What a config holds, stated once: the fields of :class:`HubertConfig` and :class:`WavLMConfig`.
+"""The keys of a config: the fields of :class:`HubertConfig` and :class:`WavLMConfig`.
 
-Each field says what it means and what it may be. The arguments of ``wav2vec2_model``, their checks,
+Each field states its meaning and its possible values once. The arguments of ``wav2vec2_model``, their checks,
 ``Wav2Vec2Model.config`` and the table of pruning units follow from these fields.
 """
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .files.errors import short_repr
 
-# Far beyond any model that there is, and small enough that lists of this length do no harm.
+# Far beyond any known model, and small enough for lists of this length to do no harm.
 MAX_LAYERS = 256
 MAX_CONV_LAYERS = 64
 _MAX_SIZE = 2**20
@@ -21,7 +21,7 @@ CONV_LAYERS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
 
 
 class _Rule(NamedTuple):
-    """What one key may hold; ``expected`` says it in errors."""
+    """The values that a key accepts; ``expected`` describes them in errors."""
 
     expected: str
     accepts: Callable[[Any], bool]
@@ -68,36 +68,36 @@ def _key(rule: _Rule, default: Any = MISSING) -> Any:
 
 
 def _per_layer(rule: _Rule, default: Any = MISSING) -> Any:
-    """A list with an entry for each encoder layer; a single number or bool stands for all of them."""
+    """Declare a list with an entry for each encoder layer; a single number or bool stands for all of them."""
     return field(default=default, metadata={"rule": rule, "per_layer": True})
 
 
 def _masks(unit: str, mask_name: str, drop_rate: float, is_published: bool = True) -> Any:
-    """The switch that puts masks on a kind of unit, and its row of :data:`PRUNING_UNITS`."""
+    """Declare the switch that puts masks on a kind of unit, and its row of :data:`PRUNING_UNITS`."""
     return field(default=False, metadata={"rule": _FLAG, "unit": (unit, mask_name, drop_rate, is_published)})
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class SharedConfig:
     """The keys that all families share.
 
     Raises:
-        ValueError: a value cannot be, or two do not fit each other (the message names the key, what was found and what
-            is expected).
+        ValueError: a value is impossible, or two do not fit each other (the message names the key, what was found and
+            what is expected).
     """
 
     extractor_mode: str = _key(_MODE)
-    """"group_norm": a norm behind the first conv layer only; "layer_norm": behind every one."""
+    """"group_norm": a norm after the first conv layer only; "layer_norm": after every one."""
     extractor_conv_layer_config: list[list[int]] = _key(_CONV_LAYERS.or_none())
     """[channels, kernel, stride] of each conv layer; None means the published ones."""
     extractor_conv_bias: bool = _key(_FLAG)
-    """Whether the conv layers have a bias."""
+    """Give the conv layers a bias."""
     encoder_embed_dim: int = _key(_SIZE)
     """D, the size of a frame in the transformer."""
     encoder_feature_projection_layer_norm: bool = _key(_FLAG, default=True)
-    """A LayerNorm before the feature projection; DistilHuBERT has none. Not published: left out where it is True."""
+    """A LayerNorm before the feature projection; DistilHuBERT has none. Not a published key: omitted if True."""
     encoder_projection_dropout: float = _key(_PROBABILITY)
-    """Behind the feature projection."""
+    """After the feature projection."""
     encoder_pos_conv_kernel: int = _key(_SIZE)
     """Frames that the positional convolution covers."""
     encoder_pos_conv_groups: int = _key(_SIZE)
@@ -105,25 +105,25 @@ class ModelConfig:
     encoder_num_layers: int = _key(_whole(1, MAX_LAYERS))
     """Layers of the transformer."""
     encoder_use_attention: list[bool] = _per_layer(_FLAG, default=True)
-    """Which layers have attention."""
+    """True for each layer that has attention."""
     encoder_use_feed_forward: list[bool] = _per_layer(_FLAG, default=True)
-    """Which layers have a feed-forward."""
+    """True for each layer that has a feed-forward."""
     encoder_attention_dropout: float = _key(_PROBABILITY)
     """On the attention weights."""
     encoder_ff_interm_features: list[int] = _per_layer(_whole(0))
     """F of each layer, the feed-forward's intermediate dimensions."""
     encoder_ff_interm_dropout: float = _key(_PROBABILITY)
-    """Behind the feed-forward's GELU."""
+    """After the feed-forward's GELU."""
     encoder_dropout: float = _key(_PROBABILITY)
-    """Behind the positional convolution, each attention and each feed-forward."""
+    """After the positional convolution, each attention and each feed-forward."""
     encoder_layer_norm_first: bool = _key(_FLAG)
     """Pre-norm (Large) or post-norm (Base)."""
     encoder_layer_drop: float = _key(_PROBABILITY)
     """Probability that ``forward`` skips a layer in training."""
     aux_num_out: int | None = _key(_SIZE.or_none(), default=None)
-    """Outputs of an extra linear layer behind the last; None means no such layer."""
+    """Outputs of an extra linear layer after the last; None means no such layer."""
     normalize_waveform: bool = _key(_FLAG, default=False)
-    """Bring each waveform to zero mean and unit variance first."""
+    """Normalise each waveform to zero mean and unit variance first."""
     extractor_prune_conv_channels: bool = _masks("conv", "conv_layers.{}.hard_concrete", drop_rate=0.01)
     """Masks on the output channels of each conv layer."""
     encoder_prune_attention_heads: bool = _masks("head", "attention.hard_concrete_for_heads", drop_rate=0.01)
@@ -142,22 +142,20 @@ class ModelConfig:
     """One mask on the dimensions of frames, the same in all layers."""
 
     def __post_init__(self) -> None:
-        rules = {entry.name: entry.metadata for entry in fields(self)}
-        rules["encoder_num_layers"]["rule"].check(
-            "encoder_num_layers", self.encoder_num_layers
-        )  # lists have its length
-        for key, metadata in rules.items():
-            value = getattr(self, key)
-            if "per_layer" in metadata:
-                setattr(self, key, self._entries(key, value, metadata["rule"]))
-            else:
-                metadata["rule"].check(key, value)
+        entries = fields(self)
+        for entry in entries:
+            if "per_layer" not in entry.metadata:
+                entry.metadata["rule"].check(entry.name, getattr(self, entry.name))
+        for entry in entries:  # lists have encoder_num_layers entries
+            if "per_layer" in entry.metadata:
+                value = self._entries(entry.name, getattr(self, entry.name), entry.metadata["rule"])
+                setattr(self, entry.name, value)
         layers = CONV_LAYERS if self.extractor_conv_layer_config is None else self.extractor_conv_layer_config
         self.extractor_conv_layer_config = [list(layer) for layer in layers]
         self._check_divides("encoder_pos_conv_groups", self.encoder_pos_conv_groups)
 
     def _entries(self, key: str, value: Any, rule: _Rule) -> list[Any]:
-        """One entry per layer, checked."""
+        """Return one entry per layer, checked."""
         if not isinstance(value, (list, tuple)):
             rule.check(key, value)
             return [value] * self.encoder_num_layers
@@ -171,19 +169,19 @@ class ModelConfig:
         return [list(entry) if isinstance(entry, (list, tuple)) else entry for entry in value]
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys and their values, as a file holds them."""
+        """Return the keys and values that a file holds."""
         config = _published(asdict(self))
         if self.encoder_feature_projection_layer_norm:
             del config["encoder_feature_projection_layer_norm"]
         return config
 
     def of_layer(self, layer: int) -> dict[str, Any]:
-        """One layer's entries of the keys that have one for each."""
+        """Return one layer's entries of the keys that have one for each layer."""
         return {entry.name: getattr(self, entry.name)[layer] for entry in fields(self) if "per_layer" in entry.metadata}
 
     @property
     def num_embed_units(self) -> int:
-        """Dimensions of a frame that can go one by one, each with those at its place in the other groups."""
+        """Number of units of the mask over dimensions of frames: one for each place in a group."""
         return self.encoder_embed_dim // self.encoder_pos_conv_groups
 
     def _check_divides(self, key: str, value: int) -> None:
@@ -192,7 +190,7 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class HubertConfig(ModelConfig):
+class HubertConfig(SharedConfig):
     """The keys of HuBERT and wav2vec 2.0."""
 
     encoder_num_heads: list[int] = _per_layer(_whole(0))
@@ -214,19 +212,19 @@ class HubertConfig(ModelConfig):
 
 
 @dataclass(kw_only=True)
-class WavLMConfig(ModelConfig):
+class WavLMConfig(SharedConfig):
     """The keys of WavLM."""
 
     encoder_total_num_heads: list[int] = _per_layer(_SIZE)
     """Heads of each layer before pruning, the same in all layers; D / heads is the size of a head."""
     encoder_remaining_heads: list[list[int]] = _per_layer(_HEADS)
-    """The indices of each layer's heads that are left."""
+    """Indices of the heads that each layer still has."""
     encoder_num_buckets: int = _key(_whole(4))
-    """Buckets of the relative position table: half for each sign, half of those for a single distance each."""
+    """Buckets of the table of relative positions: half for each sign, half of those for a single distance each."""
     encoder_max_distance: int = _key(_SIZE)
-    """The distance, in frames, from which on all fall in the last bucket."""
-    encoder_head_dim: int | None = _key(_SIZE.or_none(), default=None)
-    """K, the size of a head; None means D / heads before pruning. Not published: left out where it is that."""
+    """Distance in frames from which on all fall into the last bucket."""
+    encoder_head_dim: int = _key(_SIZE.or_none(), default=None)
+    """K, the size of a head; None means D / heads before pruning. Not a published key: omitted if it is that."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,7 +252,6 @@ class WavLMConfig(ModelConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As of the base class."""
         config = super().to_dict()
         if self.encoder_head_dim == self.encoder_embed_dim // self.encoder_total_num_heads[0]:
             del config["encoder_head_dim"]
@@ -262,31 +259,33 @@ class WavLMConfig(ModelConfig):
 
     @property
     def num_embed_units(self) -> int:
-        """As of the base class, and at its place in the other heads, which the gates of attention read one by one."""
+        """One for each place in both a group and a head, because the gates of attention read each head alone."""
         return math.gcd(super().num_embed_units, self.encoder_embed_dim // self.encoder_total_num_heads[0])
 
 
+ModelConfig = HubertConfig | WavLMConfig
+
+
 def is_wavlm(config: Mapping[str, Any]) -> bool:
-    """Whether a config is WavLM's; it is HuBERT's or wav2vec 2.0's otherwise."""
+    """Return whether a config is WavLM's; all others are HuBERT's or wav2vec 2.0's."""
     return "encoder_remaining_heads" in config
 
 
-# Keys that other programs write into such configs, with the only value that means nothing here.
+# Keys that other programs write into such configs, with the only value that changes nothing here.
 _FOREIGN_KEYS = {"use_layerwise_prune": False}  # DiariZen's: pruned layer by layer, to sizes of another kind
 
 
 def check_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The checked config of its family, with one entry per layer in every list.
+    """Return the checked config of its family, with one entry per layer in every list.
 
     Raises:
         TypeError: a key is missing or unknown (the message names it).
-        ValueError: a value cannot be (the message names its key).
+        ValueError: a value is impossible (the message names its key).
     """
     family, cls = ("WavLM", WavLMConfig) if is_wavlm(config) else ("HuBERT / wav2vec 2.0", HubertConfig)
-    for key in config.keys() & _FOREIGN_KEYS:
-        _Rule(f"{_FOREIGN_KEYS[key]}, or no such key", lambda value, only=_FOREIGN_KEYS[key]: value is only).check(
-            key, config[key]
-        )
+    for key, only in _FOREIGN_KEYS.items():
+        if config.get(key, only) is not only:
+            raise ValueError(f"{key}: expected {only}, or no such key, found {short_repr(config[key])}")
     config = {key: value for key, value in config.items() if key not in _FOREIGN_KEYS}
     keys = {entry.name: entry.default is not MISSING for entry in fields(cls)}
     missing = [key for key, has_default in keys.items() if key not in config and not has_default]
@@ -303,28 +302,28 @@ def check_config(config: Mapping[str, Any]) -> ModelConfig:
 class PruningUnit(NamedTuple):
     """A kind of unit that can be pruned (paper, section 2.2)."""
 
-    switch: str  # the config key that puts masks on it
-    mask_name: str  # where a model has its masks, {} standing for the layer
-    drop_rate: float  # how likely a unit is off when training starts (released settings)
-    is_published: bool  # whether the published program knows it
+    switch: str  # the config key that turns its masks on
+    mask_name: str  # the masks' place in a model, {} standing for the layer
+    drop_rate: float  # initial probability that a unit is off (released settings)
+    is_published: bool  # the published program knows it
 
 
-# By the names that the training scripts know them by.
+# By their names in --pruning_units.
 PRUNING_UNITS = {
     unit: PruningUnit(entry.name, *row)
-    for entry in fields(ModelConfig)
+    for entry in fields(SharedConfig)
     if "unit" in entry.metadata
     for unit, *row in [entry.metadata["unit"]]
 }
 
 
 def with_masks(config: Mapping[str, Any], units: Iterable[str]) -> dict[str, Any]:
-    """The config with masks on exactly these units, keys of :data:`PRUNING_UNITS`."""
+    """Return the config with masks on exactly these units, keys of :data:`PRUNING_UNITS`."""
     units = set(units)
     return _published({**config, **{unit.switch: name in units for name, unit in PRUNING_UNITS.items()}})
 
 
 def _published(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the switches that the published program does not know and refuses, where they are off."""
+    """Omit switches that are off and that the published program does not know: it would refuse them."""
     unknown = {unit.switch for unit in PRUNING_UNITS.values() if not unit.is_published}
     return {key: value for key, value in config.items() if value or key not in unknown}

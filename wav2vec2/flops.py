@@ -1,25 +1,24 @@
-"""Operations of a forward pass, counted by torch itself, by part of the model."""
+"""Parameters and operations of a forward pass, by part of the model."""
 
-from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from .fast import plain_paths
+from .components import Count
+from .config import with_masks
 from .model import Wav2Vec2Model, wav2vec2_model
 
-# What multiply-adds are counted on: the mean length of LibriSpeech test-clean (5.4 h in 2,620 utterances).
+# Utterance on which multiply-adds are counted: the mean length of LibriSpeech test-clean (5.4 h in 2,620 utterances).
 UTTERANCE_SECONDS = 7.42
 
 
 class Parts(NamedTuple):
-    """A number for each part of a model.
+    """One number for each part of a model.
 
     Attributes:
         conv: the convolutional extractor.
-        projection: projection and positional convolution, with the norms that no block has of its own.
+        projection: projection and positional convolution, with the norms that belong to no block.
         attention: all attention blocks.
         feed_forward: all feed-forward blocks.
     """
@@ -30,51 +29,50 @@ class Parts(NamedTuple):
     feed_forward: int
 
 
-def _modules(model: Wav2Vec2Model) -> dict[str, list[nn.Module]]:
-    """The modules of each part but ``projection``, which is what is left."""
-    layers = model.encoder.transformer.layers
-    return {
-        "conv": [model.feature_extractor],
-        "attention": [layer.attention for layer in layers if layer.attention is not None],
-        "feed_forward": [layer.feed_forward for layer in layers if layer.feed_forward is not None],
-    }
-
-
-def _parts(counts: Counter[str], total: int) -> Parts:
-    return Parts(
-        projection=total - counts.total(), **{part: counts[part] for part in Parts._fields if part != "projection"}
-    )
-
-
 def count_params(model: Wav2Vec2Model) -> Parts:
-    """The parameters of each part; an output layer (``aux``) or task head counts to the projection's."""
-    counts: Counter[str] = Counter()
-    for part, modules in _modules(model).items():
-        counts[part] = sum(parameter.numel() for module in modules for parameter in module.parameters())
-    return _parts(counts, sum(parameter.numel() for parameter in model.parameters()))
+    """Parameters of each part; an output layer (``aux``) or a task head counts towards the projection."""
+
+    def count(*modules: nn.Module | None) -> int:
+        return sum(parameter.numel() for module in modules if module for parameter in module.parameters())
+
+    layers = model.encoder.transformer.layers
+    conv = count(model.feature_extractor)
+    attention = count(*(layer.attention for layer in layers))
+    feed_forward = count(*(layer.feed_forward for layer in layers))
+    return Parts(conv, count(model) - conv - attention - feed_forward, attention, feed_forward)
 
 
 def count_flops(config: dict[str, Any], num_samples: int, num_layers: int | None = None) -> Parts:
     """Operations of ``extract_features`` on one waveform without padding; a multiplication and its addition are two.
 
-    Torch counts convolutions and matrix products, those of attention included, as it meets them: on its meta device,
-    which computes shapes only. Biases, norms, activations, softmax and the weight norm of the positional convolution
-    are not counted.
+    Convolutions and matrix products are counted, including those of attention. Biases, norms, activations, softmax and
+    the weight norm of the positional convolution are not, and masks cost nothing.
 
     Args:
-        config: the model's.
+        config: arguments of ``wav2vec2_model``.
         num_samples: T, at 16 kHz.
-        num_layers: the transformer's first layers that run; None means all.
+        num_layers: count the first layers of the transformer only; None means all.
     """
     with torch.device("meta"):
-        model = wav2vec2_model(**config).eval()
-        waveforms = torch.empty(1, num_samples)
-    counter = FlopCounterMode(display=False)
-    counts: Counter[str] = Counter()
-    for part, modules in _modules(model).items():
-        for module in modules:
-            module.register_forward_pre_hook(lambda *_, part=part: counts.subtract({part: counter.get_total_flops()}))
-            module.register_forward_hook(lambda *_, part=part: counts.update({part: counter.get_total_flops()}))
-    with torch.no_grad(), plain_paths(), counter:
-        model.extract_features(waveforms, num_layers=num_layers)
-    return _parts(counts, counter.get_total_flops())
+        model = wav2vec2_model(**with_masks(config, ()))
+    encoder = model.encoder
+    layers = encoder.transformer.layers[:num_layers]
+    embed_dim, num_frames = encoder.embed_dim, model.feature_extractor.num_frames(num_samples)
+
+    def operations(*macs: Count) -> int:
+        return 2 * sum(int(value) for value in macs)
+
+    conv, channels = model.feature_extractor.get_num_macs(num_samples)
+    return Parts(
+        conv=operations(conv),
+        projection=operations(
+            encoder.feature_projection.get_num_macs(channels, embed_dim, num_frames),
+            encoder.transformer.pos_conv_embed.get_num_macs(embed_dim, num_frames),
+        ),
+        attention=operations(
+            *(layer.attention.get_num_macs(embed_dim, num_frames) for layer in layers if layer.attention)
+        ),
+        feed_forward=operations(
+            *(layer.feed_forward.get_num_macs(embed_dim, num_frames) for layer in layers if layer.feed_forward)
+        ),
+    )

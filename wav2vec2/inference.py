@@ -1,4 +1,4 @@
-"""Use a model in a few lines: load any file of ours, get the features of any audio.
+"""Use a model in a few lines: load any model file, get the features of any audio.
 
     import wav2vec2
 
@@ -8,16 +8,16 @@
     for features in wav2vec2.extract_iter(model, paths, layers=[4, 8]):  # in bounded memory
         ...
 
-Tensors and arrays need torch alone; files need soundfile, and other rates than 16 kHz torchaudio.
+Tensors and arrays need torch alone, audio files need soundfile, and rates other than 16 kHz need torchaudio.
 """
 
 import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,12 @@ MAX_SECONDS = 60.0
 CONTEXT_SECONDS = 5.0
 LOOKAHEAD_SECONDS = 240.0
 
-# What a full-scale sample is in arrays of whole numbers, and which number is silence.
+# The value of a full-scale sample, and of silence, in arrays of whole numbers.
 _FULL_SCALE = {torch.int16: (2**15, 0), torch.int32: (2**31, 0), torch.uint8: (2**7, 2**7)}
 
-_FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # of what is no name on the hub
+_FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # not of a name on the hub
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def load(
@@ -50,18 +52,18 @@ def load(
     revision: str | None = None,
     filename: str | None = None,
 ) -> Wav2Vec2Model:
-    """Load a model for use: in eval mode, without gradients, its positional convolution's weight computed once.
+    """Load a model for use: in eval mode, without gradients, with the positional convolution's weight computed once.
 
-    Of a file with a task head it is a :class:`~wav2vec2.files.heads.TaskModel`, whose ``forward`` gives logits.
+    A file with a task head gives a :class:`~wav2vec2.task_model.TaskModel`, whose ``forward`` returns logits.
 
     Args:
-        source: a model file ``.pth`` (of a converter, ``prune.py``, ``save_final_ckpt.py``, or one that the original
-            program published), a folder with ``config.json`` and ``model.safetensors``, an ``ORG/NAME`` on the
-            Hugging Face hub, or torchaudio's own pretrained weights.
+        source: a model file ``.pth`` (written by a converter, ``prune.py``, ``save_final_ckpt.py`` or the original
+            program), a folder with ``config.json`` and ``model.safetensors``, an ``ORG/NAME`` on the Hugging Face
+            hub, or torchaudio's own pretrained weights.
         device: as in ``torch.device``.
         dtype: float32, float16, bfloat16 or float64.
         revision: branch, tag or commit, for a model on the hub.
-        filename: a model file in the hub's repository, or in the folder, where there is no ``config.json``.
+        filename: a model file in the hub's repository, or in the folder, if it has no ``config.json``.
 
     Raises:
         UserError: there is no such model, it is damaged or of another kind, or the device or dtype cannot be used.
@@ -77,7 +79,7 @@ def load(
 
 
 def _read(source: str | os.PathLike, revision: str | None, filename: str | None) -> dict[str, Any]:
-    """The checked ``{"state_dict", "config"}`` of any source that :func:`load` takes."""
+    """Read the checked ``{"state_dict", "config"}`` of any source that :func:`load` takes."""
     path = Path(source)
     if isinstance(source, str) and not path.exists() and hub.is_hub_id(source) and path.suffix not in _FILE_SUFFIXES:
         if filename is None:
@@ -110,35 +112,34 @@ def extract(
     max_seconds: float | None = MAX_SECONDS,
     context_seconds: float = CONTEXT_SECONDS,
 ) -> Tensor | list[Tensor]:
-    """Features of one waveform or file, or of several.
+    """Return the features of one waveform or file, or of several.
 
-    Audio of at most ``max_seconds`` gives what :meth:`Wav2Vec2Model.extract_features` gives for it alone, whatever
-    the batch. Longer audio is cut for the transformer's sake: its chunks overlap by twice ``context_seconds``, of
-    which each gives up half. The result has the frames of the whole; what is taken over the whole waveform stays so
-    (normalisation, the statistics of the Base models' first norm), and layer 0 is that of the whole. In the other
-    layers attention sees its chunk.
+    Audio of at most ``max_seconds`` has the features that :meth:`Wav2Vec2Model.extract_features` returns for it alone,
+    whatever the batch. Longer audio is cut for the transformer: its chunks overlap by twice ``context_seconds``, and
+    each gives up half of an overlap. The result has the frames of the whole, its normalisation, the statistics of the
+    Base models' first norm, and layer 0 of the whole. In the other layers attention sees its chunk.
 
     Args:
         model: in eval mode, as :func:`load` returns it.
-        inputs: a waveform, or the path of an audio file, or an iterable of both. A waveform is a tensor or array
-            (samples,), of floats with full scale 1, or of int16, int32 or uint8, which are brought to that scale; or
-            a decoded item of ``datasets``, a dict with ``array`` and ``sampling_rate``.
-        layers: which hidden states. None means all: 0 is the projected extractor output, k the output of layer k.
-            One number, which may be negative (-1 is the last), or several. ``"output"`` is what the model's
-            ``forward`` returns: the last hidden state behind a pre-norm model's final norm, or, with
-            ``aux_num_out``, the scores of each class. Other heads are left to :func:`~wav2vec2.prediction.predict`.
-        sample_rate: of waveforms, in Hz; files and decoded items know theirs. All is resampled to 16 kHz.
-        batch_seconds: audio that is computed at once, padding included; one input or chunk at least.
+        inputs: a waveform, the path of an audio file, or an iterable of both. A waveform is a tensor or array
+            (samples,) of floats with full scale 1, or of int16, int32 or uint8, which are scaled; or a decoded item
+            of ``datasets``, a dict with ``array`` and ``sampling_rate``.
+        layers: hidden states to return. None means all: 0 is the projected extractor output, k the output of layer k.
+            One number, which may be negative (-1 is the last), or several. ``"output"`` is the result of the model's
+            ``forward``: the last hidden state after a pre-norm model's final norm, or, with ``aux_num_out``, the
+            scores of each class. For other heads see :func:`~wav2vec2.prediction.predict`.
+        sample_rate: of waveforms, in Hz; files and decoded items state theirs. All are resampled to 16 kHz.
+        batch_seconds: audio to compute at once, including padding; at least one input or chunk.
         max_seconds: longer audio is computed in chunks of this length; None never cuts.
-        context_seconds: what a chunk computes beyond what it is kept for, on each side.
+        context_seconds: audio that a chunk computes beyond what is kept of it, on each side.
 
     Returns:
-        For one input a tensor on the CPU, in the model's dtype: (layers, frames, D), or (frames, D) where ``layers``
+        For one input a tensor on the CPU, in the model's dtype: (layers, frames, D), or (frames, D) if ``layers``
         is a number or "output". For several a list of these, in their order.
 
     Raises:
-        UserError: an option cannot be, a file cannot be read, or a waveform is not one-dimensional, too short for a
-            frame, or holds NaN.
+        UserError: an option is impossible, a file cannot be read, or a waveform is not one-dimensional, too short for
+            a frame, or holds NaN.
 
     >>> import torch, wav2vec2
     >>> from wav2vec2.model import hubert_base
@@ -158,6 +159,7 @@ def extract(
         max_seconds=max_seconds,
         context_seconds=context_seconds,
     )
+    results = cast(Iterator[Tensor], results)  # None is only for errors, which are raised here
     return next(results) if is_single else list(results)
 
 
@@ -173,16 +175,16 @@ def extract_iter(
     lookahead_seconds: float = LOOKAHEAD_SECONDS,
     on_error: Callable[[int, UserError], None] | None = None,
 ) -> Iterator[Tensor | None]:
-    """As :func:`extract`, one result at a time, for more inputs than fit into memory.
+    """Yield the results of :func:`extract` one at a time, for more inputs than fit into memory.
 
-    Inputs are taken until they last ``lookahead_seconds``, computed in batches of about equal length, and handed out
-    in their order before the next ones are taken. So much audio and its features are in memory at most, or one input
-    if that is longer.
+    Inputs are read until they last ``lookahead_seconds``, computed in batches of about equal length, and yielded in
+    their order before the next ones are read. At most this much audio and its features are in memory, or one input if
+    that is longer.
 
     Args:
         lookahead_seconds: audio to choose batches from.
-        on_error: called with the position (from 0) of an input that cannot be used, and with what is wrong with it;
-            None is yielded in its place. By default the error is raised.
+        on_error: called with the position (from 0) of an input that cannot be used, and with the error; None is
+            yielded in its place. By default the error is raised.
 
     >>> import torch, wav2vec2
     >>> from wav2vec2.model import hubert_base
@@ -210,18 +212,20 @@ def _results(
     lookahead_samples: float,
     on_error: Callable[[int, UserError], None] | None,
 ) -> Iterator[Tensor | None]:
-    """The result of each input, window by window."""
+    """Yield the result of each input, window by window."""
     window: list[_Utterance | None] = []
     num_samples = 0
     for number, value in enumerate(inputs):
+        utterance = None
         try:
-            window.append(extraction.utterance(value, f"input {number}", sample_rate))
-            num_samples += len(window[-1].waveform)
+            utterance = extraction.utterance(value, f"input {number}", sample_rate)
+            num_samples += len(utterance.waveform)
         except UserError as error:
             if on_error is None:
                 raise
             on_error(number, error)
-            window.append(None)
+        window.append(utterance)
+        del utterance
         if num_samples >= lookahead_samples:
             yield from extraction.results(window)
             window, num_samples = [], 0
@@ -235,7 +239,7 @@ class _Utterance:
     Attributes:
         waveform: (T,) float32 at 16 kHz, normalised if the model wants that.
         num_frames: of the whole.
-        extractor: makes of any stretch of the waveform the frames of the whole.
+        extractor: turns any stretch of the waveform into frames of the whole.
         result: (layers, frames, D), filled piece by piece; None until then.
     """
 
@@ -246,10 +250,10 @@ class _Utterance:
 
 
 class _Piece(NamedTuple):
-    """Frames from ``start`` of an utterance, computed for the sake of ``kept_start`` to ``kept_end``."""
+    """Frames of an utterance from ``start`` on, of which ``kept_start`` to ``kept_end`` are kept."""
 
     utterance: _Utterance
-    waveform: Tensor  # (T,), just what the frames are made of
+    waveform: Tensor  # (T,), exactly the samples of the frames
     start: int
     kept_start: int
     kept_end: int
@@ -257,10 +261,10 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class _Extraction:
-    """A model, what is wanted of it, and how audio is cut and put together.
+    """A model, the wanted layers, and the sizes in which audio is cut and computed.
 
     Attributes:
-        layers: indices of hidden states, or "output".
+        layers: indices of hidden states; None means the model's output.
         is_stacked: results keep the dimension of layers.
         batch_samples: of a batch with its padding.
         max_samples: longer audio is cut.
@@ -269,7 +273,7 @@ class _Extraction:
     """
 
     model: Wav2Vec2Model
-    layers: list[int] | str
+    layers: list[int] | None
     is_stacked: bool
     batch_samples: float
     max_samples: float = math.inf
@@ -285,42 +289,25 @@ class _Extraction:
         max_seconds: float | None,
         context_seconds: float,
     ) -> "_Extraction":
-        """The options of :func:`extract`, checked."""
+        """Check the options of :func:`extract`."""
+        chosen = None if layers == "output" else _checked_layers(layers, len(model.encoder.transformer.layers) + 1)
         is_stacked = not isinstance(layers, (int, str))
-        if layers != "output":
-            num_states = len(model.encoder.transformer.layers) + 1
-            chosen = range(num_states) if layers is None else [layers] if isinstance(layers, int) else layers
-            if not chosen or any(layer not in range(-num_states, num_states) for layer in chosen):
-                raise UserError(
-                    f"layers: found {short_repr(layers)}, expected numbers from 0 (the projected extractor output) to "
-                    f"{num_states - 1}, negative ones from the end, None for all, or 'output'"
-                )
-            layers = [layer % num_states for layer in chosen]
-        extraction = cls(model, layers, is_stacked, batch_seconds * SAMPLE_RATE)
+        batch_samples = batch_seconds * SAMPLE_RATE
         if max_seconds is None:
-            return extraction
+            return cls(model, chosen, is_stacked, batch_samples)
         chunk_frames = model.feature_extractor.num_frames(int(max_seconds * SAMPLE_RATE))
-        context_frames = round(context_seconds * SAMPLE_RATE / extraction.stride)
+        context_frames = round(context_seconds * SAMPLE_RATE / model.feature_extractor.stride)
         if not 0 <= 2 * context_frames < chunk_frames:
             raise UserError(
                 f"max_seconds: found {max_seconds:g}, expected more than a frame and twice the context_seconds of "
                 f"{context_seconds:g} (0 or more), or None to compute everything whole"
             )
-        return replace(
-            extraction,
-            max_samples=max_seconds * SAMPLE_RATE,
-            chunk_frames=chunk_frames,
-            context_frames=context_frames,
-        )
-
-    @property
-    def stride(self) -> int:
-        """Samples from frame to frame."""
-        return self.model.feature_extractor.stride
+        max_samples = max_seconds * SAMPLE_RATE
+        return cls(model, chosen, is_stacked, batch_samples, max_samples, chunk_frames, context_frames)
 
     @torch.no_grad()
     def utterance(self, value: Any, name: str, sample_rate: int) -> _Utterance:
-        """Read and check one input; ``name`` is what errors call it, unless it is a file."""
+        """Read and check one input; ``name`` stands for it in errors, unless it is a file."""
         if isinstance(value, (str, os.PathLike)):
             name, waveform = os.fspath(value), read_audio(value)
         else:
@@ -346,7 +333,7 @@ class _Extraction:
         return _Utterance(waveform, num_frames, extractor)
 
     def results(self, window: list[_Utterance | None]) -> Iterator[Tensor | None]:
-        """The results of some utterances; a result leaves the window before it is handed out."""
+        """Yield the results of some utterances; each leaves the window first, so that its memory can be freed."""
         pieces = [piece for utterance in window if utterance is not None for piece in self._pieces(utterance)]
         for batch in self._batches(pieces):
             self._compute(batch)
@@ -359,22 +346,22 @@ class _Extraction:
             yield result if result is None or self.is_stacked else result[0]
 
     def _pieces(self, utterance: _Utterance) -> list[_Piece]:
-        """The whole utterance, or chunks of equal length; those at its ends have more context on the other side."""
+        """Cut a long utterance into chunks of equal length; those at its ends have more context on the other side."""
         waveform, num_frames = utterance.waveform, utterance.num_frames
         if len(waveform) <= self.max_samples:
             return [_Piece(utterance, waveform, 0, 0, num_frames)]
+        extractor = self.model.feature_extractor
         num_kept = math.ceil(num_frames / math.ceil(num_frames / (self.chunk_frames - 2 * self.context_frames)))
         size = min(num_kept + 2 * self.context_frames, num_frames)
-        num_samples = (size - 1) * self.stride + self.model.feature_extractor.receptive_field
         pieces = []
         for kept_start in range(0, num_frames, num_kept):
             start = min(max(kept_start - self.context_frames, 0), num_frames - size)
-            samples = waveform[start * self.stride :][:num_samples]
+            samples = waveform[start * extractor.stride :][: extractor.num_samples(size)]
             pieces.append(_Piece(utterance, samples, start, kept_start, min(kept_start + num_kept, num_frames)))
         return pieces
 
     def _batches(self, pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-        """Pieces of about the same length, as many as fit with their padding; one at least."""
+        """Yield batches of pieces of about equal length, as many as fit with their padding, at least one."""
         batch: list[_Piece] = []
         for piece in sorted(pieces, key=lambda piece: len(piece.waveform)):
             if batch and (len(batch) + 1) * len(piece.waveform) > self.batch_samples:
@@ -386,8 +373,8 @@ class _Extraction:
 
     @torch.no_grad()
     def _compute(self, batch: list[_Piece]) -> None:
-        """Compute a batch and put what is kept of it into the results."""
-        num_layers = 1 if self.layers == "output" else len(self.layers)
+        """Compute a batch and copy what is kept of it into the results."""
+        num_layers = 1 if self.layers is None else len(self.layers)
         for number, states in enumerate(self._hidden_states(*self._frames(batch))):
             for row, (utterance, _, start, kept_start, kept_end) in zip(states.cpu(), batch, strict=True):
                 if utterance.result is None:
@@ -395,14 +382,13 @@ class _Extraction:
                 utterance.result[number, kept_start:kept_end] = row[kept_start - start : kept_end - start]
 
     def _frames(self, batch: list[_Piece]) -> tuple[Tensor, Tensor | None]:
-        """The extractor's (B, frames, C), and (B,) valid frames or None where none is padded."""
+        """Return the extractor's (B, frames, C), and (B,) valid frames or None if none is padded."""
         extractor = self.model.feature_extractor
         waveforms = [piece.waveform.to(extractor.dummy_weight) for piece in batch]
-        if _norms_over_time(extractor):  # padding would take part in the statistics: each alone
-            rows = [
-                piece.utterance.extractor(waveform[None], None)[0][0]
-                for piece, waveform in zip(batch, waveforms, strict=True)
-            ]
+        if isinstance(extractor.conv_layers[0].layer_norm, nn.GroupNorm):
+            # It takes mean and variance over time, and padding would take part in them: each alone.
+            alone = zip(batch, waveforms, strict=True)
+            rows = [piece.utterance.extractor(waveform[None], None)[0][0] for piece, waveform in alone]
             features, lengths = pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
         else:
             num_samples = torch.tensor([len(waveform) for waveform in waveforms])
@@ -410,15 +396,28 @@ class _Extraction:
         is_padded = bool((lengths < features.size(1)).any())
         return features, lengths.to(features.device) if is_padded else None
 
-    def _hidden_states(self, features: Tensor, lengths: Tensor | None) -> Iterator[Tensor]:
-        """The wanted (B, frames, D), layer after layer."""
-        if self.layers == "output":
-            x = self.model.encoder(features, lengths)
-            yield x if self.model.aux is None else self.model.aux(x)
-            return
+    def _hidden_states(self, features: Tensor, lengths: Tensor | None) -> list[Tensor]:
+        """Return the wanted (B, frames, D) of each layer."""
+        if self.layers is None:
+            return [self.model.apply_aux(self.model.encoder(features, lengths))]
         states = self.model.encoder.extract_features(features, lengths, max(1, *self.layers))
-        for layer in self.layers:
-            yield states[layer]
+        return [states[layer] for layer in self.layers]
+
+
+def _checked_layers(layers: int | Sequence[int] | str | None, num_states: int) -> list[int]:
+    """Return the chosen indices of hidden states, from 0.
+
+    Raises:
+        UserError: there is none, or one is out of range.
+    """
+    chosen = range(num_states) if layers is None else [layers] if isinstance(layers, int) else layers
+    indices = [int(layer) for layer in chosen if layer in range(-num_states, num_states)]
+    if not chosen or len(indices) < len(chosen):
+        raise UserError(
+            f"layers: found {short_repr(layers)}, expected numbers from 0 (the projected extractor output) to "
+            f"{num_states - 1}, negative ones from the end, None for all, or 'output'"
+        )
+    return [layer % num_states for layer in indices]
 
 
 def _is_array(value: Any) -> bool:
@@ -426,17 +425,17 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_decoded(value: Any) -> bool:
-    """Whether it is what ``datasets`` makes of an audio file: a dict, or a decoder of torchcodec."""
+    """Return whether a value is an audio item of ``datasets``: a dict, or a decoder of torchcodec."""
     return isinstance(value, Mapping) or hasattr(value, "get_all_samples")
 
 
 def is_input(value: Any) -> bool:
-    """Whether it is one input, and not several."""
+    """Return whether a value is one input, and not several."""
     return isinstance(value, (str, os.PathLike)) or _is_array(value) or _is_decoded(value)
 
 
 def _array_and_rate(item: Any, name: str) -> tuple[Any, int]:
-    """The waveform of a decoded item, and its rate.
+    """Return the waveform of an audio item of ``datasets``, and its rate.
 
     Raises:
         UserError: it has none, or cannot be decoded.
@@ -457,10 +456,10 @@ def _array_and_rate(item: Any, name: str) -> tuple[Any, int]:
 
 
 def _checked_rate(value: Any, name: str) -> int:
-    """A sample rate, of whatever type of number.
+    """Return a sample rate given as any type of number.
 
     Raises:
-        UserError: it is none that can be.
+        UserError: it is not a possible rate.
     """
     try:
         rate = int(value)
@@ -475,10 +474,10 @@ def _checked_rate(value: Any, name: str) -> int:
 
 
 def _as_waveform(value: Any, name: str) -> Tensor:
-    """A tensor or array as (T,) float32 on the CPU, at full scale 1.
+    """Return a tensor or array as (T,) float32 on the CPU, at full scale 1.
 
     Raises:
-        UserError: it is none, has another number of dimensions, or holds no real numbers.
+        UserError: it is neither, has another number of dimensions, or holds no real numbers.
     """
     if not _is_array(value):
         raise UserError(f"{name}: found {short_repr(value)}, expected a path, or a tensor or array (samples,)")
@@ -492,14 +491,14 @@ def _as_waveform(value: Any, name: str) -> Tensor:
             f"{name}: has shape {list(waveform.shape)}, expected (samples,); average channels, and give several "
             "waveforms as a list"
         )
-    full_scale, silence = _FULL_SCALE.get(waveform.dtype, (1, 0))
     if not waveform.is_floating_point() and waveform.dtype not in _FULL_SCALE:
         raise UserError(f"{name}: holds {waveform.dtype}, expected floats (full scale 1), int16, int32 or uint8")
+    full_scale, silence = _FULL_SCALE.get(waveform.dtype, (1, 0))
     return (waveform.cpu().float() - silence) / full_scale
 
 
 class _FixedNorm(nn.Module):
-    """What a norm over time does, with statistics that are given: ``x * scale + shift`` for each channel."""
+    """A norm over time with given statistics: ``x * scale + shift`` for each channel."""
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
@@ -511,23 +510,21 @@ class _FixedNorm(nn.Module):
         return x * self.scale.view(shape) + self.shift.view(shape)
 
 
-def _norms_over_time(extractor: FeatureExtractor) -> bool:
-    """Whether its first norm takes mean and variance over time, as the Base models' does, and not the Large ones'."""
-    return isinstance(extractor.conv_layers[0].layer_norm, nn.GroupNorm)
-
-
 def _with_statistics_of(extractor: FeatureExtractor, waveform: Tensor) -> FeatureExtractor:
-    """An extractor that makes of any stretch of ``waveform`` (T,) the frames that ``extractor`` makes of the whole."""
-    if not _norms_over_time(extractor):
-        return extractor
+    """Return an extractor that turns any stretch of ``waveform`` (T,) into the frames of the whole.
+
+    Only the first norm of Base models needs it: its mean and variance are over time.
+    """
     first, *others = extractor.conv_layers
-    statistics = norm_over_time(waveform[None].to(first.conv.weight.device), first.conv, first.layer_norm)
-    fixed = _with_modules(first, layer_norm=_FixedNorm(*(row[0].to(first.conv.weight) for row in statistics)))
-    return _with_modules(extractor, conv_layers=nn.ModuleList([fixed, *others]))
+    if not isinstance(first.layer_norm, nn.GroupNorm):
+        return extractor
+    scale, shift = norm_over_time(waveform[None].to(first.conv.weight.device), first.conv, first.layer_norm)
+    fixed = _FixedNorm(scale[0].to(first.conv.weight), shift[0].to(first.conv.weight))
+    return _with_modules(extractor, conv_layers=nn.ModuleList([_with_modules(first, layer_norm=fixed), *others]))
 
 
-def _with_modules(module: nn.Module, **submodules: nn.Module) -> nn.Module:
-    """The module with other submodules; all else is shared with it."""
+def _with_modules(module: Module, **submodules: nn.Module) -> Module:
+    """Return the module with other submodules; all else is shared with it."""
     other = copy.copy(module)
     other._modules = {**module._modules, **submodules}
     return other

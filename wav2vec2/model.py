@@ -1,7 +1,7 @@
-"""The model and its factories: from a config to a model, and back.
+"""The model, and the factories that build it from a config.
 
 ``wav2vec2_model(**config)`` builds HuBERT, wav2vec 2.0 and WavLM in any size, pruned or not;
-:attr:`Wav2Vec2Model.config` gives the config back. Architecture, module and parameter names are
+:attr:`Wav2Vec2Model.config` returns the config. Architecture, module and parameter names are
 torchaudio's (``torchaudio.models.wav2vec2``), extended with per-layer shapes and masks.
 """
 
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .components import Encoder, FeatureExtractor, SelfAttention
+from .components import Count, Encoder, FeatureExtractor, SelfAttention
 from .config import CONV_LAYERS, PRUNING_UNITS, ModelConfig, check_config, with_masks
 from .fast import fast_paths, on_cpu
-from .pruning_utils import prune_linear
+from .pruning_utils import prune_inputs
 
 __all__ = ["CONV_LAYERS", "PRUNING_UNITS", "Wav2Vec2Model", "masked_units", "wav2vec2_model", "with_masks"]
 
 
 def masked_units(keys: Iterable[str]) -> list[str]:
-    """The units (keys of ``PRUNING_UNITS``) that a state dict with these keys has masks on."""
+    """Return the units (keys of ``PRUNING_UNITS``) that have masks in a state dict with these keys."""
     generic = {re.sub(r"\.\d+\.", ".{}.", key) for key in keys}
     return [name for name, unit in PRUNING_UNITS.items() if any(f"{unit.mask_name}." in key for key in generic)]
 
@@ -32,7 +32,7 @@ _NORMALIZATION_EPS = 1e-5
 
 
 def normalize_waveforms(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Zero mean and unit variance over the valid samples of each row; padding becomes zero.
+    """Normalise each row to zero mean and unit variance over its valid samples; padding becomes zero.
 
     Args:
         waveforms: (B, T) samples.
@@ -49,7 +49,7 @@ def normalize_waveforms(waveforms: Tensor, lengths: Tensor | None = None) -> Ten
 
 
 class Wav2Vec2Model(nn.Module):
-    """HuBERT, wav2vec 2.0 or WavLM: the extractor makes frames of waveforms, the encoder hidden states of frames.
+    """HuBERT, wav2vec 2.0 or WavLM: an extractor from waveforms to frames, an encoder from frames to hidden states.
 
     ``aux`` is an optional linear layer on the last hidden state.
     """
@@ -70,14 +70,13 @@ class Wav2Vec2Model(nn.Module):
         *,
         kept: Collection[int] | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Hidden states for distillation and downstream tasks; layer drop does not act here.
+        """Return hidden states for distillation and downstream tasks; layer drop does not act here.
 
         Args:
             waveforms: (B, T) samples at 16 kHz.
             lengths: (B,) valid samples of each, or None if none is padded.
             num_layers: stop after this many layers (default: all).
-            kept: the layers, from 1, whose outputs are wanted (default: all); an empty tensor stands for each of the
-                others, which saves their memory.
+            kept: layers, from 1, to return (default: all); an empty tensor replaces each of the others, to save memory.
 
         Returns:
             A list of num_layers + 1 tensors (B, frames, D): the projected extractor output (before the
@@ -90,20 +89,22 @@ class Wav2Vec2Model(nn.Module):
         return self.encoder.extract_features(features, padded_lengths, num_layers, kept), lengths
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The last hidden state (B, frames, D), or (B, frames, aux_num_out) with ``aux``; and (B,) valid frames.
+        """Return the last hidden state (B, frames, D), or (B, frames, aux_num_out) with ``aux``; and (B,) valid frames.
 
         Arguments and errors as in :meth:`extract_features`. Layer drop acts in training, and pre-norm
         models apply their final LayerNorm.
         """
         features, lengths, padded_lengths = self.extract_frames(waveforms, lengths)
-        x = self.encoder(features, padded_lengths)
-        return (x if self.aux is None else self.aux(x)), lengths
+        return self.apply_aux(self.encoder(features, padded_lengths)), lengths
+
+    def apply_aux(self, x: Tensor) -> Tensor:
+        """(B, frames, D) -> (B, frames, aux_num_out) with ``aux``; without it, ``x`` as it is"""
+        return x if self.aux is None else self.aux(x)
 
     def extract_frames(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The extractor's frames, how many are valid, and the same again, or None where no frame is known to be padded.
+        """Return the extractor's frames, (B,) valid frames, and the latter again if padding must be masked, else None.
 
-        Lengths on an accelerator are not looked at, as that would wait for it. A caller that knows a batch to have no
-        padding gives no lengths.
+        Lengths on an accelerator are not read, because that would wait for it. If a batch has no padding, pass None.
         """
         can_look = lengths is not None and fast_paths() and on_cpu(lengths)
         is_padded = lengths is not None and not (can_look and bool((lengths == waveforms.size(-1)).all()))
@@ -112,22 +113,21 @@ class Wav2Vec2Model(nn.Module):
         features, frames = self.feature_extractor(waveforms, lengths)
         return features, frames, frames if is_padded else None
 
-    def get_num_params(self) -> Tensor | int:
-        """Expected number of parameters (paper, section 2.3): a differentiable scalar while there are masks.
+    def get_num_params(self) -> Count:
+        """Return the expected parameters (paper, section 2.3): a differentiable scalar with masks, else exact.
 
-        Without masks it is the exact number. The auxiliary head is not counted: it belongs to a
-        downstream task and is never pruned.
+        ``aux`` is not counted: it belongs to a downstream task and is never pruned.
         """
         embed_dim = self.encoder.expected_embed_dim()
         num_params, channels = self.feature_extractor.get_num_params()
         num_params = num_params + self.encoder.feature_projection.get_num_params(channels, embed_dim)
         return num_params + self.encoder.transformer.get_num_params(embed_dim)
 
-    def get_num_macs(self, num_samples: int) -> Tensor | int:
-        """Expected multiply-adds of ``extract_features`` on a waveform: a differentiable scalar while there are masks.
+    def get_num_macs(self, num_samples: int) -> Count:
+        """Return the expected multiply-adds of ``extract_features``: a differentiable scalar with masks, else exact.
 
-        Convolutions and matrix products only, those of attention included; without masks it is the exact number, half
-        of what :func:`~wav2vec2.flops.count_flops` gives.
+        Convolutions and matrix products are counted, including those of attention; :mod:`wav2vec2.flops` has them by
+        part.
 
         Args:
             num_samples: T, at 16 kHz; attention grows with its square.
@@ -138,15 +138,15 @@ class Wav2Vec2Model(nn.Module):
         return num_macs + self.encoder.transformer.get_num_macs(embed_dim, num_frames)
 
     def recompute_activations(self, enabled: bool = True) -> None:
-        """In training, keep only the input of each conv and encoder layer, and run it again for the backward pass.
+        """In training, keep only the input of each conv and encoder layer, and run it again in the backward pass.
 
-        Much less memory for about a third more work; losses and gradients stay the same to the last bit.
+        This takes much less memory and about a third more work; losses and gradients stay the same to the last bit.
         """
         self.feature_extractor.recompute = enabled
         self.encoder.transformer.recompute = enabled
 
     def set_dropout(self, probability: float) -> None:
-        """Drop this share in training wherever the model drops anything but layers; :attr:`config` stays as it is."""
+        """Set every dropout but the layer drop; :attr:`config` stays as it is."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = probability
@@ -156,8 +156,8 @@ class Wav2Vec2Model(nn.Module):
     def fold_weight_norm(self) -> None:
         """Freeze the positional convolution's weight and compute it once instead of in every forward pass.
 
-        The same numbers to the last bit, and the same ``state_dict()``. Loading other weights undoes it, and so does
-        ``requires_grad_()``, for a model that is to be trained again.
+        Outputs and ``state_dict()`` stay the same to the last bit. Loading other weights undoes it, and so does
+        ``requires_grad_()``, to train the model again.
         """
         self.encoder.transformer.pos_conv_embed.conv.fold()
 
@@ -166,7 +166,7 @@ class Wav2Vec2Model(nn.Module):
         """Make the model physically smaller, in place, and put it in eval mode.
 
         Units with a zero mask are removed, the soft masks of the others move into the weights that
-        consume them, and the masks are gone afterwards.
+        consume them, and all masks go.
 
         Returns:
             The config of the pruned model: ``wav2vec2_model(**config)`` loads its ``state_dict()`` strictly.
@@ -175,14 +175,14 @@ class Wav2Vec2Model(nn.Module):
         kept_dims = self.encoder.kept_dims()
         self.encoder.prune(self.feature_extractor.prune())
         if self.aux is not None and kept_dims is not None:
-            prune_linear(self.aux, kept_dims, "input")
-        switches = {unit.switch: False for unit in PRUNING_UNITS.values()}
+            prune_inputs(self.aux, kept_dims)
+        switches: dict[str, Any] = {unit.switch: False for unit in PRUNING_UNITS.values()}
         self._config = replace(self._config, encoder_embed_dim=self.encoder.embed_dim, **switches)
         return self.config
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config that builds this model: what it was built from, with the shapes it has now."""
+        """The config that builds this model: that of its construction, with its present shapes."""
         layers = [layer.shape for layer in self.encoder.transformer.layers]
         return {
             **self._config.to_dict(),
@@ -195,12 +195,12 @@ class Wav2Vec2Model(nn.Module):
 def wav2vec2_model(**config: Any) -> Wav2Vec2Model:
     """Build the model of a config: WavLM if it has ``encoder_remaining_heads``, else HuBERT / wav2vec 2.0.
 
-    The keys are the fields of :class:`~wav2vec2.config.WavLMConfig` or :class:`~wav2vec2.config.HubertConfig`. This is
-    how published checkpoints are loaded: ``wav2vec2_model(**ckpt["config"]).load_state_dict(ckpt["state_dict"])``.
+    The keys are the fields of :class:`~wav2vec2.config.WavLMConfig` or :class:`~wav2vec2.config.HubertConfig`.
+    Published checkpoints load with ``wav2vec2_model(**ckpt["config"]).load_state_dict(ckpt["state_dict"])``.
 
     Raises:
         TypeError: a key is missing or unknown.
-        ValueError: a value cannot be (the message names the key).
+        ValueError: a value is impossible (the message names the key).
     """
     return Wav2Vec2Model(check_config(config))
 
@@ -241,7 +241,7 @@ def _wavlm_size(size: dict[str, Any]) -> dict[str, Any]:
 def _named_model(
     name: str, description: str, size: dict[str, Any], dropouts: tuple[float, float, float, float, float]
 ) -> Callable[..., Wav2Vec2Model]:
-    """A factory with torchaudio's signature for one published architecture; ``dropouts`` are its defaults in order."""
+    """Make a factory with torchaudio's signature for one published architecture; ``dropouts`` are its defaults."""
     projection_dropout, attention_dropout, ff_interm_dropout, dropout, layer_drop = dropouts
 
     def factory(
@@ -264,7 +264,7 @@ def _named_model(
         return wav2vec2_model(**config | options)
 
     factory.__name__ = factory.__qualname__ = name
-    factory.__doc__ = f"{description}\n\n``options``: other keys of the config, as the switches of masks."
+    factory.__doc__ = f"{description}\n\n``options``: other keys of the config, such as the switches of masks."
     return factory
 
 
@@ -287,10 +287,7 @@ wav2vec2_large_lv60k = _named_model(
     (0.1, 0.0, 0.1, 0.0, 0.1),
 )
 hubert_base = _named_model(
-    "hubert_base",
-    "HuBERT Base (arXiv 2106.07447): 12 layers of 768.",
-    _BASE | _POST_NORM,
-    (0.1, 0.1, 0.0, 0.1, 0.05),
+    "hubert_base", "HuBERT Base (arXiv 2106.07447): 12 layers of 768.", _BASE | _POST_NORM, (0.1, 0.1, 0.0, 0.1, 0.05)
 )
 hubert_large = _named_model(
     "hubert_large", "HuBERT Large: 24 layers of 1024, pre-norm.", _LARGE | _PRE_NORM, (0.0, 0.0, 0.0, 0.0, 0.0)

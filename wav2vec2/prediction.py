@@ -1,31 +1,32 @@
-"""What a model with a task head recognises in audio.
+"""Predictions of a model with a task head.
 
     import wav2vec2
 
     model = wav2vec2.load("exp/digits/finetuned.pth")
-    wav2vec2.predict(model, "call.flac")  # of text: 'three one seven'
+    wav2vec2.predict(model, "call.flac")  # text: 'three one seven'
     wav2vec2.predict(model, paths)  # a list, one result for each
 
-``python -m wav2vec2.prediction MODEL AUDIO...`` writes a line for each file, of fields separated by tabs: its path,
-then the text; or the label and its probability; or, a line for each stretch, start and end in seconds and the label.
-A file that cannot be used is named on stderr, and the exit status is 1.
+``python -m wav2vec2.prediction MODEL AUDIO...`` writes one line for each file, with fields separated by tabs: its path,
+then the text, or the label and its probability. For stretches it writes a line for each: path, start and end in
+seconds, label. A file that cannot be used is named on stderr, and the exit status is 1.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from io import TextIOWrapper
 from itertools import groupby
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .audio import SAMPLE_RATE
 from .files.errors import UserError, single_line
-from .files.heads import greedy_units
-from .inference import extract_iter, is_input, load
-from .model import Wav2Vec2Model
-from .task_model import CLIPS, TEXT, TaskModel
+
+# Functions import what needs torch, so that the command refuses a wrong flag first.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .model import Wav2Vec2Model
+    from .task_model import TaskModel
 
 
 class Labelled(NamedTuple):
@@ -46,64 +47,75 @@ class Stretch(NamedTuple):
 Prediction = str | Labelled | list[Stretch]
 
 
-def predict(model: Wav2Vec2Model, inputs: Any, **options: Any) -> Prediction | list[Prediction]:
-    """What the head recognises in one waveform or file, or in several.
+def predict(model: "Wav2Vec2Model", inputs: Any, **options: Any) -> Prediction | list[Prediction]:
+    """Return what the head recognises in one waveform or file, or in several.
 
     Args:
         model: in eval mode, as :func:`~wav2vec2.inference.load` returns it.
-        inputs: as of :func:`~wav2vec2.inference.extract`.
-        options: others of :func:`~wav2vec2.inference.extract`, ``layers`` apart. Longer audio than ``max_seconds`` is
-            computed in chunks; its label is still one of the whole.
+        inputs: as in :func:`~wav2vec2.inference.extract`.
+        options: others of :func:`~wav2vec2.inference.extract`, except ``layers``. Audio longer than ``max_seconds`` is
+            computed in chunks, and still gets one label.
 
     Returns:
-        For one input what is said (str), its label (:class:`Labelled`) or its stretches (a list of :class:`Stretch`,
-        one for all frames in a row with one label), by the kind of head. For several a list of these, in their order.
+        For one input the text (str), the label (:class:`Labelled`) or the stretches (a list of :class:`Stretch`,
+        one for all consecutive frames with one label), by the kind of head. For several a list of these, in their
+        order.
 
     Raises:
         UserError: the model has no task head; others as :func:`~wav2vec2.inference.extract`.
     """
+    from .inference import is_input
+
     is_single = is_input(inputs)
     results = predict_iter(model, [inputs] if is_single else inputs, **options)
+    results = cast(Iterator[Prediction], results)  # None is only for errors, which are raised here
     return next(results) if is_single else list(results)
 
 
 def predict_iter(
-    model: Wav2Vec2Model,
+    model: "Wav2Vec2Model",
     inputs: Iterable[Any],
     *,
     on_error: Callable[[int, UserError], None] | None = None,
     **options: Any,
 ) -> Iterator[Prediction | None]:
-    """As :func:`predict`, one result at a time, for more inputs than fit into memory.
+    """Yield the results of :func:`predict` one at a time, for more inputs than fit into memory.
 
     Args:
-        on_error: as of :func:`~wav2vec2.inference.extract_iter`: None is yielded for an input that cannot be used.
+        on_error: as in :func:`~wav2vec2.inference.extract_iter`: None is yielded for an input that cannot be used.
     """
+    from .inference import extract_iter
+    from .task_model import TaskModel
+
     if not isinstance(model, TaskModel):
-        raise UserError("model: has no task head, expected a fine-tuned one; make it with finetune.py")
+        raise UserError("model: has no task head, expected a fine-tuned one; add one with finetune.py")
     layers = None if model.head_settings.layers == "weighted" else "output"
     features = extract_iter(model, inputs, layers=layers, on_error=on_error, **options)
     return (None if states is None else _prediction(model, states) for states in features)
 
 
-@torch.no_grad()
-def _prediction(model: TaskModel, states: Tensor) -> Prediction:
-    """Of one utterance: logits (frames, outputs) of text; else what the head reads, (states, frames, D) or one."""
+def _prediction(model: "TaskModel", states: "Tensor") -> Prediction:
+    """Return one utterance's result from its logits (frames, outputs) of text, else from what the head reads."""
+    import torch
+
+    from .files.heads import greedy_units
+    from .task_model import CLIPS
+
     settings = model.head_settings
-    if settings.kind == TEXT:
+    if model.head is None:
         separator = " " if settings.units == "words" else ""
         return separator.join(settings.labels[unit] for unit in greedy_units(states))
-    states = states.to(model.head.linear.weight.device)
-    output = states[None] if settings.layers == "last" else None
-    logits = model.logits([] if output is not None else list(states[:, None]), output, None)[0].float()
+    states = states.to(model.head.linear.weight.device)  # (layers, frames, D), or (frames, D) of the last
+    with torch.no_grad():
+        logits = model.head(list(states[:, None]) if settings.layers == "weighted" else [states[None]], None)[0].float()
     if settings.kind == CLIPS:
         probability, best = logits.softmax(-1).max(-1)
         return Labelled(settings.labels[best], probability.item())
     return _stretches(model, logits.argmax(-1).tolist())
 
 
-def _stretches(model: TaskModel, best: list[int]) -> list[Stretch]:
-    """Of the label of each frame: from half-way between the middles of two frames to the next such change.
+def _stretches(model: "TaskModel", best: list[int]) -> list[Stretch]:
+    """Join the frames' labels into stretches, which change half-way between the middles of two frames.
 
     The first begins with the audio, the last ends with the last frame.
     """
@@ -123,7 +135,7 @@ def _stretches(model: TaskModel, best: list[int]) -> list[Stretch]:
 
 
 def lines(path: str, found: Prediction) -> list[str]:
-    """What is written of one file; what a label holds cannot steer a terminal."""
+    """Return the lines to write for one file; control characters in labels become question marks."""
     if isinstance(found, str):
         rows = [[found]]
     elif isinstance(found, Labelled):
@@ -138,14 +150,18 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m wav2vec2.prediction", description=about, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a fine-tuned model: a file, a folder or ORG/NAME on the hub")
     parser.add_argument("audio", metavar="AUDIO", nargs="+", help="audio files")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help=f"default: {device}")
+    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be UTF-8
+    import torch  # after the flags, so that --help does not wait for it
+
+    from .inference import load
+
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be UTF-8
     status = 0
 
     def report(_: int | None, error: Exception) -> None:
@@ -154,7 +170,7 @@ def main() -> int:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
 
     try:
-        model = load(args.model, device=args.device)
+        model = load(args.model, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         for path, found in zip(args.audio, predict_iter(model, args.audio, on_error=report), strict=True):
             if found is not None:
                 print(*lines(path, found), sep="\n", flush=True)

@@ -1,41 +1,37 @@
-"""Slicing of layers in place: keep the units of ``index`` along one dimension, drop the others."""
+"""Slicing of layers in place: keep the units of ``index`` (n,) along one dimension, drop the others."""
 
 from torch import Tensor, nn
 
-# Which dimension of ``weight`` holds a layer's units. (out, in) for Linear, (out, in, kernel) for Conv1d.
-_WEIGHT_DIM = {"output": 0, "input": 1}
 
-
-def _keep(parameter: nn.Parameter, index: Tensor, dim: int) -> nn.Parameter:
+def keep(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
+    """Return a parameter of its own memory with the entries of ``index`` along ``dim``."""
     return nn.Parameter(parameter.detach().index_select(dim, index).clone(), requires_grad=parameter.requires_grad)
 
 
-def prune_linear(layer: nn.Linear, index: Tensor, side: str) -> None:
-    """Keep the ``side`` ("input" or "output") features of ``layer`` listed in ``index`` (n,)."""
-    layer.weight = _keep(layer.weight, index, _WEIGHT_DIM[side])
-    if side == "input":
+def prune_inputs(layer: nn.Linear | nn.Conv1d, index: Tensor) -> None:
+    """Keep input features of a Linear, or input channels of an ungrouped Conv1d."""
+    layer.weight = keep(layer.weight, index, dim=1)
+    if isinstance(layer, nn.Linear):
         layer.in_features = len(index)
-        return
-    layer.out_features = len(index)
-    if layer.bias is not None:
-        layer.bias = _keep(layer.bias, index, 0)
-
-
-def prune_conv1d(layer: nn.Conv1d, index: Tensor, side: str) -> None:
-    """Keep the ``side`` ("input" or "output") channels of an ungrouped ``layer`` listed in ``index`` (n,)."""
-    layer.weight = _keep(layer.weight, index, _WEIGHT_DIM[side])
-    if side == "input":
+    else:
         layer.in_channels = len(index)
-        return
-    layer.out_channels = len(index)
+
+
+def prune_outputs(layer: nn.Linear | nn.Conv1d, index: Tensor) -> None:
+    """Keep output features of a Linear, or output channels of an ungrouped Conv1d."""
+    layer.weight = keep(layer.weight, index, dim=0)
     if layer.bias is not None:
-        layer.bias = _keep(layer.bias, index, 0)
+        layer.bias = keep(layer.bias, index, dim=0)
+    if isinstance(layer, nn.Linear):
+        layer.out_features = len(index)
+    else:
+        layer.out_channels = len(index)
 
 
 def prune_norm(layer: nn.LayerNorm | nn.GroupNorm, index: Tensor) -> None:
-    """Keep the channels of a LayerNorm, or of a GroupNorm with one group per channel, listed in ``index`` (n,)."""
-    layer.weight = _keep(layer.weight, index, 0)
-    layer.bias = _keep(layer.bias, index, 0)
+    """Keep channels of a LayerNorm, or of a GroupNorm with one group per channel."""
+    layer.weight = keep(layer.weight, index, dim=0)
+    layer.bias = keep(layer.bias, index, dim=0)
     if isinstance(layer, nn.LayerNorm):
         layer.normalized_shape = (len(index),)
     else:

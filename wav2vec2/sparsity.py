@@ -1,15 +1,15 @@
-"""How large a masked model becomes when it is pruned, and how to make that meet a target exactly.
+"""Sizes of a masked model before and after pruning, and ways to meet a target size exactly.
 
 Training drives the *expected* size to the target (paper, section 2.3). Each deterministic mask then
 rounds its own number of units, and a short schedule can end before the Lagrangian has settled, so the
 pruned size differs from the target. :func:`fit_masks` closes that gap with one number, which moves
 the threshold between kept and dropped units in all masks and leaves their order alone.
 
-A size is parameters, multiply-adds (MACs), or both. With budgets for both it is met where none is
+A size is parameters, multiply-adds (MACs), or both. Budgets for both are met when neither is
 exceeded and one is used up.
 
 :func:`round_widths` makes the widths that masks decide multiples of a number, for hardware that
-multiplies such matrices faster; the functions below then count and fit with it.
+multiplies such matrices faster; the other functions count and fit with it.
 """
 
 import copy
@@ -28,13 +28,13 @@ from .files.errors import UserError, short_repr
 from .flops import UTTERANCE_SECONDS
 from .model import Wav2Vec2Model
 
-# What MACs are counted for: attention grows with the square of it.
+# Samples of the utterance that MACs are counted on: attention grows with their square.
 _MACS_SAMPLES = round(UTTERANCE_SECONDS * SAMPLE_RATE)
 
-# Relative; float32 masks cannot be brought nearer than about a tenth of it.
+# Relative; float32 masks can come about ten times nearer.
 _EXPECTED_SIZE_TOLERANCE = 1e-5
 
-# sigmoid(+-40) is exactly 1 and practically 0 in float32: a mask without any doubt left in it.
+# sigmoid(+-40) is exactly 1 and practically 0 in float32.
 _CERTAIN = 40.0
 
 
@@ -46,7 +46,7 @@ class Size(NamedTuple):
 
 
 def size_of(model: Wav2Vec2Model) -> Size:
-    """Expected parameters and MACs: differentiable scalars while there are masks, and the exact numbers without."""
+    """Return the expected parameters and MACs: differentiable scalars with masks, else exact numbers."""
     return Size(model.get_num_params(), model.get_num_macs(_MACS_SAMPLES))
 
 
@@ -55,10 +55,10 @@ def _masks(model: Wav2Vec2Model) -> list[HardConcrete]:
 
 
 def _width_masks(model: Wav2Vec2Model) -> list[HardConcrete]:
-    """The masks over conv channels and intermediate dimensions, whose units are rows of a matrix each."""
-    masks = [layer.hard_concrete for layer in model.feature_extractor.conv_layers]
-    blocks = [layer.feed_forward for layer in model.encoder.transformer.layers]
-    masks += [block.hard_concrete_for_intermediate for block in blocks if block is not None]
+    """Return the masks over conv channels and intermediate dimensions, whose units are rows of a matrix."""
+    convs, layers = model.feature_extractor.conv_layers, model.encoder.transformer.layers
+    masks = [layer.hard_concrete for layer in convs]
+    masks += [layer.feed_forward.hard_concrete_for_intermediate for layer in layers if layer.feed_forward is not None]
     return [mask for mask in masks if mask is not None]
 
 
@@ -77,10 +77,10 @@ def check_round_to(value: Any, source: str) -> None:
 
 
 def round_widths(model: Wav2Vec2Model, multiple: int) -> None:
-    """Let the deterministic masks keep conv channels and intermediate dimensions in multiples of ``multiple``.
+    """Make the deterministic masks keep conv channels and intermediate dimensions in multiples of ``multiple``.
 
     A width is rounded up, by the strongest of the units that would go, but never above the layer's own;
-    a block whose units all go stays gone. Training, heads and layer masks are not touched. 1 is the
+    a block whose units all go stays gone. Training, heads and layer masks do not change. 1 is the
     published rounding.
     """
     for mask in _width_masks(model):
@@ -89,7 +89,7 @@ def round_widths(model: Wav2Vec2Model, multiple: int) -> None:
 
 @torch.no_grad()
 def num_params_without_rounding(model: Wav2Vec2Model) -> int:
-    """Parameters that ``model.prune()`` would leave without :func:`round_widths`, with the same masks."""
+    """Return the parameters that ``model.prune()`` would leave without :func:`round_widths`."""
     unrounded = copy.deepcopy(model)
     round_widths(unrounded, 1)
     unrounded.prune()
@@ -98,7 +98,7 @@ def num_params_without_rounding(model: Wav2Vec2Model) -> int:
 
 @contextmanager
 def _log_alphas(masks: list[HardConcrete], values: list[Tensor]) -> Iterator[None]:
-    """Other ``log_alpha`` values for the length of the block."""
+    """Replace ``log_alpha`` inside the block."""
     originals = [mask.log_alpha.detach().clone() for mask in masks]
     try:
         for mask, value in zip(masks, values, strict=True):
@@ -111,13 +111,13 @@ def _log_alphas(masks: list[HardConcrete], values: list[Tensor]) -> Iterator[Non
 
 @torch.no_grad()
 def expected_size(model: Wav2Vec2Model) -> Size:
-    """:func:`size_of` in plain numbers."""
+    """Return :func:`size_of` in plain numbers."""
     return Size(*map(float, size_of(model)))
 
 
 @torch.no_grad()
 def smallest_size(model: Wav2Vec2Model) -> Size:
-    """The expected size if every mask dropped what it may: no target below this can be reached."""
+    """Return the expected size if every mask dropped all it may: no target below this can be reached."""
     masks = _masks(model)
     with _log_alphas(masks, [torch.full_like(mask.log_alpha, -_CERTAIN) for mask in masks]):
         return expected_size(model)
@@ -125,7 +125,7 @@ def smallest_size(model: Wav2Vec2Model) -> Size:
 
 @torch.no_grad()
 def initial_size(model: Wav2Vec2Model) -> Size:
-    """The expected size with every ``log_alpha`` at the mean that it is drawn around."""
+    """Return the expected size with every ``log_alpha`` at its initial mean."""
     masks = _masks(model)
     with _log_alphas(masks, [torch.full_like(mask.log_alpha, mask.init_log_alpha) for mask in masks]):
         return expected_size(model)
@@ -133,9 +133,9 @@ def initial_size(model: Wav2Vec2Model) -> Size:
 
 @torch.no_grad()
 def pruned_size(model: Wav2Vec2Model) -> Size:
-    """The size that ``model.prune()`` would leave, without pruning it; the model must be in eval mode.
+    """Return the size that ``model.prune()`` would leave, without pruning it; the model must be in eval mode.
 
-    Biases and gates that go with a block whose units all go are still counted here.
+    Biases and gates of a block whose units all go are still counted here.
     """
     masks = _masks(model)
     decided = [torch.where(mask() != 0, _CERTAIN, -_CERTAIN) for mask in masks]
@@ -149,8 +149,11 @@ def pruned_size(model: Wav2Vec2Model) -> Size:
 
 
 def _crossing(excess: Callable[[float], float], tolerance: float, precision: float) -> tuple[float, float]:
-    """Two numbers, ``precision`` apart, between which a growing function passes 0; the same one twice where it is there
-    up to ``tolerance``, or where it does not pass 0 between the masks' extremes: then the extreme that is nearer.
+    """Find where a growing function passes 0, by secants and bisection.
+
+    Returns:
+        Two numbers on either side of 0, at most ``precision`` apart. The same number twice if the function is 0 there
+        up to ``tolerance``, or if it never passes 0: then the nearer extreme of the masks.
     """
     start = excess(0.0)
     low = high = bound = 0.0
@@ -181,7 +184,7 @@ def _crossing(excess: Callable[[float], float], tolerance: float, precision: flo
 
 
 def _excesses(size: Size, wanted: Size) -> dict[str, float]:
-    """By how much of what is wanted a size is above it, by the names of what is wanted."""
+    """Return the relative excess of a size over each part that is wanted, by name."""
     wanted_parts = {name: value for name, value in wanted._asdict().items() if value is not None}
     return {name: (getattr(size, name) - value) / max(value, 1.0) for name, value in wanted_parts.items()}
 
@@ -190,11 +193,11 @@ def _excesses(size: Size, wanted: Size) -> dict[str, float]:
 def meet_expected_size(model: Wav2Vec2Model, wanted: Size) -> str:
     """Add one number to all ``log_alpha`` of ``model``, so that its expected size is the wanted one.
 
-    Nothing is changed where it is, up to :data:`_EXPECTED_SIZE_TOLERANCE`. Sizes are counted on the CPU in double
-    precision, from the few sums of probabilities that they depend on.
+    Nothing changes if it already is, up to :data:`_EXPECTED_SIZE_TOLERANCE`. Sizes are counted on the CPU in double
+    precision, from the sums of probabilities that they depend on.
 
     Returns:
-        The part of the size that binds: the name that :func:`compete` takes.
+        The name of the part of the size that binds, for :func:`compete`.
     """
     masks = _masks(model)
     # One copy from the device for all of them.
@@ -218,36 +221,37 @@ def meet_expected_size(model: Wav2Vec2Model, wanted: Size) -> str:
 
 
 def compete(model: Wav2Vec2Model, name: str) -> None:
-    """Make the gradients of ``log_alpha`` those of masks that are moved back to the size: they compete for it.
+    """Project mask gradients onto constant size, so that masks compete for it.
 
-    They are those of log_alpha + c(log_alpha), where c is what :func:`meet_expected_size` adds: by the implicit
-    function theorem dc/dlog_alpha = -n / sum(n) with n = dN/dlog_alpha, N the size. The change is linear, and done
-    twice it gives the same, so that each batch of an update may do it.
+    The result is the gradient through log_alpha + c(log_alpha), where c is the number that :func:`meet_expected_size`
+    adds: by the implicit function theorem dc/dlog_alpha = -n / sum(n) with n = dN/dlog_alpha, N the size. Projecting
+    is linear and idempotent, so each batch of an update may do it.
 
     Args:
-        model: whose masks have gradients.
-        name: of a field of :class:`Size`.
+        model: its masks have gradients.
+        name: a field of :class:`Size`.
     """
     log_alphas = [mask.log_alpha for mask in _masks(model)]
     size_gradients = torch.autograd.grad(getattr(size_of(model), name), log_alphas)
-    total = torch.stack([parameter.grad.sum() for parameter in log_alphas]).sum()
+    gradients = [parameter.grad for parameter in log_alphas if parameter.grad is not None]
+    total = torch.stack([gradient.sum() for gradient in gradients]).sum()
     size_total = torch.stack([gradient.sum() for gradient in size_gradients]).sum()
-    for parameter, gradient in zip(log_alphas, size_gradients, strict=True):
-        parameter.grad -= gradient * (total / size_total)
+    for gradient, size_gradient in zip(gradients, size_gradients, strict=True):
+        gradient -= size_gradient * (total / size_total)
 
 
 @torch.no_grad()
 def fit_masks(model: Wav2Vec2Model, wanted: Size, tolerance: Size) -> float:
     """Set the ``shift`` of all masks of ``model`` to the one number that brings its pruned size to the wanted one.
 
-    Nothing is changed where the masks already land within ``tolerance``. Otherwise the nearest size that
-    a shift can give is taken; with :func:`round_widths`, whose steps are coarse, the nearest that is not
-    above the target where none is within ``tolerance``.
+    Nothing changes if the masks already land within ``tolerance``. Otherwise the shift gives the nearest
+    size there is; with :func:`round_widths`, whose steps are coarse, the nearest that is not above the
+    target if none is within ``tolerance``.
 
     Args:
         model: a masked model; put in eval mode.
         wanted: parameters, MACs, or both.
-        tolerance: the deviations that need no correction.
+        tolerance: deviations that need no correction.
 
     Returns:
         The shift (0.0 if none was needed), see :class:`hardconcrete.HardConcrete`.

@@ -1,4 +1,4 @@
-"""Models with a task head: speech to text by CTC, a label for a clip, labels for stretches of it."""
+"""Models with a task head: speech to text by CTC, one label for a clip, or labels for stretches of it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .files.errors import short_repr
 from .model import Wav2Vec2Model
-from .pruning_utils import prune_linear
+from .pruning_utils import prune_inputs
 
 TEXT, CLIPS, SEGMENTS = "text", "clips", "segments"
 # What each setting of a head may be, by kind; None where the kind has no such setting.
@@ -23,18 +23,18 @@ _CHOICES: dict[str, dict[str, tuple[str | None, ...]]] = {
 
 @dataclass(frozen=True)
 class Head:
-    """What a head recognises, and of what.
+    """The settings of a head: what it recognises, and from which frames.
 
     Attributes:
         kind: "text" (units by CTC), "clips" (one label for an utterance) or "segments" (a label for each frame).
-        labels: the names of the outputs; of text those behind the blank.
-        units: of text, what the labels are: "words" or "characters".
-        layers: "last", what the encoder's ``forward`` gives; or "weighted", a learnt softmax-weighted sum of all hidden
-            states, as in SUPERB (arXiv 2105.01051).
+        labels: names of the outputs; for text, of those after the blank.
+        units: of text: "words" or "characters".
+        layers: "last", the encoder's output; or "weighted", a learnt softmax-weighted sum of all hidden states, as in
+            SUPERB (arXiv 2105.01051).
         pooling: of clips, over frames: "mean", or "attentive", a mean weighted by a learnt softmax.
 
     Raises:
-        ValueError: a setting cannot be (the message names it).
+        ValueError: a setting is impossible (the message names it).
     """
 
     kind: str
@@ -61,21 +61,21 @@ class Head:
 
     @property
     def num_outputs(self) -> int:
-        """One for each label, and of text one for the blank."""
+        """One for each label, and for text one more for the blank."""
         return len(self.labels) + (self.kind == TEXT)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a file holds them."""
+        """Return the settings as a file holds them."""
         return asdict(self) | {"labels": list(self.labels)}
 
 
 class TaskHead(nn.Module):
-    """The head of clips or segments: a linear layer on frames, or on what pooling makes of them.
+    """The head of clips or segments: a linear layer on frames, or on the pooled frames.
 
     Args:
         head: its settings.
         embed_dim: D.
-        num_states: hidden states of the encoder, the projected extractor output among them.
+        num_states: hidden states of the encoder, including the projected extractor output.
     """
 
     def __init__(self, head: Head, embed_dim: int, num_states: int) -> None:
@@ -85,12 +85,14 @@ class TaskHead(nn.Module):
         self.attention = nn.Linear(embed_dim, 1) if head.pooling == "attentive" else None
         self.linear = nn.Linear(embed_dim, head.num_outputs)
 
-    def forward(self, hidden_states: Sequence[Tensor], output: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """See :meth:`TaskModel.logits`."""
-        x = output
+    def forward(self, states: Sequence[Tensor], lengths: Tensor | None) -> Tensor:
+        """Logits from all hidden states (B, frames, D) for weighted layers, else from one; see TaskModel.logits."""
+        x = states[0]
         if self.layer_scores is not None:
             weights = self.layer_scores.softmax(0)
-            x = sum(weight * state for weight, state in zip(weights, hidden_states, strict=True))
+            x = weights[0] * x
+            for weight, state in zip(weights[1:], states[1:], strict=True):
+                x = x + weight * state
         return self.linear(self._pool(x, lengths) if self.pools else x)
 
     def _pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -103,17 +105,17 @@ class TaskHead(nn.Module):
         return (scores.softmax(1)[:, None] @ x).squeeze(1)
 
     def prune_embed(self, index: Tensor) -> None:
-        """Keep these dimensions (n,) of frames."""
+        """Keep the dimensions of ``index`` (n,) of frames."""
         for layer in (self.attention, self.linear):
             if layer is not None:
-                prune_linear(layer, index, "input")
+                prune_inputs(layer, index)
 
 
 class TaskModel(Wav2Vec2Model):
-    """A model with a head: ``forward`` gives logits; all else is the encoder's.
+    """A model with a head: ``forward`` returns logits; all else is as in the encoder.
 
     Args:
-        config: of the encoder; of text its ``aux_num_out`` is one more than there are labels, else None.
+        config: of the encoder; its ``aux_num_out`` is the number of outputs of text, else None.
         head: the settings of the head.
 
     Raises:
@@ -134,37 +136,39 @@ class TaskModel(Wav2Vec2Model):
 
     @property
     def kind(self) -> str:
-        """What the head recognises, see :class:`Head`."""
+        """See :class:`Head`."""
         return self.head_settings.kind
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the outputs; of text those behind the blank."""
+        """See :class:`Head`."""
         return self.head_settings.labels
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits, see :meth:`logits`, and (B,) valid frames; arguments as of :meth:`extract_features`."""
+        """Return :meth:`logits` and (B,) valid frames; arguments as in :meth:`extract_features`."""
         features, lengths, padded_lengths = self.extract_frames(waveforms, lengths)
         if self.head_settings.layers == "weighted":
             return self.logits(self.encoder.extract_features(features, padded_lengths), None, lengths), lengths
         return self.logits([], self.encoder(features, padded_lengths), lengths), lengths
 
     def logits(self, hidden_states: Sequence[Tensor], output: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """What :meth:`forward` does behind the encoder.
+        """Apply the head to the encoder's frames.
 
         Args:
-            hidden_states: all of them (B, frames, D), as ``extract_features`` gives them; read for weighted layers.
-            output: (B, frames, D) as the encoder's ``forward`` gives it; read where the layers are the last.
+            hidden_states: all of them (B, frames, D), as ``extract_features`` returns them, for weighted layers.
+            output: (B, frames, D), as the encoder's ``forward`` returns it, for the last layer.
             lengths: (B,) valid frames, or None if all are.
 
         Returns:
-            (B, frames, outputs) of text and segments, (B, classes) of clips.
+            (B, frames, outputs) for text and segments, (B, classes) for clips.
         """
-        return self.aux(output) if self.head is None else self.head(hidden_states, output, lengths)
+        is_weighted = self.head_settings.layers == "weighted"
+        states = hidden_states if is_weighted or output is None else [output]
+        return self.apply_aux(states[0]) if self.head is None else self.head(states, lengths)
 
     @torch.no_grad()
     def prune(self) -> dict[str, Any]:
-        """As of the base class; the head takes the dimensions of frames that are left."""
+        """Prune as the base class does; the head keeps the dimensions of frames that are left."""
         self.eval()  # the deterministic masks
         kept_dims = self.encoder.kept_dims()
         config = super().prune()

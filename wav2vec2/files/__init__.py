@@ -1,1 +1,1 @@
-"""Reads and writes model files, folders and checkpoints, and treats what strangers wrote with care."""
+"""Model files, folders and checkpoints: written, and read without trusting them."""

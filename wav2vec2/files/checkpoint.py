@@ -1,11 +1,11 @@
-"""The one place that reads and writes model files ``{"state_dict", "config", ...}``.
+"""Model files ``{"state_dict", "config", ...}``: written, read, checked, and built into models.
 
 Files hold plain tensors, lists, tuples and numbers, so that they load with
 ``torch.load(path, weights_only=True)``; nothing in this project unpickles more than that.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,9 @@ from .storage import atomic_path
 from .unpickling import kind_of_contents, read_torch_file
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+Source = str | os.PathLike
+"""A file or folder, named in errors."""
 
 
 def save(path: str | os.PathLike, contents: dict[str, Any]) -> None:
@@ -61,11 +64,13 @@ def read_model_file(path: str | os.PathLike) -> dict[str, Any]:
     return checked_model(read(path), path)
 
 
-def checked_model(contents: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """What :func:`read` found in a file, checked as in :func:`read_model_file`, its weights under published names.
+def checked_model(contents: dict[str, Any], path: Source) -> dict[str, Any]:
+    """Check that the contents of a file are a model's; returns them with the weights under published names.
+
+    No memory is taken for the shapes that the config claims before the weights are known to have them.
 
     Raises:
-        UserError: it is not a model.
+        UserError: they are not a model's; files of other kinds are named as such.
     """
     kind = kind_of_contents(contents, path)
     if "pytorch-lightning_version" in contents or "optimizer_states" in contents:
@@ -81,8 +86,8 @@ def checked_model(contents: dict[str, Any], path: str | os.PathLike) -> dict[str
     return contents
 
 
-def expected_state(config: dict[str, Any], source: str | os.PathLike = "config") -> dict[str, Tensor]:
-    """The state dict of the model of a config, without memory for it (on torch's meta device).
+def expected_state(config: Mapping[str, Any], source: Source = "config") -> dict[str, Tensor]:
+    """Return the state dict of the model of a config, without memory for it (on torch's meta device).
 
     Raises:
         UserError: as :func:`build_model`.
@@ -91,31 +96,8 @@ def expected_state(config: dict[str, Any], source: str | os.PathLike = "config")
         return build_model(config, source).state_dict()
 
 
-def build_model(config: dict[str, Any], source: str | os.PathLike = "config") -> Wav2Vec2Model:
-    """Build the model of a config; ``source`` is named in errors.
-
-    Raises:
-        UserError: a key is missing, unknown or has an impossible value.
-    """
-    try:
-        return wav2vec2_model(**config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: no model can be built from its config: {error}") from error
-
-
-def load_state(model: torch.nn.Module, state_dict: dict[str, Tensor], source: str | os.PathLike) -> None:
-    """Load ``state_dict`` strictly; ``source`` is named in errors.
-
-    Raises:
-        UserError: an entry is missing, left over, of another shape, not a plain float tensor or not finite.
-    """
-    state_dict = published_state(state_dict)
-    check_weights(model.state_dict(), state_dict, source)
-    model.load_state_dict(state_dict)
-
-
-def check_weights(expected: dict[str, Tensor], state_dict: dict[str, Any], source: str | os.PathLike) -> None:
-    """Check that ``state_dict`` has the keys and shapes of ``expected``, in finite floats that are really there.
+def check_weights(expected: Mapping[str, Tensor], state_dict: Mapping[str, Any], source: Source) -> None:
+    """Check that ``state_dict`` has the keys and shapes of ``expected``, in finite floats that are really stored.
 
     Raises:
         UserError: names the first key that is wrong.
@@ -146,30 +128,53 @@ def check_weights(expected: dict[str, Tensor], state_dict: dict[str, Any], sourc
             refuse(f"{key} holds NaN or infinite values; the file is damaged or its training failed")
 
 
-def load_model(path: str | os.PathLike) -> Wav2Vec2Model:
-    """Build the model of a ``.pth`` file and load its weights strictly; returned in training mode, on the CPU.
+def build_model(config: Mapping[str, Any], source: Source = "config") -> Wav2Vec2Model:
+    """Build the model of a config.
 
     Raises:
-        UserError: the file is missing, damaged, of another kind, or its weights do not fit its config.
+        UserError: a key is missing, unknown or has an impossible value.
+    """
+    try:
+        return wav2vec2_model(**config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: no model can be built from its config: {error}") from error
+
+
+def load_state(model: torch.nn.Module, state_dict: Mapping[str, Tensor], source: Source) -> None:
+    """Load ``state_dict`` strictly.
+
+    Raises:
+        UserError: an entry is missing, left over, of another shape, not a plain float tensor or not finite.
+    """
+    state_dict = published_state(state_dict)
+    check_weights(model.state_dict(), state_dict, source)
+    model.load_state_dict(state_dict)
+
+
+def load_model(path: str | os.PathLike) -> Wav2Vec2Model:
+    """Build the model of a file or folder and load its weights strictly; returned in training mode, on the CPU.
+
+    Raises:
+        UserError: as :func:`read_model_file`.
     """
     return model_of(read_model_file(path), path)
 
 
-def model_of(contents: dict[str, Any], source: str | os.PathLike) -> Wav2Vec2Model:
-    """Build the model of contents that are checked, as from :func:`read_model_file`; ``source`` is named in errors."""
+def model_of(contents: Mapping[str, Any], source: Source) -> Wav2Vec2Model:
+    """Build the model of checked contents."""
     model = build_model(contents["config"], source)
     model.load_state_dict(published_state(contents["state_dict"]))
     return model
 
 
-def masked_model_of(contents: dict[str, Any], units: Iterable[str], source: str | os.PathLike) -> Wav2Vec2Model:
-    """:func:`model_of` with fresh masks on ``units`` (names as in ``--pruning_units``).
+def masked_model_of(contents: Mapping[str, Any], units: Iterable[str], source: Source) -> Wav2Vec2Model:
+    """Build the model of checked contents with fresh masks on ``units`` (names as in ``--pruning_units``).
 
     Raises:
         UserError: as :func:`load_state`.
     """
     model = build_model(with_masks(contents["config"], units), source)
-    # The one thing that the file cannot have is the state of the masks; everything else must be there.
+    # Only the state of the masks can be absent from the file.
     fresh_masks = {key: value for key, value in model.state_dict().items() if key.endswith("log_alpha")}
     load_state(model, {**fresh_masks, **contents["state_dict"]}, source)
     return model

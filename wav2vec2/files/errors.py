@@ -1,4 +1,4 @@
-"""The one exception class for what a user can mend, and how its messages show what a file holds."""
+"""The exception for errors that a user can mend, and helpers that show the contents of files in its messages."""
 
 import reprlib
 from typing import Any
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class _ShortRepr(reprlib.Repr):
-    """Looks at a few entries of a few levels: what a file holds may be endless, and may be no plain value."""
+    """Shows a few entries of a few levels: the contents of a file may be endless, and need not be plain values."""
 
     def repr_instance(self, x: Any, level: int) -> str:
         plain = x is None or isinstance(x, (bool, float, bytes))
@@ -28,21 +28,21 @@ _SHORT_REPR.maxlevel, _SHORT_REPR.maxstring, _SHORT_REPR.maxother = 3, 60, 60
 
 
 def short_repr(value: Any) -> str:
-    """``repr(value)`` on one short line, whatever ``value`` is; the contents of tensors and objects are left out."""
+    """Return ``repr(value)`` on one short line; the contents of tensors and objects are left out."""
     return single_line(_SHORT_REPR.repr(value), 160)
 
 
 def single_line(text: str, most: int = 200) -> str:
-    """The first ``most`` characters of ``text`` on one line; what would steer a terminal becomes a question mark."""
+    """Return the first ``most`` characters of ``text`` on one line; control characters become question marks."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text[: 2 * most].split()))[:most]
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line, or its class if it says nothing."""
+    """Return the message of an error on one line, or its class if it has none."""
     return single_line(str(error)) or type(error).__name__
 
 
 def listed(label: str, names: list[str], most: int = 8) -> str:
-    """``"9 missing (a, b, ...)"``: how many, what is wrong with them and the first names."""
+    """Return ``"9 missing (a, b, ...)"``: the number of names, the label, and the first names."""
     shown = ", ".join(single_line(name, 80) for name in names[:most]) + (", ..." if len(names) > most else "")
     return f"{len(names)} {label}" + (f" ({shown})" if names else "")

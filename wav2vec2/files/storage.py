@@ -1,4 +1,4 @@
-"""Writes files whole or not at all; reads JSON and safetensors that others wrote, what is wrong being a UserError."""
+"""Writes files whole or not at all; reads JSON and safetensors of others and reports defects as UserError."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from .errors import UserError, one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-# No settings file of a model comes near it.
+# Far above any settings file of a model.
 _MAX_JSON_BYTES = 2**26
 
 
@@ -21,7 +21,7 @@ _MAX_JSON_BYTES = 2**26
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary name beside ``path`` that becomes ``path`` if the block succeeds.
 
-    What stood at ``path`` stays until then; if the block fails, the temporary file is removed.
+    Any earlier file stays until then; if the block fails, the temporary file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def placeholder(path: Path) -> str | None:
-    """What a downloaded file is, and what to do, where it only stands for the wanted one; None for all else."""
+    """Describe a downloaded file that only stands for the wanted one, and what to do; None for all else."""
     with path.open("rb") as file:
         head = file.read(64).lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
@@ -58,7 +58,7 @@ def read_json(path: Path, expected: str, advice: str = "download it again") -> d
 
     Args:
         path: the file.
-        expected: what should be there, for the error if there is no such file.
+        expected: what should be there, for the error about a missing file.
         advice: what to do about a damaged file.
 
     Raises:
@@ -82,7 +82,7 @@ def read_json(path: Path, expected: str, advice: str = "download it again") -> d
 
 
 def read_safetensors(path: Path, advice: str = "download it again") -> "dict[str, Tensor]":
-    """All tensors of a safetensors file, on the CPU.
+    """Read all tensors of a safetensors file, on the CPU.
 
     Raises:
         UserError: not a safetensors file, or the safetensors package is missing.

@@ -1,12 +1,13 @@
-"""Reads files that ``torch.save`` wrote, also other programs' and without those programs, and runs no code from them.
+"""Reads files that ``torch.save`` wrote, including those of other programs, without running code from them.
 
-torch's ``weights_only`` unpickler calls nothing but the names on an allow-list. Those that the checkpoints of fairseq
-and its relatives need beyond tensors are added here, and each of them stands for something that only holds data.
+torch's ``weights_only`` unpickler calls only the names on an allow-list. This module adds the names that checkpoints of
+fairseq and its relatives need beyond tensors, each replaced by a stand-in that only holds data.
 """
 
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import torch
 from .errors import UserError, listed, single_line
 from .storage import placeholder, read_json
 
-FILE_SUFFIXES = (".pth", ".pt", ".ckpt")  # of what torch.save writes
+FILE_SUFFIXES = (".pth", ".pt", ".ckpt")  # of files that torch.save writes
 
 
 class _Inert:
-    """Stands for a foreign class or function: keeps the pickled state, does nothing with it or with arguments."""
+    """Stands for a foreign class or function: keeps the pickled state and ignores arguments."""
 
     state: Any = None
 
@@ -44,16 +45,16 @@ class _ConfigValue(_Inert):
 
 
 def _plain_dict(*_factory: Any) -> dict[Any, Any]:
-    """Stands for ``collections.defaultdict``: an empty dict that makes nothing up."""
+    """Stands for ``collections.defaultdict``: an empty dict without a factory."""
     return {}
 
 
-# numpy's scalars and arrays stand in the training state, which is never looked at. numpy 1 and 2 name them differently.
+# The training state, which is never read, holds numpy's scalars and arrays. numpy 1 and 2 name them differently.
 _NUMPY_NAMES = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
 _NUMPY_NAMES += ["numpy.dtype", "numpy.ndarray"]
 _NODES = ("AnyNode", "BooleanNode", "FloatNode", "IntegerNode", "StringNode")
 _OTHERS = ("fairseq.data.dictionary.Dictionary", "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata")
-_SAFE_GLOBALS = [
+_SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Namespace, "argparse.Namespace"),
     (_ConfigContainer, "omegaconf.dictconfig.DictConfig"),
     (_ConfigContainer, "omegaconf.listconfig.ListConfig"),
@@ -70,7 +71,7 @@ _SAFE_GLOBALS = [
 def read_torch_file(path: str | PathLike) -> Any:
     """Read a file written by ``torch.save`` (zip or the older format); tensors are put on the CPU.
 
-    Objects of foreign classes come back as inert stand-ins; :func:`to_plain` opens those that hold settings.
+    Objects of foreign classes become inert stand-ins; :func:`to_plain` opens those that hold settings.
 
     Raises:
         UserError: the file is missing, of another kind, damaged, or asks for a name outside the allow-list.
@@ -102,7 +103,7 @@ def read_torch_file(path: str | PathLike) -> Any:
 
 
 def kind_of_path(path: Path) -> str | None:
-    """What a folder, a safetensors file or a placeholder is, and what to do with it; None for all else."""
+    """Describe a folder, a safetensors file or a placeholder, and what to do with it; None for all else."""
     if path.is_dir():
         if _transformers_type(path):
             return (
@@ -113,7 +114,7 @@ def kind_of_path(path: Path) -> str | None:
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(9)
-        # The length of its header, which is JSON; of the formats of torch.save, one is a zip file, the other a pickle.
+        # The length of its header, then JSON. Files of torch.save are zip files or pickles.
         if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
             if not (path.parent / "config.json").is_file():
                 return f"a safetensors file; with the config.json that belongs to it, {_convert_folder(path.parent)}"
@@ -125,12 +126,12 @@ def kind_of_path(path: Path) -> str | None:
 
 
 def model_files(folder: Path) -> list[str]:
-    """The names of the files in a folder that ``torch.save`` may have written."""
+    """Return the names of files in a folder that ``torch.save`` may have written."""
     return [file.name for file in sorted(folder.glob("*")) if file.suffix in FILE_SUFFIXES]
 
 
 def kind_of_contents(contents: Any, path: str | PathLike) -> str | None:
-    """What a file that was read is, if another command wants it, and which; None for all else."""
+    """Describe the contents of a file that another command takes, and name the command; None for all else."""
     if not isinstance(contents, dict):
         return None
     if "pytorch-lightning_version" in contents or "optimizer_states" in contents:
@@ -151,7 +152,7 @@ def kind_of_contents(contents: Any, path: str | PathLike) -> str | None:
 
 
 def _transformers_type(folder: Path) -> Any:
-    """``model_type`` of the folder's config.json, which all of transformers' have; None if there is none."""
+    """Return ``model_type`` of the folder's config.json, which all folders of transformers have, or None."""
     try:
         return read_json(folder / "config.json", "").get("model_type")
     except (UserError, OSError):
@@ -163,7 +164,7 @@ def _convert_folder(folder: Path) -> str:
 
 
 def _check_records(path: Path) -> None:
-    """Compare every record of a zip archive with its checksum, which torch does not, and all of them with the file.
+    """Check every record of a zip archive against its checksum, which torch does not, and their sum of sizes.
 
     Raises:
         ValueError, zipfile.BadZipFile: a record is damaged, or they claim to be larger than the file.
@@ -177,10 +178,10 @@ def _check_records(path: Path) -> None:
 
 
 def to_plain(value: Any, source: str | PathLike) -> Any:
-    """``value`` with Namespace, DictConfig, ListConfig and their nodes replaced by dicts, lists and plain values.
+    """Replace Namespace, DictConfig, ListConfig and their nodes in ``value`` by dicts, lists and plain values.
 
     Raises:
-        UserError: the settings are nested without end or lack their content.
+        UserError: the settings are nested endlessly or lack their content.
     """
     try:
         return _to_plain(value)

@@ -1,9 +1,9 @@
 """Imports HuBERT, wav2vec 2.0 and WavLM checkpoints in fairseq's format, without fairseq.
 
-Three layouts of settings are published: ``cfg`` with one dict per component (fairseq from 2021 on, plain or as an
-omegaconf DictConfig), ``args`` (an argparse.Namespace, before that), and a flat ``cfg`` (Microsoft's WavLM); s3prl
-writes the first as ``model_cfg``, ``task_cfg`` and ``model_weight``. Settings that a file lacks have the defaults of
-the program that wrote it.
+Settings come in three published layouts: ``cfg`` with one dict per component (fairseq from 2021 on, plain or as an
+omegaconf DictConfig), ``args`` (an argparse.Namespace, before 2021), and a flat ``cfg`` (Microsoft's WavLM). s3prl
+writes the first as ``model_cfg``, ``task_cfg`` and ``model_weight``. Missing settings have the defaults of the program
+that wrote the file.
 """
 
 import ast
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import MAX_CONV_LAYERS
 from ..files.errors import UserError, one_line, short_repr, single_line
 from ..files.unpickling import kind_of_contents, read_torch_file, to_plain
 from .importing import (
@@ -83,7 +84,7 @@ _DEFAULTS: dict[str, Any] = {
     "gru_rel_pos": False,
 }
 
-# Settings that would make it another model: name -> values that do not. All may be absent.
+# Settings of which only some values are supported: name -> those values. All settings may be absent.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "activation_fn": ("gelu",),
     "layer_type": ("transformer",),
@@ -94,7 +95,6 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "expand_attention_head_size": (-1,),
 }
 
-_MAX_CONV_LAYERS = 64
 _LONGEST_EXPRESSION = 4000  # characters
 
 
@@ -124,14 +124,14 @@ def import_fairseq_model(
 
 
 def compare_with_fairseq(imported: ImportedModel, path: str | PathLike) -> float | None:
-    """The largest difference from the outputs of fairseq's own model, see :func:`importing.compare_outputs`.
+    """Return the largest difference from the outputs of fairseq's own model, see :func:`compare_outputs`.
 
-    fairseq's model is built from the settings that are checked here, and filled with the tensors that are read here:
-    fairseq gets nothing that a file could have it run.
+    fairseq's model is built from settings that are checked here, and filled with tensors that are read here, so no
+    file can make fairseq run code.
 
     Returns:
-        None where there is no fairseq, or none that this Python can import (the model's remarks say so), or where
-        fairseq has no such model (WavLM).
+        None without fairseq, with one that this Python cannot import (the model's remarks say so), and for WavLM,
+        which fairseq does not have.
 
     Raises:
         UserError: fairseq cannot take the model, or the difference is too large.
@@ -150,7 +150,7 @@ def compare_with_fairseq(imported: ImportedModel, path: str | PathLike) -> float
         with quiet():
             model = _fairseq_model(architecture, settings)
             load_source_state(model, weights, "feature_extractor.conv_layers.0.0.weight")
-    except Exception as error:  # whatever fairseq meets, the conversion cannot be checked
+    except Exception as error:  # for whatever reason, the conversion cannot be checked
         raise UserError(
             f"{path}: fairseq cannot take the source model ({one_line(error)}), which so cannot be checked; nothing "
             "was written; without fairseq installed it is not checked"
@@ -167,7 +167,7 @@ def compare_with_fairseq(imported: ImportedModel, path: str | PathLike) -> float
 
 
 def _fairseq_model(architecture: Architecture, settings: dict[str, Any]) -> Any:
-    """fairseq's own model, with weights of its own."""
+    """Build fairseq's own model, with random weights."""
     from fairseq.models.hubert import HubertConfig, HubertModel
     from fairseq.models.wav2vec import Wav2Vec2Config, Wav2Vec2Model
     from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig
@@ -180,12 +180,12 @@ def _fairseq_model(architecture: Architecture, settings: dict[str, Any]) -> Any:
     config.conv_feature_layers = repr([tuple(layer) for layer in architecture.conv_layers])
     if not is_hubert:
         return Wav2Vec2Model(config).eval()
-    config.label_rate = 50  # of targets, which have no part here
+    config.label_rate = 50  # of targets, which are not used here
     return HubertModel(config, HubertPretrainingConfig(), [None]).eval()
 
 
 def _read_checkpoint(path: str | PathLike) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """The weights of a checkpoint, the backbone's settings, and the task's (None if there are none).
+    """Return the weights of a checkpoint, the backbone's settings, and the task's (None if there are none).
 
     Raises:
         UserError: the file cannot be read, or is of another kind.
@@ -207,7 +207,7 @@ def _read_checkpoint(path: str | PathLike) -> tuple[Mapping[str, Any], dict[str,
 
 
 def _find_settings(contents: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The settings of the model, and those of the task, which say what waveforms are like (None if there are none)."""
+    """Return the model's settings, and the task's, which describe the waveforms (None if there are none)."""
     for entry in ("cfg", "args"):
         settings = to_plain(contents.get(entry), source)
         if isinstance(settings, dict):
@@ -219,7 +219,7 @@ def _find_settings(contents: dict[str, Any], source: str) -> tuple[dict[str, Any
 
 
 def _split_settings(settings: dict[str, Any], place: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Split settings into the model's and the task's; those without components are both."""
+    """Split settings into the model's and the task's; settings without components serve as both."""
     if "model" not in settings:
         return settings, settings
     model, task = settings["model"], settings.get("task")
@@ -229,7 +229,7 @@ def _split_settings(settings: dict[str, Any], place: str) -> tuple[dict[str, Any
 
 
 def _backbone_settings(settings: dict[str, Any], source: str) -> dict[str, Any]:
-    """The pre-trained model's settings, which a fine-tuned model's hold under ``w2v_args``."""
+    """Return the pre-trained model's settings, which those of a fine-tuned model hold under ``w2v_args``."""
     backbone = settings.get("w2v_args")
     if not isinstance(backbone, dict):
         raise UserError(
@@ -300,15 +300,9 @@ def _read_architecture(
 
 def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -> str:
     name = next((settings[key] for key in ("_name", "arch") if settings.get(key) is not None), None)
-    if name is None:  # the two differ in their pre-training targets only
-        name = next(
-            (
-                family
-                for key, family in _FAMILY_BY_KEY.items()
-                if any(f".{name}".endswith(f".{key}") for name in weights)
-            ),
-            None,
-        )
+    for key, family in _FAMILY_BY_KEY.items():  # the two differ in their pre-training targets only
+        if name is None and any(f".{weight}".endswith(f".{key}") for weight in weights):
+            name = family
     if not isinstance(name, str) or name not in _FAMILIES:
         raise UserError(
             f"{source}: a fairseq model of kind {short_repr(name)}, expected one of {list(_FAMILIES)} or a WavLM; "
@@ -318,13 +312,14 @@ def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -
 
 
 def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> list[list[int]]:
-    """Read fairseq's conv layers, Python such as ``[(512,10,5)] + [(512,3,2)] * 4``, without running it.
+    """Read fairseq's conv layers, a Python expression such as ``[(512,10,5)] + [(512,3,2)] * 4``, without running it.
 
     Returns:
         ``[channels, kernel, stride]`` of each layer.
 
     Raises:
-        UserError: anything but lists and tuples of whole numbers, joined by + and repeated by *, or too many layers.
+        UserError: it holds more than lists and tuples of whole numbers, joined by + and repeated by *, or too many
+            layers.
     """
     try:
         if len(expression) > _LONGEST_EXPRESSION:
@@ -332,8 +327,8 @@ def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> l
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the parser, about what is refused anyway
             layers = _evaluate(ast.parse(expression.strip(), mode="eval").body)
-        if not isinstance(layers, list) or not 0 < len(layers) <= _MAX_CONV_LAYERS:
-            raise ValueError(f"not a list of 1 to {_MAX_CONV_LAYERS} layers")
+        if not isinstance(layers, list) or not 0 < len(layers) <= MAX_CONV_LAYERS:
+            raise ValueError(f"not a list of 1 to {MAX_CONV_LAYERS} layers")
         for layer in layers:
             if not isinstance(layer, list) or len(layer) != 3 or not all(type(n) is int and n > 0 for n in layer):
                 raise ValueError(f"{short_repr(layer)} is not (channels, kernel, stride)")
@@ -346,7 +341,7 @@ def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> l
 
 
 def _evaluate(node: ast.expr) -> Any:
-    """Value of a literal built of whole numbers, lists and tuples (both returned as lists), + and *."""
+    """Evaluate a literal of whole numbers, lists and tuples (both become lists), + and *."""
     match node:
         case ast.Constant(value=number) if type(number) is int:
             return number
@@ -359,6 +354,6 @@ def _evaluate(node: ast.expr) -> Any:
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             items, times = _evaluate(left), _evaluate(right)
             # The bound comes before the multiplication: the file may ask for more than memory holds.
-            if isinstance(items, list) and isinstance(times, int) and len(items) * times <= _MAX_CONV_LAYERS:
+            if isinstance(items, list) and isinstance(times, int) and len(items) * times <= MAX_CONV_LAYERS:
                 return items * times
     raise ValueError(f"{ast.unparse(node)} is not allowed")

@@ -13,6 +13,7 @@ from ..files.errors import UserError, one_line, short_repr
 from ..files.storage import read_json, read_safetensors
 from ..files.unpickling import kind_of_contents, kind_of_path, read_torch_file
 from .importing import (
+    FIRST_CONV,
     Architecture,
     Dropouts,
     ImportedModel,
@@ -47,7 +48,7 @@ FAMILIES = {
 
 EXTRACTOR_MODES = {"group": "group_norm", "layer": "layer_norm"}
 
-# Settings that would make it another model: name -> (the value that does not, what another value means).
+# Settings of which only one value is supported: name -> (that value, the meaning of any other).
 ACCEPTED: dict[str, tuple[Any, str]] = {
     "hidden_act": ("gelu", "another activation"),
     "feat_extract_activation": ("gelu", "another activation"),
@@ -58,7 +59,7 @@ ACCEPTED: dict[str, tuple[Any, str]] = {
     "quantization_config": (None, "quantised weights"),
 }
 
-# What the backbone is made of. Other settings (of heads, pre-training, generation, ...) are not looked at.
+# Settings of the backbone. Others (of heads, pre-training, generation, ...) are ignored.
 _BACKBONE_SETTINGS = (
     "feat_extract_norm",
     "conv_dim",
@@ -77,17 +78,16 @@ _BACKBONE_SETTINGS = (
     "num_buckets",
     "max_bucket_distance",
 )
-_FIRST_CONV = "feature_extractor.conv_layers.0.conv.weight"
 
 _WRITTEN_BY = "a directory that transformers' save_pretrained wrote"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 
 
 def fetch_huggingface_model(model: str) -> Path:
-    """The directory of ``model``: a local directory, or a hub id that is downloaded (or found in the cache).
+    """Return the directory of ``model``: a local one, or that of a hub id, downloaded or from the cache.
 
     Raises:
-        UserError: neither a directory nor a model that can be had from the hub.
+        UserError: it is neither a directory nor a model that the hub gives.
     """
     directory = Path(model)
     if directory.is_dir():
@@ -124,7 +124,7 @@ def import_huggingface_model(
 
     Args:
         directory: holds config.json, preprocessor_config.json and the weights (safetensors or
-            pytorch_model.bin, in one file or in shards, full or half precision).
+            pytorch_model.bin, in one file or in shards, in full or half precision).
         dropouts: written into the config; the published training's by default.
         normalize_waveform: overrides what the extractor's mode decides.
 
@@ -145,7 +145,7 @@ def import_huggingface_model(
 
 
 def compare_with_source(imported: ImportedModel, directory: str | Path) -> float:
-    """The largest difference from the outputs of transformers' own model, see :func:`importing.compare_outputs`.
+    """Return the largest difference from the outputs of transformers' own model, see :func:`compare_outputs`.
 
     Raises:
         UserError: transformers cannot load the model, or the difference is too large.
@@ -160,16 +160,16 @@ def compare_with_source(imported: ImportedModel, directory: str | Path) -> float
 
 
 def _source_config(settings: dict[str, Any], source: Path) -> Any:
-    """transformers' config of the backbone alone; its class fills in the settings that older files lack.
+    """Build transformers' config of the backbone alone, which fills in the settings that older files lack.
 
     Raises:
-        UserError: of another architecture, or a setting of the backbone cannot be.
+        UserError: the architecture is another, or a setting of the backbone is impossible.
     """
     model_type = settings.get("model_type")
     if "encoder_embed_dim" in settings:
         raise UserError(
-            f"{source}: of a model of this project, which needs no conversion; give its folder as a model, or the file "
-            "that it was exported from"
+            f"{source}: describes a model of this project, which needs no conversion; give its folder as a model, or "
+            "the file that it was exported from"
         )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
@@ -229,10 +229,10 @@ def _read_architecture(settings: dict[str, Any], directory: Path) -> Architectur
 
 
 def _stated_normalization(directory: Path) -> bool | None:
-    """``do_normalize`` of the feature extractor's settings, which newer files keep inside the processor's.
+    """Return ``do_normalize`` of the feature extractor's settings, which newer files keep inside the processor's.
 
     Raises:
-        UserError: the settings cannot be read, or are those of another sample rate.
+        UserError: the settings cannot be read, or state another sample rate.
     """
     stated = None
     for path in (directory / "processor_config.json", directory / "preprocessor_config.json"):
@@ -252,13 +252,13 @@ def _stated_normalization(directory: Path) -> bool | None:
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of the first weight file that is there, in one piece or in shards."""
+    """Read all tensors of the first weight file that exists, in one piece or in shards."""
     for name in _WEIGHT_FILES:
         if (directory / name).is_file():
             return _read_weight_file(directory / name)
         index = directory / f"{name}.index.json"
         if index.is_file():
-            weights = {}
+            weights: dict[str, Tensor] = {}
             for shard in _shard_paths(index):
                 weights |= _read_weight_file(shard)
             return weights
@@ -296,7 +296,7 @@ def _load_source_model(directory: Path) -> torch.nn.Module:
         with _quiet_transformers():
             config._attn_implementation = "eager"
             model = getattr(transformers, FAMILIES[config.model_type].model_class)(config)
-            load_source_state(model, _read_weights(directory), _FIRST_CONV)
+            load_source_state(model, _read_weights(directory), FIRST_CONV)
     except Exception as error:  # whatever transformers meets, the conversion cannot be checked
         raise UserError(f"{directory}: transformers cannot load the source model ({one_line(error)})") from error
     return model.eval()
@@ -304,7 +304,7 @@ def _load_source_model(directory: Path) -> torch.nn.Module:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' load reports (the heads that are left out) and progress bars."""
+    """Silence transformers' load reports (of heads that are left out) and progress bars."""
     from transformers.utils import logging
 
     verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
 """Imports the state dicts that ``torchaudio.pipelines`` downloads: bare tensors by name, without a config.
 
-Which model they are of is read from their names and shapes; there are nine published networks. Names are ours, but
-for WavLM's attention, which is packed, and the extractor's output scale, which only pruning needs.
+Names and shapes tell which of nine published networks they belong to. The names are ours, except for WavLM's packed
+attention and the extractor's output scale, which only pruning needs.
 """
 
 import re
@@ -23,20 +23,18 @@ from ..model import (
     wavlm_base,
     wavlm_large,
 )
-from .importing import backbone_of, normalizes_waveform
+from .importing import DUMMY_WEIGHT, FIRST_CONV, backbone_of, normalizes_waveform
 
-_FIRST_CONV = "feature_extractor.conv_layers.0.conv.weight"
 _ENCODER_NORM = "encoder.transformer.layer_norm.weight"
-_DUMMY_WEIGHT = "feature_extractor.dummy_weight"
 _LAYER = re.compile(r"encoder\.transformer\.layers\.(\d+)\.")
 
-# torchaudio's WavLM holds PyTorch's own attention, with the three projections in one matrix -> ours, in its order.
+# torchaudio's WavLM uses PyTorch's own attention, with three projections in one matrix, in this order.
 _PACKED = re.compile(r"(encoder\.transformer\.layers\.\d+\.attention)\.attention\.(in_proj_|out_proj\.)(weight|bias)")
 _IN_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class _Traits(NamedTuple):
-    """What tells the published networks apart."""
+    """The properties that tell the published networks apart."""
 
     is_wavlm: bool
     embed_dim: int
@@ -50,7 +48,7 @@ class _Traits(NamedTuple):
 
 
 class _Published(NamedTuple):
-    """A published network; ``options`` change the factory's config."""
+    """A published network; ``options`` override the factory's config."""
 
     name: str
     factory: Callable[..., Wav2Vec2Model]
@@ -77,36 +75,35 @@ _NETWORKS = {
 
 
 def is_torchaudio_state(state_dict: Any) -> bool:
-    """Whether ``state_dict`` is a bare dict of tensors under torchaudio's names, of whatever shapes."""
+    """Return whether ``state_dict`` is a bare dict of tensors under torchaudio's names, of any shapes."""
     return (
         isinstance(state_dict, Mapping)
         and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items())
-        and all(any(f".{name}".endswith(f".{key}") for name in state_dict) for key in (_FIRST_CONV, _ENCODER_NORM))
+        and all(any(f".{name}".endswith(f".{key}") for name in state_dict) for key in (FIRST_CONV, _ENCODER_NORM))
     )
 
 
 def import_torchaudio(
     state_dict: Mapping[str, Tensor], normalize_waveform: bool | None = None, source: str = "torchaudio weights"
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the state dict, in our names, of a published network's weights or of its first layers.
+    """Return the config and the state dict, in our names, of a published network or of its first layers.
 
     Args:
-        state_dict: as ``torchaudio.pipelines`` downloads it, or ``state_dict()`` of torchaudio's model, full or half
-            precision. An output layer of any size (``aux``) is kept.
-        normalize_waveform: whether the model wants normalised waveforms. torchaudio's own bundles normalise outside
-            of the model; by default this is as in the bundle of the same network: normalised for those with a
-            layer_norm extractor, not for the others.
+        state_dict: as ``torchaudio.pipelines`` downloads it, or ``state_dict()`` of torchaudio's model, in full or
+            half precision. An output layer of any size (``aux``) is kept.
+        normalize_waveform: the model expects normalised waveforms. By default as in torchaudio's bundle of the
+            network, which normalises outside of the model: true for those with a layer_norm extractor.
         source: named in errors.
 
     Returns:
         The arguments of ``wav2vec2_model``, with the dropouts of the published pre-training, and its state dict.
-        Networks that are the same but for dropouts and training (HuBERT and wav2vec 2.0 Base) share a config.
+        Networks that differ only in dropouts and training (HuBERT and wav2vec 2.0 Base) share a config.
 
     Raises:
-        UserError: not the names or not the shapes of a published network; it says what was found.
+        UserError: the names or shapes are not those of a published network; it says what was found.
     """
     if not is_torchaudio_state(state_dict):
-        raise UserError(f"{source}: expected tensors under torchaudio's names ({_FIRST_CONV}, ...), found others")
+        raise UserError(f"{source}: expected tensors under torchaudio's names ({FIRST_CONV}, ...), found others")
     weights = our_names(state_dict)
     if _ENCODER_NORM not in weights:
         raise UserError(f"{source}: the weights of more than one model, expected those of one")
@@ -115,16 +112,16 @@ def import_torchaudio(
         normalize_waveform = normalizes_waveform(config["extractor_mode"])
     config["normalize_waveform"] = normalize_waveform
     expected = expected_state(config, source)
-    scale = torch.ones(expected[_DUMMY_WEIGHT].shape, dtype=weights[_FIRST_CONV].dtype)
-    weights = {_DUMMY_WEIGHT: scale, **weights}
+    scale = torch.ones(expected[DUMMY_WEIGHT].shape, dtype=weights[FIRST_CONV].dtype)
+    weights = {DUMMY_WEIGHT: scale, **weights}
     check_weights(expected, weights, f"{source} (by its names and sizes {name})")
     return config, {name: weights[name] for name in expected}
 
 
 def recognize(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, Any]]:
-    """The name of the published network that these weights, under our names, can be of, and its config.
+    """Return the name of the published network with the traits of these weights, under our names, and its config.
 
-    Looks at what tells the networks apart; whether all weights fit is not checked.
+    The other weights are not checked.
 
     Raises:
         UserError: there is none; it says what was found.
@@ -139,9 +136,9 @@ def recognize(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict[str
 
 
 def our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under torchaudio's names, under ours; heads, targets and what wraps the names are left out."""
+    """Rename tensors from torchaudio's names to ours; heads, targets and wrappers of the names are left out."""
     weights: dict[str, Tensor] = {}
-    prefix, kept, _ = backbone_of(state_dict, _FIRST_CONV)
+    prefix, kept, _ = backbone_of(state_dict, FIRST_CONV)
     for name, tensor in kept.items():
         name = name.removeprefix(prefix) if name.startswith(prefix) else f"{name} outside of {prefix}"
         packed = _PACKED.fullmatch(name)
@@ -169,7 +166,7 @@ def _traits(weights: Mapping[str, Tensor], source: str) -> _Traits:
 
 
 def _config(network: _Published, weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The config of ``network`` with as many layers, and an output layer as large, as ``weights`` have."""
+    """Return the config of ``network`` with the number of layers and the size of the output layer of ``weights``."""
     with torch.device("meta"):
         config = network.factory(**network.options).config
     layers = {match[1] for name in weights if (match := _LAYER.match(name))}

@@ -1,0 +1,72 @@
+"""Counted operations and parameters, held against torch's own counters."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from helpers import FAMILIES, hubert_base_flops, num_elements, small_config
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from wav2vec2.fast import plain_paths
+from wav2vec2.flops import count_flops, count_params
+from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model, with_masks
+
+
+def torch_counts(config: dict[str, Any], num_samples: int, num_layers: int | None, plain: bool) -> dict[str, int]:
+    """Operations of each part, as torch meets them on its meta device."""
+    with torch.device("meta"):
+        model = wav2vec2_model(**config).eval()
+        waveforms = torch.empty(1, num_samples)
+    counter = FlopCounterMode(display=False)
+    counts: Counter[str] = Counter()
+    for part, modules in parts_of(model).items():
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_, part=part: counts.subtract({part: counter.get_total_flops()}))
+            module.register_forward_hook(lambda *_, part=part: counts.update({part: counter.get_total_flops()}))
+    with torch.no_grad(), plain_paths(plain), counter:
+        model.extract_features(waveforms, num_layers=num_layers)
+    return {**counts, "projection": counter.get_total_flops() - counts.total()}
+
+
+def parts_of(model: Wav2Vec2Model) -> dict[str, list[nn.Module]]:
+    layers = model.encoder.transformer.layers
+    return {
+        "conv": [model.feature_extractor],
+        "attention": [layer.attention for layer in layers if layer.attention is not None],
+        "feed_forward": [layer.feed_forward for layer in layers if layer.feed_forward is not None],
+    }
+
+
+IRREGULAR = {"encoder_use_attention": [True, False, True], "encoder_ff_interm_features": [20, 7, 0]}
+NO_HEADS = {
+    "hubert": {"encoder_num_heads": [4, 0, 1]},
+    "wavlm": {"encoder_remaining_heads": [[0, 1, 3], [], [2]]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "fast"])
+@pytest.mark.parametrize("num_samples", [400, 16_000])
+def test_as_torch_counts(family, size, plain, num_samples):
+    """Every part, for dense, irregular and masked models, with an odd kernel, and the first layers alone."""
+    masks = {"extractor_prune_conv_channels": True, "encoder_prune_attention_heads": True}
+    for changes in ({}, IRREGULAR | NO_HEADS[family], masks, {"encoder_pos_conv_kernel": 7}):
+        config = small_config(family, size, **changes)
+        for num_layers in (None, 2):
+            counted = count_flops(config, num_samples, num_layers)
+            assert counted._asdict() == torch_counts(config, num_samples, num_layers, plain)
+        assert 2 * wav2vec2_model(**with_masks(config, ())).get_num_macs(num_samples) == sum(
+            count_flops(config, num_samples)
+        )
+
+
+def test_parts():
+    """The parameters of all parts are all there are, and HuBERT Base's operations are those counted by hand."""
+    with torch.device("meta"):
+        model = hubert_base()
+    params = count_params(model)
+    assert sum(params) == num_elements(model) and params.feed_forward == 12 * (2 * 768 * 3072 + 3072 + 768)
+    assert sum(count_flops(model.config, 16_000)) == pytest.approx(hubert_base_flops(16_000), rel=2e-3)
