@@ -10,9 +10,13 @@ import sys
 
 import pytest
 import soundfile
+import torch
 from helpers import REPOSITORY, random_model, random_waveforms, small_config
 from test_imports import ROOMS, files, imports
+from torch import Tensor
+from torch.nn import functional as F
 
+import lightning
 from wav2vec2.files import checkpoint
 
 PAGES = {
@@ -120,6 +124,15 @@ def test_picture_of_the_house():
         room = path.parts[0].removesuffix(".py")
         if room in ROOMS:
             assert {name.partition(".")[0] for name in imports(REPOSITORY / path)} & set(ROOMS) <= below[room], path
+
+
+def test_term():
+    """CONTRIBUTING.md: its term compares the states of both models."""
+    (code,) = [block for block in blocks("python") if "lightning.Term" in block]
+    exec(code, names := {"lightning": lightning, "Tensor": Tensor, "F": F})
+    term, states, others = names["FrameRelations"](1.0), torch.randn(5, 2, 3, 4), torch.randn(5, 2, 3, 4)
+    same, other = (term(lightning.States(None, None, None, states, x, None)) for x in (states, others))
+    assert same == 0 < other
 
 
 @pytest.mark.slow
