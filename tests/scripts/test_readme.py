@@ -1,4 +1,4 @@
-"""Every command and code block of the README and of the guides in docs/ is one that works."""
+"""Every command, code block, path and link of the README and the other pages works."""
 
 import importlib
 import os
@@ -7,21 +7,28 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from helpers import REPOSITORY, random_model, random_waveforms, small_config
+from test_imports import ROOMS, files, imports
+from torch import Tensor
+from torch.nn import functional as F
 
+import lightning
 from wav2vec2.files import checkpoint
 
-README = (REPOSITORY / "README.md").read_text()
-GUIDES = ("running", "reliability", "using", "measuring")
-PAGES = README + "".join((REPOSITORY / "docs" / f"{name}.md").read_text() for name in GUIDES)
+PAGES = {
+    path: path.read_text()
+    for path in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+}
+TEXT = "".join(PAGES.values())
+BENCHMARKS = ("benchmarks/methods.sh", "benchmarks/tasks.sh")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGES, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -30,93 +37,102 @@ def commands() -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def without_settings(command: list[str]) -> list[str]:
-    """A command without the NAME=VALUE words before it."""
-    while command and "=" in command[0]:
-        command = command[1:]
-    return command
+def split_settings(command: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The NAME=VALUE words before a command, and the command."""
+    start = next(i for i, word in enumerate(command) if "=" not in word)
+    return dict(word.split("=", 1) for word in command[:start]), command[start:]
 
 
 def starting_with(*first: str) -> list[list[str]]:
-    found = [command for command in commands() if without_settings(command)[0] in first]
+    found = [command for command in commands() if split_settings(command)[1][0] in first]
     assert found, first
     return found
+
+
+def run_checked(words: list[str], **settings: str) -> str:
+    """Run a command in the repository and return its output; it must succeed."""
+    environment = os.environ | settings
+    result = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("command", starting_with("python"), ids=lambda command: " ".join(command)[:60])
 def test_script_flags(command, monkeypatch):
     is_module = command[1] == "-m"
+    name = command[1 + is_module].removesuffix(".py")
+    if is_module and (REPOSITORY / name).is_dir():
+        name += ".__main__"
     monkeypatch.setattr(sys, "argv", command[1 + is_module :])
-    if command[1:3] != ["-m", "venv"]:
-        name = command[1 + is_module].removesuffix(".py")
-        is_package = is_module and (REPOSITORY / name).is_dir()
-        importlib.import_module(f"{name}.__main__" if is_package else name).parse_args()
+    importlib.import_module(name).parse_args()
 
 
-def running(script: str) -> list[list[str]]:
-    return [command for command in starting_with("bash", "sbatch") if script in command]
-
-
-BENCHMARKS = ("benchmarks/methods.sh", "benchmarks/tasks.sh")
-
-
-def test_every_shell_script_is_covered():
-    assert sum(len(running(script)) for script in ("run.sh", *BENCHMARKS)) == len(starting_with("bash", "sbatch"))
-
-
-@pytest.mark.parametrize("command", [command for script in BENCHMARKS for command in running(script)], ids=" ".join)
-def test_benchmark_commands(command, tmp_path):
-    (script,) = set(command).intersection(BENCHMARKS)
-    settings = dict(word.split("=", 1) for word in command if "=" in word) | {"OUT": str(tmp_path), "ROWS": "published"}
-    lists = [str(tmp_path / name) for name in command[command.index(script) + 1 :]]
-    for path in map(Path, lists):
+@pytest.mark.parametrize("command", starting_with("bash", "sbatch"), ids=" ".join)
+def test_shell_scripts(command, tmp_path):
+    settings, words = split_settings(command)
+    (script,) = {"run.sh", *BENCHMARKS}.intersection(words)
+    words = [word for word in words[words.index(script) + 1 :] if word != "--print"]  # sbatch has options before it
+    if script == "run.sh":
+        output = run_checked(["bash", script, "--print", *words], **settings)
+        assert all(f"'{word}'" in output for word in (*settings.values(), *words[1:]))
+        return
+    lists = [tmp_path / name for name in words]
+    for path in lists:
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    result = subprocess.run(
-        ["bash", script, "--dry-run", *lists],
-        cwd=REPOSITORY,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    flag = "--probes" if script == BENCHMARKS[0] else "--tsv"
-    assert f"{flag} {' '.join(lists)}" in result.stdout
-
-
-@pytest.mark.parametrize("command", running("run.sh"), ids=" ".join)
-def test_run_sh_commands(command):
-    settings = dict(word.split("=", 1) for word in command[: len(command) - len(without_settings(command))])
-    words = [word for word in without_settings(command)[1:] if word != "--print"]
-    words = words[words.index("run.sh") + 1 :]  # sbatch has options of its own before it
-    result = subprocess.run(
-        ["bash", "run.sh", "--print", *words],
-        cwd=REPOSITORY,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    for word in (*settings.values(), *words[1:]):
-        assert f"'{word}'" in result.stdout
+    names = list(map(str, lists))
+    settings |= {"OUT": str(tmp_path), "ROWS": "published"}
+    output = run_checked(["bash", script, "--dry-run", *names], **settings)
+    assert f"{'--probes' if script == BENCHMARKS[0] else '--tsv'} {' '.join(names)}" in output
 
 
 @pytest.mark.parametrize("command", starting_with("make"), ids=" ".join)
 def test_make_targets(command):
-    result = subprocess.run(["make", "-n", *command[1:]], cwd=REPOSITORY, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_checked(["make", "-n", *command[1:]])
 
 
 def test_every_command_is_covered():
-    """A new kind of command in the README needs a test here."""
+    """A new kind of command needs a test here."""
     known = {"python", "python3", "source", "pip", "make", "bash", "sbatch"}
-    assert {without_settings(command)[0] for command in commands()} <= known
+    assert {split_settings(command)[1][0] for command in commands()} <= known
 
 
 def test_paths_exist():
-    folders = "conf|demo|tests|benchmarks|wav2vec2|evaluation|report|labels|exporters|examples|s3prl_upstream|docs"
-    for path in re.findall(rf"`((?:{folders})/[\w./-]*|[\w-]+\.(?:py|sh))`", PAGES):
-        assert (REPOSITORY / path).exists() or (REPOSITORY / "wav2vec2" / path).exists(), path
+    folders = "|".join([*ROOMS, "conf", "demo", "tests", "examples", "s3prl_upstream", "docs"])
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*|[\w-]+\.(?:py|sh))`", TEXT):
+        assert (REPOSITORY / path).exists() or list(REPOSITORY.glob(f"*/{path}")), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", PAGES[page]):
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", path.read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_picture_of_the_house():
+    """CONTRIBUTING.md: every import between rooms goes along its arrows, which go down."""
+    (picture,) = blocks("mermaid")
+    arrows = re.findall(r"^ *(\w+).* --> (\w+)", picture, flags=re.MULTILINE)
+    below = {}
+    for room in reversed(ROOMS):
+        below[room] = {room}.union(*(below[target] for source, target in arrows if source == room))
+    for path in files():
+        room = path.parts[0].removesuffix(".py")
+        if room in ROOMS:
+            assert {name.partition(".")[0] for name in imports(REPOSITORY / path)} & set(ROOMS) <= below[room], path
+
+
+def test_term():
+    """CONTRIBUTING.md: its term compares the states of both models."""
+    (code,) = [block for block in blocks("python") if "lightning.Term" in block]
+    exec(code, names := {"lightning": lightning, "Tensor": Tensor, "F": F})
+    term, states, others = names["FrameRelations"](1.0), torch.randn(5, 2, 3, 4), torch.randn(5, 2, 3, 4)
+    same, other = (term(lightning.States(None, None, None, states, x, None)) for x in (states, others))
+    assert same == 0 < other
 
 
 @pytest.mark.slow
@@ -129,7 +145,7 @@ def test_paths_exist():
     ids=["wav2vec2.load", "plain PyTorch"],
 )
 def test_loading_code(number, blocked, check, tmp_path):
-    """The blocks that load a model, in a process that has torch, wav2vec2/ and hardconcrete.py alone."""
+    """The blocks that load a model, in a process that has only torch, wav2vec2/ and hardconcrete.py."""
     code = blocks("python")[number]
     path = re.search(r'load\("(.*?)"', code).group(1)
     model = random_model(small_config("hubert"))
@@ -139,12 +155,6 @@ def test_loading_code(number, blocked, check, tmp_path):
     for name, num_samples in (("talk.flac", 8000), ("a.flac", 8000), ("b.wav", 5000)):
         soundfile.write(tmp_path / name, random_waveforms(num_samples)[0][0].clamp(-1, 1).numpy(), 16000)
     names = ["torchaudio", "transformers", "pytorch_lightning", "tqdm", "safetensors", "huggingface_hub", *blocked]
-    blocked = f"import sys\nfor name in {names}:\n"
-    check = f"\nassert {check}\n"
-    result = subprocess.run(
-        [sys.executable, "-c", f"{blocked}    sys.modules[name] = None\n{code}{check}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    program = f"import sys\nfor name in {names}:\n    sys.modules[name] = None\n{code}\nassert {check}\n"
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
