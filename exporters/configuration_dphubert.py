@@ -1,4 +1,4 @@
-"""The configuration, in transformers, of the models that modeling_dphubert.py has; travels with them."""
+"""The configuration of the models of modeling_dphubert.py in transformers; a folder of export.py holds this file."""
 
 import math
 from dataclasses import fields
@@ -19,9 +19,10 @@ class DPHuBERTConfig(PretrainedConfig):
 
     Args:
         use_weighted_layer_sum: classifiers read a learnt weighted sum of all hidden states, else the last.
-        classifier_pooling: of whole clips, over frames: "mean" or "attentive".
+        classifier_pooling: pooling of whole clips over frames: "mean" or "attentive".
+        head: the fields of :class:`~wav2vec2.task_model.Head`; the model's class keeps it true.
         pad_token_id: CTC's blank.
-        ctc_loss_reduction, ctc_zero_infinity: as of ``torch.nn.functional.ctc_loss``.
+        ctc_loss_reduction, ctc_zero_infinity: as in ``torch.nn.functional.ctc_loss``.
         kwargs: the arguments of ``wav2vec2_model``, and those of transformers' base class.
     """
 
@@ -46,6 +47,7 @@ class DPHuBERTConfig(PretrainedConfig):
         self,
         use_weighted_layer_sum: bool = False,
         classifier_pooling: str = "mean",
+        head: dict[str, Any] | None = None,
         pad_token_id: int = 0,
         ctc_loss_reduction: str = "mean",
         ctc_zero_infinity: bool = False,
@@ -53,30 +55,42 @@ class DPHuBERTConfig(PretrainedConfig):
     ) -> None:
         self.use_weighted_layer_sum = use_weighted_layer_sum
         self.classifier_pooling = classifier_pooling
+        self.head = head
         self.ctc_loss_reduction = ctc_loss_reduction
         self.ctc_zero_infinity = ctc_zero_infinity
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        super().__init__(**kwargs)
+        self.pad_token_id = pad_token_id
 
     def network(self) -> dict[str, Any]:
         """The arguments of ``wav2vec2_model``."""
         return {key: value for key, value in self.__dict__.items() if key in _NETWORK_KEYS}
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """The labels of a classifier."""
+        return tuple(label for _, label in sorted((self.id2label or {}).items()))
+
+    @property
+    def head_layers(self) -> str:
+        """The hidden states that a classifier reads, as in :class:`~wav2vec2.task_model.Head`."""
+        return "weighted" if self.use_weighted_layer_sum else "last"
+
+    @property
     def conv_dim(self) -> list[int]:
-        """Channels of each layer of the extractor."""
+        """Output channels of each conv layer."""
         return [channels for channels, _, _ in self.extractor_conv_layer_config]
 
     @property
     def conv_kernel(self) -> list[int]:
-        """Kernel of each layer of the extractor."""
+        """Kernel size of each conv layer."""
         return [kernel for _, kernel, _ in self.extractor_conv_layer_config]
 
     @property
     def conv_stride(self) -> list[int]:
-        """Stride of each layer of the extractor."""
+        """Stride of each conv layer."""
         return [stride for _, _, stride in self.extractor_conv_layer_config]
 
     @property
     def inputs_to_logits_ratio(self) -> int:
-        """Samples from one frame to the next."""
+        """Number of samples from one frame to the next."""
         return math.prod(self.conv_stride)

@@ -1,9 +1,9 @@
-"""The models of this package in transformers; travels with those that export.py writes, and needs these two alone.
+"""The models of this package in transformers; a folder of export.py holds this file and all that it imports.
 
-Each is what transformers' own speech models are to their callers, with the network of this package, as it is, inside.
+To their callers they are what transformers' own speech models are; inside each is the network of this package.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from transformers.modeling_outputs import (
 )
 
 from wav2vec2.components import WavLMSelfAttention
-from wav2vec2.config import check_config
+from wav2vec2.config import ModelConfig, check_config
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.task_model import CLIPS, SEGMENTS, TEXT, Head, TaskHead, TaskModel
 
@@ -26,7 +26,7 @@ from .configuration_dphubert import DPHuBERTConfig
 if TYPE_CHECKING:  # never: save_pretrained copies what a file imports, and the configuration names this one
     from .pipeline_dphubert import SpeechFeaturesPipeline  # noqa: F401
 
-# What the network of another head has not, or has in another form: fresh where it is missing.
+# Weights of heads: a head of another kind or size starts afresh.
 _HEADS = ("network.aux.", "network.head.")
 
 
@@ -34,7 +34,6 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
     """What all share: the network, how it is loaded, and how waveforms pass through it.
 
     Attributes:
-        kind: of the head, see :class:`~wav2vec2.task_model.Head`, or None without one.
         network: the model as this package has it, with its head.
     """
 
@@ -44,9 +43,10 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
     input_modalities = "audio"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["ConvLayerBlock", "EncoderLayer"]
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [rf"^{name}" for name in _HEADS]
-    kind: str | None = None
+    # transformers declares these two as attributes of the instance.
+    _no_split_modules = ["ConvLayerBlock", "EncoderLayer"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [rf"^{name}" for name in _HEADS]  # noqa: RUF012
+    network: Wav2Vec2Model
 
     def __init__(self, config: DPHuBERTConfig) -> None:
         super().__init__(config)
@@ -55,27 +55,18 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
         self.post_init()
 
     def _make_network(self, config: DPHuBERTConfig) -> Wav2Vec2Model:
-        if self.kind == TEXT and config.vocab_size is None:
-            raise ValueError(
-                "vocab_size: expected the number of outputs of CTC, found none; give it: from_pretrained(..., "
-                "vocab_size=32)"
-            )
-        network = check_config({**config.network(), "aux_num_out": config.vocab_size if self.kind == TEXT else None})
-        if self.kind in (None, TEXT):
-            return Wav2Vec2Model(network)
-        labels = tuple(config.id2label[number] for number in range(config.num_labels))
-        layers = "weighted" if config.use_weighted_layer_sum else "last"
-        pooling = config.classifier_pooling if self.kind == CLIPS else None
-        return TaskModel(network, Head(self.kind, labels, layers=layers, pooling=pooling))
+        config.head = None
+        return Wav2Vec2Model(_network_config(config, None))
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Self | tuple[Self, dict]:
-        """As transformers' own, but strict: only a head may be missing, or left over.
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load as transformers' own does, but strictly: only a head may be missing, or left over.
 
         Raises:
             ValueError: another weight is.
         """
-        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, report = loaded
         for problem in ("missing_keys", "unexpected_keys"):
             names = sorted(name for name in report[problem] if not name.startswith(_HEADS))
             if names:
@@ -83,7 +74,7 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
                     f"{args[0] if args else cls.__name__}: weights do not fit the model: {len(names)} "
                     f"{problem.replace('_', ' ')} ({', '.join(names[:8])})"
                 )
-        # What transformers takes from no file, it leaves without a value, and what it does, it trains.
+        # transformers leaves a buffer that is in no file without a value, and trains every parameter of a file.
         for module in model.modules():
             if isinstance(module, WavLMSelfAttention):
                 device = module.head_index.device
@@ -93,7 +84,7 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _fix_state_dict_key_on_load(key: str) -> tuple[str, bool]:
-        """Names stay; transformers 4 would rename those of weight norm."""
+        """Keep all names; transformers 4 would rename those of weight norm."""
         return key, False
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -113,11 +104,11 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
             part.requires_grad_(False)
 
     def _get_feat_extract_output_lengths(self, input_lengths: Any) -> Any:
-        """Frames of so many samples (an int or an integer tensor)."""
+        """Number of frames of so many samples (an int or an integer tensor)."""
         return self.network.feature_extractor.num_frames(input_lengths)
 
     def _get_feature_vector_attention_mask(self, feature_vector_length: int, attention_mask: Tensor) -> Tensor:
-        """Which frames are valid, (B, frames), of a mask over samples (B, T)."""
+        """Mark the valid frames, (B, frames), given a mask over samples (B, T)."""
         frames = self._get_feat_extract_output_lengths(attention_mask.long().sum(-1))
         return torch.arange(feature_vector_length, device=attention_mask.device) < frames[:, None]
 
@@ -127,8 +118,8 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
         attention_mask: Tensor | None,
         output_attentions: bool | None,
         all_states: bool,
-    ) -> tuple[list[Tensor] | None, Tensor, Tensor | None]:
-        """All hidden states if they are wanted, what the encoder gives in the end, and (B,) valid frames or None."""
+    ) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """Return all hidden states if they are wanted (else none), the encoder's output, and (B,) valid frames."""
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions: expected False, as attention weights are not kept, found True")
         network = self.network
@@ -136,13 +127,18 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
         lengths = None if attention_mask is None else attention_mask.long().sum(-1)
         features, frames, padded_frames = network.extract_frames(input_values.to(self.dtype), lengths)
         if not all_states:
-            return None, network.encoder(features, padded_frames), frames
+            return [], network.encoder(features, padded_frames), frames
         states = network.encoder.extract_features(features, padded_frames)
         return states, network.encoder.transformer.finished(states[-1]), frames
 
     def _wants(self, name: str, value: bool | None) -> bool:
-        """An option of forward, which the config has the default of."""
+        """Return an option of forward, whose default is in the config."""
         return bool(getattr(self.config, name) if value is None else value)
+
+
+def _network_config(config: DPHuBERTConfig, num_outputs: int | None) -> ModelConfig:
+    config.vocab_size = num_outputs
+    return check_config(config.network())
 
 
 class DPHuBERTModel(DPHuBERTPreTrainedModel):
@@ -156,13 +152,13 @@ class DPHuBERTModel(DPHuBERTPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple:
-        """Hidden states of waveforms.
+        """Compute hidden states of waveforms.
 
         Args:
-            input_values: (B, T) samples at 16 kHz, normalised or not: where the network wants them to be, it does so.
-            attention_mask: (B, T), 1 for samples and 0 for what is padded behind them; None if nothing is.
-            output_hidden_states: give all. Layer drop does not act then.
-            output_attentions: not to be had.
+            input_values: (B, T) samples at 16 kHz, normalised or not: the network normalises them if it needs to.
+            attention_mask: (B, T), 1 for samples and 0 for padding behind them; None if nothing is padded.
+            output_hidden_states: return all of them. Layer drop does not act then.
+            output_attentions: not supported.
             return_dict: False for a tuple.
 
         Returns:
@@ -179,6 +175,15 @@ class _ModelWithHead(DPHuBERTPreTrainedModel):
     """A model whose forward gives logits, and the loss of labels."""
 
     output_class: type = SequenceClassifierOutput
+    network: TaskModel
+
+    def _make_network(self, config: DPHuBERTConfig) -> TaskModel:
+        head = self._make_head(config)
+        config.head = head.to_dict()  # as wav2vec2.load reads it from a folder that save_pretrained wrote
+        return TaskModel(_network_config(config, head.num_outputs if head.kind == TEXT else None), head)
+
+    def _make_head(self, config: DPHuBERTConfig) -> Head:
+        raise NotImplementedError
 
     def forward(
         self,
@@ -189,13 +194,13 @@ class _ModelWithHead(DPHuBERTPreTrainedModel):
         return_dict: bool | None = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits of waveforms; arguments as of :class:`DPHuBERTModel`, and the labels of :meth:`_loss`."""
+        """Compute logits of waveforms; arguments as of :class:`DPHuBERTModel`, and the labels of :meth:`_loss`."""
         all_states = self._wants("output_hidden_states", output_hidden_states)
-        is_weighted = self.kind != TEXT and self.config.use_weighted_layer_sum
+        is_weighted = self.network.head_settings.layers == "weighted"
         states, output, frames = self._encode(
             input_values, attention_mask, output_attentions, all_states or is_weighted
         )
-        logits = self._logits(states, output, frames)
+        logits = self.network.logits(states, output, frames)
         loss = None
         if labels is not None:
             if frames is None:
@@ -203,9 +208,6 @@ class _ModelWithHead(DPHuBERTPreTrainedModel):
             loss = self._loss(logits, labels, frames)
         result = self.output_class(loss=loss, logits=logits, hidden_states=tuple(states) if all_states else None)
         return result if self._wants("return_dict", return_dict) else result.to_tuple()
-
-    def _logits(self, states: list[Tensor] | None, output: Tensor, frames: Tensor | None) -> Tensor:
-        return self.network.logits(states, output, frames)
 
     def _loss(self, logits: Tensor, labels: Tensor, frames: Tensor) -> Tensor:
         """Cross entropy of classes, (B,) or one for each frame (B, frames); -100 is left out."""
@@ -215,24 +217,35 @@ class _ModelWithHead(DPHuBERTPreTrainedModel):
 class DPHuBERTForAudioClassification(_ModelWithHead):
     """One label for each waveform: logits (B, classes)."""
 
-    kind = CLIPS
+    def _make_head(self, config: DPHuBERTConfig) -> Head:
+        return Head(CLIPS, config.class_names, layers=config.head_layers, pooling=config.classifier_pooling)
 
 
 class DPHuBERTForAudioFrameClassification(_ModelWithHead):
     """A label for each frame: logits (B, frames, classes)."""
 
-    kind = SEGMENTS
     output_class = TokenClassifierOutput
+
+    def _make_head(self, config: DPHuBERTConfig) -> Head:
+        return Head(SEGMENTS, config.class_names, layers=config.head_layers)
 
 
 class DPHuBERTForCTC(_ModelWithHead):
     """Units of text by CTC, whose output 0 is the blank: logits (B, frames, outputs)."""
 
-    kind = TEXT
     output_class = CausalLMOutput
 
-    def _logits(self, states: list[Tensor] | None, output: Tensor, frames: Tensor | None) -> Tensor:
-        return self.network.aux(output)
+    def _make_head(self, config: DPHuBERTConfig) -> Head:
+        """Take the head of the config; with another ``vocab_size`` only the tokenizer knows the units."""
+        num_outputs = config.vocab_size
+        if num_outputs is None:
+            raise ValueError(
+                "vocab_size: expected the number of outputs of CTC, found none; give it: from_pretrained(..., "
+                "vocab_size=32)"
+            )
+        if config.head and config.head["kind"] == TEXT and len(config.head["labels"]) == num_outputs - 1:
+            return Head(**config.head)
+        return Head(TEXT, tuple(str(number) for number in range(1, num_outputs)), units="words")
 
     def _loss(self, logits: Tensor, labels: Tensor, frames: Tensor) -> Tensor:
         """CTC's loss of units (B, longest text), from 1; negative ones are padding."""

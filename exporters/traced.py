@@ -1,9 +1,8 @@
-"""Traces a model by ``torch.export``, for any batch and length, and writes it as a .pt2 file.
+"""Traces a model by ``torch.export``, for any batch and length, and compares what was exported with the model.
 
-The program, which export_onnx.py writes as ONNX, is ``(waveforms, lengths) -> (hidden state or states, frames)``:
-(B, T) samples at 16 kHz, (B,) valid samples of each; (B, frames, D), or (layers + 1, B, frames, D) for all of them;
-(B,) valid frames. Of a model with a task head it gives logits, (B, frames, outputs) or, of whole clips, (B, classes).
-Each file is loaded again and compared with the model before it is kept.
+The program is ``(waveforms, lengths) -> (hidden state or states, frames)``: (B, T) samples at 16 kHz and (B,) valid
+samples of each -> (B, frames, D), or (layers + 1, B, frames, D) for all hidden states, and (B,) valid frames. For a
+model with a task head it gives logits instead, (B, frames, outputs) or, of whole clips, (B, classes).
 """
 
 import copy
@@ -15,17 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wav2vec2.components import ConvolutionalPositionalEmbedding
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.heads import TaskModel
-from wav2vec2.files.storage import atomic_path
 from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.task_model import TaskModel
 from wav2vec2.utils.quiet import quiet
 
-OUTPUTS = ("last", "all")
-PT2 = "model.pt2"
-
-# Of an exported model from PyTorch's; relative to the largest value of a hidden state, where that is above 1: float32
-# resolves no better.
+# Of an exported model's hidden states from PyTorch's, relative to the largest value of a hidden state if that is above
+# 1, since float32 resolves no better.
 LARGEST_DIFFERENCE = 1e-4
 
 # Frames of each waveform of each batch that an export is checked on; 0 frames are less than the receptive field.
@@ -38,7 +34,7 @@ Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Difference(NamedTuple):
-    """Of an exported model's hidden states from PyTorch's, over valid frames.
+    """How far an exported model's hidden states are from PyTorch's, over valid frames.
 
     Attributes:
         largest: the largest absolute difference, relative as :data:`LARGEST_DIFFERENCE` says.
@@ -48,14 +44,6 @@ class Difference(NamedTuple):
     largest: float
     mean_cosine: float
     lowest_cosine: float
-
-
-class Exported(NamedTuple):
-    """A file that was written, its size with all that lies beside it, and how it differs from the model."""
-
-    path: Path
-    num_bytes: int
-    difference: Difference
 
 
 class Outputs(nn.Module):
@@ -71,7 +59,7 @@ class Outputs(nn.Module):
         self.model = model
         self.outputs = outputs
 
-    def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if self.outputs == "last":
             return self.model(waveforms, lengths)
         hidden_states, frames = self.model.extract_features(waveforms, lengths)
@@ -79,7 +67,7 @@ class Outputs(nn.Module):
 
 
 def output_name(model: Wav2Vec2Model, outputs: str) -> str:
-    """What the first output is called."""
+    """Name the first output."""
     if outputs == "all":
         return "hidden_states"
     return "logits" if isinstance(model, TaskModel) else "last_hidden_state"
@@ -90,28 +78,28 @@ def trace(model: Wav2Vec2Model, outputs: str) -> Program:
 
     Args:
         model: in eval mode, on the CPU.
-        outputs: one of :data:`OUTPUTS`.
+        outputs: one of :data:`~.options.OUTPUTS`.
     """
-    dynamic = torch.export.Dim.DYNAMIC  # torch derives the least length itself: what makes two frames
+    dynamic = torch.export.Dim.DYNAMIC  # torch derives the least length itself: that of two frames
     shapes = {"waveforms": {0: dynamic, 1: dynamic}, "lengths": {0: dynamic}}
     return traced(Outputs(model, outputs), _waveforms(model, _TRACED_BATCH, seed=0), shapes)
 
 
-def traced(function: Outputs, inputs: tuple[Tensor, ...], dynamic_shapes: dict[str, Any] | None = None) -> Program:
-    """Trace a function on these inputs; without dynamic shapes it takes no others."""
+def traced(function: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: dict[str, Any] | None = None) -> Program:
+    """Trace a function of a model on these inputs; without dynamic shapes it takes no others."""
     function = _with_plain_convolution(function).eval()
     with torch.no_grad(), quiet():
         program = torch.export.export(function, inputs, dynamic_shapes=dynamic_shapes, strict=False)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # the file need not tell where this project lies on this machine
+            node.meta.pop("stack_trace", None)  # a published file need not tell where this project lies
     return program
 
 
-def _with_plain_convolution(function: Outputs) -> Outputs:
-    """A copy whose positional convolution has its weight, and not the two factors that training wants."""
+def _with_plain_convolution(function: nn.Module) -> nn.Module:
+    """Copy a function; the positional convolution of its model has one weight instead of weight norm's two factors."""
     function = copy.deepcopy(function).requires_grad_(False)
-    embed = function.model.encoder.transformer.pos_conv_embed
+    embed: Any = next(module for module in function.modules() if isinstance(module, ConvolutionalPositionalEmbedding))
     normed, channels = embed.conv, len(embed.conv.bias)
     with torch.device("meta"):
         conv = nn.Conv1d(channels, channels, normed.kernel_size, padding=normed.padding, groups=normed.groups)
@@ -120,37 +108,22 @@ def _with_plain_convolution(function: Outputs) -> Outputs:
     return function
 
 
-def write_pt2(program: Program, model: Wav2Vec2Model, outputs: str, folder: Path) -> Exported:
-    """Write model.pt2, which ``torch.export.load`` loads.
-
-    Raises:
-        UserError: it differs from the model by more than :data:`LARGEST_DIFFERENCE`; nothing is written.
-    """
-    path = folder / PT2
-    with atomic_path(path) as temporary, quiet():
-        with temporary.open("wb") as file:
-            torch.export.save(program, file, extra_files=head_settings(model))
-        with temporary.open("rb") as file:
-            loaded = torch.export.load(file).module()
-        difference = compare(Outputs(model, outputs).eval(), loaded, noise(model, CHECKED_BATCHES))
-        check_difference(difference, path)
-    return Exported(path, path.stat().st_size, difference)
-
-
-def head_settings(model: Wav2Vec2Model) -> dict[str, str]:
-    """What the logits of a model with a task head are of, as JSON for a file's metadata; nothing of other models."""
+def head_metadata(model: Wav2Vec2Model) -> dict[str, str]:
+    """The settings of a model's task head, as JSON for a file's metadata; empty without a head."""
     return {"head": json.dumps(model.head_settings.to_dict())} if isinstance(model, TaskModel) else {}
 
 
-def compare(function: Run, run: Run, batches: Iterable[tuple[Tensor, Tensor]]) -> Difference:
-    """How ``run``, an exported model, differs from the function that it was made from.
+def compare(
+    function: Callable[[Tensor, Tensor], Any], run: Run, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Difference:
+    """Compare ``run``, an exported model, with the function that it was made from.
 
     Args:
         function, run: what is compared.
         batches: waveforms (B, T) and their lengths (B,).
 
     Raises:
-        UserError: its outputs have other shapes or other valid frames.
+        UserError: the outputs have other shapes or other valid frames.
     """
     differences, cosines = [], []
     for waveforms, lengths in batches:
@@ -187,21 +160,16 @@ def check_difference(difference: Difference, path: Path) -> None:
         )
 
 
-def min_samples(model: Wav2Vec2Model, num_frames: int) -> int:
-    """The samples that ``num_frames`` frames take at least."""
-    extractor = model.feature_extractor
-    return extractor.num_samples(num_frames)
-
-
 def noise(model: Wav2Vec2Model, batches: Iterable[tuple[int, ...]]) -> list[tuple[Tensor, Tensor]]:
-    """Batches of so many frames each; noise is what no model was made for, and what reaches all of its numbers."""
+    """Make batches of noise, which reaches every number of a model, of so many frames for each waveform."""
     return [_waveforms(model, batch, seed) for seed, batch in enumerate(batches, start=1)]
 
 
 def _waveforms(model: Wav2Vec2Model, batch: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
-    """Noise (B, T) with an offset, which shows a lost normalisation, of this many frames each; and lengths (B,)."""
+    """Noise (B, T) with an offset, which shows a lost normalisation, of so many frames each; and lengths (B,)."""
     generator = torch.Generator().manual_seed(seed)
     # Any number of samples but less than one more frame.
-    lengths = [max(min_samples(model, frames + 1) - 1 - 7 * row, 5) for row, frames in enumerate(batch)]
+    num_samples = model.feature_extractor.num_samples
+    lengths = [max(num_samples(frames + 1) - 1 - 7 * row, 5) for row, frames in enumerate(batch)]
     rows = [0.1 * torch.randn(length, generator=generator) + 0.02 for length in lengths]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(lengths)

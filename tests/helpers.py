@@ -3,6 +3,7 @@
 import collections
 import csv
 import importlib
+import json
 import multiprocessing
 import os
 import runpy
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 
 import cli
@@ -31,7 +33,7 @@ from lightning import (
 from training import speed
 from wav2vec2.fast import plain_paths
 from wav2vec2.files import checkpoint
-from wav2vec2.files.heads import Head, contents_of, task_model_of, with_head
+from wav2vec2.files.heads import Head, contents_of, joined_state, task_model_of, with_head
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model, with_masks
 from wav2vec2.utils.import_huggingface import import_huggingface_model
 from wav2vec2.utils.importing import ImportedModel
@@ -156,6 +158,17 @@ def task_contents(head: Head, family: str = "hubert", size: str = "base") -> dic
     model = task_model_of(with_head(contents, head, "model.pth", torch.Generator().manual_seed(1)), "model.pth")
     randomize(model, seed=2)
     return contents_of(model)
+
+
+def write_hub_folder(folder: Path, contents: dict[str, Any]) -> None:
+    """Write the contents of a model file as the folder that ``export.py --formats hub`` wrote in version 1.0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, weights, head = contents["config"], contents["state_dict"], contents.get("head")
+    if head is not None:
+        config = {**config, "head": {key: value for key, value in head.items() if key != "state_dict"}}
+        weights = joined_state(weights, head["state_dict"])
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def masks_of(model: torch.nn.Module) -> dict[str, HardConcrete]:

@@ -83,14 +83,14 @@ def _read(source: str | os.PathLike, revision: str | None, filename: str | None)
     path = Path(source)
     if isinstance(source, str) and not path.exists() and hub.is_hub_id(source) and path.suffix not in _FILE_SUFFIXES:
         if filename is None:
-            return hub.read_folder(hub.download(source, revision))
+            return checkpoint.read_model_file(hub.download(source, revision))
         path = hub.download_file(source, filename, revision)
     elif revision is not None:
         raise UserError(f"revision: found {revision!r} for {source}, which is no model on the hub; leave it out")
     elif filename is not None:
         path /= filename
     if path.is_dir():
-        return hub.read_folder(path)
+        return checkpoint.read_model_file(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder, nor the ORG/NAME of a model on the hub; check the path")
     from .utils.import_torchaudio import import_torchaudio, is_torchaudio_state

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..components import published_state
 from ..model import Wav2Vec2Model, wav2vec2_model, with_masks
+from . import hub
 from .errors import UserError, listed, short_repr
 from .storage import atomic_path
 from .unpickling import kind_of_contents, read_torch_file
@@ -48,20 +49,14 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_model_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a model ``.pth``, or a folder as :func:`hub.save_folder` writes it, and check that it is a model's.
-
-    Its ``state_dict`` is that of its ``config``.
+    """Read a model ``.pth``, or a folder as export.py writes it, and check that its weights fit its config.
 
     No memory is taken for what the config claims before the weights are known to be of those shapes.
 
     Raises:
         UserError: not a model file; files of other kinds are named as such.
     """
-    if Path(path).is_dir():
-        from . import hub
-
-        return hub.read_folder(path)
-    return checked_model(read(path), path)
+    return checked_model(hub.read_folder(path) if Path(path).is_dir() else read(path), path)
 
 
 def checked_model(contents: dict[str, Any], path: Source) -> dict[str, Any]:

@@ -1,195 +1,110 @@
-"""Models as the Hugging Face hub has them: folders with model.safetensors, config.json and README.md.
+"""Model folders as the Hugging Face hub holds them: config.json, model.safetensors and README.md.
 
-config.json holds the arguments of ``wav2vec2_model``, model.safetensors its state dict under the published names; of a
-model with a task head also the settings of ``head``, and its weights under ``head.``.
-Reading needs safetensors; only what asks the hub, and the card of a folder that is written, need huggingface_hub.
+Reading a folder needs safetensors; only asking the hub needs huggingface_hub.
 """
 
-import json
 import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import Any
 
-from torch import Tensor
-
-from ..components import published_state
-from ..config import check_config
-from ..model import Wav2Vec2Model
-from .checkpoint import check_weights, expected_state
+from ..config import HubertConfig, WavLMConfig
 from .errors import UserError, listed, one_line
-from .heads import TaskModel, contents_of, joined_state, split_state
-from .storage import atomic_path, read_json, read_safetensors
+from .storage import read_json, read_safetensors
 from .unpickling import FILE_SUFFIXES, model_files
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
+# A folder with the code of its model: model_type, and the prefix of its weights.
+OWN_TYPE, OWN_PREFIX = "dphubert", "network."
+# A folder in transformers' own format: the entry of config.json that holds our config.
+OWN_ENTRY = "dphubert"
+# (our prefix, transformers' prefix); below these, transformers' names are ours.
+TRANSFORMERS_NAMES = [
+    ("feature_extractor", "feature_extractor"),
+    ("encoder.feature_projection", "feature_projection"),
+    ("encoder.transformer", "encoder"),
+]
+CTC_PREFIX = "lm_head."  # transformers' "aux."
 
-class HubModel(Wav2Vec2Model):
-    """HuBERT, wav2vec 2.0 or WavLM that comes from the Hugging Face hub and goes there.
-
-    Args:
-        config: the arguments of ``wav2vec2_model``.
-
-    Raises:
-        UserError: no model can be built from the config.
-    """
-
-    def __init__(self, **config: Any) -> None:
-        try:
-            super().__init__(check_config(config))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"no model can be built from its config: {error}") from error
-
-    @classmethod
-    def from_pretrained(cls, folder_or_id: str | os.PathLike, *, revision: str | None = None, **options: Any) -> Self:
-        """Load a folder, or a model on the hub, strictly; returned in eval mode, in the precision of its file.
-
-        Args:
-            folder_or_id: a folder, or a hub id (ORG/NAME).
-            revision: of a hub id: a branch, tag or commit.
-            options: as of ``huggingface_hub.snapshot_download``.
-
-        Raises:
-            UserError: as :func:`download` and :func:`read_folder`.
-        """
-        folder = Path(folder_or_id)
-        contents = read_folder(folder if folder.is_dir() else download(str(folder_or_id), revision, **options))
-        model = cls(**contents["config"])
-        dtypes = {tensor.dtype for tensor in contents["state_dict"].values()}
-        if len(dtypes) == 1:
-            model.to(dtypes.pop())
-        model.load_state_dict(contents["state_dict"])
-        return model.eval()
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """See :func:`save_folder`."""
-        save_folder(self, folder)
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any
-    ) -> str:
-        """Upload the model, in one commit.
-
-        Args:
-            repo_id: ORG/NAME, made if it is not there.
-            private: of a repository that is made.
-            token: of the hub; by default that of ``hf auth login``.
-            options: as of ``huggingface_hub.HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr``, ...
-
-        Returns:
-            The address of the commit.
-        """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            save_folder(self, folder)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
-
-
-def save_folder(model: Wav2Vec2Model, folder: str | os.PathLike, card: str | None = None) -> None:
-    """Write a model as a folder that :func:`read_folder` reads and that can be uploaded as it is.
-
-    Args:
-        model: its tensors are written in the precision that they have.
-        folder: made if it is not there; other files in it are left alone.
-        card: the contents of README.md; by default what the model itself tells.
-
-    Raises:
-        UserError: safetensors is missing, or huggingface_hub, which makes the card.
-    """
-    if card is None:
-        from exporters.card import Card
-
-        card = Card(model.config, head=model.head_settings if isinstance(model, TaskModel) else None).text("hub")
-    is_task_model = isinstance(model, TaskModel)
-    contents = contents_of(model) if is_task_model else {"config": model.config, "state_dict": model.state_dict()}
-    write_folder(contents["state_dict"], contents["config"], folder, card, contents.get("head"))
-
-
-def write_folder(
-    state_dict: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    folder: str | os.PathLike,
-    card: str,
-    head: Mapping[str, Any] | None = None,
-) -> None:
-    """As :func:`save_folder`, for a state dict, its config and perhaps a head, all as in a model file."""
-    folder = Path(folder)
-    if head is not None:
-        state_dict = joined_state(state_dict, head["state_dict"])
-        config = {**config, "head": {key: value for key, value in head.items() if key != "state_dict"}}
-    write_safetensors(state_dict, folder / WEIGHTS)
-    write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", folder / CONFIG)
-    write_text(card, folder / CARD)
-
-
-def write_safetensors(state_dict: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as they are (precision included), whole or not at all.
-
-    Raises:
-        UserError: the safetensors package is missing.
-    """
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise UserError(f"{path}: writing it needs the safetensors package: pip install safetensors") from error
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text file, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+_CONFIG_KEYS = {field.name for family in (HubertConfig, WavLMConfig) for field in fields(family)}
+_ADVICE = "export or download it again"
 
 
 def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
-    """Read a folder that :func:`save_folder` wrote, with the checks of ``checkpoint.read_model_file``.
+    """Read a folder that export.py wrote, in any of three forms.
+
+    - With the code of the model (``model_type`` is ``dphubert``): config.json holds our config among transformers'
+      settings, and the names of weights have a prefix.
+    - In transformers' own format: config.json holds our config under ``dphubert``, and weights have
+      transformers' names.
+    - As earlier versions wrote ``--formats hub``: config.json is our config, and weights have the published names.
+
+    In each, the config of a model with a task head has its settings under ``head``.
 
     Returns:
-        ``{"state_dict": ..., "config": ...}`` and perhaps ``head``, as a model file has them.
+        ``{"state_dict": ..., "config": ...}`` and perhaps ``head``, as a model file has them. Whether the weights fit
+        the config is left to :func:`checkpoint.checked_model`.
 
     Raises:
-        UserError: not such a folder, a file is damaged, or the weights are not those of the config.
+        UserError: the folder is of another kind, or a file is missing or damaged.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file() and (names := model_files(folder)):
         raise UserError(f"{folder}: a folder without {CONFIG}, {listed('model files', names)}; give one of them")
-    config = read_json(folder / CONFIG, f"a folder with {CONFIG} and {WEIGHTS}", "export or download it again")
-    if config.get("model_type") == "dphubert":
-        raise UserError(
-            f"{folder}: a folder that export.py wrote for transformers' Auto classes, with the code of the model; give "
-            "the model file that it was made of, or export that as hub"
-        )
-    if "model_type" in config:
+    settings = read_json(folder / CONFIG, f"a folder with {CONFIG} and {WEIGHTS}", _ADVICE)
+    model_type = settings.get("model_type")
+    if model_type == OWN_TYPE:
+        config = {key: value for key, value in settings.items() if key in _CONFIG_KEYS or key == "head"}
+    elif isinstance(settings.get(OWN_ENTRY), dict):
+        config = settings[OWN_ENTRY]
+    elif "model_type" in settings:
         raise UserError(
             f"{folder}: a folder in transformers' format (its {CONFIG} has model_type); make a model file of it: "
             f"python convert_hubert_from_hf.py --model {folder}"
         )
-    has_head, settings = "head" in config, config.pop("head", None)
-    expected = expected_state(config, folder / CONFIG)
+    else:
+        config = settings
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a folder with {CONFIG} and {WEIGHTS}")
-    state_dict = published_state(read_safetensors(path, "export or download it again"))
-    own: dict[str, Tensor] = {}
-    if has_head:
-        state_dict, own = split_state(state_dict)
-        settings = {**settings, "state_dict": own} if isinstance(settings, dict) else settings
-    check_weights(expected, state_dict, path)
-    contents = {"state_dict": {name: state_dict[name] for name in expected}, "config": config}
-    return contents | ({"head": settings} if has_head else {})
+    weights = read_safetensors(path, _ADVICE)
+    state_dict = {_our_name(name, model_type): tensor for name, tensor in weights.items()}
+    if len(state_dict) < len(weights):
+        raise UserError(f"{path}: two tensors for one weight of the model, expected one; {_ADVICE}")
+    projection = state_dict.get("encoder.feature_projection.projection.weight")
+    if OWN_ENTRY in settings and projection is not None and projection.ndim == 2:
+        # transformers has no output scale of the extractor; only models whose scale is 1 are written in its format.
+        state_dict.setdefault("feature_extractor.dummy_weight", projection.new_ones(projection.size(1)))
+    head = config.pop("head", None)
+    contents = {"state_dict": state_dict, "config": config}
+    if head is None:
+        return contents
+    own = [name for name in state_dict if name.startswith("head.")]
+    head_state = {name.removeprefix("head."): state_dict.pop(name) for name in own}
+    return {**contents, "head": {**head, "state_dict": head_state} if isinstance(head, dict) else head}
+
+
+def _our_name(name: str, model_type: str | None) -> str:
+    """The published name of a weight in a folder of this ``model_type``."""
+    if model_type is None:
+        return name
+    if model_type == OWN_TYPE:
+        return name.removeprefix(OWN_PREFIX)
+    if name.startswith(CTC_PREFIX):
+        return "aux." + name.removeprefix(CTC_PREFIX)
+    name = name.removeprefix(f"{model_type}.")
+    for ours, theirs in TRANSFORMERS_NAMES:
+        if name.startswith(f"{theirs}."):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether ``text`` has the form of a model's name on the hub, ORG/NAME."""
+    """Return True if ``text`` has the form of a model's name on the hub, ORG/NAME."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII))
 
 
@@ -200,13 +115,13 @@ def download(
     allow_patterns: Sequence[str] = (WEIGHTS, CONFIG, CARD),
     **options: Any,
 ) -> Path:
-    """The folder of a model on the Hugging Face hub, from its cache if it is there.
+    """Fetch the folder of a model from the Hugging Face hub, or from its local cache.
 
     Args:
         repo_id: ORG/NAME.
         revision: a branch, tag or commit; by default the newest.
-        allow_patterns: the files that are wanted.
-        options: others of ``huggingface_hub.snapshot_download``, as ``token`` or ``cache_dir``.
+        allow_patterns: the files to fetch.
+        options: passed on to ``huggingface_hub.snapshot_download``: ``token``, ``cache_dir``, ...
 
     Raises:
         UserError: huggingface_hub is missing, the hub does not give the model, or it holds files of another kind.
@@ -225,27 +140,26 @@ def download(
 
 
 def download_file(repo_id: str, filename: str, revision: str | None = None) -> Path:
-    """One file of a repository on the Hugging Face hub, from its cache if it is there.
+    """Fetch one file of a repository from the Hugging Face hub, or from its local cache.
 
     Raises:
         UserError: huggingface_hub is missing, or the hub does not give the file.
     """
 
-    return _from_hub(
-        lambda hub: Path(hub.hf_hub_download(repo_id, filename, revision=revision)),
-        f"{repo_id}, file {filename}",
-        revision,
-    )
+    def get(hub: ModuleType) -> Path:
+        return Path(hub.hf_hub_download(repo_id, filename, revision=revision))
+
+    return _from_hub(get, f"{repo_id}, file {filename}", revision)
 
 
 def _from_hub(get: Callable[[ModuleType], Path], wanted: str, revision: str | None) -> Path:
-    """What ``get`` finds on the hub with huggingface_hub, whose errors become :class:`UserError`."""
+    """Call ``get`` with huggingface_hub, and turn its errors into :class:`UserError`."""
     try:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
         raise UserError(
-            f"{wanted}: no such folder, and to ask the hub needs huggingface_hub: pip install huggingface_hub"
+            f"{wanted}: no such folder, and asking the hub needs huggingface_hub: pip install huggingface_hub"
         ) from error
     try:
         return get(huggingface_hub)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files.errors import UserError, one_line, short_repr
+from ..files.hub import TRANSFORMERS_NAMES
 from ..files.storage import read_json, read_safetensors
 from ..files.unpickling import kind_of_contents, kind_of_path, read_torch_file
 from .importing import (
@@ -23,13 +24,6 @@ from .importing import (
     import_weights,
     load_source_state,
 )
-
-# (our prefix, transformers' prefix); below these, transformers' names are torchaudio's.
-NAMES = [
-    ("feature_extractor", "feature_extractor"),
-    ("encoder.feature_projection", "feature_projection"),
-    ("encoder.transformer", "encoder"),
-]
 
 
 @dataclass(frozen=True)
@@ -141,7 +135,9 @@ def import_huggingface_model(
             f"{directory}: holds an adapter ({adapters[0] if adapters else 'adapter_config.json'}), expected a model "
             "without; convert the model that the adapter was added to"
         )
-    return import_weights(architecture, dropouts or Dropouts(), normalize_waveform, weights, NAMES, str(directory))
+    return import_weights(
+        architecture, dropouts or Dropouts(), normalize_waveform, weights, TRANSFORMERS_NAMES, str(directory)
+    )
 
 
 def compare_with_source(imported: ImportedModel, directory: str | Path) -> float:

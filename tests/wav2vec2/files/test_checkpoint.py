@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import load_masked_model, masks_of, random_model, small_config
+from helpers import load_masked_model, masks_of, random_model, small_config, write_hub_folder
 
-from wav2vec2.files import checkpoint, hub
+from wav2vec2.files import checkpoint
 from wav2vec2.files import storage as files
 from wav2vec2.files.errors import UserError
 from wav2vec2.model import PRUNING_UNITS, with_masks
@@ -138,7 +138,7 @@ def test_what_only_stands_for_a_file_is_named(contents: bytes, word: str, tmp_pa
     whole = model_contents()
     for name in ("config.json", "model.safetensors"):
         folder = tmp_path / f"without-{name}"
-        hub.write_folder(whole["state_dict"], whole["config"], folder, "")
+        write_hub_folder(folder, whole)
         (folder / name).write_bytes(contents)
         check_refused(lambda folder=folder: checkpoint.load_model(folder), folder / name, word)
         with pytest.raises(UserError) as error:
@@ -150,7 +150,7 @@ def test_what_only_stands_for_a_file_is_named(contents: bytes, word: str, tmp_pa
 def test_other_kinds_are_named(kind: str, tmp_path: Path) -> None:
     """As what they are, with the command that takes them."""
     folder, contents = tmp_path / "model", model_contents()
-    hub.write_folder(contents["state_dict"], contents["config"], folder, "")
+    write_hub_folder(folder, contents)
     bare = dict(contents["state_dict"])
     torch.save(bare, folder / "pytorch_model.bin")
     torch.save({"cfg": {}, "model": bare}, folder / "checkpoint.pt")
@@ -177,7 +177,7 @@ def test_other_kinds_are_named(kind: str, tmp_path: Path) -> None:
 def test_folder_of_ours_is_read(tmp_path: Path) -> None:
     """Wherever a model file is."""
     contents = model_contents("wavlm")
-    hub.write_folder(contents["state_dict"], contents["config"], tmp_path, "")
+    write_hub_folder(tmp_path, contents)
     for model in (checkpoint.load_model(tmp_path), load_masked_model(tmp_path, ["head"])):
         state = model.state_dict()
         assert all(torch.equal(state[key], tensor) for key, tensor in contents["state_dict"].items())
@@ -195,7 +195,7 @@ def test_weight_norm_removed(form: str, tmp_path: Path) -> None:
     if form == "file":
         checkpoint.save(path, contents)
     else:
-        hub.write_folder(contents["state_dict"], contents["config"], path, "")
+        write_hub_folder(path, contents)
     for model in (checkpoint.load_model(path), load_masked_model(path, ["head"])):
         torch.testing.assert_close(model.encoder.transformer.pos_conv_embed.conv.weight, wanted, rtol=1e-6, atol=0)
 

@@ -1,8 +1,7 @@
-"""Model folders as on the Hugging Face hub: written, read, refused, loaded and pushed by huggingface_hub's class."""
+"""Model folders: those of export.py, in each of its forms, are read back or refused, and come from the hub."""
 
 import http.server
 import json
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -13,91 +12,94 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import (
+    TASK_HEADS,
     TRAINING_PACKAGES,
-    num_elements,
+    head_id,
     random_model,
     random_waveforms,
     run_without,
     small_config,
+    task_contents,
+    write_hub_folder,
 )
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import wav2vec2
+from exporters.huggingface import export_huggingface
 from wav2vec2.files import checkpoint, hub
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.hub import HubModel
-from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.files.heads import contents_of, head_of, joined_state, model_with_its_head
 
 
-def pruned_model(family: str = "wavlm") -> Wav2Vec2Model:
+def pruned_contents(family: str = "wavlm", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     heads = {"encoder_remaining_heads": [[1, 3], [], [2]]} if family == "wavlm" else {"encoder_num_heads": [2, 0, 1]}
-    return random_model(
-        small_config(
-            family,
-            "large",
-            encoder_use_attention=[True, False, True],
-            encoder_use_feed_forward=[False, True, True],
-            encoder_ff_interm_features=[0, 7, 0],
-            **heads,
-        )
+    config = small_config(
+        family,
+        "large",
+        encoder_use_attention=[True, False, True],
+        encoder_use_feed_forward=[False, True, True],
+        encoder_ff_interm_features=[0, 7, 0],
+        **heads,
     )
+    return contents_of(random_model(config).to(dtype))
 
 
-def assert_same_weights(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert list(found) == list(wanted)
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
+def write(contents: dict[str, Any], folder: Path) -> str:
+    """As export.py does; returns the model type."""
+    state_dict = joined_state(contents["state_dict"], contents.get("head", {}).get("state_dict", {}))
+    return export_huggingface(state_dict, contents["config"], folder, head=head_of(contents, folder))
+
+
+def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """The same config, head and weights, bit for bit in the same precision."""
+    assert found.keys() == wanted.keys() and found["config"] == wanted["config"]
+    assert head_of(found, "found") == head_of(wanted, "wanted")
+    for place in ("state_dict", "head"):
+        weights = [x.get("head", {}).get("state_dict", {}) if place == "head" else x[place] for x in (found, wanted)]
+        assert weights[0].keys() == weights[1].keys()
+        for name, tensor in weights[1].items():
+            assert weights[0][name].dtype == tensor.dtype and torch.equal(weights[0][name], tensor), name
 
 
 @pytest.mark.parametrize(
     ("family", "dtype"), [("wavlm", dtype) for dtype in checkpoint.FLOAT_DTYPES] + [("hubert", torch.float32)]
 )
-def test_round_trip(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Published names, the config, and weights bit for bit in every precision, blocks without any width too."""
-    model = pruned_model(family).to(dtype)
-    hub.save_folder(model, tmp_path / "new" / "folder")
-    assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["README.md", "config.json", "model.safetensors"]
-    assert load_file(tmp_path / "new" / "folder" / "model.safetensors").keys() == model.state_dict().keys()
-    assert "encoder.transformer.pos_conv_embed.conv.weight_g" in model.state_dict()
-    contents = hub.read_folder(tmp_path / "new" / "folder")
-    assert_same_weights(contents["state_dict"], model.state_dict())
-    assert contents["config"] == model.config
-    loaded = checkpoint.model_of(contents, tmp_path)
-    waveforms, lengths = random_waveforms(900, 700)
-    with torch.inference_mode():
-        wanted, frames = model.float()(waveforms, lengths)
-        found, found_frames = loaded.eval()(waveforms, lengths)
-    assert torch.equal(found, wanted) and torch.equal(frames, found_frames)
+def test_folder_with_its_own_code(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """In every precision, blocks without any width too."""
+    contents = pruned_contents(family, dtype)
+    assert write(contents, tmp_path / "new" / "folder") == hub.OWN_TYPE
+    assert_same(checkpoint.read_model_file(tmp_path / "new" / "folder"), contents)
 
 
-def test_card(tmp_path: Path) -> None:
-    """What the model itself tells, with metadata that huggingface_hub reads."""
-    model = pruned_model()
-    hub.save_folder(model, tmp_path)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.library_name == "dphubert"
-    assert card.data.pipeline_tag == "feature-extraction"
-    assert card.data.license is None
-    assert f"| parameters | {num_elements(model):,} |" in card.text
-    assert "| 2 | 0 | 7 |" in card.text
-    assert "HubModel.from_pretrained" in card.text
+@pytest.mark.parametrize(("family", "size"), [("hubert", "base"), ("hubert", "large"), ("wavlm", "base")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_folder_in_transformers_format(family: str, size: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    contents = contents_of(random_model(small_config(family, size)).to(dtype))
+    contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)
+    assert write(contents, tmp_path) == family
+    assert_same(checkpoint.read_model_file(tmp_path), contents)
 
 
-def test_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write that fails leaves the file before it."""
-    hub.save_folder(pruned_model(), tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
+@pytest.mark.parametrize("head", TASK_HEADS, ids=head_id)
+@pytest.mark.parametrize("is_known", [False, True])
+def test_head_of_a_folder(head: Any, is_known: bool, tmp_path: Path) -> None:
+    """With its own code or, if transformers knows the model, in its format; what it gives is what the file gives."""
+    contents = task_contents(head)
+    if is_known:
+        contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)
+    assert write(contents, tmp_path) == ("hubert" if is_known and head.kind == "text" else hub.OWN_TYPE)
+    assert_same(checkpoint.read_model_file(tmp_path), contents)
+    waveforms, lengths = random_waveforms(900, 500)
+    model = model_with_its_head(contents, "model.pth").eval()
+    assert torch.equal(wav2vec2.load(tmp_path)(waveforms, lengths)[0], model(waveforms, lengths)[0])
 
-    def fail(*_arguments: Any, **_options: Any) -> None:
-        raise OSError("no space left")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(OSError, match="no space"):
-        hub.save_folder(pruned_model(), tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.safetensors"]
+def test_folder_of_version_1(tmp_path: Path) -> None:
+    """``--formats hub`` wrote published names, and our config as config.json."""
+    for name, contents in (("plain", pruned_contents()), ("head", task_contents(TASK_HEADS[5]))):
+        write_hub_folder(tmp_path / name, contents)
+        assert_same(checkpoint.read_model_file(tmp_path / name), contents)
 
 
 def edit_config(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -148,37 +150,42 @@ NORM = "encoder.transformer.layer_norm.weight"
     ],
 )
 def test_refused_folders(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
-    hub.save_folder(pruned_model(), tmp_path)
+    write_hub_folder(tmp_path, pruned_contents())
     damage(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        hub.read_folder(tmp_path)
+        checkpoint.read_model_file(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_hub_model(tmp_path: Path) -> None:
-    """Built from a config, saved and loaded in half precision, pruned in between."""
-    with pytest.raises(UserError, match="unknown key nonsense"):
-        HubModel(**small_config("hubert"), nonsense=1)
-    model = HubModel(**small_config("hubert", "base", encoder_prune_attention_heads=True))
-    with torch.no_grad():
-        model.encoder.transformer.layers[1].attention.hard_concrete_for_heads.log_alpha[2] = -10
-    model.prune()
-    model.half().save_pretrained(tmp_path)
-    loaded = HubModel.from_pretrained(tmp_path)
-    assert not loaded.training
-    assert loaded.config == model.config
-    assert loaded.config["encoder_num_heads"] == [4, 3, 4]
-    assert_same_weights(loaded.state_dict(), model.state_dict())
-    assert isinstance(loaded, Wav2Vec2Model)
+OWN_NORM, THEIR_NORM = f"network.{NORM}", "encoder.layer_norm.weight"
 
 
-def test_hub_model_saves_twice(tmp_path: Path) -> None:
-    """The second save replaces the first, card included, whose numbers would be wrong."""
-    HubModel(**small_config("hubert")).save_pretrained(tmp_path)
-    model = HubModel(**small_config("hubert", encoder_ff_interm_features=[3, 4, 5]))
-    model.save_pretrained(tmp_path)
-    assert HubModel.from_pretrained(tmp_path).config == model.config
-    assert "| 3 | 4 | 5 |" in (tmp_path / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("form", "damage", "message"),
+    [
+        ("own", edit_weights(lambda weights: weights.pop(OWN_NORM)), rf"1 missing \({NORM}\)"),
+        ("own", edit_weights(lambda weights: weights.update({NORM: torch.ones(16)})), "two tensors for one weight"),
+        ("own", edit_weights(lambda weights: weights.update(extra=torch.ones(2))), r"1 left over \(extra\)"),
+        ("own", edit_config(lambda config: config.pop("encoder_embed_dim")), "missing key encoder_embed_dim"),
+        ("theirs", edit_weights(lambda weights: weights.pop(THEIR_NORM)), rf"1 missing \({NORM}\)"),
+        (
+            "theirs",
+            edit_weights(lambda weights: weights.update({"masked_spec_embed": torch.ones(16)})),
+            r"1 left over \(masked_spec_embed\)",
+        ),
+        ("theirs", edit_weights(lambda weights: weights.pop("feature_projection.projection.weight")), "2 missing"),
+        ("theirs", edit_config(lambda config: config.pop("dphubert")), "transformers' format .* convert_hubert_from"),
+    ],
+)
+def test_refused_folders_of_today(form: str, damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    contents = pruned_contents() if form == "own" else contents_of(random_model(small_config("hubert")))
+    if form == "theirs":
+        contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)
+    write(contents, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.read_model_file(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 class Hub:
@@ -187,16 +194,6 @@ class Hub:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.asked: list[dict[str, Any]] = []
-
-    def create_repo(self, _api: Any, repo_id: str, **_options: Any) -> Any:
-        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
-
-    def upload_folder(self, _api: Any, *, repo_id: str, folder_path: Path, **_options: Any) -> str:
-        target = self.root / repo_id
-        target.mkdir(parents=True)
-        for file in Path(folder_path).iterdir():
-            (target / file.name).write_bytes(file.read_bytes())
-        return f"https://huggingface.co/{repo_id}/commit/1"
 
     def snapshot_download(self, repo_id: str, **options: Any) -> str:
         self.asked.append({"repo_id": repo_id, **options})
@@ -208,60 +205,45 @@ class Hub:
             raise huggingface_hub.errors.LocalEntryNotFoundError("no such entry")
         return str(self.root / repo_id / filename)
 
-    def list_repo_files(self, _api: Any, repo_id: str, **_options: Any) -> list[str]:
+    def list_repo_files(self, repo_id: str, **_options: Any) -> list[str]:
         return [*sorted(file.name for file in (self.root / repo_id).iterdir()), "README.md", ".gitattributes"]
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     server = Hub(tmp_path / "server")
-    for name in ("create_repo", "upload_folder", "list_repo_files"):
-        method = getattr(server, name)
-        monkeypatch.setattr(
-            huggingface_hub.HfApi, name, lambda api, *args, _method=method, **options: _method(api, *args, **options)
-        )
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", server.list_repo_files)
     for name in ("snapshot_download", "hf_hub_download"):
         monkeypatch.setattr(huggingface_hub, name, getattr(server, name))
     return server
 
 
-def test_push_and_pull(server: Hub) -> None:
-    model = HubModel(**small_config("wavlm", "large"))
-    assert model.push_to_hub("someone/small") == "https://huggingface.co/someone/small/commit/1"
-    files = sorted(path.name for path in (server.root / "someone/small").iterdir())
-    assert files == ["README.md", "config.json", "model.safetensors"]
-    loaded = HubModel.from_pretrained("someone/small", revision="v1", token="secret")
-    assert_same_weights(loaded.state_dict(), model.state_dict())
-    assert server.asked == [
-        {
-            "repo_id": "someone/small",
-            "revision": "v1",
-            "allow_patterns": ["model.safetensors", "config.json", "README.md"],
-            "token": "secret",
-        }
-    ]
-    hub.download("someone/small", allow_patterns=["*.json"])
-    assert server.asked[-1]["allow_patterns"] == ["*.json"]
+def test_download(server: Hub) -> None:
+    contents = pruned_contents()
+    write(contents, server.root / "someone/small")
+    loaded = wav2vec2.load("someone/small", revision="v1")
+    assert loaded.config == contents["config"]
+    wanted = {"repo_id": "someone/small", "revision": "v1"}
+    assert server.asked == [{**wanted, "allow_patterns": ["model.safetensors", "config.json", "README.md"]}]
+    hub.download("someone/small", allow_patterns=["*.json"], token="secret")
+    assert server.asked[-1] == {**wanted, "revision": None, "allow_patterns": ["*.json"], "token": "secret"}
 
 
 def test_repository_of_model_files(server: Hub, tmp_path: Path) -> None:
     """As the published models are: files, and no config.json."""
-    model = pruned_model()
+    contents = pruned_contents()
     for name in ("pruned-sp0.75.pth", "pruned-sp0.80.pth"):
-        checkpoint.save(
-            server.root / "someone/pruned" / name, {"state_dict": model.state_dict(), "config": model.config}
-        )
+        checkpoint.save(server.root / "someone/pruned" / name, contents)
     loaded = wav2vec2.load("someone/pruned", filename="pruned-sp0.75.pth", revision="v1")
     assert server.asked == [{"repo_id": "someone/pruned", "filename": "pruned-sp0.75.pth", "revision": "v1"}]
-    assert_same_weights(loaded.state_dict(), model.state_dict())
-    for load in (wav2vec2.load, HubModel.from_pretrained):
-        with pytest.raises(UserError, match=r"someone/pruned.* config.json, 2 model files .*sp0.80.*, filename="):
-            load("someone/pruned")
+    assert_same(contents_of(loaded), contents)
+    with pytest.raises(UserError, match=r"someone/pruned.* config.json, 2 model files .*sp0.80.*, filename="):
+        wav2vec2.load("someone/pruned")
     with pytest.raises(UserError, match=r"someone/pruned, file other.pth: the Hugging Face hub did not give it"):
         wav2vec2.load("someone/pruned", filename="other.pth")
 
     folder = server.root / "someone/pruned"
-    assert_same_weights(wav2vec2.load(folder, filename="pruned-sp0.80.pth").state_dict(), model.state_dict())
+    assert_same(contents_of(wav2vec2.load(folder, filename="pruned-sp0.80.pth")), contents)
     with pytest.raises(UserError, match=r"without config.json, 2 model files \(pruned-sp0.75.pth, .*give one of them"):
         wav2vec2.load(folder)
 
@@ -306,12 +288,13 @@ def test_download_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 def test_loads_without_training_packages(tmp_path: Path) -> None:
-    """Reading needs torch and safetensors, by the class too."""
-    model = pruned_model()
-    hub.save_folder(model, tmp_path)
+    """Reading needs torch and safetensors."""
+    contents = pruned_contents()
+    write(contents, tmp_path)
     printed = run_without(
-        (*TRAINING_PACKAGES, "huggingface_hub"),
-        f"from wav2vec2.files.hub import HubModel\nmodel = HubModel.from_pretrained({str(tmp_path)!r})\n"
+        (*TRAINING_PACKAGES, "huggingface_hub", "exporters"),
+        f"import wav2vec2\nmodel = wav2vec2.load({str(tmp_path)!r})\n"
         "print(sum(float(w.double().sum()) for w in model.state_dict().values()))",
     )
-    assert float(printed) == sum(float(tensor.double().sum()) for tensor in model.state_dict().values())
+    wanted: list[Tensor] = list(contents["state_dict"].values())
+    assert float(printed) == pytest.approx(sum(float(tensor.double().sum()) for tensor in wanted))

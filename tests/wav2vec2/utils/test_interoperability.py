@@ -12,12 +12,10 @@ import transformers
 from helpers import (
     REPOSITORY,
     assert_same_frames,
-    error_line,
     make_pair,
     random_model,
     random_waveforms,
     run_script,
-    run_to_exit,
     small_config,
     transformers_stages,
 )
@@ -130,7 +128,7 @@ def test_huggingface_without_the_projections_norm(tmp_path: Path) -> None:
     waveforms, _ = random_waveforms(3000, 3000)
     with torch.inference_mode():
         assert_same_frames(transformers_stages(back, waveforms, None), transformers_stages(theirs, waveforms, None))
-    with pytest.raises(UserError, match=r"no LayerNorm .* leave out --model_type"):
+    with pytest.raises(UserError, match=r"LayerNorm before .* leave out --model_type"):
         export_huggingface(*contents, tmp_path / "back", "wav2vec2")
 
 
@@ -160,20 +158,18 @@ def test_mini_hubert_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "HubertModel.from_pretrained" in card and "| parameters | 3,043,712 |" in card
 
 
-PRUNED_FFN = {"encoder_ff_interm_features": [20, 20, 19]}
-
-
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("hubert", PRUNED_FFN, "layer 3 has a feed-forward of 19, .* one width in every layer .layer 1 has 20"),
-        ("hubert", {"encoder_num_heads": [4, 3, 4]}, "layer 2 has 3 attention heads, .* 4 in every layer"),
-        ("hubert", {"encoder_num_heads": [2, 2, 2]}, "layer 1 has 2 attention heads, .* 4 in every layer"),
-        ("hubert", {"encoder_head_dim": 5}, "attention heads of 5 dimensions, .* which has 16"),
-        ("wavlm", {"encoder_remaining_heads": [[0, 1, 2, 3], [0, 1, 3], [1]]}, "layer 2 has 3 attention heads"),
-        ("wavlm", {"encoder_embed_dim": 8, "encoder_head_dim": 4}, "attention heads of 4 dimensions, .* which has 8"),
-        ("wavlm", {"encoder_use_attention": [True, True, False]}, "layer 3 has no attention"),
-        ("hubert", {"encoder_use_feed_forward": [False, True, True]}, "layer 1 has no feed-forward"),
+        ("hubert", {"encoder_ff_interm_features": [20, 20, 19]}, "does not hold this model"),
+        ("hubert", {"encoder_ff_interm_features": [0, 0, 0]}, "does not hold this model"),
+        ("hubert", {"encoder_num_heads": [4, 3, 4]}, "does not hold this model"),
+        ("hubert", {"encoder_num_heads": [2, 2, 2]}, "does not hold this model"),
+        ("hubert", {"encoder_head_dim": 5}, "does not hold this model"),
+        ("wavlm", {"encoder_remaining_heads": [[0, 1, 2, 3], [0, 1, 3], [1]]}, "does not hold this model"),
+        ("wavlm", {"encoder_embed_dim": 8, "encoder_head_dim": 4}, "does not hold this model"),
+        ("wavlm", {"encoder_use_attention": [True, True, False]}, "does not hold this model"),
+        ("hubert", {"encoder_use_feed_forward": [False, True, True]}, "does not hold this model"),
         ("hubert", {"aux_num_out": 7}, "has an output layer .aux_num_out 7."),
     ],
 )
@@ -188,7 +184,7 @@ def test_huggingface_refuses_shapes(family: str, changes: dict[str, Any], messag
 def test_huggingface_refuses_an_output_scale(tmp_path: Path) -> None:
     model = unpruned_model("hubert", "base")
     model.feature_extractor.dummy_weight.data[5] = 0.5
-    with pytest.raises(UserError, match=r"output scale other than 1 .feature_extractor.dummy_weight: 0.5 of channel 5"):
+    with pytest.raises(UserError, match="no output scale"):
         export_huggingface(model.state_dict(), model.config, tmp_path, "hubert")
 
 
@@ -206,15 +202,6 @@ def test_huggingface_model_type(tmp_path: Path) -> None:
     model = unpruned_model("wavlm", "base")
     with pytest.raises(UserError, match="model_type: expected wavlm, by the model's config, found hubert"):
         export_huggingface(model.state_dict(), model.config, tmp_path, "hubert")
-
-
-def test_huggingface_is_refused_before_other_formats(tmp_path: Path, monkeypatch, capsys) -> None:
-    model = unpruned_model("hubert", "base", **PRUNED_FFN)
-    checkpoint.save(tmp_path / "m.pth", {"state_dict": model.state_dict(), "config": model.config})
-    arguments = ("--model", tmp_path / "m.pth", "--out", tmp_path / "out", "--formats", "hub,huggingface")
-    assert run_to_exit(monkeypatch, "export", *arguments, "--model_type", "hubert") == 1
-    assert "layer 3 has a feed-forward of 19" in error_line(capsys)
-    assert not (tmp_path / "out").exists()
 
 
 # torchaudio

@@ -1,0 +1,92 @@
+"""Runs a model chunk by chunk, for streaming: a window of fixed length goes in, the frames of its chunk come out."""
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.files.errors import UserError
+from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.task_model import CLIPS, TaskModel
+
+from .options import seconds_of_chunk
+from .traced import Outputs, Run
+
+
+class Chunk(NamedTuple):
+    """A chunk and its context, counted in frames.
+
+    Attributes:
+        frames: length of the chunk, whose frames come out.
+        left, right: context before and behind it.
+    """
+
+    frames: int
+    left: int
+    right: int
+
+    @property
+    def window(self) -> int:
+        """All frames that are computed for a chunk."""
+        return self.left + self.frames + self.right
+
+
+def chosen_chunk(model: Wav2Vec2Model, args: argparse.Namespace) -> Chunk | None:
+    """Turn the seconds of export.py's flags into frames of a model; None without --chunk_seconds.
+
+    Raises:
+        UserError: a chunk is less than a frame, or the model's head labels whole clips.
+    """
+    if args.chunk_seconds is None:
+        return None
+    if isinstance(model, TaskModel) and model.kind == CLIPS and args.outputs == "last":
+        raise UserError("--chunk_seconds: the model's head labels whole clips; give --drop_head or --outputs all")
+    hop = model.feature_extractor.stride / SAMPLE_RATE
+    chunk = Chunk(*(round(seconds / hop) for seconds in seconds_of_chunk(args)))
+    if chunk.frames == 0:
+        raise UserError(f"--chunk_seconds {args.chunk_seconds:g}: expected at least {hop:g}, which is one frame")
+    return chunk
+
+
+class ChunkOutputs(nn.Module):
+    """The function of a file by chunks: (1, samples of the window) -> the chunk's frames."""
+
+    def __init__(self, model: Wav2Vec2Model, outputs: str, chunk: Chunk) -> None:
+        super().__init__()
+        self.whole = Outputs(model, outputs)
+        self.chunk = chunk
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        found, _ = self.whole(waveforms)
+        return found[..., self.chunk.left : self.chunk.left + self.chunk.frames, :]
+
+
+def chunk_windows(waveform: Tensor, model: Wav2Vec2Model, chunk: Chunk) -> list[Tensor]:
+    """Cut a waveform (T,) into one window (1, samples) for each chunk, with zeros before it and behind its end."""
+    extractor = model.feature_extractor
+    num_chunks = -(-extractor.num_frames(len(waveform)) // chunk.frames)
+    if num_chunks == 0:
+        return []
+    size, hop = extractor.num_samples(chunk.window), chunk.frames * extractor.stride
+    left = chunk.left * extractor.stride
+    right = max(0, (num_chunks - 1) * hop + size - left - len(waveform))
+    padded = nn.functional.pad(waveform, (left, right))
+    return [padded[None, number * hop : number * hop + size] for number in range(num_chunks)]
+
+
+def by_chunks(run: Callable[[Tensor], Tensor], model: Wav2Vec2Model, chunk: Chunk) -> Run:
+    """Apply ``run``, which takes a window as :class:`ChunkOutputs` does, to whole waveforms."""
+
+    def whole(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        counts = [model.feature_extractor.num_frames(length) for length in lengths.tolist()]
+        rows = []
+        for waveform, length, count in zip(waveforms, lengths.tolist(), counts, strict=True):
+            windows = chunk_windows(waveform[:length], model, chunk)
+            row = torch.cat([run(window) for window in windows], -2)[..., :count, :]
+            rows.append(nn.functional.pad(row, (0, 0, 0, max(counts) - count)))
+        return torch.cat(rows, -3), torch.tensor(counts)
+
+    return whole

@@ -1,0 +1,138 @@
+"""The flags of an export, checked before torch, transformers or onnx are imported."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from wav2vec2.files.errors import UserError, listed, one_line, short_repr
+
+# By format, the library that the hub names for it.
+FORMATS = {"huggingface": "transformers", "onnx": "onnx"}
+OUTPUTS = ("last", "all")
+MIN_OPSET, DEFAULT_OPSET = 18, 20  # 18 is the oldest that PyTorch's exporter writes
+MAX_SECONDS = 60.0  # a longer chunk is no streaming
+
+_ONNX_FLAGS = ("outputs", "int8", "tsv", "chunk_seconds", "left_seconds", "right_seconds")
+# The metadata that --card may give, by the form of the value; huggingface_hub's ModelCardData has the same keys.
+_TEXT_KEYS = (
+    *("license", "license_name", "license_link", "library_name", "model_name", "pipeline_tag", "base_model_relation"),
+    *("new_version", "thumbnail"),
+)
+_LIST_KEYS = ("base_model", "datasets", "language", "metrics", "tags")
+
+
+def check_flags(args: argparse.Namespace) -> list[str]:
+    """Check the flags of export.py.
+
+    Returns:
+        The formats of ``--formats``, each once.
+
+    Raises:
+        UserError: a flag has an impossible value, needs another flag, or would overwrite files.
+    """
+    formats = list(dict.fromkeys(name.strip() for name in args.formats.split(",")))
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise UserError(f"--formats: expected some of {', '.join(FORMATS)}, separated by commas, found {unknown[0]!r}")
+    if "onnx" in formats:
+        check_onnx(args.opset)
+        _check_chunk(args)
+    elif given := [f"--{name}" for name in _ONNX_FLAGS if getattr(args, name) not in (None, False, OUTPUTS[0])]:
+        raise UserError(f"{given[0]}: applies to the onnx format; add onnx to --formats, or leave it out")
+    _check_folders([args.out / name for name in formats])
+    return formats
+
+
+def check_onnx(opset: int) -> None:
+    """Check that ONNX files with this opset can be written.
+
+    Raises:
+        UserError: a package is missing, or the opset is too old for the exporter or too new for the installed onnx.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise UserError(f"onnx format: needs {package}, which is missing: pip install -r requirements-export.txt")
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if not MIN_OPSET <= opset <= newest:
+        raise UserError(
+            f"opset {opset}: expected at least {MIN_OPSET}, the oldest that PyTorch's exporter writes, and at most "
+            f"{newest}, the newest of the installed onnx {onnx.__version__}"
+        )
+
+
+def _check_chunk(args: argparse.Namespace) -> None:
+    if args.chunk_seconds is None:
+        for name in ("left_seconds", "right_seconds"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name}: is context around a chunk; give --chunk_seconds, too")
+        if args.tsv and not args.int8:
+            raise UserError("--tsv: nothing is measured on it; give --int8 or --chunk_seconds, too")
+        return
+    for name, value in zip(("chunk", "left", "right"), seconds_of_chunk(args), strict=True):
+        if not 0 <= value <= MAX_SECONDS:
+            raise UserError(f"--{name}_seconds {value:g}: expected 0 to {MAX_SECONDS:g}")
+    if not args.tsv:
+        raise UserError("--chunk_seconds: give --tsv, speech to compare chunks with whole utterances on")
+
+
+def seconds_of_chunk(args: argparse.Namespace) -> tuple[float, float, float]:
+    """The length of a chunk, and of its context on the left and on the right."""
+    left, right = args.left_seconds, args.right_seconds
+    return args.chunk_seconds, 2.0 if left is None else left, right or 0.0
+
+
+def _check_folders(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: a file, expected room for a new folder; give another --out, or remove it")
+        found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        if found:
+            raise UserError(
+                f"{folder}: exists, with {listed('files in it', found)}, expected a new folder or an empty one; give "
+                "another --out, or remove it"
+            )
+
+
+def read_card(path: Path | None) -> dict[str, Any]:
+    """Read the metadata of ``--card``: YAML, with the keys that the hub's model cards have.
+
+    Returns:
+        Strings and lists of strings by key; nothing without a file.
+
+    Raises:
+        UserError: the file is not YAML, a key is unknown, or a value has another form.
+    """
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        metadata = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"--card {path}: not readable as YAML ({one_line(error)}); mend it") from error
+    if not isinstance(metadata, dict):
+        raise UserError(f"--card {path}: expected lines 'key: value', found {short_repr(metadata)}")
+    for key, value in metadata.items():
+        if key not in _TEXT_KEYS + _LIST_KEYS:
+            raise UserError(
+                f"--card {path}: {short_repr(key)} is not a key of the hub's model cards; expected some of "
+                f"{', '.join(sorted(_TEXT_KEYS + _LIST_KEYS))}"
+            )
+        is_list = key in _LIST_KEYS and isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if not is_list and not isinstance(value, str):
+            expected = "text, or a list of texts" if key in _LIST_KEYS else "text"
+            raise UserError(
+                f"--card {path}: {key}: expected {expected} (in quotes, if need be), found {short_repr(value)}"
+            )
+    licence = metadata.get("license")
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        raise UserError(
+            f"--card {path}: license: expected one of the hub's identifiers, in small letters (mit, apache-2.0, "
+            f"cc-by-4.0, other, ...), found {licence!r}"
+        )
+    return metadata
