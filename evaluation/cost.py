@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, multiplications and time."""
+"""Cost of a model: parameters, bytes, multiplications and time."""
 
 import os
 import platform
@@ -22,14 +22,15 @@ from wav2vec2.model import Wav2Vec2Model, hubert_base
 
 # SUPERB's profile of HuBERT Base, as the DPHuBERT paper gives it.
 SUPERB_HUBERT_BASE_MACS = 1.669e12
+# Timed runs of each model and length.
+REPETITIONS = 5
 
 
 def macs_per_second(config: dict[str, Any]) -> dict[str, float]:
-    """Multiply-accumulates per second of audio: of each part of the model (:class:`flops.Parts`), and in total.
+    """Count multiply-accumulates per second of audio, for each part of the model (:class:`flops.Parts`) and in total.
 
-    Counted on one utterance of :data:`UTTERANCE_SECONDS`, half of what :func:`flops.count_flops` counts there. The
-    length matters a little, because attention costs more for longer utterances: HuBERT Base needs 7.0e9 per second
-    of 2 s utterances, 7.3e9 of these, and 7.6e9 of 15 s ones.
+    They are counted on one utterance of :data:`UTTERANCE_SECONDS`. The length matters a little, because attention costs
+    more for longer utterances: HuBERT Base needs 7.0e9 per second for 2 s, 7.3e9 for these, and 7.6e9 for 15 s.
     """
     counted = count_flops(config, round(UTTERANCE_SECONDS * SAMPLE_RATE))
     macs = {name: count / 2 / UTTERANCE_SECONDS for name, count in counted._asdict().items()}
@@ -38,14 +39,14 @@ def macs_per_second(config: dict[str, Any]) -> dict[str, float]:
 
 @cache
 def superb_seconds() -> float:
-    """Seconds of audio for which HuBERT Base needs :data:`SUPERB_HUBERT_BASE_MACS`, about 229 (31 utterances)."""
+    """Return the seconds of audio for which HuBERT Base needs :data:`SUPERB_HUBERT_BASE_MACS`, about 229."""
     with torch.device("meta"):
         config = hubert_base().config
     return SUPERB_HUBERT_BASE_MACS / macs_per_second(config)["total"]
 
 
 def superb_style_macs(macs: dict[str, float]) -> dict[str, float]:
-    """MACs on the scale of SUPERB's profile, from those per second.
+    """Bring MACs per second to the scale of SUPERB's profile.
 
     SUPERB profiles models on a fixed set of LibriSpeech utterances. Neither the set nor its lengths are published with
     the benchmark's package, so this is no rerun of it: it is the count for :func:`superb_seconds` of audio, which gives
@@ -57,12 +58,12 @@ def superb_style_macs(macs: dict[str, float]) -> dict[str, float]:
 
 
 def counted_on() -> dict[str, float]:
-    """Seconds of audio that the numbers of multiply-accumulates are for."""
+    """Return the seconds of audio that the numbers of multiply-accumulates are for."""
     return {"utterance_seconds": UTTERANCE_SECONDS, "superb_seconds": superb_seconds()}
 
 
 def cost(model: Wav2Vec2Model, num_bytes: int | None) -> dict[str, Any]:
-    """Everything but the speed of a model, which may be on torch's meta device, and whose file has these bytes."""
+    """Return all costs but speed of a model, which may be on torch's meta device; its file has ``num_bytes``."""
     macs = macs_per_second(model.config)
     return {
         "num_params": int(model.get_num_params()),
@@ -74,45 +75,37 @@ def cost(model: Wav2Vec2Model, num_bytes: int | None) -> dict[str, Any]:
 
 
 def measure_speed(
-    runs: Sequence[Callable[[torch.Tensor], object]],
-    lengths: Sequence[float],
-    batch_sizes: Sequence[int],
-    repetitions: int,
-    device: torch.device,
+    runs: Sequence[Callable[[torch.Tensor], object]], lengths: Sequence[float], device: torch.device
 ) -> list[list[dict[str, Any]]]:
-    """Real-time factors: seconds of work per second of audio, with all hidden states returned.
+    """Measure real-time factors: seconds of work per second of audio, with all hidden states returned.
 
-    The models take turns on the same noise after a warm-up each; the median of the repetitions counts. Nothing is
-    padded.
+    The models take turns on the same noise, one utterance at a time, after a warm-up each; the median of
+    :data:`REPETITIONS` counts.
 
     Args:
-        runs: each a model that takes waveforms (B, T) on ``device``.
+        runs: the models, each taking waveforms (B, T) on ``device``.
         lengths: of the utterances, in seconds.
-        batch_sizes: utterances per batch.
-        repetitions: runs that are timed.
-        device: what to measure on.
+        device: to measure on.
 
     Returns:
-        For each model one entry per length and batch size.
+        For each model one entry for each length.
     """
     found: list[list[dict[str, Any]]] = [[] for _ in runs]
-    settings = [(seconds, batch) for seconds in lengths for batch in batch_sizes]
-    for seconds, batch in progress(settings, "speed", unit="setting"):
+    for seconds in progress(lengths, "speed", unit="length"):
         generator = torch.Generator().manual_seed(0)
-        waveforms = torch.randn(batch, round(seconds * SAMPLE_RATE), generator=generator).to(device)
+        waveforms = torch.randn(1, round(seconds * SAMPLE_RATE), generator=generator).to(device)
         work = {str(number): _timed(run, waveforms) for number, run in enumerate(runs)}
         for warm_up in work.values():
             warm_up()
-        medians = take_turns(work, repetitions).values()
+        medians = take_turns(work, REPETITIONS).values()
         for entries, (median, _) in zip(found, medians, strict=True):
-            factor = median / (seconds * batch)
-            threads = torch.get_num_threads()
-            entries.append({"seconds": seconds, "batch": batch, "threads": threads, "real_time_factor": factor})
+            factor, threads = median / seconds, torch.get_num_threads()
+            entries.append({"seconds": seconds, "batch": 1, "threads": threads, "real_time_factor": factor})
     return found
 
 
 def _timed(run: Callable[[torch.Tensor], object], waveforms: torch.Tensor) -> Callable[[], float]:
-    """A function that runs the model once and returns the seconds that this took."""
+    """Make a function that runs the model once and returns the seconds it took."""
 
     def timed() -> float:
         _wait_for(waveforms.device)
@@ -131,11 +124,11 @@ def _wait_for(device: torch.device) -> None:
 
 
 def take_turns(work: dict[str, Callable[[], float]], repetitions: int) -> dict[str, tuple[float, float]]:
-    """Measure seconds of each kind of work, in turns and every other time in the opposite order.
+    """Measure the seconds of each kind of work in turns, every other time in the opposite order.
 
     Returns:
-        For each its median, and how fast it is in units of the first: the median over the turns, so that a slow
-        minute of the machine, which meets both, does not count.
+        For each its median, and its speed in units of the first: the median over the turns, so that a slow minute of
+        the machine, which slows both, does not count.
     """
     taken: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(repetitions):
@@ -149,7 +142,7 @@ def take_turns(work: dict[str, Callable[[], float]], repetitions: int) -> dict[s
 
 
 def made_by(device: torch.device) -> dict[str, Any]:
-    """What is needed to get numbers again: the command, versions, the device and the number of CPU threads."""
+    """Return what it takes to get the numbers again: command, versions, device and number of CPU threads."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {name: version(name) for name in ("torch", "numpy", "soundfile")}
@@ -160,7 +153,7 @@ def made_by(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The processor's name and the number of its cores."""
+    """Return the processor's name and the number of its cores."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

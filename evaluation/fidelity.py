@@ -1,22 +1,20 @@
-"""How near a student's hidden states are to its teacher's: L1, cosine and linear CKA on held-out speech."""
+"""Fidelity: L1, cosine and linear CKA between the hidden states of students and their teacher on held-out speech."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from cli import progress
-from dataset.batches import BatchSampler, make_batches
-from dataset.manifest import Manifest, read_manifest
-from dataset.speech import SpeechDataset
-from evaluation.features import hidden_states
-from lightning import Layers, check_pair, make_projections, mean_of, student_layers
-from wav2vec2.audio import SAMPLE_RATE
+from dataset.manifest import read_manifest
+from evaluation.features import check_finite
+from lightning import check_pair, make_projections, student_layers
+from wav2vec2.audio import SAMPLE_RATE, read_audio
 from wav2vec2.files.checkpoint import load_state, read_model_file
 from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.model import Wav2Vec2Model
@@ -52,7 +50,7 @@ class LinearCKA:
             product.addmm_(features[i].T, features[j])
 
     def compute(self) -> float | None:
-        """CKA of all frames so far; None if a feature does not vary."""
+        """Return the CKA of all frames so far; None if a feature does not vary."""
         covariances = [
             product - torch.outer(self._sums[i], self._sums[j]) / self._num_frames
             for product, (i, j) in zip(self._products, self._PAIRS, strict=True)
@@ -70,23 +68,20 @@ class Student:
     """A model to compare with its teacher.
 
     Attributes:
-        name: in progress bars.
-        path: the file that it comes from.
+        name: names the model.
+        path: its file.
         model: in eval mode.
-        mode: "layer2layer" or "predlayer", see :data:`lightning.DISTILL_MODES`.
-        projections: the learnt ones, one per distilled layer; None where the file has none.
+        mode: "layer2layer" or "predlayer" (see :class:`lightning.DistillModule`).
+        sources: for each distilled layer the student's layer that stands for it.
+        projections: the learnt ones, one for each distilled layer; None if the file has none.
     """
 
     name: str
     path: Path
     model: Wav2Vec2Model
     mode: str
+    sources: list[int]
     projections: nn.ModuleList | None
-
-    def source(self, layers: Layers, num_teacher_layers: int) -> Layers:
-        """The hidden states that stand for these of the teacher."""
-        num_layers = len(self.model.encoder.transformer.layers)
-        return student_layers(layers, num_teacher_layers, num_layers) if self.mode == "layer2layer" else (num_layers,)
 
 
 def make_student(
@@ -94,55 +89,56 @@ def make_student(
     path: Path,
     model: Wav2Vec2Model,
     teacher: Wav2Vec2Model,
-    layers: Sequence[Layers],
+    layers: Sequence[int],
     mode: str | None = None,
 ) -> Student:
     """Read the projections that a model file holds, and check that all fits.
 
     Args:
-        name: in progress bars.
-        path: the model's file.
-        model: what it holds, in eval mode.
+        name: names the model.
+        path: its file.
+        model: the contents of the file, in eval mode.
         teacher: in eval mode.
         layers: the distilled layers, in the order of training.
         mode: "layer2layer" or "predlayer"; None takes that of the projections, and without any layer2layer, or
-            predlayer where the model has no layer at the depth of one of these.
+            predlayer if the model has no layer at the depth of one of these.
 
     Raises:
         UserError: the projections do not fit the layers, the mode or the models; or see :func:`lightning.check_pair`.
     """
     state = _read_projections(path)
-    found = None
+    depth, own_depth = (len(each.encoder.transformer.layers) for each in (teacher, model))
     if state:  # a projection of predlayer is a Linear and an activation, with the names of a Sequential
         found = "predlayer" if any(key.endswith(".0.weight") for key in state) else "layer2layer"
-    if found and mode not in (None, found):
-        raise UserError(f"{path}: its projections are those of distill_mode {found}, expected those of {mode}")
-    mode = mode or found
-    matched = [layer for each in layers for layer in each]
-    if mode is None:  # of others' models, which may have no layer at the depth of each of the teacher's
-        depths = [len(each.encoder.transformer.layers) for each in (teacher, model)]
-        mode = "predlayer" if any(layer * depths[1] % depths[0] for layer in matched) else "layer2layer"
+        if mode not in (None, found):
+            raise UserError(f"{path}: its projections are those of distill_mode {found}, expected those of {mode}")
+        mode = found
+    if mode is None:  # models of other programs may have no layer at the depth of each of the teacher's
+        mode = "predlayer" if any(layer * own_depth % depth for layer in layers) else "layer2layer"
     try:
-        check_pair(teacher, model, matched, mode)
+        check_pair(teacher, model, layers, mode)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if mode == "layer2layer":
+        sources = [student_layers((layer,), depth, own_depth)[0] for layer in layers]
+    else:
+        sources = [own_depth] * len(layers)
     projections = None
     if state:
         num_found = sum(key.endswith("weight") for key in state)
         if num_found != len(layers):
             raise UserError(
                 f"{path}: has {num_found} projections, expected one for each of the {len(layers)} distilled layers "
-                f"{','.join(str(written(each)) for each in layers)}; give the layers that it was trained with, in "
-                "their order"
+                f"{','.join(map(str, layers))}; give the layers that it was trained with, in their order"
             )
         dims = (each.config["encoder_embed_dim"] for each in (model, teacher))
         projections = make_projections(mode, _shared_groups(state, len(layers)), *dims)
         load_state(projections, state, path)
-    return Student(name, path, model, mode, projections)
+    return Student(name, path, model, mode, sources, projections)
 
 
 def _read_projections(path: Path) -> dict[str, Any]:
-    """The state dict of a model file's projections, not checked any further; empty if it has none."""
+    """Read the state dict of a model file's projections; empty if it has none."""
     state = read_model_file(path).get("distill_linear_projs")
     if state is None:
         return {}
@@ -152,13 +148,13 @@ def _read_projections(path: Path) -> dict[str, Any]:
 
 
 def _shared_groups(state: dict[str, Any], num_layers: int) -> list[list[int]]:
-    """Which neighbouring projections of a file are one: they have their memory in common."""
+    """Group neighbouring projections that are one: they have their memory in common."""
     groups: list[list[int]] = []
     last = None
     for layer in range(num_layers):
         weight = state.get(f"{layer}.weight")
         is_plain = isinstance(weight, Tensor) and weight.layout is torch.strided
-        address = weight.data_ptr() if is_plain else None
+        address = weight.data_ptr() if isinstance(weight, Tensor) and is_plain else None
         if groups and address is not None and address == last:
             groups[-1].append(layer)
         else:
@@ -168,7 +164,7 @@ def _shared_groups(state: dict[str, Any], num_layers: int) -> list[list[int]]:
 
 
 class _Distances:
-    """What is summed up for one student and one distilled layer."""
+    """Sums over the utterances for one student and one distilled layer."""
 
     def __init__(self, dims: tuple[int, int], projection: nn.Module | None, device: torch.device) -> None:
         self.cka = LinearCKA(dims, device)
@@ -188,12 +184,14 @@ class _Distances:
             self.cosine += float(F.cosine_similarity(predicted, expected, dim=-1).mean())
 
     def means(self) -> dict[str, float | None]:
-        found = {"l1": self.l1 / self.num_utterances, "cosine": self.cosine / self.num_utterances}
-        return {**(found if self.is_comparable else dict.fromkeys(found)), "cka": self.cka.compute()}
+        """Return ``l1``, ``cosine`` and ``cka``."""
+        l1, cosine = self.l1 / self.num_utterances, self.cosine / self.num_utterances
+        comparable: dict[str, float | None] = {"l1": l1, "cosine": cosine}
+        return {**(comparable if self.is_comparable else dict.fromkeys(comparable)), "cka": self.cka.compute()}
 
 
 class HeldOutSpeech:
-    """The utterances of a manifest up to ``max_seconds``, one at a time and whole.
+    """The whole utterances of a manifest, from short to long.
 
     Args:
         path: the manifest.
@@ -205,34 +203,57 @@ class HeldOutSpeech:
     """
 
     def __init__(self, path: Path, max_seconds: float, min_samples: int) -> None:
-        self.manifest: Manifest = read_manifest(path)
-        lengths = self.manifest.lengths
-        try:
-            self._batches = make_batches(
-                lengths, batch_size=1, min_len=min_samples, max_len=round(max_seconds * SAMPLE_RATE)
+        manifest = read_manifest(path)
+        order = np.argsort(manifest.lengths, kind="stable").tolist()
+        lengths = [(index, int(manifest.lengths[index])) for index in order]
+        self.utterances = [
+            (manifest.full_path(index), length)
+            for index, length in lengths
+            if min_samples <= length <= round(max_seconds * SAMPLE_RATE)
+        ]
+        if not self.utterances:
+            raise UserError(
+                f"{path}: none of {len(order)} utterances lasts {min_samples / SAMPLE_RATE:.3f} to {max_seconds:g} s; "
+                "raise --max_seconds, or give another manifest"
             )
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        self.num_samples = sum(int(lengths[index]) for (index,) in self._batches)
-        for (index,) in self._batches:
-            if not Path(self.manifest.full_path(index)).is_file():
+        self.num_samples = sum(length for _, length in self.utterances)
+        for audio, _ in self.utterances:
+            if not Path(audio).is_file():
                 raise UserError(
-                    f"{path}: {self.manifest.full_path(index)} does not exist, expected an audio file; "
-                    "run prepare_data.py on the corpus where it is now"
+                    f"{path}: {audio} does not exist, expected an audio file; run prepare_data.py on the corpus where "
+                    "it is now"
                 )
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.utterances)
 
-    def loader(self) -> DataLoader:
-        """Batches of one utterance, from short to long."""
-        sampler = BatchSampler(self.manifest.lengths, self._batches, 1, 0, shuffle=False, seed=0, drop_last=True)
-        return DataLoader(SpeechDataset(self.manifest), sampler=sampler, batch_size=None)
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the path and the waveform (T,) of each utterance.
+
+        Raises:
+            AudioError: a file cannot be read, or has changed.
+        """
+        for path, length in self.utterances:
+            yield path, read_audio(path, 0, length, length)
+
+
+def hidden_states(
+    model: Wav2Vec2Model, waveform: Tensor, num_layers: int, model_source: str, audio_source: str
+) -> list[Tensor]:
+    """Run a model up to a layer on one waveform (T,): the projected extractor output and the layers' (frames, D).
+
+    Raises:
+        UserError: a hidden state is not finite; the sources are named.
+    """
+    # extract_features runs at least one layer.
+    states, _ = model.extract_features(waveform[None], num_layers=max(1, num_layers))
+    check_finite(states, model_source, audio_source)
+    return [state[0] for state in states]
 
 
 @torch.inference_mode()
 def measure_fidelity(
-    teacher: Wav2Vec2Model, students: Sequence[Student], layers: Sequence[Layers], speech: HeldOutSpeech
+    teacher: Wav2Vec2Model, students: Sequence[Student], layers: Sequence[int], speech: HeldOutSpeech
 ) -> list[dict[str, Any]]:
     """Compare students with their teacher on the same utterances.
 
@@ -242,35 +263,33 @@ def measure_fidelity(
 
     Args:
         teacher: in eval mode, on the device of the students.
-        students: from :func:`make_student`.
+        students: from :func:`make_student`, for the same layers.
         layers: the distilled layers.
-        speech: what to measure on.
+        speech: the utterances.
 
     Returns:
         For each student ``mode``, ``projections`` (whether it has any), ``num_utterances``, ``hours``, ``note`` (None,
-        or why numbers are missing) and ``layers``: per distilled layer ``layer``, ``source`` (the student's hidden
-        state), ``l1``, ``cosine`` (None where sizes differ and there is no projection) and ``cka``.
+        or why numbers are missing) and ``layers``: for each distilled layer ``layer``, ``source`` (the student's hidden
+        state), ``l1``, ``cosine`` (None if sizes differ and there is no projection) and ``cka``.
 
     Raises:
         UserError: a file cannot be used, or a model's hidden states are not finite.
     """
     device = next(teacher.parameters()).device
-    teacher_dim, depth = teacher.config["encoder_embed_dim"], len(teacher.encoder.transformer.layers)
-    sources = [[student.source(each, depth) for each in layers] for student in students]
     sums: list[list[_Distances]] = []
     for student in students:
-        projections = [None] * len(layers) if student.projections is None else student.projections.to(device)
-        dims = student.model.config["encoder_embed_dim"], teacher_dim
+        dims = student.model.config["encoder_embed_dim"], teacher.config["encoder_embed_dim"]
+        projections: list[nn.Module | None] = [None] * len(layers)
+        if student.projections is not None:
+            projections = list(student.projections.to(device))
         sums.append([_Distances(dims, projection, device) for projection in projections])
-    for batch in progress(speech.loader(), "fidelity", unit="utterance"):
-        if batch.bad_files:
-            raise UserError(next(iter(batch.bad_files.values())))
-        waveform, (path,) = batch.waveforms[0].to(device), batch.paths
-        expected = hidden_states(teacher, waveform, _depth(layers), "the teacher", path)
-        for student, own, distances in zip(students, sources, sums, strict=True):
-            actual = hidden_states(student.model, waveform, _depth(own), str(student.path), path)
-            for of_teacher, of_student, distance in zip(layers, own, distances, strict=True):
-                distance.update(mean_of(actual, of_student), mean_of(expected, of_teacher))
+    for path, waveform in progress(speech, "fidelity", unit="utterance"):
+        waveform = waveform.to(device)
+        expected = hidden_states(teacher, waveform, max(layers), "the teacher", path)
+        for student, distances in zip(students, sums, strict=True):
+            actual = hidden_states(student.model, waveform, max(student.sources), str(student.path), path)
+            for layer, source, distance in zip(layers, student.sources, distances, strict=True):
+                distance.update(actual[source], expected[layer])
     return [
         {
             "mode": student.mode,
@@ -279,22 +298,12 @@ def measure_fidelity(
             "hours": speech.num_samples / SAMPLE_RATE / 3600,
             "note": _note(student, distances[0]),
             "layers": [
-                {"layer": written(of_teacher), "source": written(of_student), **distance.means()}
-                for of_teacher, of_student, distance in zip(layers, own, distances, strict=True)
+                {"layer": layer, "source": source, **distance.means()}
+                for layer, source, distance in zip(layers, student.sources, distances, strict=True)
             ],
         }
-        for student, own, distances in zip(students, sources, sums, strict=True)
+        for student, distances in zip(students, sums, strict=True)
     ]
-
-
-def written(layers: Layers) -> int | str:
-    """A layer's number, or ``"1+2"`` for the mean of several."""
-    return layers[0] if len(layers) == 1 else "+".join(map(str, layers))
-
-
-def _depth(layers: Sequence[Layers]) -> int:
-    """How many layers must run for these."""
-    return max(1, *(layer for each in layers for layer in each))
 
 
 def _note(student: Student, distance: _Distances) -> str | None:
@@ -303,8 +312,3 @@ def _note(student: Student, distance: _Distances) -> str | None:
     if distance.is_comparable:
         return "no projections in the file: L1 and cosine are those of the raw hidden states"
     return "no projections in the file, and other dimensions than the teacher's: no L1 and cosine"
-
-
-def shared_min_samples(models: Sequence[Wav2Vec2Model]) -> int:
-    """Samples that make a frame in every one of these models."""
-    return max(model.feature_extractor.receptive_field for model in models)

@@ -1,4 +1,4 @@
-"""The results file of ``evaluate.py`` and its tables, which are printed and shown in the report of a run.
+"""The results file of ``evaluate.py`` and its tables, which evaluate.py prints and the report of a run shows.
 
 The file is JSON:
 
@@ -6,15 +6,15 @@ The file is JSON:
     teacher    its name, or null
     models     one entry each: name, path, backend, is_teacher, config, cost, fidelity (null without teacher or
                manifest), probes, head (null without one), quality (null without teacher or probes)
-    controls   the probes of what is no trained model: "log-mel", and "random weights" of the first model's shape
-    probes     of each its kind, metric, num_classes, num_train, num_test and chance (per cent)
-    left_out   of the quality: probes, with the reason
+    controls   the probes of "log-mel" features and of "random weights" in the first model's shape
+    probes     for each its kind, metric, num_classes, num_train, num_test and chance (per cent)
+    left_out   the probes that do not count for quality, with the reason
     macs_counted_on    utterance_seconds and superb_seconds, see evaluation.cost
 
 ``cost`` has num_params, params (by part), num_bytes, macs_per_second and superb_macs (by part, and total) and speed,
 see :mod:`evaluation.cost`; ``fidelity`` is that of :func:`evaluation.fidelity.measure_fidelity`; an entry of ``probes``
 that of :meth:`evaluation.probes.Probed.summary`, by the probe's name; ``head`` that of
-:func:`evaluation.heads.head_summary`; ``quality`` that of :func:`evaluation.scores.figure_of_merit`.
+:func:`evaluation.measure.head_summary`; ``quality`` that of :func:`evaluation.scores.figure_of_merit`.
 """
 
 import json
@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 from labels.lists import TEXT
 from wav2vec2.files.errors import UserError
 
-# Names that the hub has for metrics; others are written with underscores.
+# The hub's names for metrics; others are written with underscores.
 _METRIC_TYPES = {"frame accuracy": "accuracy", "word error rate": "wer", "character error rate": "cer"}
 
 
 class Table(NamedTuple):
-    """Cells as text; the first column names the rows, the notes say what the numbers are."""
+    """Cells as text; the first column names the rows, the notes explain the numbers."""
 
     title: str
     header: list[str]
@@ -40,7 +40,7 @@ class Table(NamedTuple):
     notes: list[str]
 
     def __str__(self) -> str:
-        """Aligned columns, the first to the left and the others to the right, and the notes."""
+        """Align the first column to the left and the others to the right, above the notes."""
         lines = [self.header, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
@@ -50,7 +50,7 @@ class Table(NamedTuple):
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The results of evaluate.py.
+    """Read the results of evaluate.py.
 
     Raises:
         UserError: the file does not exist, or is not JSON of a dict.
@@ -68,7 +68,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _results_of_evaluate() -> Iterator[None]:
-    """Around what reads results."""
+    """Name the fault in one line if what reads results fails."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -76,7 +76,7 @@ def _results_of_evaluate() -> Iterator[None]:
 
 
 def evaluation_tables(results: dict[str, Any]) -> list[Table]:
-    """The tables of a results file: cost, and fidelity and probes as far as they were measured.
+    """Make the tables of a results file: cost, and fidelity and probes as far as they were measured.
 
     Raises:
         UserError: ``results`` are not those of evaluate.py.
@@ -84,7 +84,7 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
     with _results_of_evaluate():
         tables = [cost_table(results["models"], results["macs_counted_on"]), part_table(results["models"])]
         if any(model["fidelity"] for model in results["models"]):
-            tables.append(fidelity_table({model["name"]: model["fidelity"] for model in results["models"]}))
+            tables.append(fidelity_table(results["models"]))
         if results["probes"]:
             tables.append(probe_table(results))
         if results["probes"] and any(model.get("head") for model in results["models"]):
@@ -97,12 +97,12 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
 def cost_table(
     models: Sequence[dict[str, Any]], counted_on: dict[str, Any], original_num_params: int | None = None
 ) -> Table:
-    """Parameters, bytes, multiplications and speed.
+    """Tabulate parameters, bytes, multiplications and speed.
 
     Args:
         models: entries of a results file.
-        counted_on: what multiplications are counted on.
-        original_num_params: what sparsity is measured by; None takes the teacher's, if there is one.
+        counted_on: ``macs_counted_on`` of a results file.
+        original_num_params: what sparsity is relative to; None takes the teacher's, if there is one.
     """
     teachers = [model["cost"]["num_params"] for model in models if model.get("is_teacher")]
     before = original_num_params or next(iter(teachers), None)
@@ -134,23 +134,26 @@ def cost_table(
     return Table("Cost", header, rows, notes)
 
 
-def fidelity_table(fidelity: dict[str, dict[str, Any] | None]) -> Table:
-    """L1, cosine and CKA of each distilled layer with the teacher's, by the name of the model."""
-    compared = {name: found for name, found in fidelity.items() if found}
+def fidelity_table(models: Sequence[dict[str, Any]]) -> Table:
+    """Tabulate L1, cosine and CKA of each distilled layer with the teacher's, and the distillation loss."""
+    compared = {model["name"]: model["fidelity"] for model in models if model["fidelity"]}
     layers = [entry["layer"] for entry in next(iter(compared.values()))["layers"]]
     measures = {"L1": "l1", "cosine": "cosine", "CKA": "cka"}
-    header = ["", *(f"{title} {layer}" for title in measures for layer in layers)]
-    rows = []
+    rows, notes = [], ["L1 and cosine through the learnt projections, CKA of the hidden states as they are"]
     for name, found in compared.items():
         values = [entry[measure] for measure in measures.values() for entry in found["layers"]]
-        rows.append([name, *("-" if value is None else f"{value:.3f}" for value in values)])
-    notes = [f"{name}: {found['note']}" for name, found in compared.items() if found["note"]]
-    about = "L1 and cosine through the learnt projections, CKA of the hidden states as they are"
-    return Table("Fidelity to the teacher", header, rows, [about, *notes])
+        pairs = [(entry["l1"], entry["cosine"]) for entry in found["layers"]]
+        loss = "-" if (None, None) in pairs else f"{fmean(l1 - cosine for l1, cosine in pairs):.4f}"
+        rows.append([name, *("-" if value is None else f"{value:.3f}" for value in values), loss])
+        if found["note"]:
+            notes.append(f"{name}: {found['note']}")
+    notes.append("loss: equation 1 with the published weights, the mean of L1 - cosine over the layers")
+    header = ["", *(f"{title} {layer}" for title in measures for layer in layers), "loss"]
+    return Table("Fidelity to the teacher", header, rows, notes)
 
 
 def part_table(models: Sequence[dict[str, Any]]) -> Table:
-    """Where parameters and multiplications are, in per cent of the model's."""
+    """Tabulate the share of each part in a model's parameters and multiplications."""
     titles = {"conv": "extractor", "projection": "projection", "attention": "attention", "feed_forward": "FFN"}
     rows = []
     for model in models:
@@ -159,20 +162,18 @@ def part_table(models: Sequence[dict[str, Any]]) -> Table:
         shares += [100 * macs[part] / macs["total"] for part in titles]
         rows.append([model["name"], *(f"{share:.1f}" for share in shares)])
     header = ["", *(f"{what}: {title}" for what in ("parameters", "MACs") for title in titles.values())]
-    about = (
-        "per cent; projection: with the positional convolution and the norms outside of blocks, which no mask prunes"
-    )
+    about = "per cent; the projection includes the positional convolution and the norms outside of blocks"
     return Table("Parts", header, rows, [about])
 
 
 def probe_table(results: dict[str, Any]) -> Table:
-    """The score of each model and control in each task."""
+    """Tabulate the score of each model and control in each probe."""
     scored = {model["name"]: model["probes"] for model in results["models"] if model["probes"]} | results["controls"]
     rows = [[name, *(_score(found[task]) for task in results["probes"])] for name, found in scored.items()]
     rows.append(["chance", *(f"{task['chance']:.1f}" for task in results["probes"].values())])
     about = (
         "test score in per cent, mean and standard deviation over the seeds, and in brackets where 95% of bootstrap "
-        "samples of the test clips lie; less is better of an error rate"
+        "samples of the test clips lie; a lower error rate is better"
     )
     return Table(
         "Probes", ["", *(f"{name}: {task['metric']}" for name, task in results["probes"].items())], rows, [about]
@@ -185,7 +186,7 @@ def _score(found: dict[str, Any]) -> str:
 
 
 def head_table(results: dict[str, Any]) -> Table:
-    """What the own heads of fine-tuned models reach; older results have none."""
+    """Tabulate the scores of fine-tuned models' own heads, which older results do not have."""
     heads = {model["name"]: model["head"] for model in results["models"] if model.get("head")}
     scored = [probe for probe in results["probes"] if any(probe in head["scores"] for head in heads.values())]
     metrics = {probe: head["scores"][probe]["metric"] for head in heads.values() for probe in head["scores"]}
@@ -203,7 +204,7 @@ def _interval(found: dict[str, Any]) -> str:
 
 
 def quality_table(results: dict[str, Any]) -> Table:
-    """The figure of merit of each model beside what it costs."""
+    """Tabulate the quality of each model beside its cost."""
     rows = []
     for model in results["models"]:
         if model["quality"]:
@@ -230,7 +231,7 @@ def quality_table(results: dict[str, Any]) -> Table:
 
 
 def unit_counts(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Units of each layer by their name; 0 where the whole block is gone. ``config`` is complete, as a model's own."""
+    """Count the units of each layer by kind in a complete config; 0 where the whole block is gone."""
     if "encoder_remaining_heads" in config:
         heads = [len(remaining) for remaining in config["encoder_remaining_heads"]]
     else:
@@ -246,9 +247,9 @@ def unit_counts(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def architecture_tables(before: dict[str, Any], after: dict[str, Any]) -> list[Table]:
-    """Kept units of each layer as ``after/before``: of the transformer, of the extractor, and what all layers share.
+    """Tabulate kept units as ``after/before``: by layer of the transformer and of the extractor, and of all layers.
 
-    The last is left out where nothing of it is pruned.
+    The last table is left out if nothing of it is pruned.
     """
     old, new = unit_counts(before), unit_counts(after)
     cells = {name: [f"{kept}/{count}" for kept, count in zip(new[name], old[name], strict=True)] for name in new}
@@ -276,7 +277,7 @@ def architecture_tables(before: dict[str, Any], after: dict[str, Any]) -> list[T
 
 
 def model_of_shape(results: dict[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The entry of ``models`` that PyTorch ran and that has this config, whatever its head; if several, by its file.
+    """Find the entry of ``models`` that PyTorch ran with this config, whatever its head; of several, by its file name.
 
     Raises:
         UserError: there is none, or more than one, or ``results`` are not those of evaluate.py.
@@ -302,7 +303,7 @@ def model_of_shape(results: dict[str, Any], config: Mapping[str, Any], path: Pat
 
 
 def card_metrics(results: dict[str, Any], model: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was measured of an entry of ``models``: keywords of huggingface_hub's EvalResult, scores in per cent.
+    """List the scores of an entry of ``models`` in per cent, as keywords of huggingface_hub's EvalResult.
 
     Raises:
         UserError: ``results`` are not those of evaluate.py.

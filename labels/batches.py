@@ -1,4 +1,4 @@
-"""From a list of labelled audio to batches of whole utterances, padded, with what is said or heard in each."""
+"""From a list of labelled audio to waveforms with their labels, one clip at a time or in padded batches."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 
 from dataset.batches import Crop
 from dataset.speech import MAX_REPLACEMENTS, first_readable
-from labels.lists import SEGMENTS, TEXT, UNITS, Clip, Probe, read_table, text_units
-from wav2vec2.audio import SAMPLE_RATE, AudioError, checked_audio, read_audio, stated_length
+from labels.lists import SEGMENTS, TEXT, Clip, Probe, num_samples
+from wav2vec2.audio import SAMPLE_RATE, AudioError, read_audio
 from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.model import Wav2Vec2Model
 
 
 @dataclass(frozen=True)
@@ -26,87 +27,113 @@ class FrameTimes:
     hop: int
     window: int
 
+    @classmethod
+    def of(cls, model: Wav2Vec2Model) -> "FrameTimes":
+        """The frames of a model."""
+        return cls(model.feature_extractor.stride, model.feature_extractor.receptive_field)
+
     def count(self, num_samples: int) -> int:
-        """Frames of so many samples."""
+        """Count the frames of this many samples."""
         return max(0, (num_samples - self.window) // self.hop + 1)
 
-    def middles(self, num_samples: int) -> Tensor:
+    def middles(self, num_frames: int) -> Tensor:
         """The middle of each frame in seconds, (frames,)."""
-        return (torch.arange(self.count(num_samples)) * self.hop + self.window / 2) / SAMPLE_RATE
+        return (torch.arange(num_frames) * self.hop + self.window / 2) / SAMPLE_RATE
 
 
-def frame_labels(clip: Clip, times: Tensor) -> Tensor:
-    """The label of each frame by its middle, (N,); -1 in no segment."""
-    starts, ends, labels = (torch.tensor(column) for column in zip(*clip.target, strict=True))
-    place = torch.searchsorted(starts.double(), times.double(), right=True) - 1  # segments do not overlap
-    inside = (place >= 0) & (times.double() < ends.double()[place.clamp(min=0)])
-    return torch.where(inside, labels[place.clamp(min=0)], -1)
+def target_of(kind: str, clip: Clip, times: Tensor) -> Tensor:
+    """The labels to find in a clip, (N,) int64: the one label, the units of the text, or the label of each frame.
+
+    Args:
+        kind: of the list, as of :class:`~labels.lists.Probe`.
+        clip: the clip.
+        times: (frames,) the middles of the clip's frames in seconds, which tell the segment; -1 outside of segments.
+    """
+    if kind == SEGMENTS:
+        starts, ends, labels = (torch.tensor(column) for column in zip(*clip.target, strict=True))
+        place = torch.searchsorted(starts.double(), times.double(), right=True) - 1  # segments do not overlap
+        inside = (place >= 0) & (times.double() < ends.double()[place.clamp(min=0)])
+        return torch.where(inside, labels[place.clamp(min=0)], -1)
+    return torch.tensor(clip.target if kind == TEXT else [clip.target])
+
+
+def read_clip(probe: Probe, clip: Clip, window: int) -> Tensor:
+    """Read a clip, (T,) at 16 kHz.
+
+    Raises:
+        UserError: it cannot be read, is shorter than the ``window`` samples of a frame, or holds values that are not
+            finite. The message names the line of the list.
+    """
+    try:
+        waveform = read_audio(clip.path)
+    except UserError as error:
+        raise UserError(f"{probe.place(clip)}: {error}; mend the file or take its line out") from error
+    if not waveform.isfinite().all():
+        raise UserError(f"{probe.place(clip)}: {clip.path} holds samples that are NaN or infinite; take its line out")
+    if len(waveform) < window:
+        raise UserError(_too_short(probe, clip, len(waveform), window))
+    return waveform
+
+
+def _too_short(probe: Probe, clip: Clip, length: int, window: int) -> str:
+    return (
+        f"{probe.place(clip)}: {clip.path} has {length} samples at 16 kHz, expected {window} or more, which make one "
+        "frame; take it out"
+    )
 
 
 def checked_lengths(probe: Probe, clips: Sequence[Clip], frames: FrameTimes, max_samples: float) -> np.ndarray:
-    """The samples of each clip at 16 kHz, (N,) int64, by the headers of the files.
+    """Count the samples of each clip at 16 kHz, (N,) int64, and check that training can use it.
 
     Raises:
         UserError: a clip cannot be read, makes no frame, is longer than ``max_samples``, has a unit that no training
-            clip has, or more units than its frames can tell apart. The line of the list is named.
+            clip has, or more units than its frames can tell apart. The message names the line of the list.
     """
     lengths = []
     for clip in clips:
-        place = probe.place(clip)
         try:
-            with checked_audio(clip.path) as file:
-                length = stated_length(file)
-            lengths.append(len(read_audio(clip.path)) if length is None else length)
+            length = num_samples(clip.path)
         except AudioError as error:
-            raise UserError(f"{place}: {error}") from error
-        num_frames = frames.count(lengths[-1])
-        if not num_frames:
+            raise UserError(f"{probe.place(clip)}: {error}") from error
+        if length < frames.window:
+            raise UserError(_too_short(probe, clip, length, frames.window))
+        if length > max_samples:
             raise UserError(
-                f"{place}: {clip.path} has {lengths[-1]} samples at 16 kHz, expected {frames.window} or more, of which "
-                "the model makes one frame; take it out"
-            )
-        if lengths[-1] > max_samples:
-            raise UserError(
-                f"{place}: {clip.path} lasts {lengths[-1] / SAMPLE_RATE:.2f} s, a batch holds "
+                f"{probe.place(clip)}: {clip.path} lasts {length / SAMPLE_RATE:.2f} s, a batch holds "
                 f"{max_samples / SAMPLE_RATE:g} s; raise --seconds_per_batch, or take it out"
             )
         if probe.kind == TEXT:
-            _check_text(probe, clip, num_frames)
+            _check_text(probe, clip, frames.count(length))
+        lengths.append(length)
     return np.array(lengths, dtype=np.int64)
 
 
 def _check_text(probe: Probe, clip: Clip, num_frames: int) -> None:
-    place = probe.place(clip)
-    if -1 in clip.target:
-        number = clip.target.index(-1)
-        (text,) = [fields["text"] or "" for line, fields in read_table(probe.path)[1] if line == clip.line]
-        parts = (text_units(text, units) for units in UNITS)
-        unit = next(units[number] for units in parts if len(units) == len(clip.target))
+    if unknown := [place for place, number in enumerate(clip.target) if number >= len(probe.labels)]:
         raise UserError(
-            f"{place}: its unit {number + 1}, {short_repr(unit)}, is in no training text; correct the text, take the "
-            "line out, or add such a text for training"
+            f"{probe.place(clip)}: its unit {unknown[0] + 1}, {short_repr(clip.units[unknown[0]])}, is in no training "
+            "text; correct the text, take the line out, or add such a text for training"
         )
-    # CTC needs a frame for each unit, and one for the blank between two that are alike.
+    # CTC needs a frame for each unit, and one for the blank between two equal ones.
     repeats = sum(one == other for one, other in itertools.pairwise(clip.target))
     if (needed := len(clip.target) + repeats) > num_frames:
         raise UserError(
-            f"{place}: the text needs {needed} frames ({len(clip.target)} units, {repeats} blanks between units that "
-            f"are alike), but {clip.path} makes {num_frames}; take it out, or correct the text"
+            f"{probe.place(clip)}: the text needs {needed} frames ({len(clip.target)} units, {repeats} blanks between "
+            f"equal units), but {clip.path} makes {num_frames}; take it out, or correct the text"
         )
 
 
 class LabelledBatch(NamedTuple):
-    """What :class:`LabelledDataset` makes of a batch.
+    """A batch of :class:`LabelledDataset`.
 
     Attributes:
-        waveforms: (B, T) float32, zeros behind the shorter ones.
-        lengths: (B,) samples that are valid.
-        targets: (B, N) int64, -1 behind the shorter ones: the label (N = 1), the units of the text, or the label of
-            each frame, -1 in no segment.
+        waveforms: (B, T) float32, zeros after the shorter ones.
+        lengths: (B,) valid samples.
+        targets: (B, N) int64, see :func:`target_of`; -1 after the shorter ones.
         num_samples: the lengths again, which stay on the CPU.
-        indices: the clips that were wanted.
+        indices: the clips that the sampler chose.
         paths: the B files that were read.
-        seed, weight, bad_files: as of :class:`dataset.speech.Batch`.
+        seed, weight, bad_files: see :class:`dataset.speech.Batch`.
     """
 
     waveforms: Tensor
@@ -121,15 +148,15 @@ class LabelledBatch(NamedTuple):
 
 
 class LabelledDataset(Dataset):
-    """Reads whole clips; a file that has gone bad is replaced, with its target, by the next longer one.
+    """Reads whole clips; the next longer clip, with its target, replaces a file that has gone bad.
 
     After the longest comes the shortest.
 
     Args:
-        kind: of the task, as of :class:`~labels.lists.Probe`.
-        clips: of one split.
-        lengths: (N,) their samples at 16 kHz.
-        frames: of the model, which segments are labels for.
+        kind: of the list, see :class:`~labels.lists.Probe`.
+        clips: one split.
+        lengths: (N,) samples of each clip at 16 kHz.
+        frames: the model's.
     """
 
     def __init__(self, kind: str, clips: Sequence[Clip], lengths: np.ndarray, frames: FrameTimes) -> None:
@@ -151,19 +178,20 @@ class LabelledDataset(Dataset):
         Raises:
             AudioError: neither a file nor any of the others tried in its place can be used.
         """
-        rows, targets, paths, bad_files = [], [], [], {}
+        rows, targets, paths = [], [], []
+        bad_files: dict[str, str] = {}
         for wanted in crop.indices:
             index, waveform, bad = first_readable(self._candidates(wanted), self._path, self._read)
             rows.append(waveform)
             targets.append(self.target(index))
             paths.append(self._path(index))
             bad_files |= bad
-        num_samples = [len(row) for row in rows]
+        lengths = [len(row) for row in rows]
         return LabelledBatch(
             pad_sequence(rows, batch_first=True),
-            torch.tensor(num_samples),
+            torch.tensor(lengths),
             pad_sequence(targets, batch_first=True, padding_value=-1),
-            num_samples,
+            lengths,
             list(crop.indices),
             paths,
             crop.seed,
@@ -183,8 +211,6 @@ class LabelledDataset(Dataset):
         return read_audio(self._path(index), 0, length, length)
 
     def target(self, index: int) -> Tensor:
-        """(N,) of a clip: as of :class:`LabelledBatch`, without what is behind it."""
-        clip = self.clips[index]
-        if self.kind == SEGMENTS:
-            return frame_labels(clip, self.frames.middles(int(self.lengths[index])))
-        return torch.tensor(clip.target if self.kind == TEXT else [clip.target])
+        """(N,) labels of a clip, see :func:`target_of`."""
+        times = self.frames.middles(self.frames.count(int(self.lengths[index])))
+        return target_of(self.kind, self.clips[index], times)

@@ -1,12 +1,12 @@
-"""Lists of labelled audio that users write by hand; the header tells what kind of task a list is.
+"""Lists of labelled audio that users write by hand; the header tells the kind of task.
 
     split path label               clips: one label for each file
-    split path label               verification: the same, where no label of the test clips is one of training
+    split path label               verification: the same, where training has none of the test clips' labels
     split path start end label     segments: a label for a stretch of a file, times in seconds
-    split path text                text: what is said in a file, units separated by spaces
+    split path text                text: what is said in a file, words separated by spaces
 
-``split`` is train, test or valid (by which fine-tuning chooses its best weights, and which probes pass over); paths
-start from the list's folder; columns are separated by tabs, others are ignored.
+``split`` is train, test or valid (fine-tuning chooses its best weights by valid; probes pass it over). Paths start from
+the list's folder. Columns are separated by tabs; others are ignored.
 """
 
 import csv
@@ -19,18 +19,18 @@ from typing import Any, NamedTuple
 
 from wav2vec2.audio import SAMPLE_RATE, checked_audio, read_audio, stated_length
 from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.kinds import CLIPS, SEGMENTS, TEXT, UNITS
 
 SPLITS = ("train", "test", "valid")
 NEEDED_SPLITS = SPLITS[:2]
-CLIPS, VERIFICATION, SEGMENTS, TEXT = "clips", "verification", "segments", "text"
-# The columns of each header; the first whose columns are all there counts.
+VERIFICATION = "verification"
+# The columns of each kind of list; the first whose columns are all there counts.
 _COLUMNS = (("split", "path", "start", "end", "label"), ("split", "path", "label"), ("split", "path", "text"))
-UNITS = ("words", "characters")
 
-# What no UTF-8 text holds: bytes that could not be decoded, and the zeros between the letters of UTF-16.
+# UTF-8 text holds neither bytes that could not be decoded nor the zeros between the letters of UTF-16.
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
-# Seconds that a segment may end behind its file: times in lists are rounded.
+# Seconds that a segment may end after its file: times in lists are rounded.
 _ROUNDING = 0.011
 
 
@@ -43,18 +43,20 @@ class Segment(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """An audio file with what a probe is to find in it.
+    """An audio file with what is to be found in it.
 
     Attributes:
-        path: of the file.
-        target: the label, a number from 0 (clips, verification); or tuples of :class:`Segment`, in order; or of
-            units, numbers from 0, -1 for one that training does not have (text).
-        line: of the list, the first that names the file.
+        path: the file.
+        target: the label, a number from 0 (clips, verification); a tuple of :class:`Segment`, in order of time; or a
+            tuple of units (text). Numbers from ``len(labels)`` up stand for labels that training does not have.
+        line: the first line of the list that names the file.
+        units: the units of a text as written.
     """
 
     path: Path
     target: Any
     line: int
+    units: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class Probe:
     """A task: labelled audio to learn from and to test on.
 
     Attributes:
-        name: the file's, without its ending.
+        name: the file's name without its ending.
         path: the ``.tsv`` file.
-        kind: one of :data:`CLIPS`, :data:`VERIFICATION`, :data:`SEGMENTS`, :data:`TEXT`.
-        labels: the names of the labels or units; those of the training clips.
-        train, test, valid: the clips; those for validation may be none.
+        kind: :data:`CLIPS`, :data:`VERIFICATION`, :data:`SEGMENTS` or :data:`TEXT`.
+        labels: the names of the training clips' labels or units.
+        train, test, valid: the clips; ``valid`` may be empty.
     """
 
     name: str
@@ -78,7 +80,7 @@ class Probe:
     valid: tuple[Clip, ...] = ()
 
     def place(self, clip: Clip) -> str:
-        """Where a clip is listed, for errors."""
+        """Name the list and the line of a clip, for errors."""
         return f"{self.path}: line {clip.line}"
 
 
@@ -89,99 +91,108 @@ class _Row(NamedTuple):
     values: dict[str, str]
 
 
-def read_probe(path: Path, units: str = UNITS[0]) -> Probe:
-    """Read a list, see the module.
+class _File(NamedTuple):
+    """What a list says of an audio file: its first row, its labels or units, and the times of segments."""
+
+    row: _Row
+    labels: list[str]
+    times: list[tuple[float, float]]
+
+
+def read_probe(path: Path, units: str = UNITS[0], labels: Sequence[str] | None = None) -> Probe:
+    """Read a list (see the module).
 
     Args:
         path: the list.
-        units: what the units of a text are, one of :data:`UNITS`; a space between words is a character as others are.
+        units: the units of a text, one of :data:`UNITS`; among characters, the space between words is one.
+        labels: the labels in the order of their numbers, such as a head's; None takes those of the training clips.
 
     Raises:
         UserError: the file is missing or no such list; a line is incomplete, names a file that cannot be read, or
-            has impossible times; a split is missing; there are fewer than two labels; the test clips have a label
-            that training has not, though they share others. The line is named where it is one line's fault.
+            has impossible times; a split is missing; there are fewer than two labels; some test clips have labels
+            that training has, others do not. The message names the line if one line is at fault.
     """
     header, rows = _read_rows(path)
     for split in NEEDED_SPLITS:
         if not any(row.split == split for row in rows):
             raise UserError(f"{path}: no line has the split {split}, expected lines of both train and test")
     if "start" in header:
-        kind, clips = SEGMENTS, _segments(path, rows)
+        kind, files = SEGMENTS, _segments(path, rows)
     elif "text" in header:
-        kind, clips = TEXT, [(row, text_units(row.values["text"], units)) for row in _one_per_file(path, rows)]
+        kind = TEXT
+        files = [_File(row, text_units(row.values["text"], units), []) for row in _one_per_file(path, rows)]
     else:
-        kind, clips = CLIPS, [(row, row.values["label"]) for row in _one_per_file(path, rows)]
-    labels = sorted({label for row, target in clips if row.split == "train" for label in _labels(kind, target)})
-    if len(labels) < 2:
-        raise UserError(f"{path}: the training clips have one label, {short_repr(labels[0])}, expected two or more")
-    if kind == SEGMENTS and (strangers := [row for row in rows if row.values["label"] not in labels]):
+        kind, files = CLIPS, [_File(row, [row.values["label"]], []) for row in _one_per_file(path, rows)]
+    trained = sorted({label for file in files if file.row.split == "train" for label in file.labels})
+    if len(trained) < 2:
+        raise UserError(f"{path}: the training clips have one label, {short_repr(trained[0])}, expected two or more")
+    if kind == SEGMENTS and (strangers := [row for row in rows if row.values["label"] not in trained]):
         raise UserError(
             f"{path}: line {strangers[0].line} has the label {short_repr(strangers[0].values['label'])}, which no "
             "training segment has; take it out, or add such segments for training"
         )
     if kind == CLIPS:
-        kind = _kind_of_clips(path, clips)
-    index = {label: number for number, label in enumerate(labels)}
+        kind = _kind_of_clips(path, files)
+    names = tuple(trained if labels is None else labels)
+    return Probe(path.stem, path, kind, names, **_numbered(kind, files, names))
+
+
+def _numbered(kind: str, files: Sequence[_File], labels: Sequence[str]) -> dict[str, tuple[Clip, ...]]:
+    """The clips of each split, with numbers for labels."""
+    numbers = {label: number for number, label in enumerate(labels)}
     splits: dict[str, list[Clip]] = {split: [] for split in SPLITS}
-    others: dict[str, int] = {}  # labels of the test clips of a verification, behind those of training
-    for row, target in clips:
-        if kind == SEGMENTS:
-            numbers: Any = tuple(Segment(start, end, index[label]) for start, end, label in target)
-        elif kind == TEXT:
-            numbers = tuple(index.get(unit, -1) for unit in target)
-        else:
-            numbers = index[target] if target in index else len(index) + others.setdefault(target, len(others))
-        splits[row.split].append(Clip(row.path, numbers, row.line))
-    return Probe(path.stem, path, kind, tuple(labels), **{split: tuple(splits[split]) for split in SPLITS})
-
-
-def _labels(kind: str, target: Any) -> Sequence[str]:
-    if kind == SEGMENTS:
-        return [label for _, _, label in target]
-    return target if kind == TEXT else [target]
+    for row, names, times in files:
+        if kind == TEXT:
+            target: Any = tuple(numbers.get(name, len(labels)) for name in names)
+        elif kind == SEGMENTS:
+            target = tuple(Segment(*time, numbers[name]) for time, name in zip(times, names, strict=True))
+        else:  # the test clips of a verification have other labels
+            target = numbers.setdefault(names[0], len(numbers))
+        splits[row.split].append(Clip(row.path, target, row.line, tuple(names) if kind == TEXT else ()))
+    return {split: tuple(clips) for split, clips in splits.items()}
 
 
 def text_units(text: str, units: str) -> list[str]:
-    """The units, one of :data:`UNITS`, of a text."""
+    """Split a text into its units, one of :data:`UNITS`."""
     words = text.split()
     return words if units == UNITS[0] else list(" ".join(words))
 
 
-def _kind_of_clips(path: Path, clips: Sequence[tuple[_Row, str]]) -> str:
-    """Classification where training knows the labels of all test clips, verification where it knows none."""
-    trained = Counter(label for row, label in clips if row.split == "train")
-    unknown: list[str] = []  # splits of other labels than those of training
+def _kind_of_clips(path: Path, files: Sequence[_File]) -> str:
+    """Tell classification, where training has all labels of the test clips, from verification, where it has none."""
+    labels: dict[str, Counter[str]] = {
+        split: Counter(file.labels[0] for file in files if file.row.split == split) for split in SPLITS
+    }
+    trained = labels["train"]
+    unknown = []  # splits whose labels training does not have
     for split in ("test", "valid"):
-        others = [(row, label) for row, label in clips if row.split == split]
-        new = [(row, label) for row, label in others if label not in trained]
-        if new and len(new) < len(others):
-            row, label = new[0]
+        new = [file for file in files if file.row.split == split and file.labels[0] not in trained]
+        if new and len(new) < labels[split].total():
             raise UserError(
-                f"{path}: line {row.line}: the {split} clip has the label {short_repr(label)}, which no training clip "
-                "has; take such clips out, or add some for training (or let the two splits share no label, which makes "
-                "it a verification)"
+                f"{path}: line {new[0].row.line}: the {split} clip has the label {short_repr(new[0].labels[0])}, which "
+                "no training clip has; take such clips out, or add some for training (or let the two splits share no "
+                "label, which makes it a verification)"
             )
         if new:
             unknown.append(split)
-    for row, label in clips:
-        if row.split == "train" and trained[label] < 2:
+    for file in files:
+        if file.row.split == "train" and trained[file.labels[0]] < 2:
             raise UserError(
-                f"{path}: line {row.line}: one training clip has the label {short_repr(label)}, expected two or more "
-                "of each, because settings are chosen by held-out ones"
+                f"{path}: line {file.row.line}: one training clip has the label {short_repr(file.labels[0])}, expected "
+                "two or more of each, because some are held out to choose settings"
             )
     for split in unknown:
-        tested = Counter(label for row, label in clips if row.split == split)
-        if len(tested) < 2 or max(tested.values()) < 2:
+        if len(labels[split]) < 2 or max(labels[split].values()) < 2:
             raise UserError(
                 f"{path}: a verification needs {split} clips of two labels or more, and two clips of one of them; "
-                f"found {len(tested)} labels with at most {max(tested.values())} clips"
+                f"found {len(labels[split])} labels with at most {max(labels[split].values())} clips"
             )
-    if "valid" in unknown and "test" not in unknown:
+    if unknown == ["valid"]:
         raise UserError(f"{path}: the valid clips share no label with the training clips, though the test clips do")
-    return VERIFICATION if "test" in unknown else CLIPS
+    return VERIFICATION if unknown else CLIPS
 
 
-def _one_per_file(path: Path, rows: Sequence[_Row]) -> list[_Row]:
+def _one_per_file(path: Path, rows: Sequence[_Row]) -> Sequence[_Row]:
     lines: dict[Path, int] = {}
     for row in rows:
         if row.path in lines:
@@ -189,53 +200,65 @@ def _one_per_file(path: Path, rows: Sequence[_Row]) -> list[_Row]:
                 f"{path}: line {row.line} lists {row.path}, which line {lines[row.path]} does already; take one out"
             )
         lines[row.path] = row.line
-    return list(rows)
+    return rows
 
 
-def _segments(path: Path, rows: Sequence[_Row]) -> list[tuple[_Row, list[tuple[float, float, str]]]]:
-    """The first row that names each file, and the file's segments in order of time."""
-    found: dict[Path, tuple[_Row, list[tuple[float, float, str, int]]]] = {}
+def _segments(path: Path, rows: Sequence[_Row]) -> list[_File]:
+    """Gather the segments of each file in order of time."""
+    found: dict[Path, list[tuple[float, float, _Row]]] = {}
     for row in rows:
-        place = f"{path}: line {row.line}"
-        try:
-            start, end = (float(row.values[column]) for column in ("start", "end"))
-        except ValueError:
-            start = end = -1.0
-        if not 0 <= start < end < float("inf"):
-            raise UserError(
-                f"{place} has start {short_repr(row.values['start'])} and end {short_repr(row.values['end'])}, "
-                "expected seconds, 0 or more, the end behind the start"
-            )
-        leader, segments = found.setdefault(row.path, (row, []))
+        segments = found.setdefault(row.path, [])
+        segments.append((*_times(path, row), row))
+        leader = segments[0][-1]
         if row.split != leader.split:
             raise UserError(
-                f"{place} puts {row.path} into {row.split}, line {leader.line} into {leader.split}; "
+                f"{path}: line {row.line} puts {row.path} into {row.split}, line {leader.line} into {leader.split}; "
                 "expected all segments of a file in one split"
             )
-        segments.append((start, end, row.values["label"], row.line))
-    for leader, segments in found.values():
-        segments.sort(key=lambda segment: segment[:2])
-        seconds = _seconds(leader.path)
-        for (_, end, _, line), (start, *_, next_line) in zip(segments, segments[1:], strict=False):
-            if start < end:
-                raise UserError(
-                    f"{path}: line {next_line} begins at {start:g} s, before line {line} of the same file ends "
-                    f"({end:g} s); expected segments that do not overlap"
-                )
-        _, end, _, line = segments[-1]
-        if end > seconds + _ROUNDING:
-            raise UserError(f"{path}: line {line} ends at {end:g} s, but {leader.path} is {seconds:.3f} s long")
-    return [(leader, [segment[:3] for segment in segments]) for leader, segments in found.values()]
+    return [_in_order(path, segments) for segments in found.values()]
 
 
-def _seconds(path: Path) -> float:
+def _times(path: Path, row: _Row) -> tuple[float, float]:
+    try:
+        start, end = (float(row.values[column]) for column in ("start", "end"))
+    except ValueError:
+        start = end = -1.0
+    if not 0 <= start < end < float("inf"):
+        raise UserError(
+            f"{path}: line {row.line} has start {short_repr(row.values['start'])} and end "
+            f"{short_repr(row.values['end'])}, expected seconds from 0 up, the end after the start"
+        )
+    return start, end
+
+
+def _in_order(path: Path, segments: list[tuple[float, float, _Row]]) -> _File:
+    leader = segments[0][-1]
+    segments = sorted(segments, key=lambda segment: segment[:2])
+    for (_, end, row), (start, _, next_row) in zip(segments, segments[1:], strict=False):
+        if start < end:
+            raise UserError(
+                f"{path}: line {next_row.line} begins at {start:g} s, before line {row.line} of the same file ends "
+                f"({end:g} s); expected segments that do not overlap"
+            )
+    _, end, row = segments[-1]
+    if end > (seconds := num_samples(leader.path) / SAMPLE_RATE) + _ROUNDING:
+        raise UserError(f"{path}: line {row.line} ends at {end:g} s, but {leader.path} is {seconds:.3f} s long")
+    return _File(leader, [row.values["label"] for *_, row in segments], [(start, end) for start, end, _ in segments])
+
+
+def num_samples(path: Path) -> int:
+    """Count the samples of an audio file at 16 kHz, by its header if that states them.
+
+    Raises:
+        AudioError: the file cannot be read.
+    """
     with checked_audio(path) as file:
-        num_samples = stated_length(file)
-    return (len(read_audio(path)) if num_samples is None else num_samples) / SAMPLE_RATE
+        stated = stated_length(file)
+    return len(read_audio(path)) if stated is None else stated
 
 
 def _read_rows(path: Path) -> tuple[tuple[str, ...], list[_Row]]:
-    """The columns that count, and the lines."""
+    """Read the columns that count, and the lines."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a list of labelled audio files")
     found, table = read_table(path)
@@ -260,9 +283,9 @@ def _read_rows(path: Path) -> tuple[tuple[str, ...], list[_Row]]:
 
 
 def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
-    """The columns' names, and the number of each line and its fields by column; a line may have too few: None.
+    """Read the columns' names, and the number and fields of each line; a line may have too few fields: None.
 
-    As in manifests, what is below ``path`` may be a file name that is not UTF-8; everything else must be.
+    As in manifests, a file name under ``path`` may be no UTF-8; everything else must be.
 
     Raises:
         UserError: the file is not UTF-8, or not lines of fields.
@@ -271,12 +294,12 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | N
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
             columns = list(reader.fieldnames or [])
-            rows = [(reader.line_num, row) for row in reader]
+            rows: list[tuple[int, dict[str, str | None]]] = [(reader.line_num, {**row}) for row in reader]
         except csv.Error as error:
             raise UserError(
                 f"{path}: line {reader.line_num + 1} cannot be read ({error}), expected short fields separated by tabs"
             ) from error
-    fields = [(1, None, name) for name in columns]
+    fields: list[tuple[int, str, str | None]] = [(1, "", name) for name in columns]
     fields += [(number, column, field) for number, row in rows for column, field in row.items()]
     for number, column, field in fields:
         if isinstance(field, str) and _NOT_TEXT.search(field) and (column != "path" or "\0" in field):

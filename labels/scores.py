@@ -1,31 +1,40 @@
-"""What a list of labels is scored by: a share of what there is, or the equal error rate of a verification."""
+"""Scores of labelled clips: a share of clips, frames or units, or an equal error rate; and their intervals."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
+from torchaudio.functional import edit_distance
 
-from labels.lists import CLIPS, SEGMENTS, TEXT, VERIFICATION
+from labels.lists import CLIPS, SEGMENTS, TEXT, VERIFICATION, Clip
+from wav2vec2.files.heads import greedy_units
 
-# Of each kind: what its score is, and whether more of it is better.
+# The score of each kind of list, and whether more of it is better.
 METRICS = {
     CLIPS: ("accuracy", True),
     SEGMENTS: ("frame accuracy", True),
     TEXT: ("unit error rate", False),
     VERIFICATION: ("equal error rate", False),
 }
+# Bootstrap samples of the test clips, and the share of them that an interval holds.
+NUM_SAMPLES = 1000
+COVERAGE = 0.95
 
 
 class Score(Protocol):
-    """What one run of a probe reached."""
+    """The result of one run on the clips of a split."""
 
     def value(self, weights: np.ndarray | None = None) -> float:
-        """In per cent; ``weights`` (clips,) counts each test clip so often, None counts each once."""
+        """Return the score in per cent; ``weights`` (clips,) counts each clip so often, None counts each once."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of frames, clips or units: (clips,) how many of each clip, and how many there are."""
+    """A share of frames, clips or units: (clips,) how many count in each clip, and of how many."""
 
     counted: np.ndarray
     of: np.ndarray
@@ -36,7 +45,7 @@ class Share:
 
 
 class EqualErrorRate:
-    """Of verification: the share of pairs of one label that is rejected, where as large a one of others is accepted.
+    """The share of pairs with one label that is rejected where an equal share of the other pairs is accepted.
 
     Args:
         embeddings: (clips, D), compared by their cosine, all pairs of two clips.
@@ -57,7 +66,7 @@ class EqualErrorRate:
     def value(self, weights: np.ndarray | None = None) -> float:
         pairs = np.ones(len(self._first)) if weights is None else weights[self._first] * weights[self._second]
         same, other = pairs * self._is_same, pairs * ~self._is_same
-        if not same.any() or not other.any():  # of a bootstrap sample; nothing can be said of it
+        if not same.any() or not other.any():  # a bootstrap sample that says nothing
             return float("nan")
         rejected = np.concatenate([[0.0], np.cumsum(same)[self._ends] / same.sum()])
         accepted = np.concatenate([[1.0], 1 - np.cumsum(other)[self._ends] / other.sum()])
@@ -66,3 +75,84 @@ class EqualErrorRate:
         gap = [accepted[i] - rejected[i] for i in (crossing - 1, crossing)]
         share = gap[0] / (gap[0] - gap[1])
         return float(100 * (rejected[crossing - 1] + share * (rejected[crossing] - rejected[crossing - 1])))
+
+
+def clip_results(kind: str, logits: Tensor, lengths: Tensor | None, targets: Tensor) -> list[list[float]]:
+    """Count in each clip what is right (or the errors of a text) and how much there is; a verification keeps logits.
+
+    Args:
+        kind: of the list, see :class:`~labels.lists.Probe`.
+        logits: (B, frames, outputs), or (B, outputs) for whole clips.
+        lengths: (B,) valid frames, or None if all are; read for texts.
+        targets: (B, N), see :func:`labels.batches.target_of`; -1 is padding.
+    """
+    if kind == VERIFICATION:
+        return logits.float().tolist()
+    if kind == CLIPS:
+        return [[float(right), 1.0] for right in logits.argmax(-1) == targets[:, 0]]
+    if kind == SEGMENTS:
+        labelled = targets >= 0
+        right = (logits.argmax(-1) == targets) & labelled
+        return torch.stack([right.sum(1), labelled.sum(1)], 1).double().tolist()
+    results = []
+    ends = len(logits) * [None] if lengths is None else lengths.tolist()
+    for row, end, target in zip(logits, ends, targets.tolist(), strict=True):
+        wanted = [unit for unit in target if unit >= 0]
+        results.append([float(edit_distance(greedy_units(row[:end]), wanted)), float(len(wanted))])
+    return results
+
+
+def score_of(
+    kind: str, results: Sequence[Sequence[float]], clips: Sequence[Clip], centre: np.ndarray | None = None
+) -> Score:
+    """Score all clips of a split from their :func:`clip_results`.
+
+    ``centre`` (outputs,) is taken from a verification's logits, in its precision, before they are compared; None takes
+    their mean.
+    """
+    values = np.array(results, dtype=float)
+    if kind == VERIFICATION:
+        embeddings = values - values.mean(0) if centre is None else values.astype(centre.dtype) - centre
+        return EqualErrorRate(embeddings, np.array([clip.target for clip in clips]))
+    return Share(*values.T)
+
+
+def bootstrap_weights(num_clips: int) -> np.ndarray:
+    """Draw how often each clip counts, (samples, clips): the same draws for all models that are compared."""
+    return np.random.default_rng(0).multinomial(num_clips, np.full(num_clips, 1 / num_clips), NUM_SAMPLES)
+
+
+def interval(samples: np.ndarray) -> list[float]:
+    """Return the lower and upper end of the middle of bootstrap samples."""
+    tails = (100 * (1 - COVERAGE) / 2, 100 * (1 + COVERAGE) / 2)
+    return [float(end) for end in np.nanpercentile(samples, tails)]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of several runs on the same clips, one for each seed.
+
+    Attributes:
+        runs: the scores.
+        num_clips: test clips.
+    """
+
+    runs: Sequence[Score]
+    num_clips: int
+
+    @cached_property
+    def samples(self) -> np.ndarray:
+        """The mean over the runs in each bootstrap sample of the test clips, (samples,)."""
+        return np.array(
+            [np.mean([run.value(weights) for run in self.runs]) for weights in bootstrap_weights(self.num_clips)]
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Return ``mean`` and ``std`` over the runs (0 for one), their ``values``, and ``interval`` over the clips."""
+        values = [run.value() for run in self.runs]
+        return {
+            "mean": float(np.mean(values)),
+            "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+            "values": values,
+            "interval": interval(self.samples),
+        }

@@ -1,11 +1,12 @@
-"""What the files of a run say: settings, logs, sizes. Nothing here draws or trains."""
+"""Reads the files of a run: settings, logs, sizes. Nothing here draws or trains."""
 
 import csv
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -26,34 +27,34 @@ from wav2vec2.model import Wav2Vec2Model, with_masks
 
 
 class _Place(NamedTuple):
-    """A training of a run: its title, its kind, its folder below the run's, its model file, and what that is called.
+    """Where run.sh puts a training: its title, its kind, its folder, its model file, and the name of that model.
 
-    Of the teacher there is no model: it has the size of the original.
+    The teacher's has no model: it is as large as the original.
     """
 
     title: str
     kind: str
     folder: str
     model: str | None
-    model_name: str | None
+    model_name: str
 
 
 _PRUNED = f"{CHECKPOINTS}/{PRUNED_MODEL}"
 _JOINT = _Place("Distillation and pruning", DISTILLATION, "", _PRUNED, "after pruning")
-# Where run.sh puts them.
 _PLACES = (
-    _Place("Fine-tuning of the teacher", FINETUNING, "teacher", None, None),
+    _Place("Fine-tuning of the teacher", FINETUNING, "teacher", None, ""),
     _JOINT,
     _Place("Final distillation", DISTILLATION, "final", _PRUNED, "after final distillation"),
     _Place("Fine-tuning", FINETUNING, "finetuned", FINETUNED_MODEL, "after fine-tuning"),
 )
-# What finetune.py alone leaves.
+# finetune.py alone leaves this.
 _FINETUNING_ALONE = _PLACES[-1]._replace(folder="")
-# A version for each start of a training.
+# Each start of a training has a version.
 LOGS = "csv/version_*/metrics.csv"
 
 # A column of a log: its value after each update that has one, by number of updates, ascending.
 Column = dict[int, float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Stage:
     Attributes:
         title: for people.
         log: columns of its CSV log, empty without one.
-        num_updates: done when its checkpoint was written; None without one.
+        num_updates: updates done when its checkpoint was written; None without one.
         about: what the checkpoint says of it.
     """
 
@@ -84,8 +85,8 @@ class Model:
     """A model file of a run.
 
     Attributes:
-        name: what it is called, such as "after pruning".
-        path: of the file.
+        name: such as "after pruning".
+        path: the file.
         shape: the model without memory for its weights, on torch's meta device.
         made_by: what the file says of its making.
     """
@@ -102,12 +103,12 @@ class Experiment:
 
     Attributes:
         name: of its folder.
-        stages: trainings that have left a log or a checkpoint.
-        models: that they made, as far as they are there.
+        stages: the trainings that have left a log or a checkpoint.
+        models: the models that they made.
         original: the student before pruning, on the meta device; None if no checkpoint says it.
-        original_num_params: of the teacher, which sparsity is measured by; None if no checkpoint says it.
+        original_num_params: the teacher's, which sparsity is relative to; None if no checkpoint says it.
         target_sparsity: wanted, 0 to 1; None if no file says it.
-        notes: why something that is there could not be read.
+        notes: why something could not be read.
     """
 
     name: str
@@ -120,12 +121,12 @@ class Experiment:
 
 
 def read_log(path: Path) -> dict[str, Column]:
-    """The columns of a CSV log; cells that hold no finite number are passed over.
+    """Read the columns of a CSV log, without cells that hold no finite number.
 
-    Of rows with the same update the last counts: a run that was continued has made that update again.
+    The last of several rows with the same update counts: a run that was continued has made that update again.
 
     Raises:
-        UserError: no CSV file.
+        UserError: the file is no CSV.
     """
     columns: dict[str, Column] = {}
     try:
@@ -150,8 +151,38 @@ def _number(text: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
+class _Reader:
+    """Reads files that may be missing or damaged, and notes why one could not be read."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def read(self, path: Path, reader: Callable[[Path], T]) -> T | None:
+        """Return what ``reader`` makes of a file; None if there is none, or it cannot be read."""
+        try:
+            return reader(path) if path.is_file() else None
+        except (UserError, OSError) as error:
+            self.notes.append(str(error))
+            return None
+
+    def stage(self, place: _Place, folder: Path) -> Stage | None:
+        """Read log and checkpoint of a training; None without either."""
+        path = folder / CHECKPOINTS / LAST_CHECKPOINT
+        saved = self.read(path, partial(read_training_checkpoint, kind=place.kind)) or {}
+        about, last_update = saved.get(place.kind, {}), math.inf
+        if is_on_the_way(about):  # the log is that of the whole run, one folder up
+            folder, last_update = folder.resolve().parent, saved["global_step"]
+        log: dict[str, Column] = {}
+        # A run that was continued has made the updates after its checkpoint again: the later version counts.
+        for path in sorted(folder.glob(LOGS), key=lambda path: (len(path.parent.name), path.parent.name)):
+            for name, column in (self.read(path, read_log) or {}).items():
+                column = {update: value for update, value in column.items() if update <= last_update}
+                log[name] = dict(sorted({**log.get(name, {}), **column}.items()))
+        return Stage(place.title, log, saved.get("global_step"), about) if log or saved else None
+
+
 def shape_of(config: dict[str, Any], source: str | Path) -> Wav2Vec2Model:
-    """The model of a config without masks, on the meta device.
+    """Build the model of a config without masks, on the meta device.
 
     Raises:
         UserError: no model can be built from the config.
@@ -160,54 +191,36 @@ def shape_of(config: dict[str, Any], source: str | Path) -> Wav2Vec2Model:
         return build_model(with_masks(config, ()), source)
 
 
+def _read_model(path: Path, name: str) -> Model:
+    contents = read_model_file(path)
+    made_by = contents.get("made_by")
+    return Model(name, path, shape_of(contents["config"], path), made_by if isinstance(made_by, dict) else {})
+
+
 def read_experiment(exp_dir: Path) -> Experiment:
-    """Read what there is in ``exp_dir`` so far; what cannot be read is left out and named in ``notes``.
+    """Read what there is in ``exp_dir`` so far; ``notes`` name the files that cannot be read.
 
     Raises:
         UserError: there is neither a log, nor a checkpoint, nor a model.
     """
-    notes: list[str] = []
-
-    def read(path: Path, reader: Callable[[Path], Any]) -> Any:
-        """What ``reader`` makes of a file; None if there is none, or if it cannot be read."""
-        try:
-            return reader(path) if path.is_file() else None
-        except (UserError, OSError) as error:
-            notes.append(str(error))
-            return None
-
-    stages, models = [], []
+    reader, stages, models = _Reader(), [], []
     is_finetuning = (exp_dir / BEST_MODEL).is_file() or (exp_dir / FINETUNED_MODEL).is_file()
     for place in (_FINETUNING_ALONE,) if is_finetuning else _PLACES:
-        logs, last_update = exp_dir / place.folder, math.inf
-        path = logs / CHECKPOINTS / LAST_CHECKPOINT
-        saved = read(path, lambda path, kind=place.kind: read_training_checkpoint(path, kind)) or {}
-        about = saved.get(place.kind, {})
-        if is_on_the_way(about):  # the run's, up to here
-            logs, last_update = exp_dir.resolve().parent, saved["global_step"]
-        log: dict[str, Column] = {}
-        for path in sorted(logs.glob(LOGS), key=lambda path: (len(path.parent.name), path.parent.name)):
-            # A run that was continued has made the updates behind its checkpoint again: the later version counts.
-            for name, column in (read(path, read_log) or {}).items():
-                column = {update: value for update, value in column.items() if update <= last_update}
-                log[name] = dict(sorted({**log.get(name, {}), **column}.items()))
-        if log or saved:
-            stages.append(Stage(place.title, log, saved.get("global_step"), about))
-        if place.model is not None:
-            path = exp_dir / place.folder / place.model
-            model = read(path, lambda path, name=place.model_name: _read_model(name, path))
-            models += [] if model is None else [model]
+        folder = exp_dir / place.folder
+        if (stage := reader.stage(place, folder)) is not None:
+            stages.append(stage)
+        if place.model and (model := reader.read(folder / place.model, partial(_read_model, name=place.model_name))):
+            models.append(model)
     if not stages and not models:
-        found = f"; {notes[0]}" if notes else ""
+        found = f"; {reader.notes[0]}" if reader.notes else ""
         raise UserError(
             f"{exp_dir}: holds no run: neither {LOGS}, {CHECKPOINTS}/{LAST_CHECKPOINT} nor "
             f"{CHECKPOINTS}/{PRUNED_MODEL}{found}; give the exp_dir of distill.py, finetune.py or run.sh"
         )
     about = next((stage.about for stage in stages if stage.title == _JOINT.title), {})
-    config = about.get("student_config")
-    original = None
+    config, original = about.get("student_config"), None
     if isinstance(config, dict):
-        original = read(exp_dir / CHECKPOINTS / LAST_CHECKPOINT, lambda path: shape_of(config, path))
+        original = reader.read(exp_dir / CHECKPOINTS / LAST_CHECKPOINT, partial(shape_of, config))
     pruned_for = next((m.made_by.get("target_sparsity") for m in models if m.name == _JOINT.model_name), None)
     return Experiment(
         name=exp_dir.resolve().name,
@@ -216,11 +229,5 @@ def read_experiment(exp_dir: Path) -> Experiment:
         original=original,
         original_num_params=about.get("original_num_params"),
         target_sparsity=pruned_for if isinstance(pruned_for, float) else about.get("target_sparsity"),
-        notes=notes,
+        notes=reader.notes,
     )
-
-
-def _read_model(name: str, path: Path) -> Model:
-    contents = read_model_file(path)
-    made_by = contents.get("made_by")
-    return Model(name, path, shape_of(contents["config"], path), made_by if isinstance(made_by, dict) else {})

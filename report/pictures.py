@@ -1,15 +1,17 @@
-"""The pictures of a run, as SVG for its report: training curves and the units that each layer keeps."""
+"""Pictures of runs and results as SVG: training curves, kept units, quality against cost."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import StringIO
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -24,7 +26,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 INK = "#1b1f24"
 MOST_POINTS = 400  # of a line; longer logs are averaged
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "legend.frameon": False,
     "axes.spines.top": False,
@@ -63,18 +65,8 @@ PANELS = (
     _loss("loss: −cosine", "loss_cos"),
     _loss("loss of the task", "loss_task"),
     Panel("score of the task in validation (%)", {"": "valid_score"}),
-    _loss("size penalty", "loss_reg"),
     Panel("sparsity (%)", {"expected": "sparsity_expected", "target": "sparsity_target"}, factor=100),
     Panel("multiply-adds gone (%)", {"expected": "macs_expected", "target": "macs_target"}, factor=100),
-    Panel("multiplier λ₁", {"λ₁": "lambda1"}),
-    Panel("multiplier λ₂", {"λ₂": "lambda2"}),
-    Panel("learning rate of the weights", {"": "lr-AdamW/main_params"}),
-    Panel("learning rate", {"head": "lr-AdamW/head", "encoder": "lr-AdamW/encoder"}),
-    Panel("learning rate of masks and multipliers", {"": "lr-AdamW/log_alpha"}),
-    Panel("norm of the gradient before clipping", {"": "grad_norm"}),
-    Panel("throughput (s of audio per s, each process)", {"": "audio_seconds_per_second"}),
-    Panel("wait for data (% of the time)", {"": "data_wait"}, factor=100),
-    Panel("peak memory (GB)", {"": "peak_memory_gb"}),
 )
 
 
@@ -85,13 +77,21 @@ class Picture(NamedTuple):
     svg: Markup
 
     def write(self, path: Path) -> None:
-        """Write it as an SVG file of its own."""
+        """Write the drawing as an SVG file of its own."""
         with atomic_path(path) as temporary:
             temporary.write_text(self.svg.replace("currentColor", INK), encoding="utf-8")
 
 
+@contextmanager
+def _drawing(style: dict[Any, Any] | None = None) -> Iterator[tuple[Figure, Axes]]:
+    """Open an empty figure, to be drawn and turned into SVG inside the block."""
+    with matplotlib.rc_context(_STYLE | (style or {})):
+        figure = Figure()
+        yield figure, figure.subplots()
+
+
 def curves(log: Mapping[str, Column]) -> list[Picture]:
-    """A picture of each of :data:`PANELS` that the log has values for; a term of the loss of weight 0 is left out."""
+    """Draw each of :data:`PANELS` that the log has values for; a loss of weight 0 is left out."""
     pictures = []
     for panel in PANELS:
         lines = {name: log[column] for name, column in panel.lines.items() if any(log.get(column, {}).values())}
@@ -101,9 +101,7 @@ def curves(log: Mapping[str, Column]) -> list[Picture]:
 
 
 def _curve(panel: Panel, lines: Mapping[str, Column]) -> Picture:
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure()
-        axes = figure.subplots()
+    with _drawing() as (figure, axes):
         ends = []
         for colour, (name, column) in zip(COLOURS, lines.items(), strict=False):
             updates, values = _thinned(column)
@@ -121,17 +119,16 @@ def _curve(panel: Panel, lines: Mapping[str, Column]) -> Picture:
 
 
 def _thinned(column: Column) -> tuple[np.ndarray, np.ndarray]:
-    """Updates and values of a column, averaged in groups where there are more than a picture can show."""
+    """Return updates and values of a column, averaged in groups if there are more than a picture can show."""
     table = np.array(list(column.items()))
     groups = np.array_split(table, min(len(table), MOST_POINTS))
-    return tuple(np.stack([group.mean(axis=0) for group in groups]).T)
+    updates, values = np.stack([group.mean(axis=0) for group in groups]).T
+    return updates, values
 
 
 def kept_units(unit: str, before: Sequence[int], after: Sequence[int], first_layer: int) -> Picture:
-    """The units of each layer after pruning, in the outline of those before it; a cross marks a block that is gone."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure()
-        axes = figure.subplots()
+    """Draw the units of each layer after pruning, outlined by those before; a cross marks a block that is gone."""
+    with _drawing() as (figure, axes):
         layers = np.arange(first_layer, first_layer + len(before))
         axes.bar(layers, before, color="none", edgecolor=INK, linewidth=0.8, alpha=0.6)
         axes.bar(layers, after, color=COLOURS[0])
@@ -140,18 +137,18 @@ def kept_units(unit: str, before: Sequence[int], after: Sequence[int], first_lay
         axes.set_title(unit)
         axes.set_xlabel("layer")
         axes.grid(axis="x", visible=False)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(12 if axis is axes.xaxis else 4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         return Picture(f"{sum(after):,} of {sum(before):,} {unit} kept", _svg(figure))
 
 
 def _label(text: str) -> str:
-    """A name from a file as a picture may show it: one line, and no formula of matplotlib's."""
+    """Make a name from a file fit for a picture: one line, and no formula of matplotlib's."""
     return single_line(text, 60).replace("$", r"\$")
 
 
 def quality(results: Mapping[str, Any]) -> list[Picture]:
-    """Quality against parameters and against real-time factor, a point for each model of ``evaluate.py``'s results."""
+    """Draw quality against parameters and real-time factor, a point for each model of ``evaluate.py``'s results."""
     models = [model for model in results["models"] if model["quality"]]
     costs = {
         "parameters": [model["cost"]["num_params"] for model in models],
@@ -163,15 +160,12 @@ def quality(results: Mapping[str, Any]) -> list[Picture]:
 
 
 def _points(models: Sequence[Mapping[str, Any]], title: str, costs: Sequence[float]) -> Picture:
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure()
-        axes = figure.subplots()
+    with _drawing() as (figure, axes):
         for number, (model, cost) in enumerate(zip(models, costs, strict=True)):
             value, (low, high) = model["quality"]["mean"], model["quality"]["interval"]
             colour = COLOURS[number % len(COLOURS)]
-            axes.errorbar(
-                cost, value, [[max(0, value - low)], [max(0, high - value)]], fmt="o", color=colour, capsize=3
-            )
+            spread = [[max(0, value - low)], [max(0, high - value)]]
+            axes.errorbar(cost, value, spread, fmt="o", color=colour, capsize=3)
             axes.annotate(_label(model["name"]), (cost, value), (5, 4), textcoords="offset points", fontsize=8)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -182,7 +176,7 @@ def _points(models: Sequence[Mapping[str, Any]], title: str, costs: Sequence[flo
 
 
 class Point(NamedTuple):
-    """What a method reaches at a cost, and how far its runs lie apart."""
+    """The quality that a method reaches at a cost, and the range of its runs."""
 
     cost: float
     mean: float
@@ -191,13 +185,10 @@ class Point(NamedTuple):
 
 
 def methods(lines: Mapping[str, Sequence[Point]], title: str) -> Picture:
-    """Quality against a cost: a line for each method, a point for each size with the range of its runs."""
-    with matplotlib.rc_context({**_STYLE, "figure.figsize": (7.2, 4.8), "figure.subplot.right": 0.75}):
-        figure = Figure()
-        axes = figure.subplots()
+    """Draw quality against a cost: a line for each method, a point for each size with the range of its runs."""
+    with _drawing({"figure.figsize": (7.2, 4.8), "figure.subplot.right": 0.75}) as (figure, axes):
         # Colours come again with other markers.
-        styles = product(MARKERS, COLOURS)
-        for (marker, colour), (name, points) in zip(styles, lines.items(), strict=False):
+        for (marker, colour), (name, points) in zip(product(MARKERS, COLOURS), lines.items(), strict=False):
             costs, means, lowest, highest = zip(*sorted(points), strict=True)
             spread = [np.subtract(means, lowest), np.subtract(highest, means)]
             axes.errorbar(
@@ -213,34 +204,11 @@ def methods(lines: Mapping[str, Sequence[Point]], title: str) -> Picture:
         return Picture(f"quality against {title}", _svg(figure))
 
 
-def layers_alone(results: Mapping[str, Any]) -> list[Picture]:
-    """What each layer alone knows, a picture for each probe and a line for each model; none if not measured."""
-    pictures = []
-    for probe, task in results["probes"].items():
-        lines = {
-            model["name"]: model["probes"][probe]["by_layer"]
-            for model in results["models"]
-            if model["probes"].get(probe, {}).get("by_layer")
-        }
-        if lines:
-            with matplotlib.rc_context(_STYLE):
-                figure = Figure()
-                axes = figure.subplots()
-                for colour, (name, values) in zip(cycle(COLOURS), lines.items(), strict=False):
-                    axes.plot(values, color=colour, marker="o", markersize=3.5, label=_label(name))
-                axes.set_title(_label(f"{probe}: {task['metric']} (%)"))
-                axes.set_xlabel("layer")
-                axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-                axes.legend(fontsize=8)
-                pictures.append(Picture(_label(f"{probe}: each layer alone"), _svg(figure)))
-    return pictures
-
-
 def _svg(figure: Figure) -> Markup:
-    """The figure as an ``<svg>`` element without a background, its text in the page's colour."""
+    """Return the figure as an ``<svg>`` element without a background, its text in the page's colour."""
     out = StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'<g id="\w+">', "<g>", svg)  # every figure has the same ones; those of shapes say what is in them
+    svg = re.sub(r'<g id="\w+">', "<g>", svg)  # every figure has the same names; only those of shapes are referred to
     return Markup(svg.replace(INK, "currentColor"))

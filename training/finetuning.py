@@ -1,5 +1,6 @@
-"""Fine-tuning with labels: a task head on an encoder, their loss and score, and the run from a list to a model file."""
+"""Fine-tuning with labels: the module that trains a head and its encoder, and the run from a list to a model file."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,27 +8,45 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed, nn
 
 from labels.batches import FrameTimes, LabelledBatch
 from labels.lists import VERIFICATION, Clip, Probe
+from labels.scores import METRICS, Scored
+from labels.tasks import read_task, score_head, task_loss, with_this_head
 from lightning import freeze_unreached, scheduled_adamw
 from training.arguments import ALWAYS, FinetuneRunSettings
 from training.callbacks import save_or_end
-from training.checkpoints import BEST_MODEL, FINETUNING, choose_checkpoint, fingerprint, part_of, print_line
-from training.data import VALID_SUBSET, LabelledDataModule
+from training.checkpoints import (
+    BEST_MODEL,
+    FINETUNED_MODEL,
+    FINETUNING,
+    choose_checkpoint,
+    fingerprint,
+    made_before,
+    part_of,
+    print_line,
+)
+from training.data import TEST_SUBSET, TRAIN_SUBSET, VALID_SUBSET, LabelledDataModule
+from training.objectives import own_device
 from training.speed import forward_flops
-from training.task import ValidScores, read_task, task_loss, train_head, with_this_head
+from training.task import ValidScores, train_head
 from training.trainer import check_settings, data_and_machine, fit
 from wav2vec2.files import checkpoint as ckpt
+from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import TaskModel, contents_of, head_of, task_model_of
+from wav2vec2.files.storage import atomic_path
+
+# The scores of the result.
+RESULT = "finetuned.json"
 
 
 class SpanMasking(nn.Module):
-    """Hides spans of frames behind one learnt frame, as wav2vec 2.0's fine-tuning (arXiv 2006.11477) does.
+    """Hides spans of frames behind one learnt frame, as wav2vec 2.0's fine-tuning does (arXiv 2006.11477).
 
     Args:
-        probability: share of the frames that spans would cover if none overlapped.
+        probability: the share of the frames that spans would cover if none overlapped.
         length: frames of a span.
         embed_dim: D.
     """
@@ -39,7 +58,7 @@ class SpanMasking(nn.Module):
         self.hidden_frame = nn.Parameter(torch.zeros(embed_dim))
 
     def draw(self, num_frames: Sequence[int]) -> Tensor:
-        """Which frames are hidden (B, frames), on the CPU, from torch's generator; padding never is."""
+        """Draw the frames to hide, (B, frames) on the CPU, from torch's generator; padding is never hidden."""
         from torchaudio.models.wav2vec2.components import _compute_mask_indices
 
         # All valid frames as one row: short rows get their share, which no minimum of spans raises.
@@ -47,25 +66,20 @@ class SpanMasking(nn.Module):
         return nn.utils.rnn.pad_sequence(spans.split(list(num_frames)), batch_first=True)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------
-
-
 class FinetuneModule(pl.LightningModule):
     """Trains a model with a head on labels; its extractor stays as it is.
 
-    While the encoder is frozen it computes what it will compute in use: without dropout, and nothing hidden. Layer drop
-    is off: every weight takes part in every update.
+    While the encoder is frozen it computes what it will compute in use: without dropout, and with nothing hidden. Layer
+    drop is off: every weight takes part in every update.
 
     Args:
-        model: trained.
+        model: the model to train.
         probe: the list.
-        valid: the clips that are validated on.
+        valid: the clips to validate on.
         settings: of the run.
 
     Attributes:
-        scalars: what the last training batch gave.
+        scalars: what the last training batch logs.
         valid_score: of the last validation, in per cent.
     """
 
@@ -73,8 +87,11 @@ class FinetuneModule(pl.LightningModule):
 
     def __init__(self, model: TaskModel, probe: Probe, valid: Sequence[Clip], settings: FinetuneRunSettings) -> None:
         super().__init__()
-        chosen, optimisation = settings.finetune, settings.optimisation
+        chosen = settings.finetune
         self.model = model
+        self.optimisation = settings.optimisation
+        self.encoder_learning_rate = chosen.encoder_learning_rate
+        self.num_frozen = chosen.num_frozen
         transformer = model.encoder.transformer
         transformer.layer_drop = 0.0
         self.masking: SpanMasking | None = None
@@ -85,11 +102,7 @@ class FinetuneModule(pl.LightningModule):
         model.feature_extractor.requires_grad_(False)
         if chosen.freeze_updates == ALWAYS:
             model.encoder.requires_grad_(False)
-        self.num_frozen = chosen.num_frozen
         self.scores = ValidScores(probe, valid)
-        self.learning_rate, self.encoder_learning_rate = optimisation.learning_rate, chosen.encoder_learning_rate
-        self.weight_decay = optimisation.weight_decay
-        self.warmup_updates, self.max_updates = optimisation.warmup_updates, optimisation.max_updates
         self.scalars: dict[str, Tensor] = {}
         self.valid_score = math.nan
 
@@ -100,16 +113,18 @@ class FinetuneModule(pl.LightningModule):
 
     def hidden_states(
         self, waveforms: Tensor, lengths: Tensor, is_hidden: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None, Tensor]:
-        """What the head reads: hidden states, or the encoder's output; and (B,) valid frames."""
-        frames, lengths, padded_lengths = self.model.extract_frames(waveforms, lengths)
-        hidden = None if is_hidden is None else (is_hidden, self.masking.hidden_frame)
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """Compute what the head reads: all hidden states, or the encoder's output; and (B,) valid frames."""
+        frames, num_frames, padded_lengths = self.model.extract_frames(waveforms, lengths)
+        hidden = None
+        if self.masking is not None and is_hidden is not None:
+            hidden = (is_hidden, self.masking.hidden_frame)
         if self.model.head_settings.layers == "weighted":
-            return self.model.encoder.extract_features(frames, padded_lengths, hidden=hidden), None, lengths
-        return [], self.model.encoder(frames, padded_lengths, hidden), lengths
+            return self.model.encoder.extract_features(frames, padded_lengths, hidden=hidden), None, num_frames
+        return [], self.model.encoder(frames, padded_lengths, hidden), num_frames
 
     def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
-        """The loss of a batch."""
+        """Compute the loss of a batch."""
         is_frozen = self.is_frozen
         self.model.feature_extractor.train(not is_frozen)
         self.model.encoder.train(not is_frozen)
@@ -127,18 +142,18 @@ class FinetuneModule(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """AdamW changes nothing, its moments included, where there is no gradient."""
+        """Drop the encoder's gradients while it is frozen: AdamW then leaves its weights and moments alone."""
         if self.is_frozen:
             for parameter in self._encoder_parameters():
                 parameter.grad = None
 
     def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
-        """Logs the mean loss over utterances, and notes what is counted of each."""
+        """Log the mean loss over utterances, and note the result of each."""
         logits, lengths = self.model(batch.waveforms, batch.lengths)
         if self.scores.kind != VERIFICATION:  # its labels are no outputs
             loss = task_loss(self.model.kind, logits, lengths, batch.targets)
-            # A float: of whole numbers Lightning would round the mean over processes down.
-            weight = float(batch.weight)
+            # A float: Lightning would round the mean of whole numbers over processes down.
+            weight: Any = float(batch.weight)
             self.log("valid_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
         self.scores.note(batch, logits, lengths)
 
@@ -152,31 +167,29 @@ class FinetuneModule(pl.LightningModule):
         parts = [self.model.encoder, *([] if self.masking is None else [self.masking])]
         return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The head, and the encoder if it is trained."""
-        head = self.model.aux if self.model.head is None else self.model.head
-        groups = [{"params": list(head.parameters()), "lr": self.learning_rate, "name": "head"}]
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW with a group for the head and one for the encoder, if it is trained, on one schedule."""
+        chosen = self.optimisation
+        head = [p for name, p in self.model.named_parameters() if name.startswith(("head.", "aux."))]
+        groups = [{"params": head, "lr": chosen.learning_rate, "name": "head"}]
         if encoder := self._encoder_parameters():
             groups.append({"params": encoder, "lr": self.encoder_learning_rate, "name": "encoder"})
-        return [{**group, "weight_decay": self.weight_decay} for group in groups]
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW, both groups on one schedule."""
-        return scheduled_adamw(self.parameter_groups(), self.warmup_updates, self.max_updates)
+        groups = [{**group, "weight_decay": chosen.weight_decay} for group in groups]
+        return scheduled_adamw(groups, chosen.warmup_updates, chosen.max_updates)
 
 
 class BestModel(pl.Callback):
     """Keeps the model of the best validation in a file; of equals the first.
 
     Args:
-        path: of the file.
-        more_is_better: of the score.
+        module: trains the model and scores it.
+        path: the file.
         made_by: what the file says of its making, beside update and score.
     """
 
-    def __init__(self, path: Path, more_is_better: bool, made_by: dict[str, Any]) -> None:
+    def __init__(self, module: FinetuneModule, path: Path, made_by: dict[str, Any]) -> None:
+        self.module = module
         self.path = path
-        self.sign = 1 if more_is_better else -1
         self.made_by = made_by
         self.score: float | None = None
 
@@ -186,32 +199,33 @@ class BestModel(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.score = state_dict["score"]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: FinetuneModule) -> None:
+    def is_better(self, score: float) -> bool:
+        """Whether a score beats the best so far."""
+        if self.score is None:
+            return True
+        return score > self.score if self.module.scores.more_is_better else score < self.score
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.score is not None and not self.path.is_file():
             print_line(f"warning: {self.path} is gone; the best of the validations from now on takes its place")
             self.score = None
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: FinetuneModule) -> None:
-        score = pl_module.valid_score
-        if trainer.sanity_checking or (self.score is not None and not self.sign * score > self.sign * self.score):
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        score = self.module.valid_score
+        if trainer.sanity_checking or not self.is_better(score):
             return
         self.score = score
         if not trainer.is_global_zero:
             return
-        contents = contents_of(pl_module.model)
+        contents = contents_of(self.module.model)
         for part in (contents, contents["head"]):
             part["state_dict"] = {name: tensor.detach().cpu() for name, tensor in part["state_dict"].items()}
         made_by = {**self.made_by, "update": trainer.global_step, "valid": score}
         save_or_end(self.path, {**contents, "made_by": made_by})
 
 
-# ---------------------------------------------------------------------------------------------------
-# A run
-# ---------------------------------------------------------------------------------------------------
-
-
 def finetune(settings: FinetuneRunSettings) -> LabelledDataModule | None:
-    """Fine-tune ``--model`` on ``--tsv``; the best model is in ``EXP_DIR/best.pth``.
+    """Fine-tune ``--model`` on ``--tsv``, keeping the best model in ``EXP_DIR/best.pth``.
 
     Returns:
         The data; None in a process that has nothing more to do.
@@ -222,15 +236,19 @@ def finetune(settings: FinetuneRunSettings) -> LabelledDataModule | None:
     """
     chosen, machine, exp_dir = settings.finetune, settings.machine, settings.machine.exp_dir
     contents = ckpt.read_model_file(chosen.model)
-    options = {"units": settings.data.units, "layers": chosen.layers, "pooling": chosen.pooling}
-    probe, head = read_task(settings.data.tsv, head_of(contents, chosen.model), **options)
+    probe, head = read_task(
+        settings.data.tsv,
+        head_of(contents, chosen.model),
+        units=settings.data.units,
+        layers=chosen.layers,
+        pooling=chosen.pooling,
+    )
     contents, whose = with_this_head(contents, head, chosen.model, settings.data.seed)
     model = task_model_of(contents, chosen.model)
-    extractor = model.feature_extractor
-    data = LabelledDataModule(settings.data, probe, FrameTimes(extractor.stride, extractor.receptive_field))
+    data = LabelledDataModule(settings.data, probe, FrameTimes.of(model))
     module = FinetuneModule(model, probe, data.clips[VALID_SUBSET], settings)
     recorded = {**settings.recorded(), "tsv": data.fingerprint(), "model": fingerprint(chosen.model)}
-    metric, more_is_better = module.scores.metric, module.scores.more_is_better
+    metric = module.scores.metric
     made_by = {"script": "finetune.py", "model": recorded["model"], "tsv": recorded["tsv"], "metric": metric}
     resumed = choose_checkpoint(machine.resume_checkpoint, exp_dir, FINETUNING)
     if resumed is not None:
@@ -239,22 +257,52 @@ def finetune(settings: FinetuneRunSettings) -> LabelledDataModule | None:
         ckpt.load_state(model, part_of(saved["state_dict"], "model."), f"{path} in the model of --model")
         masking = nn.Module() if module.masking is None else module.masking
         ckpt.load_state(masking, part_of(saved["state_dict"], "masking."), f"{path} (see --mask_prob)")
-    if resumed is None or resumed[1]["global_step"] < settings.optimisation.max_updates:
-        model.recompute_activations(machine.checkpoint_activations)
-        num_params = sum(parameter.numel() for parameter in model.parameters())
-        per_waveform = forward_flops(model, len(model.encoder.transformer.layers))
-        trainer = fit(
-            settings,
-            data,
-            module,
-            resumed,
-            flops=lambda num_samples: (1 if chosen.freeze_updates == ALWAYS else 3) * per_waveform(num_samples),
-            record=lambda: {FINETUNING: {"settings": recorded}},
-            title=f"{settings.stage}: {num_params:,} parameters; {whose} head, "
-            f"{len(probe.labels)} labels, {metric}; {data_and_machine(data, machine)}",
-            callbacks=[BestModel(exp_dir / BEST_MODEL, more_is_better, made_by)],
-            validates_last=True,
-        )
-        if not trainer.is_global_zero:
-            return None
-    return data
+        if saved["global_step"] >= settings.optimisation.max_updates:
+            return data
+    model.recompute_activations(machine.checkpoint_activations)
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    per_waveform = forward_flops(model, len(model.encoder.transformer.layers))
+    trainer = fit(
+        settings,
+        data,
+        module,
+        resumed,
+        flops=lambda num_samples: (1 if chosen.freeze_updates == ALWAYS else 3) * per_waveform(num_samples),
+        record=lambda: {FINETUNING: {"settings": recorded}},
+        title=f"{settings.stage}: {num_params:,} parameters; {whose} head, "
+        f"{len(probe.labels)} labels, {metric}; {data_and_machine(data, machine)}",
+        callbacks=[BestModel(module, exp_dir / BEST_MODEL, made_by)],
+        validates_last=True,
+    )
+    return data if trainer.is_global_zero else None
+
+
+def finish(settings: FinetuneRunSettings, data: LabelledDataModule) -> None:
+    """Score the best model on the test clips and write it as the result, unless that is done."""
+    best, out, result = (settings.machine.exp_dir / name for name in (BEST_MODEL, FINETUNED_MODEL, RESULT))
+    if not best.is_file():
+        raise UserError(f"{best}: is gone, expected the best model of this run; train again with another --exp_dir")
+    contents = ckpt.read_model_file(best)
+    made_by = contents["made_by"]
+    if result.is_file() and made_before(out, made_by) is not None:
+        print(f"{settings.stage}: complete already: {out}")
+        return
+    model = task_model_of(contents, best).eval().to(own_device(settings.machine))
+    metric, _ = METRICS[data.probe.kind]
+    scored = Scored([score_head(model, data.probe, out.name)], len(data.probe.test)).summary()
+    value, (low, high) = scored["mean"], scored["interval"]
+    clips = {subset: len(found) for subset, found in data.clips.items()}
+    summary = {
+        "kind": data.probe.kind,
+        "update": made_by["update"],
+        "valid": {"metric": made_by["metric"], "value": made_by["valid"], "clips": clips[VALID_SUBSET]},
+        "test": {"metric": metric, "value": value, "interval": [low, high], "clips": clips[TEST_SUBSET]},
+        "train": {"clips": clips[TRAIN_SUBSET]},
+    }
+    ckpt.save(out, contents)
+    with atomic_path(result) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    print(
+        f"{settings.stage}: best at update {made_by['update']}, {made_by['metric']} {made_by['valid']:.2f} in "
+        f"validation; test: {metric} {value:.2f} ({low:.2f} to {high:.2f}): {out}"
+    )

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .files.errors import short_repr
+from .kinds import CLIPS, LAYERS, POOLINGS, SEGMENTS, TEXT, UNITS
 from .model import Wav2Vec2Model
 from .pruning_utils import prune_inputs
 
-TEXT, CLIPS, SEGMENTS = "text", "clips", "segments"
 # What each setting of a head may be, by kind; None where the kind has no such setting.
 _CHOICES: dict[str, dict[str, tuple[str | None, ...]]] = {
-    TEXT: {"units": ("words", "characters"), "layers": ("last",), "pooling": (None,)},
-    CLIPS: {"units": (None,), "layers": ("last", "weighted"), "pooling": ("mean", "attentive")},
-    SEGMENTS: {"units": (None,), "layers": ("last", "weighted"), "pooling": (None,)},
+    TEXT: {"units": UNITS, "layers": ("last",), "pooling": (None,)},
+    CLIPS: {"units": (None,), "layers": LAYERS, "pooling": POOLINGS},
+    SEGMENTS: {"units": (None,), "layers": LAYERS, "pooling": (None,)},
 }
 
 

@@ -136,4 +136,4 @@ def test_an_utterance_that_no_batch_holds(folder):
 
 def test_times_of_frames():
     assert [FRAMES.count(n) for n in (0, 399, 400, 719, 720)] == [0, 0, 1, 1, 2]
-    torch.testing.assert_close(FRAMES.middles(1040), torch.tensor([0.0125, 0.0325, 0.0525]))
+    torch.testing.assert_close(FRAMES.middles(3), torch.tensor([0.0125, 0.0325, 0.0525]))

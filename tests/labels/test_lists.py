@@ -75,7 +75,9 @@ def test_kinds_of_tasks(folder):
     assert segments.kind == "segments" and segments.train[0].target == (Segment(0, 0.2, 0), Segment(0.2, 0.3, 1))
     path = folder / "text.tsv"
     path.write_text("split\tpath\ttext\ntrain\t0.wav\tb a\ntest\t1.wav\ta c\n")
-    assert read_probe(path).test[0].target == (0, -1)
+    assert read_probe(path).test[0].target == (0, 2)  # c is not known
+    ordered = read_probe(path, labels=("b", "z", "a"))
+    assert ordered.labels == ("b", "z", "a") and ordered.train[0].target == (0, 2) and ordered.test[0].target == (2, 3)
     characters = read_probe(path, "characters")
     assert characters.labels == (" ", "a", "b") and characters.train[0].target == (2, 0, 1)
 

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,10 @@ from helpers import (
 from torch.nn import functional as F
 
 import wav2vec2
+from labels.scores import clip_results, score_of
+from labels.tasks import task_loss
 from training import callbacks, speed
 from training.finetuning import BestModel, FinetuneModule, SpanMasking
-from training.task import clip_results, score_of, task_loss
 from wav2vec2.files import checkpoint
 from wav2vec2.model import wav2vec2_model
 
@@ -109,9 +111,14 @@ def test_the_best_of_the_validations_is_kept(labelled, encoder, tmp_path, monkey
     assert torch.equal(kept["head.linear.weight"], found[2]["head.linear.weight"])
 
 
-def test_of_errors_less_is_better():
-    best = BestModel(Path("best.pth"), False, {})
-    assert best.sign * 10 > best.sign * 20
+@pytest.mark.parametrize("more_is_better", [True, False])
+def test_the_best_score(more_is_better):
+    scores = SimpleNamespace(scores=SimpleNamespace(more_is_better=more_is_better))
+    best = BestModel(scores, Path("best.pth"), {})
+    assert best.is_better(15)
+    best.score = 15
+    found = [best.is_better(score) for score in (10, 15, 20, math.nan)]
+    assert found == [not more_is_better, False, more_is_better, False]
 
 
 # --- what is frozen, and hidden --------------------------------------------------------------------
