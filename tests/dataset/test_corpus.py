@@ -1,5 +1,6 @@
 """Finding, splitting and counting the audio of a corpus."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,17 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     write_audio(root / "b.wav")
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(root)
+    (root / "itself").symlink_to("itself")
     assert find_audio(str(root)) == (["b.wav", "linked/a.wav"], {})
+
+
+def test_deep_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1100):  # more than Python's limit of recursion
+        os.mkdir("d")
+        os.chdir("d")
+    write_audio(Path("a.wav"))
+    assert find_audio(str(tmp_path)) == (["d/" * 1100 + "a.wav"], {})
 
 
 def test_flac_file_cut_anywhere_is_left_out(tmp_path):
