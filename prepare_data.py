@@ -77,19 +77,17 @@ def parse_splits(options: list[str]) -> FolderPatterns:
     return splits
 
 
-def choose_rule(
-    paths: list[str], split_options: list[str] | None, valid_fraction: float | None, seed: int
-) -> Callable[[list[str]], Splits]:
+def choose_rule(paths: list[str], args: argparse.Namespace) -> Callable[[list[str]], Splits]:
     """Choose from the options and the corpus how to split, and say so.
 
     Raises:
         UserError: both options are given, or one cannot be followed.
     """
-    if split_options and valid_fraction is not None:
+    if args.splits and args.valid_fraction is not None:
         raise UserError("--splits and --valid_fraction are two ways to split; give one of them")
     rule = "by folder"
-    splits = parse_splits(split_options) if split_options else {}
-    if not split_options and valid_fraction is None:
+    splits = parse_splits(args.splits or [])
+    if not args.splits and args.valid_fraction is None:
         members = split_by_folder(paths, LIBRISPEECH_SPLITS)
         absent = ", ".join(name for name in members if not members[name])
         rule = "LibriSpeech's" + (f" (not there: {absent})" if absent else "")
@@ -98,11 +96,11 @@ def choose_rule(
         in_words = "; ".join(f"{name} = {', '.join(patterns)}" for name, patterns in splits.items())
         print(f"splits: {rule}, {in_words}")
         return partial(split_by_folder, splits=splits)
-    fraction = DEFAULT_VALID_FRACTION if valid_fraction is None else valid_fraction
+    fraction = DEFAULT_VALID_FRACTION if args.valid_fraction is None else args.valid_fraction
     if not 0 < fraction < 1:
         raise UserError(f"--valid_fraction {fraction:g}: expected a number between 0 and 1, such as 0.05")
-    print(f"splits: {fraction:g} of the files, chosen by --seed {seed}, held out as valid")
-    return partial(hold_out, fraction=fraction, seed=seed)
+    print(f"splits: {fraction:g} of the files, chosen by --seed {args.seed}, held out as valid")
+    return partial(hold_out, fraction=fraction, seed=args.seed)
 
 
 def list_audio(root: str) -> list[str]:
@@ -163,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
     if args.num_workers < 1:
         raise UserError(f"--num_workers {args.num_workers}: expected 1 or more")
     found = list_audio(root)
-    split = choose_rule(found, args.splits, args.valid_fraction, args.seed)
+    split = choose_rule(found, args)
     candidates = split(found)
     chosen = sorted(set().union(*candidates.values()))
     if len(chosen) < len(found):

@@ -111,7 +111,7 @@ class Crop:
     tops_up: bool
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class BatchSampler(Sampler[Crop]):
     """Deals batches to processes, the same number to each, and crops each batch to its shortest utterance.
 
@@ -185,7 +185,7 @@ class BatchSampler(Sampler[Crop]):
         return Crop(tuple(batch), tuple(offsets.tolist()), num_samples, seed, position >= len(self.batches))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class TrainingSampler(Sampler[Crop]):
     """Strings one rank's epochs together, so that a resumed run continues in the middle of one.
 

@@ -43,28 +43,31 @@ def find_audio(root: str) -> tuple[list[str], Counter[str]]:
         video with the number of files of each.
     """
     found: list[str] = []
-    others: Counter[str] = Counter()
-    for path in sorted(_walk(root)):
-        suffix = os.path.splitext(path)[1].lower()
-        if path.lower().endswith(AUDIO_SUFFIXES):
-            found.append(path)
-        elif suffix in _OTHER_SUFFIXES:
-            others[suffix] += 1
-    return found, others
+    others: list[str] = []
+    # Folders to look into, each with device and inode of those around it, so that no link leads in a circle.
+    folders: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while folders:
+        prefix, above = folders.pop()
+        status = os.stat(os.path.join(root, prefix))
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            continue
+        with os.scandir(os.path.join(root, prefix)) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    folders.append((f"{prefix}{entry.name}/", above | {identity}))
+                elif entry.name.lower().endswith(AUDIO_SUFFIXES):
+                    found.append(prefix + entry.name)
+                elif entry.name.lower().endswith(_OTHER_SUFFIXES):
+                    others.append(os.path.splitext(entry.name)[1].lower())
+    return sorted(found), Counter(sorted(others))
 
 
-def _walk(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Yield every file below ``folder``; ``above`` holds device and inode of the folders around it."""
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:  # a link leads in a circle
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {identity})
-            else:
-                yield prefix + entry.name
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def split_by_folder(paths: Iterable[str], splits: FolderPatterns) -> Splits:

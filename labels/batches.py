@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from dataset.batches import Crop
-from dataset.speech import MAX_REPLACEMENTS, first_readable
+from dataset.speech import first_readable, with_replacements
 from labels.lists import SEGMENTS, TEXT, Clip, Probe, num_samples
 from wav2vec2.audio import SAMPLE_RATE, AudioError, read_audio
 from wav2vec2.files.errors import UserError, short_repr
@@ -165,10 +164,6 @@ class LabelledDataset(Dataset):
         self.lengths = lengths
         self.frames = frames
 
-    @cached_property
-    def _by_length(self) -> np.ndarray:
-        return np.argsort(self.lengths, kind="stable")
-
     def __len__(self) -> int:
         return len(self.clips)
 
@@ -181,7 +176,7 @@ class LabelledDataset(Dataset):
         rows, targets, paths = [], [], []
         bad_files: dict[str, str] = {}
         for wanted in crop.indices:
-            index, waveform, bad = first_readable(self._candidates(wanted), self._path, self._read)
+            index, waveform, bad = first_readable(with_replacements(wanted, self.lengths), self._path, self._read)
             rows.append(waveform)
             targets.append(self.target(index))
             paths.append(self._path(index))
@@ -198,10 +193,6 @@ class LabelledDataset(Dataset):
             0 if crop.tops_up else len(rows),
             bad_files,
         )
-
-    def _candidates(self, index: int) -> list[int]:
-        place = int(np.flatnonzero(self._by_length == index)[0])
-        return np.roll(self._by_length, -place)[: 1 + MAX_REPLACEMENTS].tolist()
 
     def _path(self, index: int) -> str:
         return str(self.clips[index].path)

@@ -31,6 +31,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     write_audio(root / "b.wav")
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(root)
+    (root / "itself").symlink_to("itself")
     assert find_audio(str(root)) == (["b.wav", "linked/a.wav"], {})
 
 

@@ -13,7 +13,7 @@ from torchaudio.functional import resample
 from dataset.batches import BatchSampler, Crop, make_batches
 from dataset.manifest import Manifest, read_manifest
 from dataset.speech import MAX_REPLACEMENTS, SpeechDataset, check_files
-from wav2vec2.audio import SAMPLE_RATE, AudioError, num_samples_at_16k, read_audio, resample_to_16k
+from wav2vec2.audio import SAMPLE_RATE, AudioError, num_samples_at_16k, read_audio
 from wav2vec2.files.errors import UserError
 
 
@@ -38,21 +38,6 @@ def read_one(manifest: Manifest, index: int = 0, offset: int = 0, num_samples: i
 # ---------------------------------------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize(
-    ("suffix", "subtype", "num_channels"),
-    [("flac", "PCM_16", 1), ("wav", "PCM_24", 2), ("wav", "FLOAT", 1), ("ogg", "VORBIS", 1), ("mp3", None, 1)],
-)
-def test_part_of_a_file_is_the_slice_of_the_whole(tmp_path, suffix, subtype, num_channels):
-    path = tmp_path / f"a.{suffix}"
-    soundfile.write(path, noise(20_000, num_channels=num_channels), SAMPLE_RATE, subtype=subtype)
-    whole = read_audio(path)
-    assert whole.shape == (20_000,)
-    assert whole.dtype == torch.float32
-    for offset, num_samples in [(0, 20_000), (0, 1), (19_999, 1), (7001, 4567)]:
-        assert torch.equal(read_audio(path, offset, num_samples), whole[offset : offset + num_samples])
-    assert torch.equal(read_audio(path, 12_345), whole[12_345:])
-
-
 @pytest.mark.parametrize(("sample_rate", "num_channels"), [(8000, 1), (48_000, 2), (44_100, 1)])
 def test_other_rates_and_channels_become_16_khz_mono(tmp_path, sample_rate, num_channels):
     path = tmp_path / "a.wav"
@@ -67,14 +52,6 @@ def test_other_rates_and_channels_become_16_khz_mono(tmp_path, sample_rate, num_
     assert check_files(manifest) == {}
     batch = read_one(manifest, offset=5000, num_samples=3000)
     assert batch.bad_files == {} and torch.equal(batch.waveforms[0], whole[5000:8000])
-
-
-@pytest.mark.parametrize("sample_rate", [8000, 11_025, 22_050, 44_100, 48_000])
-def test_resampled_length_is_the_one_in_the_manifest(sample_rate):
-    # torchaudio alone loses the last sample of 500,032 at 22,050 Hz and of 500,196 at 44,100 Hz.
-    for num_frames in [1, 2, 3, 441, 442, 100_001, 500_032, 500_196]:
-        resampled = resample_to_16k(torch.zeros(num_frames), sample_rate)
-        assert len(resampled) == num_samples_at_16k(num_frames, sample_rate)
 
 
 def test_dataset_reads_the_crops(tmp_path):
@@ -236,7 +213,7 @@ def test_whatever_happens_to_a_file_it_is_read_or_replaced(tmp_path, suffix):
     bad = tmp_path / f"0.{suffix}"
     contents = bad.read_bytes()
     num_replaced = 0
-    for trial in range(40):
+    for trial in range(24):
         damaged = bytearray(contents[: rng.integers(len(contents))] if trial % 2 else contents)
         for place in rng.integers(0, max(len(damaged), 1), 0 if trial % 2 else 3):
             damaged[place] = rng.integers(256)

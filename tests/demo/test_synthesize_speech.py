@@ -106,6 +106,10 @@ def test_sentences_vary_and_follow_the_seed():
     def first(seed: int) -> list[str]:
         return list(itertools.islice(synthesize_speech.sentences(seed), 5000))
 
+    assert (
+        first(0)[0]
+        == "so the soup was getting cold, a tired driver carried this shining garden gate on a foggy morning"
+    )
     assert len(set(first(0))) == 5000
     assert first(0) == first(0) != first(1)
     assert not any(set(sentence) & set("{}|\n") for sentence in first(0))
