@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import cli
 from hardconcrete import HardConcrete
@@ -420,6 +421,34 @@ def run_without(packages: tuple[str, ...], code: str) -> str:
     result = run_command(sys.executable, "-W", "ignore", "-c", block + code)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def torch_counts(
+    config: dict[str, Any], num_samples: int, num_layers: int | None = None, plain: bool = True
+) -> dict[str, int]:
+    """Operations of each part as torch meets them on its meta device; see ``wav2vec2.flops.Parts``."""
+    with torch.device("meta"):
+        model = wav2vec2_model(**config).eval()
+        waveforms = torch.empty(1, num_samples)
+    layers = model.encoder.transformer.layers
+    parts = {
+        "conv": [model.feature_extractor],
+        "attention": [layer.attention for layer in layers if layer.attention is not None],
+        "feed_forward": [layer.feed_forward for layer in layers if layer.feed_forward is not None],
+    }
+    counter = FlopCounterMode(display=False)
+    counts = dict.fromkeys(parts, 0)
+
+    def add(part: str, sign: int) -> None:
+        counts[part] += sign * counter.get_total_flops()
+
+    for part, modules in parts.items():
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_, part=part: add(part, -1))
+            module.register_forward_hook(lambda *_, part=part: add(part, 1))
+    with torch.no_grad(), plain_paths(plain), counter:
+        model.extract_features(waveforms, num_layers=num_layers)
+    return {**counts, "projection": counter.get_total_flops() - sum(counts.values())}
 
 
 def hubert_base_flops(num_samples: int) -> int:
