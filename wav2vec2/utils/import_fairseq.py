@@ -22,11 +22,11 @@ from .importing import (
     Architecture,
     Dropouts,
     ImportedModel,
-    RelativePositions,
     check_sample_rate,
     compare_outputs,
     import_weights,
     load_source_state,
+    wavlm_attention,
 )
 from .quiet import quiet
 
@@ -119,7 +119,7 @@ def import_fairseq_model(
             "wants normalised waveforms; give --normalize_waveform true or false"
         )
     architecture = _read_architecture(settings, task or {}, weights, source)
-    names = _EXTRACTOR_NAMES[architecture.extractor_mode] + _ENCODER_NAMES
+    names = _EXTRACTOR_NAMES[architecture.config["extractor_mode"]] + _ENCODER_NAMES
     return import_weights(architecture, dropouts or Dropouts(), normalize_waveform, weights, names, source)
 
 
@@ -177,7 +177,7 @@ def _fairseq_model(architecture: Architecture, settings: dict[str, Any]) -> Any:
     for name in _DEFAULTS.keys() & vars(config).keys():
         setattr(config, name, settings.get(name, _DEFAULTS[name]))
     # fairseq evaluates this as Python.
-    config.conv_feature_layers = repr([tuple(layer) for layer in architecture.conv_layers])
+    config.conv_feature_layers = repr([tuple(layer) for layer in architecture.config["extractor_conv_layer_config"]])
     if not is_hubert:
         return Wav2Vec2Model(config).eval()
     config.label_rate = 50  # of targets, which are not used here
@@ -279,23 +279,23 @@ def _read_architecture(
     if normalizes is not None and not isinstance(normalizes, bool):
         raise UserError(f"{source}: setting normalize is {short_repr(normalizes)}, expected bool; the file is damaged")
 
-    return Architecture(
-        family=family,
-        extractor_mode=_EXTRACTOR_MODES[setting("extractor_mode", str)],
-        conv_layers=parse_conv_layers(setting("conv_feature_layers", str), source),
-        conv_bias=setting("conv_bias", bool),
-        embed_dim=setting("encoder_embed_dim", int),
-        pos_conv_kernel=setting("conv_pos", int),
-        pos_conv_groups=setting("conv_pos_groups", int),
-        num_layers=setting("encoder_layers", int),
-        num_heads=setting("encoder_attention_heads", int),
-        ff_interm_features=setting("encoder_ffn_embed_dim", int),
-        layer_norm_first=setting("layer_norm_first", bool),
-        stated_normalization=normalizes,
-        relative_positions=RelativePositions(setting("num_buckets", int), setting("max_distance", int))
-        if is_wavlm
-        else None,
-    )
+    num_layers, num_heads = setting("encoder_layers", int), setting("encoder_attention_heads", int)
+    attention: dict[str, Any] = {"encoder_num_heads": num_heads}
+    if is_wavlm:
+        attention = wavlm_attention(num_layers, num_heads, setting("num_buckets", int), setting("max_distance", int))
+    config = {
+        "extractor_mode": _EXTRACTOR_MODES[setting("extractor_mode", str)],
+        "extractor_conv_layer_config": parse_conv_layers(setting("conv_feature_layers", str), source),
+        "extractor_conv_bias": setting("conv_bias", bool),
+        "encoder_embed_dim": setting("encoder_embed_dim", int),
+        "encoder_pos_conv_kernel": setting("conv_pos", int),
+        "encoder_pos_conv_groups": setting("conv_pos_groups", int),
+        "encoder_num_layers": num_layers,
+        **attention,
+        "encoder_ff_interm_features": setting("encoder_ffn_embed_dim", int),
+        "encoder_layer_norm_first": setting("layer_norm_first", bool),
+    }
+    return Architecture(family, config, normalizes)
 
 
 def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -> str:
