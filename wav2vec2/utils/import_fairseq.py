@@ -150,10 +150,10 @@ def compare_with_fairseq(imported: ImportedModel, path: str | PathLike) -> float
         with quiet():
             model = _fairseq_model(architecture, settings)
             load_source_state(model, weights, "feature_extractor.conv_layers.0.0.weight")
-    except Exception as error:  # for whatever reason, the conversion cannot be checked
+    except Exception as error:  # any failure means that the conversion cannot be checked
         raise UserError(
-            f"{path}: fairseq cannot take the source model ({one_line(error)}), which so cannot be checked; nothing "
-            "was written; without fairseq installed it is not checked"
+            f"{path}: fairseq cannot take the source model ({one_line(error)}), so the conversion cannot be "
+            "checked; nothing was written; uninstall fairseq to convert without the check"
         ) from error
     layers: list[Tensor] = []
     for layer in model.encoder.layers:
@@ -325,7 +325,7 @@ def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> l
         if len(expression) > _LONGEST_EXPRESSION:
             raise ValueError(f"longer than {_LONGEST_EXPRESSION} characters")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the parser, about what is refused anyway
+            warnings.simplefilter("ignore")  # of the parser, about input that is refused below
             layers = _evaluate(ast.parse(expression.strip(), mode="eval").body)
         if not isinstance(layers, list) or not 0 < len(layers) <= MAX_CONV_LAYERS:
             raise ValueError(f"not a list of 1 to {MAX_CONV_LAYERS} layers")

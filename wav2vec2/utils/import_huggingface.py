@@ -297,7 +297,7 @@ def _load_source_model(directory: Path) -> torch.nn.Module:
             config._attn_implementation = "eager"
             model = getattr(transformers, FAMILIES[config.model_type].model_class)(config)
             load_source_state(model, _read_weights(directory), FIRST_CONV)
-    except Exception as error:  # whatever transformers meets, the conversion cannot be checked
+    except Exception as error:  # any failure means that the conversion cannot be checked
         raise UserError(f"{directory}: transformers cannot load the source model ({one_line(error)})") from error
     return model.eval()
 

@@ -97,8 +97,8 @@ def backbone_of(weights: Mapping[str, Tensor], anchor: str) -> tuple[str, dict[s
     """Find a backbone among a source's tensors, whatever lies beside it or around it.
 
     Args:
-        weights: a source's tensors. Heads, pre-training targets, and names that wrap the backbone's (``module.``,
-            ``model.``, ``hubert.``, ``w2v_encoder.w2v_model.``, ...) may be there.
+        weights: a source's tensors, which may include heads and pre-training targets, under names that may have
+            wrappers' prefixes (``module.``, ``model.``, ``hubert.``, ``w2v_encoder.w2v_model.``, ...).
         anchor: a name that every backbone in this format has; what precedes it is the wrapper's prefix.
 
     Returns:
@@ -195,7 +195,7 @@ def import_weights(
     model = checkpoint.build_model(config, source)
     state_dict = {name: weights[found].detach().float() for name, found in sources.items()}
     state_dict[DUMMY_WEIGHT] = torch.ones(expected[DUMMY_WEIGHT].shape)
-    checkpoint.load_state(model, state_dict, source)
+    model.load_state_dict(state_dict)
     return ImportedModel(architecture.family, model.eval(), dropped, remarks)
 
 
