@@ -422,7 +422,7 @@ class WeightNormConv1d(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, groups: int) -> None:
         super().__init__()
-        self.groups, self.kernel_size = groups, kernel_size
+        self.padding, self.groups, self.kernel_size = kernel_size // 2, groups, kernel_size
         weight, self.bias = nn.Conv1d(channels, channels, kernel_size, groups=groups).parameters()
         self.weight_g = nn.Parameter(torch.linalg.vector_norm(weight.detach(), dim=(0, 1), keepdim=True))
         self.weight_v = weight
@@ -454,13 +454,13 @@ class WeightNormConv1d(nn.Module):
         else:
             weight = self.weight
         convolve = conv_channels_last if fast_paths() and on_cpu(x) else F.conv1d
-        return convolve(x, weight, self.bias, padding=self.kernel_size // 2, groups=self.groups)
+        return convolve(x, weight, self.bias, padding=self.padding, groups=self.groups)
 
     def prune(self, index: Tensor, soft_mask: Tensor) -> None:
         """Keep the taps of ``index`` (n,), each times its entry of the mask (n,)."""
         self.weight_v = nn.Parameter(self.weight_v.detach()[..., index].clone())
         self.weight_g = nn.Parameter(self.weight_g.detach()[..., index] * soft_mask)
-        self.kernel_size, self.folded_weight = len(index), None
+        self.kernel_size, self.padding, self.folded_weight = len(index), len(index) // 2, None
 
     def prune_embed(self, index: Tensor) -> None:
         """Keep the channels of ``index`` (n,), which are the same in each group."""

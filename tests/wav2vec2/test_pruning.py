@@ -596,11 +596,13 @@ def largest_unit(model: Wav2Vec2Model) -> float:
     return max(sizes)
 
 
-@pytest.mark.parametrize("family", ["hubert", "wavlm"])
-@pytest.mark.parametrize("units", [["conv", "head", "interm"], ["interm"], ["head", "ffnlayer"]])
+@pytest.mark.parametrize(
+    ("family", "units"),
+    [("wavlm", ["conv", "head", "interm"]), ("hubert", ["interm"]), ("wavlm", ["head", "ffnlayer"])],
+)
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_fit_masks_meets_the_target(family: str, units: list[str], share: float) -> None:
-    """Within half the largest unit, by one number for all masks; what is pruned then has that size."""
+    """One number for all masks meets the target within half the largest unit; the pruned model has that size."""
     model = trained_masks(family, units)
     originals, smallest = log_alphas(model), smallest_size(model).params
     target = smallest + share * (num_elements(model) - smallest)
@@ -616,7 +618,7 @@ def test_fit_masks_meets_the_target(family: str, units: list[str], share: float)
 
 
 def test_fit_masks_leaves_a_met_target_alone() -> None:
-    """Up to the tolerance, on either side; the model comes back in eval mode."""
+    """Sizes within the tolerance, on either side, need no shift; the model comes back in eval mode."""
     model = trained_masks("hubert", ["conv", "head", "interm"]).train()
     originals, size = log_alphas(model), pruned_size(copy.deepcopy(model).eval()).params
     for target in (size - 50, size, size + 50):
@@ -762,7 +764,7 @@ def wide_model(family: str, size: str, units: list[str]) -> Wav2Vec2Model:
 
 @pytest.mark.parametrize("family", ["hubert", "wavlm"])
 @pytest.mark.parametrize("size", ["base", "large"])
-@pytest.mark.parametrize("multiple", [1, 4, 8, 16, 64])
+@pytest.mark.parametrize("multiple", [8, 16, 64])
 def test_families(family: str, size: str, multiple: int) -> None:
     """The first norm's groups, the last conv's scale and every consumer follow the rounded widths."""
     model = rounded_copy(wide_model(family, size, ["conv", "head", "interm"]), multiple)

@@ -49,7 +49,7 @@ _LEFT_OUT_AROUND = {"feature_extractor": "speaker verification head (x-vector), 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What an importer reads from its source's settings.
+    """The settings that an importer reads from its source.
 
     Attributes:
         family: "HuBERT", "wav2vec 2.0" or "WavLM", for messages.
