@@ -4,10 +4,9 @@
       --audio data/librispeech/valid.tsv --out features/valid --layers 4,8,12 --device cuda
   python -m examples.extract_features --model pruned_hubert_base.pth --audio /corpora/mine --out features/mine
 
---audio is a manifest of prepare_data.py, a folder that is searched for audio that libsndfile reads, or a list of files.
-An array is (layers, frames, D), or (frames, D) for one layer, and lies where its audio lies below the corpus. Each is
-written whole or not at all, and what is there already is passed over: call the command again after an interruption.
-A file that cannot be used is named, the others go on, and the exit status is 1.
+--audio is a manifest of prepare_data.py, a folder that is searched for audio files, or a list of files. An array is
+(layers, frames, D), or (frames, D) for one layer, at the path of its audio below the corpus. Existing arrays are
+skipped: call the command again after an interruption. Files that cannot be used are named, and the exit status is 1.
 """
 
 import argparse
@@ -34,23 +33,21 @@ SETTINGS, FAILED = "settings.json", "failed.tsv"
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--model", required=True, help="what wav2vec2.load takes: a .pth file, a folder, a hub id")
+    parser.add_argument("--model", required=True, help="a .pth file, a folder, or ORG/NAME on the hub")
     parser.add_argument("--audio", required=True, nargs="+", type=Path, help="a manifest, a folder, or files")
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
     parser.add_argument(
         "--layers", default="all", help="all, output, or numbers such as 6 or 4,8,12 (--layers=-1: last)"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--precision", choices=tuple(DTYPES), default="32", help="arrays are float16 for 16, or float32"
-    )
-    parser.add_argument("--batch_seconds", type=float, default=BATCH_SECONDS, help="audio computed at once")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="32", help="16 writes float16, others float32")
+    parser.add_argument("--batch_seconds", type=float, default=BATCH_SECONDS, help="audio to compute at once")
     parser.add_argument("--max_seconds", type=float, default=MAX_SECONDS, help="longer audio is computed in chunks")
     return parser.parse_args()
 
 
 def parse_layers(text: str) -> int | list[int] | str | None:
-    """``--layers`` as :func:`wav2vec2.extract` takes it."""
+    """Return ``--layers`` as :func:`wav2vec2.extract` takes it."""
     if text in ("all", "output"):
         return None if text == "all" else text
     try:
@@ -63,57 +60,46 @@ def parse_layers(text: str) -> int | list[int] | str | None:
 
 
 def find_jobs(audio: list[Path], out: Path) -> dict[Path, Path]:
-    """Where features go, and the audio file of each.
+    """Return the file to write -> the audio file.
 
     Raises:
         UserError: there is no audio, or two files would be written to one place.
     """
+    root, paths = Path(), [path.name for path in audio]
     if len(audio) == 1 and audio[0].is_dir():
         root = audio[0]
-        names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+        found = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+        paths = [str(path.relative_to(root)) for path in found]
     elif len(audio) == 1 and audio[0].suffix == ".tsv":
         manifest = read_manifest(audio[0])
-        root, names = manifest.root, manifest.paths
-    else:
-        root, names = Path(), [str(path) for path in audio]
+        root, paths = manifest.root, [str(path) for path in manifest.paths]
+    sources = [root / path for path in paths] if root.parts else audio
     jobs: dict[Path, Path] = {}
-    for name in names:
-        # A file given by its whole path keeps its name only.
-        relative = Path(name).name if not root.parts else name
-        if Path(relative).is_absolute() or ".." in Path(relative).parts:
-            raise UserError(f"--audio: {short_repr(name)} lies outside of the corpus, expected a path below {root}")
-        target = (out / relative).with_suffix(".npy")
+    for path, source in zip(paths, sources, strict=True):
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise UserError(f"--audio: {short_repr(path)} lies outside of the corpus, expected a path below {root}")
+        target = (out / path).with_suffix(".npy")
         if target in jobs:
-            raise UserError(f"--audio: {jobs[target]} and {root / name} would both become {target}; rename one")
-        jobs[target] = root / name
+            raise UserError(f"--audio: {jobs[target]} and {source} would both become {target}; rename one")
+        jobs[target] = source
     if not jobs:
         raise UserError(f"--audio {audio[0]}: holds no file that libsndfile reads, such as .flac; give another folder")
     return jobs
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Write down what the features are made with, so that no folder holds features of two kinds.
+    """Record the settings of the features, so that one folder never holds features of two kinds.
 
     Raises:
         UserError: --out holds features that were made with other settings.
     """
     path = args.out / SETTINGS
     settings = {name: getattr(args, name) for name in ("model", "layers", "precision", "max_seconds")}
-    if path.exists():
-        before = read_json(path, "settings", "remove the folder")
-        if before != settings:
-            raise UserError(f"--out {args.out}: holds features made with {before}, not {settings}; give another folder")
-        return
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def save_array(path: Path, features: torch.Tensor) -> None:
-    """Write one array, whole or not at all."""
-    # numpy has no bfloat16.
-    array = (features.float() if features.dtype == torch.bfloat16 else features).numpy()
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    elif (before := read_json(path, "settings", "remove the folder")) != settings:
+        raise UserError(f"--out {args.out}: holds features made with {before}, not {settings}; give another folder")
 
 
 def extract_all(args: argparse.Namespace, jobs: dict[Path, Path]) -> Iterator[tuple[Path, str]]:
@@ -133,8 +119,11 @@ def extract_all(args: argparse.Namespace, jobs: dict[Path, Path]) -> Iterator[tu
         if features is None:
             tqdm.write(reasons[number], file=sys.stderr)
             yield audio, reasons[number]
-        else:
-            save_array(out, features)
+            continue
+        if features.dtype == torch.bfloat16:  # numpy has none
+            features = features.float()
+        with atomic_path(out) as temporary, temporary.open("wb") as file:
+            np.save(file, features.numpy(), allow_pickle=False)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 
 def register() -> None:
-    """Add ``dphubert_local`` to the upstreams of the s3prl that is installed, in this process only."""
+    """Add ``dphubert_local`` to the upstreams of the installed s3prl, in this process only."""
     from s3prl import hub
 
     from .hubconf import dphubert_local

@@ -1,7 +1,7 @@
 """A model of this project as an upstream of s3prl, for SUPERB (see README.md beside this file).
 
-Works inside this repository, and copied or linked into ``s3prl/upstream``. Needs nothing of s3prl itself: an upstream
-is a module that takes a list of waveforms and returns a dict with ``hidden_states``.
+It works inside this repository, and copied or linked into ``s3prl/upstream``. It needs nothing of s3prl: an upstream is
+a module that takes a list of waveforms and returns a dict with ``hidden_states``.
 """
 
 import sys
@@ -18,13 +18,13 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def _checkpoint_module() -> ModuleType:
-    """``wav2vec2.files.checkpoint`` of this repository, or else of the installed package ``dphubert``.
+    """Import ``wav2vec2.files.checkpoint`` of this repository, or else of the installed package ``dphubert``.
 
     The repository is in ``sys.path`` during the import only, because its lightning.py would hide the package of that
-    name. The names that s3prl gives its own folders (``s3prl.upstream.wav2vec2``) do not get in the way.
+    name. s3prl's own folders (``s3prl.upstream.wav2vec2``) have other full names.
 
     Raises:
-        ImportError: neither is there.
+        ImportError: neither exists.
     """
     in_place = all((_REPOSITORY / name).is_file() for name in ("hardconcrete.py", "wav2vec2/files/checkpoint.py"))
     if in_place:
@@ -44,7 +44,7 @@ def _checkpoint_module() -> ModuleType:
 
 
 def _hold_last_frame(x: Tensor, frames: Tensor) -> Tensor:
-    """(B, T, D) with what is behind the (B,) valid frames of each row replaced by its last valid frame."""
+    """Replace all of (B, T, D) after the (B,) valid frames of each row by its last valid frame."""
     index = torch.arange(x.size(1), device=x.device).minimum(frames[:, None] - 1)  # (B, T)
     return x.gather(1, index[..., None].expand_as(x))
 
@@ -52,13 +52,13 @@ def _hold_last_frame(x: Tensor, frames: Tensor) -> Tensor:
 class UpstreamExpert(nn.Module):
     """Hidden states of a model file, pruned or not, HuBERT, wav2vec 2.0 or WavLM.
 
-    Made as s3prl makes it: in training mode, with all but the convolutional extractor trainable. s3prl switches to eval
-    mode, and gradients off, unless the upstream is to be fine-tuned (``-f``).
+    Made in training mode, with all but the convolutional extractor trainable, as s3prl's own. s3prl switches to eval
+    mode, and gradients off, unless it fine-tunes the upstream (``-f``).
 
     Args:
         ckpt: path of the ``.pth`` (s3prl's ``-k``).
         model_config: s3prl's ``-g``; must be left out, as the file holds its config.
-        refresh: s3prl's ``-r``, for files that are downloaded; means nothing here.
+        refresh: s3prl's ``-r``, for downloaded files; ignored.
 
     Raises:
         ImportError: this folder has been copied and the package ``dphubert`` is not installed.
@@ -74,32 +74,30 @@ class UpstreamExpert(nn.Module):
         self.model.feature_extractor.requires_grad_(False)  # as in s3prl's own wav2vec 2.0, HuBERT and WavLM
 
     def get_downsample_rates(self, key: str) -> int:
-        """Samples per frame, the same for every ``key``: 320 in all published models."""
+        """Return the samples per frame, the same for every ``key``: 320 in all published models."""
         return self.model.feature_extractor.stride
 
     def forward(self, wavs: list[Tensor]) -> dict[str, Tensor | list[Tensor]]:
-        """Hidden states of waveforms of any lengths.
+        """Return hidden states of waveforms of any lengths.
 
-        Padding is masked, so that it reaches no frame (but for the extractor's norm of Base models, which is over the
-        whole padded waveform, as in every implementation of them). Behind an utterance's end, where s3prl takes up to
-        two frames more than there are, its last frame is repeated, as s3prl does for the longest one.
+        Padding is masked, so that it reaches no frame, except through the extractor's norm of Base models, which is
+        over the whole padded waveform in every implementation. s3prl reads up to two frames beyond an utterance's end;
+        its last frame is repeated there, as s3prl does for the longest one.
 
         Args:
             wavs: (samples,) each, at 16 kHz.
 
         Returns:
             ``hidden_states``: num_layers + 1 tensors (B, frames, D), the projected extractor output and the output of
-            every layer (of pre-norm models without the final LayerNorm); ``last_hidden_state``: the last of them.
+            every layer (without the final LayerNorm of pre-norm models); ``last_hidden_state``: the last of them.
         """
-        # Shorter ones are padded to one frame.
+        # Shorter waveforms are padded to one frame.
         lengths = [max(len(wav), self.model.feature_extractor.receptive_field) for wav in wavs]
         waveforms = pad_sequence(wavs, batch_first=True)
         waveforms = F.pad(waveforms, (0, max(lengths) - waveforms.size(1)))
-        if len(set(lengths)) == 1:
-            hidden_states, _ = self.model.extract_features(waveforms)
-        else:
-            hidden_states, frames = self.model.extract_features(
-                waveforms, torch.tensor(lengths, device=waveforms.device)
-            )
+        is_padded = len(set(lengths)) > 1
+        padded_lengths = torch.tensor(lengths, device=waveforms.device) if is_padded else None
+        hidden_states, frames = self.model.extract_features(waveforms, padded_lengths)
+        if frames is not None:
             hidden_states = [_hold_last_frame(x, frames) for x in hidden_states]
         return {"hidden_states": hidden_states, "last_hidden_state": hidden_states[-1]}

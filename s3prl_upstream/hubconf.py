@@ -1,16 +1,19 @@
 """The names under which s3prl and ``torch.hub`` find this upstream."""
 
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 try:
-    from .expert import UpstreamExpert as _UpstreamExpert
-except ImportError:  # torch.hub imports this file alone, outside of a package
-    from expert import UpstreamExpert as _UpstreamExpert
+    _expert = _import_module(".expert", __package__)
+except (ImportError, TypeError):  # torch.hub imports this file alone, outside of a package
+    _expert = _import_module("expert")
 
 
-def dphubert_local(ckpt: str, **options) -> _UpstreamExpert:
-    """The model of a local file, compressed or a teacher.
+def dphubert_local(ckpt: str, **options: _Any) -> _Any:
+    """Return the ``UpstreamExpert`` of a local file, compressed or a teacher.
 
     Args:
         ckpt: path of the ``.pth``.
         options: see ``UpstreamExpert``.
     """
-    return _UpstreamExpert(ckpt, **options)
+    return _expert.UpstreamExpert(ckpt, **options)

@@ -1,4 +1,4 @@
-"""For all test files: one thread, which is by far quicker for tiny models; random numbers from a seed; and fixtures."""
+"""Settings and fixtures of all tests: one thread, which is fastest for tiny models, and seeded random numbers."""
 
 import os
 import random
@@ -24,7 +24,7 @@ for name in [name for name in os.environ if name.startswith("SLURM_")]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Each test, and what fixtures make for it, draws the same numbers, whichever tests ran before."""
+    """Seed each test and its fixtures, so that their numbers do not depend on the tests before."""
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
@@ -32,7 +32,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A tiny corpus in LibriSpeech's layout: tones and noise of 2 to 4 s."""
+    """Make a tiny corpus in LibriSpeech's layout: tones and noise of 2 to 4 s."""
     root = tmp_path_factory.mktemp("corpus") / "LibriSpeech"
     generator = np.random.default_rng(0)
     for split, num_utterances in (("train-clean-100", 16), ("dev-clean", 4)):
@@ -59,7 +59,7 @@ PITCHES = {"a": 300, "b": 1000, "c": 3000}
 
 
 def spoken(text: str, generator: np.random.Generator) -> np.ndarray:
-    """A tone of 0.1 s for each letter, silence for a space, with a pause of 0.05 s behind each, in faint noise."""
+    """Return a tone of 0.1 s for each letter, silence for a space, a pause of 0.05 s after each, in faint noise."""
     parts = [np.zeros(400)]
     for letter in text:
         time = np.arange(1600) / 16_000
@@ -70,7 +70,7 @@ def spoken(text: str, generator: np.random.Generator) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory) -> Path:
-    """A folder of tones, and a list of each kind: text.tsv, clips.tsv, segments.tsv and verification.tsv.
+    """Make a folder of tones, and a list of each kind: text.tsv, clips.tsv, segments.tsv and verification.tsv.
 
     A clip's label is its first letter; of the verification only the test has some of them.
     """
@@ -106,7 +106,7 @@ def small_teacher(tmp_path) -> Path:
 
 
 class Disturbance:
-    """What happens to a run in this process: a call at the start of chosen updates (the first is 1)."""
+    """Calls to make in a run in this process, at the start of chosen updates (the first is 1)."""
 
     def __init__(self) -> None:
         self.at: dict[int, Callable[[], None]] = {}
@@ -127,7 +127,7 @@ def disturb(monkeypatch) -> Disturbance:
 
 @pytest.fixture
 def omegaconf_classes() -> Iterator[dict[str, type]]:
-    """Classes that pickle under omegaconf's names, in modules that are gone again afterwards."""
+    """Provide classes that pickle under omegaconf's names; their modules go afterwards."""
     classes = {}
     own = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "omegaconf"}
     for module, name in (

@@ -1,4 +1,4 @@
-"""What several test files share: small models with no parameter at a trivial value, short runs, comparisons."""
+"""Shared by the tests: small models without trivial parameters, short runs, comparisons."""
 
 import collections
 import csv
@@ -22,6 +22,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import cli
 from hardconcrete import HardConcrete
@@ -53,7 +54,7 @@ SMALL_LIGHT_LAYERS = [[7, 20, 10], [9, 5, 4]]
 
 
 def small_config(family: str, size: str = "base", **changes: Any) -> dict[str, Any]:
-    """A config of three small layers without dropout.
+    """Return a config of three small layers without dropout.
 
     Args:
         family: "hubert" or "wavlm".
@@ -102,7 +103,7 @@ def small_config(family: str, size: str = "base", **changes: Any) -> dict[str, A
 
 
 def one_layer_config(family: str) -> dict[str, Any]:
-    """A single layer, and two of the extractor, for what takes its time for each: exports, compiled code."""
+    """Return a config of one layer, and two of the extractor, for exports and compiled code, which take long."""
     config = small_config(family, encoder_num_layers=1, extractor_conv_layer_config=SMALL_LIGHT_LAYERS)
     per_layer = [key for key, value in config.items() if key.startswith("encoder_") and isinstance(value, list)]
     return config | {key: config[key][:1] for key in per_layer}
@@ -147,12 +148,12 @@ TASK_HEADS = [
 
 
 def head_id(head: Head) -> str:
-    """Of a test's parameter."""
+    """Return the name of a test's parameter."""
     return "-".join(filter(None, (head.kind, head.units, head.layers, head.pooling)))
 
 
 def task_contents(head: Head, family: str = "hubert", size: str = "base") -> dict[str, Any]:
-    """A small fine-tuned model file's contents, no weight at a trivial value."""
+    """Return the contents of a small fine-tuned model file without trivial weights."""
     plain = random_model(small_config(family, size))
     contents = {"config": plain.config, "state_dict": plain.state_dict()}
     model = task_model_of(with_head(contents, head, "model.pth", torch.Generator().manual_seed(1)), "model.pth")
@@ -267,7 +268,7 @@ def start_ranks(name: str, *arguments: object, output: Path) -> list[BaseProcess
 
 
 def save_small_model(path: Path, family: str, size: str, **changes: object) -> Path:
-    """A random teacher of three small layers, as a converter writes it."""
+    """Write a random teacher of three small layers as a converter does."""
     model = random_model(small_config(family, size, encoder_dropout=0.1, **changes))
     checkpoint.save(path, {"state_dict": model.state_dict(), "config": model.config})
     return path
@@ -317,7 +318,7 @@ def load_masked_model(path: Path, units: list[str]) -> Wav2Vec2Model:
 
 
 def load_as_others_do(path: Path) -> torch.nn.Module:
-    """How other people's programs load a compressed model."""
+    """Load a compressed model as other people's programs do."""
     contents = torch.load(path, weights_only=True)
     model = wav2vec2_model(**contents["config"])
     model.load_state_dict(contents["state_dict"])
@@ -366,7 +367,7 @@ def read_reference(name: str) -> dict[str, Any]:
 
 
 def make_module(cls: type = DistillModule, **changes: Any) -> DistillModule:
-    """A module of two small HuBERTs that distils layers 0, 1 and 3, with masks."""
+    """Return a module of two small HuBERTs that distils layers 0, 1 and 3, with masks."""
     config = small_config("hubert")
     settings = {
         "teacher_model": random_model(config, seed=1),
@@ -428,15 +429,43 @@ TRAINING_PACKAGES = ("pytorch_lightning", "lightning", "transformers", "soundfil
 
 
 def run_without(packages: tuple[str, ...], code: str) -> str:
-    """What a process prints that runs ``code`` and cannot import ``packages``."""
+    """Return the output of a process that runs ``code`` and cannot import ``packages``."""
     block = f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\n"  # None: not to be imported
     result = run_command(sys.executable, "-W", "ignore", "-c", block + code)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
+def torch_counts(
+    config: dict[str, Any], num_samples: int, num_layers: int | None = None, plain: bool = True
+) -> dict[str, int]:
+    """Operations of each part as torch meets them on its meta device; see ``wav2vec2.flops.Parts``."""
+    with torch.device("meta"):
+        model = wav2vec2_model(**config).eval()
+        waveforms = torch.empty(1, num_samples)
+    layers = model.encoder.transformer.layers
+    parts = {
+        "conv": [model.feature_extractor],
+        "attention": [layer.attention for layer in layers if layer.attention is not None],
+        "feed_forward": [layer.feed_forward for layer in layers if layer.feed_forward is not None],
+    }
+    counter = FlopCounterMode(display=False)
+    counts = dict.fromkeys(parts, 0)
+
+    def add(part: str, sign: int) -> None:
+        counts[part] += sign * counter.get_total_flops()
+
+    for part, modules in parts.items():
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_, part=part: add(part, -1))
+            module.register_forward_hook(lambda *_, part=part: add(part, 1))
+    with torch.no_grad(), plain_paths(plain), counter:
+        model.extract_features(waveforms, num_layers=num_layers)
+    return {**counts, "projection": counter.get_total_flops() - sum(counts.values())}
+
+
 def hubert_base_flops(num_samples: int) -> int:
-    """By hand: two operations per multiplication of convolutions, projections, attention and feed-forward."""
+    """Count by hand: two operations per multiplication of convolutions, projections, attention and feed-forward."""
     macs, channels, frames = 0, 1, num_samples
     for out, kernel, stride in [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2:
         frames = (frames - kernel) // stride + 1

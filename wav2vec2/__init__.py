@@ -1,7 +1,7 @@
 """HuBERT, wav2vec 2.0 and WavLM with per-layer shapes and pruning masks; importing it needs torch alone.
 
-``load`` reads any model, ``extract`` and ``extract_iter`` give the features of audio, see :mod:`wav2vec2.inference`;
-``predict`` and ``predict_iter`` what a fine-tuned model recognises in it, see :mod:`wav2vec2.prediction`.
+``load`` reads any model, and ``extract`` and ``extract_iter`` return features of audio, see :mod:`wav2vec2.inference`.
+``predict`` and ``predict_iter`` return the predictions of a fine-tuned model, see :mod:`wav2vec2.prediction`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ __all__ = ["extract", "extract_iter", "load", "predict", "predict_iter"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when it is asked for: reading headers and printing --help should not wait for torch.
+    # A late import: reading audio headers and printing --help should not wait for torch.
     if name in __all__:
         from . import inference, prediction
 

@@ -3,8 +3,8 @@
 Module and parameter names are torchaudio's, so that its checkpoints and the published ones load.
 Beside its forward, a block that can be pruned has
 
-- ``get_num_params()`` and ``get_num_macs()``, its expected parameters and multiply-adds (differentiable while it has
-  masks),
+- ``get_num_params()`` and ``get_num_macs()``, its expected parameters and multiply-adds, given the expected size of its
+  input (differentiable while there are masks),
 - ``prune()``, which makes it physically smaller and returns whether anything is left, and ``prune_embed()``, which
   makes it narrower,
 - ``shape``, its size in the config's terms.
@@ -90,9 +90,7 @@ def _module_list(blocks: Iterable[Block]) -> Sequence[Block]:
     return cast(Sequence[Block], nn.ModuleList(blocks))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Masks
-# ---------------------------------------------------------------------------------------------------
+# --- Masks
 
 
 def _make_mask(config: ModelConfig, unit: str, num_units: int = 1, **options: Any) -> HardConcrete | None:
@@ -157,9 +155,7 @@ def _prune_whole_block(block: "SelfAttention | FeedForward", last: nn.Linear) ->
     return bool(mask.any())
 
 
-# ---------------------------------------------------------------------------------------------------
-# Extractor
-# ---------------------------------------------------------------------------------------------------
+# --- Extractor
 
 
 class LayerNorm(nn.LayerNorm):
@@ -345,7 +341,6 @@ class FeatureExtractor(nn.Module):
         return math.prod(layer.conv.stride[0] for layer in self.conv_layers)
 
     def get_num_params(self) -> tuple[Count, Count]:
-        """Return the expected parameters and output channels."""
         num_params: Count = 0
         channels: Count = 1
         for layer in self.conv_layers:
@@ -381,9 +376,7 @@ class FeatureExtractor(nn.Module):
         return None if kept is None else kept[0]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Between extractor and transformer
-# ---------------------------------------------------------------------------------------------------
+# --- Between extractor and transformer
 
 
 class FeatureProjection(nn.Module):
@@ -409,7 +402,6 @@ class FeatureProjection(nn.Module):
         return num_params + (in_features + 1) * embed_dim
 
     def get_num_macs(self, in_features: Count, embed_dim: Count, num_frames: int) -> Count:
-        """Return the expected multiply-adds, given the same and the frames."""
         return in_features * embed_dim * num_frames
 
     def prune(self, index: Tensor) -> None:
@@ -430,7 +422,7 @@ class WeightNormConv1d(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, groups: int) -> None:
         super().__init__()
-        self.groups, self.kernel_size = groups, kernel_size
+        self.padding, self.groups, self.kernel_size = kernel_size // 2, groups, kernel_size
         weight, self.bias = nn.Conv1d(channels, channels, kernel_size, groups=groups).parameters()
         self.weight_g = nn.Parameter(torch.linalg.vector_norm(weight.detach(), dim=(0, 1), keepdim=True))
         self.weight_v = weight
@@ -462,13 +454,13 @@ class WeightNormConv1d(nn.Module):
         else:
             weight = self.weight
         convolve = conv_channels_last if fast_paths() and on_cpu(x) else F.conv1d
-        return convolve(x, weight, self.bias, padding=self.kernel_size // 2, groups=self.groups)
+        return convolve(x, weight, self.bias, padding=self.padding, groups=self.groups)
 
     def prune(self, index: Tensor, soft_mask: Tensor) -> None:
         """Keep the taps of ``index`` (n,), each times its entry of the mask (n,)."""
         self.weight_v = nn.Parameter(self.weight_v.detach()[..., index].clone())
         self.weight_g = nn.Parameter(self.weight_g.detach()[..., index] * soft_mask)
-        self.kernel_size, self.folded_weight = len(index), None
+        self.kernel_size, self.padding, self.folded_weight = len(index), len(index) // 2, None
 
     def prune_embed(self, index: Tensor) -> None:
         """Keep the channels of ``index`` (n,), which are the same in each group."""
@@ -518,11 +510,9 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         return 2 * _expected_size(self.hard_concrete, (taps + 1) // 2) - taps % 2
 
     def get_num_params(self, embed_dim: Count) -> Count:
-        """Return the expected parameters, given the expected D."""
         return embed_dim + self._expected_taps() * (embed_dim * _part(embed_dim, self.conv.groups) + 1)
 
     def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
-        """Return the expected multiply-adds, given the expected D."""
         num_frames += self.conv.kernel_size % 2 == 0  # the one too many
         return self._expected_taps() * embed_dim * _part(embed_dim, self.conv.groups) * num_frames
 
@@ -540,9 +530,7 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         return {"encoder_pos_conv_kernel": self.conv.kernel_size}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Transformer
-# ---------------------------------------------------------------------------------------------------
+# --- Transformer
 
 
 class FrameNorm(nn.LayerNorm):
@@ -622,7 +610,6 @@ class SelfAttention(nn.Module):
         return position_bias
 
     def get_num_params(self, embed_dim: Count) -> Count:
-        """Return the expected parameters, given the expected D."""
         width = _expected_size(self.hard_concrete_for_heads, self.num_heads) * self.head_dim
         num_params = 3 * (embed_dim + 1) * width + (width + 1) * embed_dim + self._num_gate_params(embed_dim)
         return num_params * _expected_size(self.hard_concrete_for_layer, 1)
@@ -631,7 +618,6 @@ class SelfAttention(nn.Module):
         return 0
 
     def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
-        """Return the expected multiply-adds, given the expected D."""
         num_heads = _expected_size(self.hard_concrete_for_heads, self.num_heads)
         projections = num_heads * embed_dim * (4 * self.head_dim * num_frames)
         num_macs = projections + num_heads * (2 * self.head_dim * num_frames**2)
@@ -792,13 +778,11 @@ class FeedForward(nn.Module):
         return _expected_size(self.hard_concrete_for_intermediate, self.intermediate_dense.out_features)
 
     def get_num_params(self, embed_dim: Count) -> Count:
-        """Return the expected parameters, given the expected D."""
         width = self._expected_width()
         num_params = (embed_dim + 1) * width + (width + 1) * embed_dim
         return num_params * _expected_size(self.hard_concrete_for_layer, 1)
 
     def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
-        """Return the expected multiply-adds, given the expected D."""
         num_macs = self._expected_width() * embed_dim * (2 * num_frames)
         return num_macs * _expected_size(self.hard_concrete_for_layer, 1)
 
@@ -881,7 +865,6 @@ class EncoderLayer(nn.Module):
         return num_params
 
     def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
-        """Return the expected multiply-adds, given the expected D."""
         return sum(block.get_num_macs(embed_dim, num_frames) for block in self._blocks)
 
     def prune(self) -> None:
@@ -999,14 +982,12 @@ class Transformer(nn.Module):
         return outputs
 
     def get_num_params(self, embed_dim: Count) -> Count:
-        """Return the expected parameters, given the expected D."""
         num_params = self.pos_conv_embed.get_num_params(embed_dim) + 2 * embed_dim
         for layer in self.layers:
             num_params = num_params + layer.get_num_params(embed_dim)
         return num_params + self._num_table_params()
 
     def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
-        """Return the expected multiply-adds, given the expected D."""
         num_macs = self.pos_conv_embed.get_num_macs(embed_dim, num_frames)
         return num_macs + sum(layer.get_num_macs(embed_dim, num_frames) for layer in self.layers)
 

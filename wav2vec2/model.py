@@ -224,6 +224,7 @@ _LARGE = _size(24, 1024, 16, 4096)
 _XLARGE = _size(48, 1280, 16, 5120)
 _POST_NORM = {"extractor_mode": "group_norm", "encoder_layer_norm_first": False}
 _PRE_NORM = {"extractor_mode": "layer_norm", "encoder_layer_norm_first": True, "normalize_waveform": True}
+_BIAS = {"extractor_conv_bias": True}
 
 
 def _wavlm_size(size: dict[str, Any]) -> dict[str, Any]:
@@ -238,9 +239,7 @@ def _wavlm_size(size: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _named_model(
-    name: str, description: str, size: dict[str, Any], dropouts: tuple[float, float, float, float, float]
-) -> Callable[..., Wav2Vec2Model]:
+def _named_model(name: str, about: str, size: dict[str, Any], *dropouts: float) -> Callable[..., Wav2Vec2Model]:
     """Make a factory with torchaudio's signature for one published architecture; ``dropouts`` are its defaults."""
     projection_dropout, attention_dropout, ff_interm_dropout, dropout, layer_drop = dropouts
 
@@ -264,46 +263,25 @@ def _named_model(
         return wav2vec2_model(**config | options)
 
     factory.__name__ = factory.__qualname__ = name
-    factory.__doc__ = f"{description}\n\n``options``: other keys of the config, such as the switches of masks."
+    factory.__doc__ = f"{about}\n\n``options``: other keys of the config, such as the switches of masks."
     return factory
 
 
 wav2vec2_base = _named_model(
-    "wav2vec2_base",
-    "wav2vec 2.0 Base (arXiv 2006.11477): 12 layers of 768.",
-    _BASE | _POST_NORM,
-    (0.1, 0.1, 0.1, 0.1, 0.1),
+    "wav2vec2_base", "wav2vec 2.0 Base (arXiv 2006.11477).", _BASE | _POST_NORM, 0.1, 0.1, 0.1, 0.1, 0.1
 )
 wav2vec2_large = _named_model(
-    "wav2vec2_large",
-    "wav2vec 2.0 Large trained on LibriSpeech: 24 layers of 1024, post-norm.",
-    _LARGE | _POST_NORM,
-    (0.1, 0.1, 0.1, 0.1, 0.1),
+    "wav2vec2_large", "wav2vec 2.0 Large of LibriSpeech.", _LARGE | _POST_NORM, 0.1, 0.1, 0.1, 0.1, 0.1
 )
 wav2vec2_large_lv60k = _named_model(
-    "wav2vec2_large_lv60k",
-    "wav2vec 2.0 Large trained on Libri-Light: 24 layers of 1024, pre-norm.",
-    _LARGE | _PRE_NORM | {"extractor_conv_bias": True},
-    (0.1, 0.0, 0.1, 0.0, 0.1),
+    "wav2vec2_large_lv60k", "wav2vec 2.0 Large of Libri-Light.", _LARGE | _PRE_NORM | _BIAS, 0.1, 0.0, 0.1, 0.0, 0.1
 )
 hubert_base = _named_model(
-    "hubert_base", "HuBERT Base (arXiv 2106.07447): 12 layers of 768.", _BASE | _POST_NORM, (0.1, 0.1, 0.0, 0.1, 0.05)
+    "hubert_base", "HuBERT Base (arXiv 2106.07447).", _BASE | _POST_NORM, 0.1, 0.1, 0.0, 0.1, 0.05
 )
-hubert_large = _named_model(
-    "hubert_large", "HuBERT Large: 24 layers of 1024, pre-norm.", _LARGE | _PRE_NORM, (0.0, 0.0, 0.0, 0.0, 0.0)
-)
-hubert_xlarge = _named_model(
-    "hubert_xlarge", "HuBERT XLarge: 48 layers of 1280, pre-norm.", _XLARGE | _PRE_NORM, (0.0, 0.0, 0.0, 0.0, 0.0)
-)
+hubert_large = _named_model("hubert_large", "HuBERT Large.", _LARGE | _PRE_NORM, 0.0, 0.0, 0.0, 0.0, 0.0)
+hubert_xlarge = _named_model("hubert_xlarge", "HuBERT XLarge.", _XLARGE | _PRE_NORM, 0.0, 0.0, 0.0, 0.0, 0.0)
 wavlm_base = _named_model(
-    "wavlm_base",
-    "WavLM Base and Base+ (arXiv 2110.13900): 12 layers of 768.",
-    _wavlm_size(_BASE) | _POST_NORM,
-    (0.1, 0.1, 0.1, 0.1, 0.1),
+    "wavlm_base", "WavLM Base, Base+ (arXiv 2110.13900).", _wavlm_size(_BASE) | _POST_NORM, 0.1, 0.1, 0.1, 0.1, 0.1
 )
-wavlm_large = _named_model(
-    "wavlm_large",
-    "WavLM Large: 24 layers of 1024, pre-norm.",
-    _wavlm_size(_LARGE) | _PRE_NORM,
-    (0.1, 0.1, 0.0, 0.1, 0.1),
-)
+wavlm_large = _named_model("wavlm_large", "WavLM Large.", _wavlm_size(_LARGE) | _PRE_NORM, 0.1, 0.1, 0.0, 0.1, 0.1)

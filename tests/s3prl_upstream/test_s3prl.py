@@ -181,7 +181,7 @@ def copy(folder: Path) -> None:
 
 
 def test_copy_with_the_installed_package(use_package, tmp_path):
-    """As after ``pip install .``: wav2vec2/ and hardconcrete.py are importable, the repository is not there."""
+    """After ``pip install .`` wav2vec2/ and hardconcrete.py are importable without the repository."""
     shutil.copytree(REPOSITORY / "wav2vec2", tmp_path / "wav2vec2", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "hardconcrete.py", tmp_path)
     result = use_package(copy)
@@ -189,7 +189,7 @@ def test_copy_with_the_installed_package(use_package, tmp_path):
 
 
 def test_copy_without_the_package(use_package, tmp_path):
-    """Nothing of that name, and another package of that name."""
+    """The package is missing, or another has its name."""
     (tmp_path / "other" / "wav2vec2").mkdir(parents=True)
     (tmp_path / "other" / "wav2vec2" / "__init__.py").touch()
     result = use_package(
@@ -417,7 +417,7 @@ def test_superb_refuses(words, message, quick_python):
 
 
 def test_superb_names_what_is_missing(tmp_path):
-    """A file that is no model, by the real Python; s3prl, by one that has none; Python itself."""
+    """It names a file that is not a model, a Python without s3prl, and a missing Python."""
     (tmp_path / "model.pth").write_text("no model")
     result = superb(sys.executable, "QbE", tmp_path / "model.pth", "--dry-run")
     assert result.returncode == 1 and result.stderr.count("\n") == 1

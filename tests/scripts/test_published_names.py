@@ -1,4 +1,4 @@
-"""docs/published_names.md: every name and flag of ours on it is there."""
+"""docs/published_names.md: every name and flag on it exists."""
 
 import importlib
 import pkgutil
@@ -19,7 +19,7 @@ REQUIRED = {
 
 
 def our_names() -> list[str]:
-    """What stands in backticks in the last column of the tables."""
+    """Return the names in backticks in the last column of the tables."""
     rows = re.findall(r"^\|.*\| (.*) \|$", PAGE, flags=re.MULTILINE)
     return [name for row in rows for name in re.findall(r"`([\w./]+)`", row)]
 

@@ -96,7 +96,7 @@ def test_bfloat16_is_as_near_to_float32(family, size):
 
 
 def test_weights_in_bfloat16():
-    """A model that was cast as a whole, as for inference."""
+    """A model converted as a whole, as for inference, keeps its precision."""
     model = random_model(small_config("hubert")).bfloat16()
     with torch.no_grad():
         hidden, _ = model.extract_features(random_waveforms(1200, 1200)[0].bfloat16())
@@ -189,7 +189,7 @@ def test_conv_frames(kernel, stride, num_frames, has_bias):
 
 
 def test_conv_frames_in_bfloat16():
-    """As near to float64 as torch's convolution in bfloat16, gradients too: parts add up in bfloat16."""
+    """The result is as near to float64 as torch's convolution in bfloat16, and so are gradients."""
     exact_inputs = [double(2, 401, 64), double(48, 64, 3, seed=1), double(48, seed=2)]
     gradient = double(2, 200, 48, seed=3).detach()
 
@@ -326,7 +326,7 @@ def test_blocks_take_little_memory(monkeypatch):
 
 
 def test_masks_of_a_waveform_are_the_same_in_all_blocks(monkeypatch):
-    """In training mode without gradient, where masks are samples."""
+    """The extractor draws masks in training mode without gradient."""
     monkeypatch.setattr(components, "_SAMPLES_AT_ONCE", 400)
     extractor = random_model(with_masks(small_config("hubert"), list(PRUNING_UNITS))).train().feature_extractor
     waveforms = random_waveforms(3000, 3000)[0]

@@ -1,43 +1,11 @@
 """Counted operations and parameters, held against torch's own counters."""
 
-from collections import Counter
-from typing import Any
-
 import pytest
 import torch
-from helpers import FAMILIES, hubert_base_flops, num_elements, small_config
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from helpers import FAMILIES, hubert_base_flops, num_elements, small_config, torch_counts
 
-from wav2vec2.fast import plain_paths
 from wav2vec2.flops import count_flops, count_params
-from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model, with_masks
-
-
-def torch_counts(config: dict[str, Any], num_samples: int, num_layers: int | None, plain: bool) -> dict[str, int]:
-    """Operations of each part, as torch meets them on its meta device."""
-    with torch.device("meta"):
-        model = wav2vec2_model(**config).eval()
-        waveforms = torch.empty(1, num_samples)
-    counter = FlopCounterMode(display=False)
-    counts: Counter[str] = Counter()
-    for part, modules in parts_of(model).items():
-        for module in modules:
-            module.register_forward_pre_hook(lambda *_, part=part: counts.subtract({part: counter.get_total_flops()}))
-            module.register_forward_hook(lambda *_, part=part: counts.update({part: counter.get_total_flops()}))
-    with torch.no_grad(), plain_paths(plain), counter:
-        model.extract_features(waveforms, num_layers=num_layers)
-    return {**counts, "projection": counter.get_total_flops() - counts.total()}
-
-
-def parts_of(model: Wav2Vec2Model) -> dict[str, list[nn.Module]]:
-    layers = model.encoder.transformer.layers
-    return {
-        "conv": [model.feature_extractor],
-        "attention": [layer.attention for layer in layers if layer.attention is not None],
-        "feed_forward": [layer.feed_forward for layer in layers if layer.feed_forward is not None],
-    }
-
+from wav2vec2.model import hubert_base, wav2vec2_model, with_masks
 
 IRREGULAR = {"encoder_use_attention": [True, False, True], "encoder_ff_interm_features": [20, 7, 0]}
 NO_HEADS = {

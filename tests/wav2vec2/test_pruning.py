@@ -16,6 +16,7 @@ from helpers import (
     random_waveforms,
     randomize,
     small_config,
+    torch_counts,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 
 from hardconcrete import HardConcrete
 from wav2vec2.files import checkpoint
-from wav2vec2.flops import count_flops
 from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, masked_units, wav2vec2_model, with_masks
 from wav2vec2.sparsity import (
     Size,
@@ -42,7 +42,7 @@ from wav2vec2.sparsity import (
 CERTAIN = 40.0  # sigmoid(40) is 1 in float32
 
 
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
 UNIT_SETS = st.sets(st.sampled_from(sorted(PRUNING_UNITS)), min_size=1)
@@ -183,7 +183,7 @@ def check_pruning(masked: Wav2Vec2Model) -> Wav2Vec2Model:
 
     waveforms, lengths = random_waveforms(400, 260, 330)
     waveforms = waveforms.double()
-    assert 2 * pruned.get_num_macs(400) == sum(count_flops(config, 400))
+    assert 2 * pruned.get_num_macs(400) == sum(torch_counts(config, 400).values())
     for given_lengths in (None, lengths):
         expected, frame_lengths = outputs(reference, given_lengths, waveforms)
         if (dims := reference.encoder.kept_dims()) is not None:
@@ -233,7 +233,7 @@ def width_masks(model: Wav2Vec2Model) -> dict[str, HardConcrete]:
 
 
 def fit_params(model: Wav2Vec2Model, target: float, tolerance: float) -> float:
-    """With a target for parameters alone."""
+    """Call ``fit_masks`` with a target for parameters alone."""
     return fit_masks(model, Size(target, None), Size(tolerance, None))
 
 
@@ -353,7 +353,7 @@ def test_every_unit_lowers_the_expected_count(masked: Wav2Vec2Model) -> None:
 @pytest.mark.parametrize("kernel", [7, 8])
 @pytest.mark.parametrize("num_rings", [1, 3])
 def test_taps_go_from_the_outside_in(kernel: int, num_rings: int) -> None:
-    """Whatever their order by ``log_alpha``: what is left is the middle of the kernel, in the published config key."""
+    """The middle of the kernel stays, whatever the order of ``log_alpha``, under the published config key."""
     model = random_model(with_masks(small_config("hubert", encoder_pos_conv_kernel=kernel), ["posconv"]))
     conv = model.encoder.transformer.pos_conv_embed
     values = torch.full((conv.hard_concrete.n_in,), -CERTAIN)
@@ -371,7 +371,7 @@ def test_taps_go_from_the_outside_in(kernel: int, num_rings: int) -> None:
 @PROPERTY
 @given(masked_models(kinds=("scattered", "undecided")), st.floats(0.05, 0.95))
 def test_expected_size_is_met(masked: Wav2Vec2Model, share: float) -> None:
-    """By one number for all masks, whatever the units; a second time there is nothing to do."""
+    """One number is added to all masks, whatever the units; a second call changes nothing."""
     smallest, largest = smallest_size(masked).params, num_elements(masked)
     wanted = smallest + share * (largest - smallest)
     before = torch.cat(log_alphas(masked))
@@ -386,7 +386,7 @@ def test_expected_size_is_met(masked: Wav2Vec2Model, share: float) -> None:
 @PROPERTY
 @given(masked_models(kinds=("undecided",)), st.tuples(st.floats(0.05, 0.95), st.floats(0.05, 0.95)))
 def test_two_sizes_are_met(masked: Wav2Vec2Model, shares: tuple[float, float]) -> None:
-    """Neither is above what is wanted, and the one that is named is there."""
+    """Neither size is exceeded, and the returned one is used up."""
     largest = size_of(wav2vec2_model(**with_masks(masked.config, ())))
     sizes = zip(smallest_size(masked), largest, shares, strict=True)
     wanted = Size(*(smallest + share * (largest - smallest) for smallest, largest, share in sizes))
@@ -445,7 +445,7 @@ def test_masks_are_trained(family: str, size: str) -> None:
 @pytest.mark.parametrize("unit", ["head", "attlayer"])
 @pytest.mark.parametrize("first_remaining", [1, 2])
 def test_wavlm_table_moves_to_the_first_remaining_attention(size: str, unit: str, first_remaining: int) -> None:
-    """With the first attentions gone, by heads or whole, the later ones still share the table."""
+    """The later attentions still share the table when the first are gone, by heads or whole."""
     model = edge_model("wavlm", size, [unit])
     table = model.encoder.transformer.layers[0].attention.rel_attn_embed.weight.detach().clone()
     mask = {"head": "hard_concrete_for_heads", "attlayer": "hard_concrete_for_layer"}[unit]
@@ -462,7 +462,7 @@ def test_wavlm_table_moves_to_the_first_remaining_attention(size: str, unit: str
 @pytest.mark.parametrize("size", ["base", "large"])
 @pytest.mark.parametrize("unit", ["head", "attlayer", "interm", "ffnlayer"])
 def test_every_block_of_a_kind_gone(family: str, size: str, unit: str) -> None:
-    """Nothing of the blocks is left but the LayerNorms, and WavLM's table goes with its last attention."""
+    """Only the LayerNorms are left of the blocks, and WavLM's table goes with its last attention."""
     model = edge_model(family, size, [unit])
     block = "attention" if unit in ("head", "attlayer") else "feed_forward"
     for name in masks_of(model):
@@ -517,7 +517,7 @@ def test_single_units_left(family: str, size: str) -> None:
 @pytest.mark.parametrize("size", ["base", "large"])
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_conv_layer_keeps_its_strongest_channel(size: str, layer: int) -> None:
-    """A conv layer whose channels would all go."""
+    """A conv layer whose channels would all go keeps the strongest."""
     model = edge_model("hubert", size, ["conv"])
     conv = model.feature_extractor.conv_layers[layer]
     conv.hard_concrete.log_alpha.data.fill_(-12.0)
@@ -574,7 +574,7 @@ def test_pruned_model_in_a_file(tmp_path: Path) -> None:
 
 
 def trained_masks(family: str, units: list[str], seed: int = 0) -> Wav2Vec2Model:
-    """A model as it comes out of training: some units certain, others undecided."""
+    """Return a model as training leaves it: some units certain, others undecided."""
     model = random_model(with_masks(small_config(family), units), seed)
     generator = torch.Generator().manual_seed(seed)
     for mask in masks_of(model).values():
@@ -596,11 +596,13 @@ def largest_unit(model: Wav2Vec2Model) -> float:
     return max(sizes)
 
 
-@pytest.mark.parametrize("family", ["hubert", "wavlm"])
-@pytest.mark.parametrize("units", [["conv", "head", "interm"], ["interm"], ["head", "ffnlayer"]])
+@pytest.mark.parametrize(
+    ("family", "units"),
+    [("wavlm", ["conv", "head", "interm"]), ("hubert", ["interm"]), ("wavlm", ["head", "ffnlayer"])],
+)
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_fit_masks_meets_the_target(family: str, units: list[str], share: float) -> None:
-    """Within half the largest unit, by one number for all masks; what is pruned then has that size."""
+    """One number for all masks meets the target within half the largest unit; the pruned model has that size."""
     model = trained_masks(family, units)
     originals, smallest = log_alphas(model), smallest_size(model).params
     target = smallest + share * (num_elements(model) - smallest)
@@ -616,7 +618,7 @@ def test_fit_masks_meets_the_target(family: str, units: list[str], share: float)
 
 
 def test_fit_masks_leaves_a_met_target_alone() -> None:
-    """Up to the tolerance, on either side; the model comes back in eval mode."""
+    """Sizes within the tolerance, on either side, need no shift; the model comes back in eval mode."""
     model = trained_masks("hubert", ["conv", "head", "interm"]).train()
     originals, size = log_alphas(model), pruned_size(copy.deepcopy(model).eval()).params
     for target in (size - 50, size, size + 50):
@@ -630,7 +632,7 @@ def test_fit_masks_leaves_a_met_target_alone() -> None:
 
 @pytest.mark.parametrize("share", [0.2, 0.9])
 def test_fit_masks_keeps_what_training_gave(share: float) -> None:
-    """Which units stay is decided as if all logits were shifted; what they count for never falls below its training."""
+    """Units stay as if all logits were shifted; their values never fall below the trained ones."""
     model = trained_masks("wavlm", ["conv", "head", "interm"])
     trained = copy.deepcopy(model).eval()
     smallest = smallest_size(model).params
@@ -647,7 +649,7 @@ def test_fit_masks_keeps_what_training_gave(share: float) -> None:
 
 
 def test_fit_masks_is_monotone() -> None:
-    """A larger target never makes a smaller model, and every unit of the smaller one stays."""
+    """A larger target never makes a smaller model, and keeps every unit of it."""
     sizes, kept = [], []
     for target in range(2500, 9500, 500):
         model = trained_masks("wavlm", ["conv", "head", "interm"])
@@ -681,7 +683,7 @@ def test_sizes_leave_the_masks_alone(masked: Wav2Vec2Model) -> None:
 
 
 def test_smallest_num_params() -> None:
-    """With only intermediate dimensions to lose, all else is left."""
+    """All else stays if only intermediate dimensions have masks."""
     model = trained_masks("hubert", ["interm"])
     lost = sum((16 + 1) * features + features * 16 for features in model.config["encoder_ff_interm_features"])
     assert smallest_size(model).params == pytest.approx(num_elements(model) - lost, rel=1e-6)
@@ -762,7 +764,7 @@ def wide_model(family: str, size: str, units: list[str]) -> Wav2Vec2Model:
 
 @pytest.mark.parametrize("family", ["hubert", "wavlm"])
 @pytest.mark.parametrize("size", ["base", "large"])
-@pytest.mark.parametrize("multiple", [1, 4, 8, 16, 64])
+@pytest.mark.parametrize("multiple", [8, 16, 64])
 def test_families(family: str, size: str, multiple: int) -> None:
     """The first norm's groups, the last conv's scale and every consumer follow the rounded widths."""
     model = rounded_copy(wide_model(family, size, ["conv", "head", "interm"]), multiple)
@@ -803,8 +805,9 @@ def test_what_goes_stays_gone(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["hubert", "wavlm"])
-@pytest.mark.parametrize(("multiple", "share"), [(4, 0.3), (8, 0.6), (16, 0.9), (16, 0.3)])
+@pytest.mark.parametrize(
+    ("family", "multiple", "share"), [("hubert", 4, 0.3), ("wavlm", 8, 0.6), ("hubert", 16, 0.9), ("wavlm", 16, 0.3)]
+)
 def test_fit_masks_counts_the_rounding(family: str, multiple: int, share: float) -> None:
     """Within the tolerance, or else the largest that is not above the target; by one number for all masks."""
     model = rounded_copy(wide_model(family, "base", ["conv", "head", "interm"]), multiple)
@@ -840,7 +843,7 @@ def test_multiples_out_of_reach(target: int, bound: str) -> None:
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_rounding_is_paid_for(share: float) -> None:
-    """What rounding up adds is taken away again by a higher threshold."""
+    """A higher threshold compensates for rounding up."""
     model = wide_model("wavlm", "large", ["conv", "interm"])
     target = share * num_elements(model)
     fit_params(model, target, tolerance=0)

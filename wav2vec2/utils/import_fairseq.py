@@ -22,11 +22,11 @@ from .importing import (
     Architecture,
     Dropouts,
     ImportedModel,
-    RelativePositions,
     check_sample_rate,
     compare_outputs,
     import_weights,
     load_source_state,
+    wavlm_attention,
 )
 from .quiet import quiet
 
@@ -119,7 +119,7 @@ def import_fairseq_model(
             "wants normalised waveforms; give --normalize_waveform true or false"
         )
     architecture = _read_architecture(settings, task or {}, weights, source)
-    names = _EXTRACTOR_NAMES[architecture.extractor_mode] + _ENCODER_NAMES
+    names = _EXTRACTOR_NAMES[architecture.config["extractor_mode"]] + _ENCODER_NAMES
     return import_weights(architecture, dropouts or Dropouts(), normalize_waveform, weights, names, source)
 
 
@@ -150,10 +150,10 @@ def compare_with_fairseq(imported: ImportedModel, path: str | PathLike) -> float
         with quiet():
             model = _fairseq_model(architecture, settings)
             load_source_state(model, weights, "feature_extractor.conv_layers.0.0.weight")
-    except Exception as error:  # for whatever reason, the conversion cannot be checked
+    except Exception as error:  # any failure means that the conversion cannot be checked
         raise UserError(
-            f"{path}: fairseq cannot take the source model ({one_line(error)}), which so cannot be checked; nothing "
-            "was written; without fairseq installed it is not checked"
+            f"{path}: fairseq cannot take the source model ({one_line(error)}), so the conversion cannot be "
+            "checked; nothing was written; uninstall fairseq to convert without the check"
         ) from error
     layers: list[Tensor] = []
     for layer in model.encoder.layers:
@@ -177,7 +177,7 @@ def _fairseq_model(architecture: Architecture, settings: dict[str, Any]) -> Any:
     for name in _DEFAULTS.keys() & vars(config).keys():
         setattr(config, name, settings.get(name, _DEFAULTS[name]))
     # fairseq evaluates this as Python.
-    config.conv_feature_layers = repr([tuple(layer) for layer in architecture.conv_layers])
+    config.conv_feature_layers = repr([tuple(layer) for layer in architecture.config["extractor_conv_layer_config"]])
     if not is_hubert:
         return Wav2Vec2Model(config).eval()
     config.label_rate = 50  # of targets, which are not used here
@@ -279,23 +279,23 @@ def _read_architecture(
     if normalizes is not None and not isinstance(normalizes, bool):
         raise UserError(f"{source}: setting normalize is {short_repr(normalizes)}, expected bool; the file is damaged")
 
-    return Architecture(
-        family=family,
-        extractor_mode=_EXTRACTOR_MODES[setting("extractor_mode", str)],
-        conv_layers=parse_conv_layers(setting("conv_feature_layers", str), source),
-        conv_bias=setting("conv_bias", bool),
-        embed_dim=setting("encoder_embed_dim", int),
-        pos_conv_kernel=setting("conv_pos", int),
-        pos_conv_groups=setting("conv_pos_groups", int),
-        num_layers=setting("encoder_layers", int),
-        num_heads=setting("encoder_attention_heads", int),
-        ff_interm_features=setting("encoder_ffn_embed_dim", int),
-        layer_norm_first=setting("layer_norm_first", bool),
-        stated_normalization=normalizes,
-        relative_positions=RelativePositions(setting("num_buckets", int), setting("max_distance", int))
-        if is_wavlm
-        else None,
-    )
+    num_layers, num_heads = setting("encoder_layers", int), setting("encoder_attention_heads", int)
+    attention: dict[str, Any] = {"encoder_num_heads": num_heads}
+    if is_wavlm:
+        attention = wavlm_attention(num_layers, num_heads, setting("num_buckets", int), setting("max_distance", int))
+    config = {
+        "extractor_mode": _EXTRACTOR_MODES[setting("extractor_mode", str)],
+        "extractor_conv_layer_config": parse_conv_layers(setting("conv_feature_layers", str), source),
+        "extractor_conv_bias": setting("conv_bias", bool),
+        "encoder_embed_dim": setting("encoder_embed_dim", int),
+        "encoder_pos_conv_kernel": setting("conv_pos", int),
+        "encoder_pos_conv_groups": setting("conv_pos_groups", int),
+        "encoder_num_layers": num_layers,
+        **attention,
+        "encoder_ff_interm_features": setting("encoder_ffn_embed_dim", int),
+        "encoder_layer_norm_first": setting("layer_norm_first", bool),
+    }
+    return Architecture(family, config, normalizes)
 
 
 def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -> str:
@@ -325,7 +325,7 @@ def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> l
         if len(expression) > _LONGEST_EXPRESSION:
             raise ValueError(f"longer than {_LONGEST_EXPRESSION} characters")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the parser, about what is refused anyway
+            warnings.simplefilter("ignore")  # of the parser, about input that is refused below
             layers = _evaluate(ast.parse(expression.strip(), mode="eval").body)
         if not isinstance(layers, list) or not 0 < len(layers) <= MAX_CONV_LAYERS:
             raise ValueError(f"not a list of 1 to {MAX_CONV_LAYERS} layers")

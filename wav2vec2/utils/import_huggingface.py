@@ -18,11 +18,11 @@ from .importing import (
     Architecture,
     Dropouts,
     ImportedModel,
-    RelativePositions,
     check_sample_rate,
     compare_outputs,
     import_weights,
     load_source_state,
+    wavlm_attention,
 )
 
 
@@ -204,24 +204,24 @@ def _read_architecture(settings: dict[str, Any], directory: Path) -> Architectur
         raise UserError(
             f"{source}: conv_dim, conv_kernel and conv_stride are not lists, or of different lengths; download it again"
         )
-    return Architecture(
-        family=FAMILIES[config.model_type].name,
-        extractor_mode=EXTRACTOR_MODES[config.feat_extract_norm],
-        conv_layers=[list(layer) for layer in zip(*convs, strict=True)],
-        conv_bias=config.conv_bias,
-        embed_dim=config.hidden_size,
-        pos_conv_kernel=config.num_conv_pos_embeddings,
-        pos_conv_groups=config.num_conv_pos_embedding_groups,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        ff_interm_features=config.intermediate_size,
-        layer_norm_first=config.do_stable_layer_norm,
-        stated_normalization=_stated_normalization(directory),
-        relative_positions=RelativePositions(config.num_buckets, config.max_bucket_distance)
-        if config.model_type == "wavlm"
-        else None,
-        feature_projection_norm=getattr(config, "feat_proj_layer_norm", True),
-    )
+    attention: dict[str, Any] = {"encoder_num_heads": config.num_attention_heads}
+    if config.model_type == "wavlm":
+        sizes = config.num_hidden_layers, config.num_attention_heads, config.num_buckets, config.max_bucket_distance
+        attention = wavlm_attention(*sizes)
+    our_config = {
+        "extractor_mode": EXTRACTOR_MODES[config.feat_extract_norm],
+        "extractor_conv_layer_config": [list(layer) for layer in zip(*convs, strict=True)],
+        "extractor_conv_bias": config.conv_bias,
+        "encoder_embed_dim": config.hidden_size,
+        "encoder_feature_projection_layer_norm": getattr(config, "feat_proj_layer_norm", True),
+        "encoder_pos_conv_kernel": config.num_conv_pos_embeddings,
+        "encoder_pos_conv_groups": config.num_conv_pos_embedding_groups,
+        "encoder_num_layers": config.num_hidden_layers,
+        **attention,
+        "encoder_ff_interm_features": config.intermediate_size,
+        "encoder_layer_norm_first": config.do_stable_layer_norm,
+    }
+    return Architecture(FAMILIES[config.model_type].name, our_config, _stated_normalization(directory))
 
 
 def _stated_normalization(directory: Path) -> bool | None:
@@ -293,7 +293,7 @@ def _load_source_model(directory: Path) -> torch.nn.Module:
             config._attn_implementation = "eager"
             model = getattr(transformers, FAMILIES[config.model_type].model_class)(config)
             load_source_state(model, _read_weights(directory), FIRST_CONV)
-    except Exception as error:  # whatever transformers meets, the conversion cannot be checked
+    except Exception as error:  # any failure means that the conversion cannot be checked
         raise UserError(f"{directory}: transformers cannot load the source model ({one_line(error)})") from error
     return model.eval()
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,68 +48,30 @@ _LEFT_OUT_AROUND = {"feature_extractor": "speaker verification head (x-vector), 
 
 
 @dataclass(frozen=True)
-class RelativePositions:
-    """WavLM's bucketed relative positions."""
-
-    num_buckets: int
-    max_distance: int
-
-
-@dataclass(frozen=True)
 class Architecture:
-    """Shapes and switches that an importer reads from its source's config."""
+    """The settings that an importer reads from its source.
 
-    family: str  # for people: "HuBERT", "wav2vec 2.0" or "WavLM"
-    extractor_mode: str  # "group_norm" or "layer_norm"
-    conv_layers: list[list[int]]  # [channels, kernel, stride] of each layer
-    conv_bias: bool
-    embed_dim: int
-    pos_conv_kernel: int
-    pos_conv_groups: int
-    num_layers: int
-    num_heads: int
-    ff_interm_features: int
-    layer_norm_first: bool
-    stated_normalization: bool | None  # what the source says of waveform normalisation, if anything
-    relative_positions: RelativePositions | None  # WavLM only
-    feature_projection_norm: bool = True  # DistilHuBERT has none
+    Attributes:
+        family: "HuBERT", "wav2vec 2.0" or "WavLM", for messages.
+        config: arguments of ``wav2vec2_model``, which checks them; without dropouts and normalisation.
+        stated_normalization: what the source says of waveform normalisation, if anything.
+    """
 
-    def to_config(self, dropouts: Dropouts, normalize_waveform: bool, source: str) -> dict[str, Any]:
-        """Return the arguments of ``wav2vec2_model``, which checks them; ``source`` is named in errors.
+    family: str
+    config: dict[str, Any]
+    stated_normalization: bool | None
 
-        Raises:
-            UserError: the number of layers or heads is impossible: lists are made with them.
-        """
-        for name, value in (("encoder layers", self.num_layers), ("attention heads", self.num_heads)):
-            if type(value) is not int or not 0 < value <= MAX_LAYERS:
-                raise UserError(f"{source}: expected 1 to {MAX_LAYERS} {name}, found {short_repr(value)}")
-        attention: dict[str, Any] = {"encoder_num_heads": self.num_heads}
-        if self.relative_positions is not None:
-            attention = {
-                "encoder_total_num_heads": self.num_heads,
-                "encoder_remaining_heads": [list(range(self.num_heads))] * self.num_layers,
-                "encoder_num_buckets": self.relative_positions.num_buckets,
-                "encoder_max_distance": self.relative_positions.max_distance,
-            }
-        return {
-            "extractor_mode": self.extractor_mode,
-            "extractor_conv_layer_config": self.conv_layers,
-            "extractor_conv_bias": self.conv_bias,
-            "encoder_embed_dim": self.embed_dim,
-            "encoder_feature_projection_layer_norm": self.feature_projection_norm,
-            "encoder_projection_dropout": dropouts.projection_dropout,
-            "encoder_pos_conv_kernel": self.pos_conv_kernel,
-            "encoder_pos_conv_groups": self.pos_conv_groups,
-            "encoder_num_layers": self.num_layers,
-            **attention,
-            "encoder_attention_dropout": dropouts.attention_dropout,
-            "encoder_ff_interm_features": self.ff_interm_features,
-            "encoder_ff_interm_dropout": dropouts.ff_interm_dropout,
-            "encoder_dropout": dropouts.dropout,
-            "encoder_layer_norm_first": self.layer_norm_first,
-            "encoder_layer_drop": dropouts.layer_drop,
-            "normalize_waveform": normalize_waveform,
-        }
+
+def wavlm_attention(num_layers: Any, num_heads: Any, num_buckets: Any, max_distance: Any) -> dict[str, Any]:
+    """Return the config's keys for WavLM's attention."""
+    # The config refuses impossible numbers; no list may be made of them before.
+    is_possible = all(type(number) is int and 0 < number <= MAX_LAYERS for number in (num_layers, num_heads))
+    return {
+        "encoder_total_num_heads": num_heads,
+        "encoder_remaining_heads": [list(range(num_heads))] * num_layers if is_possible else [],
+        "encoder_num_buckets": num_buckets,
+        "encoder_max_distance": max_distance,
+    }
 
 
 def normalizes_waveform(extractor_mode: str) -> bool:
@@ -135,8 +97,8 @@ def backbone_of(weights: Mapping[str, Tensor], anchor: str) -> tuple[str, dict[s
     """Find a backbone among a source's tensors, whatever lies beside it or around it.
 
     Args:
-        weights: a source's tensors. Heads, pre-training targets, and names that wrap the backbone's (``module.``,
-            ``model.``, ``hubert.``, ``w2v_encoder.w2v_model.``, ...) may be there.
+        weights: a source's tensors, which may include heads and pre-training targets, under names that may have
+            wrappers' prefixes (``module.``, ``model.``, ``hubert.``, ``w2v_encoder.w2v_model.``, ...).
         anchor: a name that every backbone in this format has; what precedes it is the wrapper's prefix.
 
     Returns:
@@ -206,13 +168,15 @@ def import_weights(
     Raises:
         UserError: a tensor is missing, left over, of another shape, not a plain float tensor or not finite.
     """
-    normalizes = normalizes_waveform(architecture.extractor_mode) if normalize_waveform is None else normalize_waveform
-    config = architecture.to_config(dropouts, normalizes, source)
+    mode = architecture.config["extractor_mode"]
+    normalizes = normalizes_waveform(mode) if normalize_waveform is None else normalize_waveform
+    config = architecture.config | {f"encoder_{name}": value for name, value in asdict(dropouts).items()}
+    config["normalize_waveform"] = normalizes
     remarks = []
     if architecture.stated_normalization not in (None, normalizes) and normalize_waveform is None:
         remarks.append(
-            f"waveforms are {'' if normalizes else 'not '}normalised, as models with a {architecture.extractor_mode} "
-            f"extractor were trained, though {source} says the opposite; --normalize_waveform "
+            f"waveforms are {'' if normalizes else 'not '}normalised, as models with a {mode} extractor "
+            f"were trained, though {source} says the opposite; --normalize_waveform "
             f"{str(not normalizes).lower()} follows it"
         )
     expected = checkpoint.expected_state(config, source)
@@ -231,7 +195,7 @@ def import_weights(
     model = checkpoint.build_model(config, source)
     state_dict = {name: weights[found].detach().float() for name, found in sources.items()}
     state_dict[DUMMY_WEIGHT] = torch.ones(expected[DUMMY_WEIGHT].shape)
-    checkpoint.load_state(model, state_dict, source)
+    model.load_state_dict(state_dict)
     return ImportedModel(architecture.family, model.eval(), dropped, remarks)
 
 

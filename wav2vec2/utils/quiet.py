@@ -1,4 +1,4 @@
-"""Silence for other libraries' chatter on the way."""
+"""Silences other libraries."""
 
 import logging
 import warnings
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Pass over what libraries warn of and log, which is nothing that a user could change; errors still show.
+    """Suppress warnings and log messages of libraries, which a user cannot act on; errors still show.
 
-    Handlers that an import sets up on the way (fairseq's) are taken back.
+    Log handlers that an import adds (fairseq's) are removed.
     """
     handlers, disabled = logging.root.handlers[:], logging.root.manager.disable
     logging.disable(logging.WARNING)

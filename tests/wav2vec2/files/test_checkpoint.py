@@ -131,7 +131,7 @@ PAGE = b"\n<!DOCTYPE html>\n<html><title>Sign in</title></html>"
 
 @pytest.mark.parametrize(("contents", "word"), [(LFS, "git lfs pull"), (PAGE, "a web page")])
 def test_what_only_stands_for_a_file_is_named(contents: bytes, word: str, tmp_path: Path) -> None:
-    """In the place of a model file, and of each file of a folder."""
+    """A placeholder may replace a model file, or any file of a folder."""
     path = tmp_path / "model.pth"
     path.write_bytes(contents)
     check_refused(lambda: checkpoint.load_model(path), path, word)
@@ -148,7 +148,7 @@ def test_what_only_stands_for_a_file_is_named(contents: bytes, word: str, tmp_pa
 
 @pytest.mark.parametrize("kind", ["folder", "safetensors", "safetensors alone", "bin", "ours", "fairseq"])
 def test_other_kinds_are_named(kind: str, tmp_path: Path) -> None:
-    """As what they are, with the command that takes them."""
+    """The message names their kind and the command that takes them."""
     folder, contents = tmp_path / "model", model_contents()
     write_hub_folder(folder, contents)
     bare = dict(contents["state_dict"])

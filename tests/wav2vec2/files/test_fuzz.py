@@ -101,7 +101,7 @@ def fairseq_contents() -> dict[str, Any]:
 
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
-    """A few small changes, or one large one."""
+    """Make a few small changes, or one large one."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(data))
@@ -129,7 +129,7 @@ OPERATIONS += [b"Q", b".", b"\x88", b"J\xff\xff\xff\xff", b"K\x00", b"X\x01\x00\
 
 
 def mutate_pickle(rng: random.Random, data: bytes) -> bytes:
-    """A few operations deleted, doubled, exchanged or replaced, and names changed."""
+    """Delete, double, exchange or replace a few operations, and change names."""
     starts = [position for _, _, position in pickletools.genops(data)] + [len(data)]
     operations = [data[start:end] for start, end in zip(starts, starts[1:], strict=False)]
     for _ in range(rng.randint(1, 3)):
@@ -173,7 +173,7 @@ def strange_value(rng: random.Random) -> Any:
 
 
 def mutate_dict(rng: random.Random, settings: dict[Any, Any]) -> dict[Any, Any]:
-    """A few keys dropped, added or given other values."""
+    """Drop, add or change a few keys."""
     settings = copy.copy(settings)
     for _ in range(rng.randint(1, 3)):
         key = rng.choice([*settings]) if settings else "a"

@@ -171,7 +171,7 @@ FORMATS: dict[str, Callable[[Any, Path], None]] = {
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file goes; every reader takes this name."""
+    """Return the path of the file; every reader takes this name."""
     return tmp_path / "pytorch_model.bin"
 
 
@@ -189,7 +189,7 @@ def check_refused(read: Callable[[Path], Any], path: Path, match: str | None = N
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_payloads_are_not_run(payload: str, path: Path) -> None:
-    """In every format, by every reader; a plain unpickler runs each of them."""
+    """Every reader refuses every format; a plain unpickler runs each of them."""
     marker = path.parent / "marker"
     for read, _ in READERS.values():
         for write in FORMATS.values():
@@ -240,7 +240,7 @@ def test_payloads_in_stand_ins(path: Path, omegaconf_classes: dict[str, type]) -
 
 
 def test_allowed_names_do_nothing_by_themselves(path: Path) -> None:
-    """What the readers may call cannot be led to call something else, nor to set attributes of shared classes."""
+    """The allowed functions cannot be made to call others, or to set attributes of shared classes."""
     # GLOBAL argparse.Namespace, BUILD with a dict: on the class itself, not on an instance.
     on_class = b"\x80\x02cargparse\nNamespace\n}X\x05\x00\x00\x00stateK\x01sb."
     # A codec that decodes code.
@@ -265,7 +265,7 @@ def test_truncated_at_many_lengths(form: str, reader: str, path: Path) -> None:
 
 
 def test_flipped_bits_are_noticed(path: Path) -> None:
-    """Of any weight, which torch.load alone does not notice."""
+    """A flipped bit of any weight is found, which torch.load alone does not notice."""
     torch.save(model_contents(), path)
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
@@ -280,7 +280,7 @@ def test_flipped_bits_are_noticed(path: Path) -> None:
 
 
 def test_files_without_checksums_load(path: Path) -> None:
-    """As torch writes them where it is told to."""
+    """Files without checksums load: torch writes them on request."""
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(model_contents(), path)

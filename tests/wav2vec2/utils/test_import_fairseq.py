@@ -41,7 +41,7 @@ WAVLM = CHECKPOINTS["wavlm/wavlm_base"]
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A fixture's contents, without what only training needs."""
+    """Return a fixture's contents without what only training needs."""
     contents = read_torch_file(path)
     return {key: value for key, value in contents.items() if key in ("args", "cfg", "model")}
 
@@ -198,7 +198,7 @@ def test_weight_norm_removed(path: Path, tmp_path: Path) -> None:
 
 
 def test_conv_bias_false_in_layer_norm_mode(tmp_path: Path) -> None:
-    """As in fairseq's HuBERT Large and in WavLM Large."""
+    """fairseq's HuBERT Large and WavLM Large have no bias in this mode."""
     contents = read(WAV2VEC2_LARGE)
     contents["cfg"]["model"]["conv_bias"] = False
     for layer in range(7):
@@ -409,7 +409,7 @@ def test_a_fairseq_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_script_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is written where the file cannot be read."""
+    """Nothing is written if the file cannot be read."""
     ckpt = tmp_path / "truncated.pt"
     ckpt.write_bytes(WAVLM.read_bytes()[:200_000])
     options = ("--ckpt", ckpt, "--out", tmp_path / "out" / "model.pth")

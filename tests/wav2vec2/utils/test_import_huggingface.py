@@ -57,7 +57,7 @@ def edit_weights(directory: Path, edit: Callable[[dict[str, Tensor]], Any]) -> P
 
 
 def source_waveform(waveform: Tensor, normalize: bool) -> Tensor:
-    """What the fixtures' models were given: transformers' normalisation has an epsilon of 1e-7."""
+    """Return the inputs of the fixtures' models: transformers normalises with an epsilon of 1e-7."""
     return (waveform - waveform.mean()) / (waveform.var(unbiased=False) + 1e-7).sqrt() if normalize else waveform
 
 
@@ -499,7 +499,7 @@ def test_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_script_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is written where the source is refused."""
+    """Nothing is written if the source is refused."""
     directory = copy_fixture("wav2vec2_base", tmp_path / "adapted", add_adapter=True)
     options = ("--model", directory, "--out", tmp_path / "out" / "model.pth")
     assert run_to_exit(monkeypatch, "convert_hubert_from_hf", *options) == 1

@@ -34,7 +34,7 @@ NO_DROPOUT = Dropouts(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def unpruned_model(family: str, size: str, **changes: Any) -> Wav2Vec2Model:
-    """A random model whose extractor has no output scale, as every model that was never pruned."""
+    """Return a random model whose extractor has no output scale, like every model that was never pruned."""
     model = random_model(small_config(family, size, **changes))
     model.feature_extractor.dummy_weight.data.fill_(1)
     return model
@@ -174,7 +174,7 @@ def test_mini_hubert_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_huggingface_refuses_shapes(family: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    """Where transformers' own model is asked for."""
+    """transformers' own classes have no such shapes."""
     model = unpruned_model(family, "base", **changes)
     with pytest.raises(UserError, match=message):
         export_huggingface(model.state_dict(), model.config, tmp_path / "out", family)
@@ -294,7 +294,7 @@ def test_torchaudio_hidden_states(name: str, padded: bool) -> None:
 
 @torch.inference_mode()
 def test_torchaudio_bundle_normalizes(tmp_path: Path) -> None:
-    """With the default, a model is what its bundle gives for one waveform, normalisation and output layer included."""
+    """By default a model equals its bundle on one waveform, including normalisation and output layer."""
     model = torchaudio_model("WAV2VEC2_LARGE_LV60K", num_layers=1, aux_num_out=29)
     bundle = torchaudio.pipelines._wav2vec2.utils._extend_model(model, normalize_waveform=True)
     torch.save(model.half().state_dict(), tmp_path / "wav2vec2_fairseq_large.pth")  # bare, and small
