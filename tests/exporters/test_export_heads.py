@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import (
+    ONE_LAYER,
     TASK_HEADS,
     error_line,
     head_id,
@@ -30,8 +31,8 @@ CHARACTERS = Head("text", ("a", "b", " ", "'", "é"), units="characters")
 WORDS = Head("text", ("yes", "no", "<s>"), units="words")
 
 
-def saved(folder: Path, head: Head, *family: str) -> tuple[TaskModel, Path]:
-    contents = task_contents(head, *family)
+def saved(folder: Path, head: Head, *family: str, **changes: Any) -> tuple[TaskModel, Path]:
+    contents = task_contents(head, *family, **changes)
     contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)  # transformers' models have none
     checkpoint.save(folder / "model.pth", contents)
     return task_model_of(contents, "model.pth").eval(), folder / "model.pth"
@@ -40,11 +41,12 @@ def saved(folder: Path, head: Head, *family: str) -> tuple[TaskModel, Path]:
 @pytest.mark.slow
 def test_onnx_gives_logits(tmp_path, monkeypatch):
     head = TASK_HEADS[5]  # of clips: weighted layers, attentive pooling
-    model, path = saved(tmp_path, head, "wavlm", "large")
+    model, path = saved(tmp_path, head, **ONE_LAYER)
     run_script(monkeypatch, "export", "--model", path, "--out", tmp_path, "--formats", "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     assert json.loads(session.get_modelmeta().custom_metadata_map["head"]) == head.to_dict()
-    assert [(output.name, output.shape) for output in session.get_outputs()][0] == ("logits", ["batch", 3])
+    output = session.get_outputs()[0]
+    assert (output.name, output.shape) == ("logits", ["batch", 3])
     for num_samples in ((1500,), (777, 777), (2100, 900, 3)):
         waveforms, lengths = random_waveforms(*num_samples)
         logits, frames = model(waveforms, lengths)

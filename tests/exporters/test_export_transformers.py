@@ -345,6 +345,11 @@ def test_without_this_project(exported) -> None:
     losses = results["losses"]
     assert len(losses) == 40 and sum(losses[-3:]) < 0.7 * sum(losses[:3])
     assert torch.equal(*results["tuned"])
+    # What transformers' save_pretrained wrote: of our code after training, of its own as it was.
+    tuned, saved = wav2vec2.load(folder / "tuned"), wav2vec2.load(folder / "saved")
+    assert tuned.kind == "clips" and tuned.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert saved.labels == models["words"].labels
+    torch.testing.assert_close(saved(waveform)[0], models["words"](waveform)[0])
 
 
 def test_script(tmp_path: Path, monkeypatch, capsys) -> None:
