@@ -54,11 +54,9 @@ def parse_args() -> argparse.Namespace:
     parser.set_defaults(**ONNX_FLAGS)
     card = parser.add_argument_group("card")
     card.add_argument(
-        "--card", type=Path, metavar="YAML", help="metadata of the hub: license, base_model, datasets, ..."
+        "--card", type=Path, metavar="YAML", help="the hub's metadata: license, base_model, datasets, ..."
     )
-    card.add_argument(
-        "--evaluation", type=Path, metavar="JSON", help="results of evaluate.py, with this model among them"
-    )
+    card.add_argument("--evaluation", type=Path, metavar="JSON", help="results of evaluate.py on this model")
     return parser.parse_args()
 
 
