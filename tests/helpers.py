@@ -133,16 +133,6 @@ def random_waveforms(*num_samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(num_samples)
 
 
-# What takes time in a trace is every layer: changes for small_config("hubert").
-ONE_LAYER = {
-    "encoder_num_layers": 1,
-    "encoder_num_heads": 4,
-    "encoder_use_attention": True,
-    "encoder_use_feed_forward": True,
-    "encoder_ff_interm_features": 20,
-    "extractor_conv_layer_config": [[7, 10, 5], [9, 3, 2]],
-}
-
 # Every kind of head, with every choice that it leaves.
 TASK_HEADS = [
     Head("text", ("a", "b", " "), units="characters"),
@@ -161,9 +151,9 @@ def head_id(head: Head) -> str:
     return "-".join(filter(None, (head.kind, head.units, head.layers, head.pooling)))
 
 
-def task_contents(head: Head, family: str = "hubert", size: str = "base", **changes: Any) -> dict[str, Any]:
-    """A small fine-tuned model file's contents, no weight at a trivial value; ``changes`` as in small_config."""
-    plain = random_model(small_config(family, size, **changes))
+def task_contents(head: Head, family: str = "hubert", size: str = "base") -> dict[str, Any]:
+    """A small fine-tuned model file's contents, no weight at a trivial value."""
+    plain = random_model(small_config(family, size))
     contents = {"config": plain.config, "state_dict": plain.state_dict()}
     model = task_model_of(with_head(contents, head, "model.pth", torch.Generator().manual_seed(1)), "model.pth")
     randomize(model, seed=2)

@@ -14,11 +14,11 @@ import soundfile
 import torch
 from conftest import spoken
 from helpers import (
-    ONE_LAYER,
     REPOSITORY,
     TASK_HEADS,
     TRAINING_PACKAGES,
     error_line,
+    one_layer_config,
     random_model,
     random_waveforms,
     run_command,
@@ -26,7 +26,6 @@ from helpers import (
     run_to_exit,
     run_without,
     small_config,
-    task_contents,
 )
 from huggingface_hub import ModelCard
 from torch import Tensor
@@ -38,7 +37,7 @@ from exporters.card import Card
 from exporters.options import read_card
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.heads import contents_of, model_with_its_head
+from wav2vec2.files.heads import Head, contents_of, model_with_its_head, with_head
 from wav2vec2.flops import count_flops
 
 slow = pytest.mark.slow
@@ -81,6 +80,10 @@ tags: [small]
 model_name: Small | WavLM
 license_link: "https://example.org/licence"
 """
+
+
+def contents_with_head(head: Head, config: dict[str, Any]) -> dict[str, Any]:
+    return with_head(contents_of(random_model(config)), head, "model.pth", torch.Generator().manual_seed(1))
 
 
 class Exported:
@@ -139,7 +142,9 @@ def test_wavlm(tmp_path: Path, speech: Path) -> None:
 def test_hubert(tmp_path: Path) -> None:
     """HuBERT or wav2vec 2.0 that normalises, with a layer_norm extractor, pre-norm; logits of a head of clips."""
     head = TASK_HEADS[5]  # weighted layers, attentive pooling
-    exported = Exported(tmp_path, task_contents(head, "hubert", "large", **PRUNED["hubert"]), "--opset", 18)
+    exported = Exported(
+        tmp_path, contents_with_head(head, small_config("hubert", "large", **PRUNED["hubert"])), "--opset", 18
+    )
     check_outputs(exported)
     properties = check_file(exported, "logits", ["batch", 3], opset=18)
     assert json.loads(properties["head"]) == head.to_dict()
@@ -466,7 +471,7 @@ def test_windows_are_of_the_whole(chunk: tuple[int, int, int]) -> None:
 @slow
 def test_chunks(tmp_path: Path, speech: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """A file of fixed shapes: all hidden states of a chunk, which is computed in a window."""
-    contents = task_contents(TASK_HEADS[2], **ONE_LAYER)
+    contents = contents_with_head(TASK_HEADS[2], one_layer_config("hubert"))
     model = model_with_its_head(contents, "model.pth").eval()
     hop, size = model.feature_extractor.stride / 16_000, model.feature_extractor.num_samples(30)
     seconds = ("--chunk_seconds", 7 * hop, "--left_seconds", 20 * hop, "--right_seconds", 3 * hop)

@@ -29,8 +29,8 @@ CHARACTERS = Head("text", ("a", "b", " ", "'", "é"), units="characters")
 WORDS = Head("text", ("yes", "no", "<s>"), units="words")
 
 
-def saved(folder: Path, head: Head, *family: str, **changes: Any) -> tuple[TaskModel, Path]:
-    contents = task_contents(head, *family, **changes)
+def saved(folder: Path, head: Head, *family: str) -> tuple[TaskModel, Path]:
+    contents = task_contents(head, *family)
     contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)  # transformers' models have none
     checkpoint.save(folder / "model.pth", contents)
     return task_model_of(contents, "model.pth").eval(), folder / "model.pth"
