@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
-from exporters.options import DEFAULT_OPSET, FORMATS, OUTPUTS, check_flags, read_card
+from exporters.options import FORMATS, ONNX_FLAGS, OUTPUTS, check_flags, read_card
 from wav2vec2.files.errors import UserError
 
 
@@ -41,26 +41,22 @@ def parse_args() -> argparse.Namespace:
     )
     onnx = parser.add_argument_group("onnx")
     onnx.add_argument(
-        "--outputs",
-        choices=OUTPUTS,
-        default="last",
-        help="the last hidden state (logits, if there is a head), or all hidden states",
+        "--outputs", choices=OUTPUTS, help="the last hidden state (logits, if there is a head), or all hidden states"
     )
-    onnx.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="version of ONNX's operators")
+    onnx.add_argument("--opset", type=int, help="version of ONNX's operators")
     onnx.add_argument("--int8", action="store_true", help="write a second file, which computes with 8 bits; see --tsv")
     onnx.add_argument(
         "--tsv", type=Path, help="manifest of speech, from prepare_data.py: with it convolutions have 8 bits, too"
     )
     onnx.add_argument("--chunk_seconds", type=float, help="take speech by chunks of this length, for streaming")
-    onnx.add_argument("--left_seconds", type=float, help="context before a chunk (default: 2)")
-    onnx.add_argument("--right_seconds", type=float, help="context behind a chunk (default: 0)")
+    onnx.add_argument("--left_seconds", type=float, help="context before a chunk")
+    onnx.add_argument("--right_seconds", type=float, help="context behind a chunk")
+    parser.set_defaults(**ONNX_FLAGS)
     card = parser.add_argument_group("card")
     card.add_argument(
-        "--card", type=Path, metavar="YAML", help="metadata of the hub: license, base_model, datasets, ..."
+        "--card", type=Path, metavar="YAML", help="the hub's metadata: license, base_model, datasets, ..."
     )
-    card.add_argument(
-        "--evaluation", type=Path, metavar="JSON", help="results of evaluate.py, with this model among them"
-    )
+    card.add_argument("--evaluation", type=Path, metavar="JSON", help="results of evaluate.py on this model")
     return parser.parse_args()
 
 
@@ -93,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         macs_seconds=UTTERANCE_SECONDS,
         evaluation=measured_metrics(args, model.config) if args.evaluation else (),
         made_by=made_by if isinstance(made_by, dict) else {},
-        source=f"{args.model.name}, SHA-256 {digest(args.model)}" if args.model.is_file() else args.model.name,
+        source=described_file(args.model),
         head=head_of(contents, args.model),
     )
     speech = read_speech(args.tsv) if args.tsv else []
@@ -113,9 +109,11 @@ def measured_metrics(args: argparse.Namespace, config: dict[str, Any]) -> list[d
         raise UserError(f"--evaluation {args.evaluation}: {error}") from error
 
 
-def digest(path: Path) -> str:
+def described_file(path: Path) -> str:
+    if path.is_dir():
+        return path.name
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return f"{path.name}, SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 if __name__ == "__main__":

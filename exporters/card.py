@@ -1,6 +1,6 @@
-"""The README.md of an exported model: what it is, how to load it, what was measured, where it comes from.
+"""Writes the README.md of an exported model: contents, loading, measurements, origin.
 
-Its text is in card.md, a template as huggingface_hub's own model cards have them.
+The text is in card.md, a template in the form of huggingface_hub's own model cards.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,18 +30,18 @@ _RECOGNISES = {
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a model, whatever the format.
+    """The facts about a model that the cards of all formats state.
 
     Attributes:
-        config: the model's.
+        config: the config of the model.
         name: the title, unless the metadata has a ``model_name``.
         metadata: the hub's keys, as :func:`~.options.read_card` reads them.
         macs_per_second: multiply-accumulate operations for a second of audio, in waveforms of ``macs_seconds``.
         macs_seconds: the length that they were counted for; attention makes them depend on it.
-        evaluation: what was measured, as keywords of huggingface_hub's EvalResult.
-        made_by: the entry of the model file that says which script made it, and from what.
-        source: name of the model file.
-        head: of a model that has one.
+        evaluation: results of evaluate.py, as keywords of huggingface_hub's EvalResult.
+        made_by: the entry of the model file that names the script that made it, and its inputs.
+        source: the name of the model file.
+        head: the settings of the model's task head.
     """
 
     config: Mapping[str, Any]
@@ -59,8 +59,8 @@ class Card:
 
         Args:
             format_name: a key of :data:`~.options.FORMATS`.
-            measured: lines on how the exported model compares with PyTorch's.
-            words: what the format's section of the template needs beyond this.
+            measured: lines that compare the exported model with PyTorch's.
+            words: further variables of the format's section of the template.
 
         Raises:
             UserError: huggingface_hub is missing.

@@ -12,7 +12,6 @@ from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.task_model import CLIPS, TaskModel
 
-from .options import seconds_of_chunk
 from .traced import Outputs, Run
 
 
@@ -45,7 +44,8 @@ def chosen_chunk(model: Wav2Vec2Model, args: argparse.Namespace) -> Chunk | None
     if isinstance(model, TaskModel) and model.kind == CLIPS and args.outputs == "last":
         raise UserError("--chunk_seconds: the model's head labels whole clips; give --drop_head or --outputs all")
     hop = model.feature_extractor.stride / SAMPLE_RATE
-    chunk = Chunk(*(round(seconds / hop) for seconds in seconds_of_chunk(args)))
+    seconds = args.chunk_seconds, args.left_seconds, args.right_seconds
+    chunk = Chunk(*(round(one / hop) for one in seconds))
     if chunk.frames == 0:
         raise UserError(f"--chunk_seconds {args.chunk_seconds:g}: expected at least {hop:g}, which is one frame")
     return chunk

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wav2vec2.files.checkpoint import read_model_file
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.heads import joined_state, model_with_its_head
+from wav2vec2.files.heads import joined_state
 from wav2vec2.files.hub import CARD, OWN_TYPE, WEIGHTS
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.utils.import_huggingface import compare_with_source, import_huggingface_model
@@ -33,14 +33,14 @@ from .traced import (
 
 @dataclass(frozen=True)
 class Job:
-    """What every writer needs.
+    """A model to write, with its card and the options.
 
     Attributes:
-        contents: of the model file.
-        model: the model of the contents, in eval mode.
-        card: its card.
+        contents: contents of the model file.
+        model: the model built from them, in eval mode.
+        card: the facts for the cards.
         onnx: options of the onnx format.
-        model_type: of the huggingface format, see :func:`~.huggingface.export_huggingface`.
+        model_type: option of the huggingface format, see :func:`~.huggingface.export_huggingface`.
     """
 
     contents: Mapping[str, Any]
@@ -49,20 +49,20 @@ class Job:
     onnx: OnnxOptions
     model_type: str | None = None
 
-    @property
-    def state_dict(self) -> dict[str, Tensor]:
-        """The weights of the model file, those of a head among them."""
-        return joined_state(self.contents["state_dict"], self.contents.get("head", {}).get("state_dict", {}))
+
+def _weights(contents: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights in the contents of a model file, those of a head among them."""
+    return joined_state(contents["state_dict"], contents.get("head", {}).get("state_dict", {}))
 
 
 def write_folders(job: Job, formats: Sequence[str], out: Path) -> None:
-    """Write a folder in ``out`` for each format, and print what is known of it; a folder is whole or not there.
+    """Write a folder in ``out`` for each format, whole or not at all, and print what was measured.
 
     Raises:
         UserError: the model cannot be written in a format, or what was written is not the model.
     """
     if "huggingface" in formats:  # a refusal comes before the other formats, which take longer
-        check_exportable(job.state_dict, job.contents["config"], job.model_type, job.card.head)
+        check_exportable(_weights(job.contents), job.contents["config"], job.model_type, job.card.head)
     for name in formats:
         folder = out / name
         try:
@@ -77,12 +77,12 @@ def write_folders(job: Job, formats: Sequence[str], out: Path) -> None:
 
 
 def _write_huggingface(job: Job, folder: Path) -> tuple[str, list[str]]:
-    head = job.card.head
-    model_type = export_huggingface(job.state_dict, job.contents["config"], folder, job.model_type, head)
+    head, weights = job.card.head, _weights(job.contents)
+    model_type = export_huggingface(weights, job.contents["config"], folder, job.model_type, head)
     auto_class, own_class = model_classes(model_type, head)
-    written = model_with_its_head(read_model_file(folder), folder).state_dict()
-    for name, tensor in job.model.state_dict().items():
-        if not torch.equal(tensor, written[name]):
+    written = _weights(read_model_file(folder))
+    for name, tensor in weights.items():
+        if tensor.dtype != written[name].dtype or not torch.equal(tensor, written[name]):
             raise UserError(f"{folder}: {name} is not what was written; try again, or check the disk")
     if model_type == OWN_TYPE:
         difference = _difference_of_own_code(job.model, folder, own_class)

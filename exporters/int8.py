@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,30 +30,18 @@ def quantize(
         speech: inputs of the file; without any, convolutions stay as they are.
     """
     import onnx
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_dynamic,
-        quantize_static,
-    )
-
-    class Inputs(CalibrationDataReader):
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(remaining, None)
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
     graph = onnx.load(source, load_external_data=False).graph
     shapes = {weight.name: weight.dims for weight in graph.initializer}
     # The quantiser fails on empty matrices, of blocks without any width.
     empty = [node.name for node in graph.node if any(0 in shapes.get(name, ()) for name in node.input)]
-    convolutions = [
-        node.name
-        for node in graph.node
-        if node.op_type == "Conv" and _suits_8_bits(node.input[1], layer_norm_extractor)
-    ]
-    beside = source.stat().st_size > LARGEST_ONNX_FILE
-    feeds = list(speech)
-    remaining = iter(feeds)
+    suitable = [node for node in graph.node if node.op_type == "Conv" and _suits_8_bits(node, layer_norm_extractor)]
+    both = {
+        "per_channel": True,
+        "weight_type": QuantType.QInt8,
+        "use_external_data_format": source.stat().st_size > LARGEST_ONNX_FILE,
+    }
     with tempfile.TemporaryDirectory() as folder:
         quantized = products = Path(folder) / "products.onnx"
         quantize_dynamic(
@@ -60,34 +49,42 @@ def quantize(
             products,
             op_types_to_quantize=["MatMul", "Gemm"],
             nodes_to_exclude=empty,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=beside,
             extra_options={"MatMulConstBOnly": True},
+            **both,
         )
-        if feeds and convolutions:
+        feeds = list(speech)
+        if feeds and suitable:
             quantized = Path(folder) / "all.onnx"
             quantize_static(
                 products,
                 quantized,
-                Inputs(),
+                _Feeds(feeds),
                 quant_format=QuantFormat.QDQ,
-                nodes_to_quantize=convolutions,
-                per_channel=True,
+                nodes_to_quantize=[node.name for node in suitable],
                 reduce_range=True,
                 activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                use_external_data_format=beside,
+                **both,
             )
         _to_float16(quantized, destination)
 
 
-def _suits_8_bits(weight: str, layer_norm_extractor: bool) -> bool:
+class _Feeds:
+    """The speech, as the quantiser asks for it."""
+
+    def __init__(self, feeds: Iterable[dict[str, np.ndarray]]) -> None:
+        self._feeds = iter(feeds)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._feeds, None)
+
+
+def _suits_8_bits(convolution: Any, layer_norm_extractor: bool) -> bool:
     """Tell by the name of its weight if a convolution works with inputs of 8 bits, all frames on one scale.
 
     The first, whose input is the waveform, does not, and takes the least time. In an extractor without LayerNorms
     frames are as loud as the sound that they come from, and too few bits are left for quiet ones.
     """
+    weight = convolution.input[1]
     if "feature_extractor" not in weight:
         return True
     return layer_norm_extractor and "conv_layers.0." not in weight

@@ -1,6 +1,6 @@
 """The models of this package in transformers; a folder of export.py holds this file and all that it imports.
 
-To their callers they are what transformers' own speech models are; inside each is the network of this package.
+They are called as transformers' own speech models are, and hold the network of this package.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -31,10 +31,10 @@ _HEADS = ("network.aux.", "network.head.")
 
 
 class DPHuBERTPreTrainedModel(PreTrainedModel):
-    """What all share: the network, how it is loaded, and how waveforms pass through it.
+    """The base of all models: it holds the network, loads it, and passes waveforms through it.
 
     Attributes:
-        network: the model as this package has it, with its head.
+        network: the model of this package, with its head.
     """
 
     config_class = DPHuBERTConfig
@@ -106,11 +106,6 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
     def _get_feat_extract_output_lengths(self, input_lengths: Any) -> Any:
         """Number of frames of so many samples (an int or an integer tensor)."""
         return self.network.feature_extractor.num_frames(input_lengths)
-
-    def _get_feature_vector_attention_mask(self, feature_vector_length: int, attention_mask: Tensor) -> Tensor:
-        """Mark the valid frames, (B, frames), given a mask over samples (B, T)."""
-        frames = self._get_feat_extract_output_lengths(attention_mask.long().sum(-1))
-        return torch.arange(feature_vector_length, device=attention_mask.device) < frames[:, None]
 
     def _encode(
         self,

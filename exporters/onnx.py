@@ -48,13 +48,13 @@ class OnnxFile:
     """A file that was written.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         num_bytes: with the files of weights beside it.
         difference: from the model, on noise; of a quantised file on speech, if there is some.
         compared_on: the noise or speech, in words.
-        operators: that must run it; all of the domain ai.onnx.
+        operators: the operators in it, all of the domain ai.onnx.
         from_whole: how far a file by chunks is from the model on whole utterances of the speech.
-        run: what it computes.
+        run: runs the file.
     """
 
     path: Path
@@ -68,11 +68,11 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """What to write.
+    """Options of the onnx format.
 
     Attributes:
         outputs: one of :data:`~.options.OUTPUTS`.
-        opset: of all files.
+        opset: version of the operators, in all files.
         int8: write model.int8.onnx as well: matrix products of 8 bits and, with ``speech``, the positional convolution
             and those of an extractor with LayerNorm.
         chunk: write files by chunks.
@@ -95,8 +95,8 @@ def write_onnx(model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> list
 
     Args:
         model: in eval mode, on the CPU.
-        options: what to write.
-        folder: where to.
+        options: see :class:`OnnxOptions`.
+        folder: made if it is not there.
 
     Raises:
         UserError: see :func:`~.options.check_onnx`; or model.onnx differs from the model by more than

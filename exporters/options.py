@@ -15,7 +15,17 @@ OUTPUTS = ("last", "all")
 MIN_OPSET, DEFAULT_OPSET = 18, 20  # 18 is the oldest that PyTorch's exporter writes
 MAX_SECONDS = 60.0  # a longer chunk is no streaming
 
-_ONNX_FLAGS = ("outputs", "int8", "tsv", "chunk_seconds", "left_seconds", "right_seconds")
+# The flags of the onnx format alone, and their defaults.
+ONNX_FLAGS = {
+    "outputs": "last",
+    "opset": DEFAULT_OPSET,
+    "int8": False,
+    "tsv": None,
+    "chunk_seconds": None,
+    "left_seconds": 2.0,
+    "right_seconds": 0.0,
+}
+
 # The metadata that --card may give, by the form of the value; huggingface_hub's ModelCardData has the same keys.
 _TEXT_KEYS = (
     *("license", "license_name", "license_link", "library_name", "model_name", "pipeline_tag", "base_model_relation"),
@@ -38,11 +48,12 @@ def check_flags(args: argparse.Namespace) -> list[str]:
     if unknown:
         raise UserError(f"--formats: expected some of {', '.join(FORMATS)}, separated by commas, found {unknown[0]!r}")
     if "onnx" in formats:
-        check_onnx(args.opset)
         _check_chunk(args)
-    elif given := [f"--{name}" for name in _ONNX_FLAGS if getattr(args, name) not in (None, False, OUTPUTS[0])]:
-        raise UserError(f"{given[0]}: applies to the onnx format; add onnx to --formats, or leave it out")
+    elif given := [name for name, default in ONNX_FLAGS.items() if getattr(args, name) != default]:
+        raise UserError(f"--{given[0]}: applies to the onnx format; add onnx to --formats, or leave it out")
     _check_folders([args.out / name for name in formats])
+    if "onnx" in formats:  # last, as it imports onnx
+        check_onnx(args.opset)
     return formats
 
 
@@ -52,38 +63,34 @@ def check_onnx(opset: int) -> None:
     Raises:
         UserError: a package is missing, or the opset is too old for the exporter or too new for the installed onnx.
     """
+    if opset < MIN_OPSET:
+        raise UserError(f"opset {opset}: expected at least {MIN_OPSET}, the oldest that PyTorch's exporter writes")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if find_spec(package) is None:
             raise UserError(f"onnx format: needs {package}, which is missing: pip install -r requirements-export.txt")
     import onnx
 
     newest = onnx.defs.onnx_opset_version()
-    if not MIN_OPSET <= opset <= newest:
+    if opset > newest:
         raise UserError(
-            f"opset {opset}: expected at least {MIN_OPSET}, the oldest that PyTorch's exporter writes, and at most "
-            f"{newest}, the newest of the installed onnx {onnx.__version__}"
+            f"opset {opset}: expected at most {newest}, the newest of the installed onnx {onnx.__version__}"
         )
 
 
 def _check_chunk(args: argparse.Namespace) -> None:
     if args.chunk_seconds is None:
         for name in ("left_seconds", "right_seconds"):
-            if getattr(args, name) is not None:
+            if getattr(args, name) != ONNX_FLAGS[name]:
                 raise UserError(f"--{name}: is context around a chunk; give --chunk_seconds, too")
         if args.tsv and not args.int8:
             raise UserError("--tsv: nothing is measured on it; give --int8 or --chunk_seconds, too")
         return
-    for name, value in zip(("chunk", "left", "right"), seconds_of_chunk(args), strict=True):
+    for name in ("chunk_seconds", "left_seconds", "right_seconds"):
+        value = getattr(args, name)
         if not 0 <= value <= MAX_SECONDS:
-            raise UserError(f"--{name}_seconds {value:g}: expected 0 to {MAX_SECONDS:g}")
+            raise UserError(f"--{name} {value:g}: expected 0 to {MAX_SECONDS:g}")
     if not args.tsv:
         raise UserError("--chunk_seconds: give --tsv, speech to compare chunks with whole utterances on")
-
-
-def seconds_of_chunk(args: argparse.Namespace) -> tuple[float, float, float]:
-    """The length of a chunk, and of its context on the left and on the right."""
-    left, right = args.left_seconds, args.right_seconds
-    return args.chunk_seconds, 2.0 if left is None else left, right or 0.0
 
 
 def _check_folders(folders: Sequence[Path]) -> None:

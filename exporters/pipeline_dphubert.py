@@ -1,4 +1,4 @@
-"""What transformers' ``pipeline`` lacks: features of audio, and words by CTC; folders of export.py hold this file."""
+"""Adds to transformers' ``pipeline`` features of audio, and words by CTC; folders of export.py hold this file."""
 
 from functools import partial
 from typing import Any

@@ -20,11 +20,11 @@ from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.task_model import TaskModel
 from wav2vec2.utils.quiet import quiet
 
-# Of an exported model's hidden states from PyTorch's, relative to the largest value of a hidden state if that is above
-# 1, since float32 resolves no better.
+# The largest accepted difference of hidden states from PyTorch's, relative to the largest value of a hidden state if
+# that is above 1, since float32 resolves no better.
 LARGEST_DIFFERENCE = 1e-4
 
-# Frames of each waveform of each batch that an export is checked on; 0 frames are less than the receptive field.
+# The batches that an export is checked on, as frames of each waveform; 0 frames: shorter than the receptive field.
 CHECKED_BATCHES = ((77,), (131, 62, 2, 0), (38, 38), (347, 250))
 _TRACED_BATCH = (11, 7)
 
@@ -34,7 +34,7 @@ Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Difference(NamedTuple):
-    """How far an exported model's hidden states are from PyTorch's, over valid frames.
+    """The difference of an exported model's hidden states from PyTorch's, over valid frames.
 
     Attributes:
         largest: the largest absolute difference, relative as :data:`LARGEST_DIFFERENCE` says.
@@ -119,7 +119,8 @@ def compare(
     """Compare ``run``, an exported model, with the function that it was made from.
 
     Args:
-        function, run: what is compared.
+        function: gives the wanted outputs.
+        run: gives the outputs to compare with them.
         batches: waveforms (B, T) and their lengths (B,).
 
     Raises:

@@ -661,10 +661,10 @@ def test_evaluate(files, corpus, monkeypatch, capsys):
     assert "100.0 ± 0.0" in printed and str(files["out"]) in printed
 
     # The numbers on a model's card.
-    out = files["out"].with_name("export")
-    flags = {"model": files["b"], "out": out, "evaluation": files["out"]}
-    run_script(monkeypatch, "export", *as_words(flags))
-    card = ModelCard.load(out / "huggingface" / "README.md")
+    out, licences = files["out"].with_name("export"), {"licence": "mit", "teacher_licence": "apache-2.0"}
+    flags = {"model": files["b"], "out": out, "evaluation": files["out"], "teacher": "org/large", "data": "tones"}
+    run_script(monkeypatch, "export", *as_words({**flags, **licences, "data_licence": "cc0-1.0"}))
+    card = ModelCard.load(out / "hub" / "README.md")
     cosine = np.mean([layer["cosine"] for layer in second["fidelity"]["layers"]])
     scores = {(each.dataset_name, each.metric_type): each.metric_value for each in card.data.eval_results}
     assert scores == pytest.approx(
@@ -674,7 +674,9 @@ def test_evaluate(files, corpus, monkeypatch, capsys):
         },
         abs=1e-4,
     )
-    assert card.data.code_license == "mit"
+    assert (card.data.license, card.data.code_license) == ("mit", "mit")
+    assert (card.data.teacher_license, card.data.data_license) == ("apache-2.0", "cc0-1.0")
+    assert "- teacher: org/large, licence: apache-2.0\n- training data: tones, licence: cc0-1.0\n" in card.text
     assert f"- pitch: accuracy, linear probe (%) {scores['pitch', 'accuracy']}\n" in card.text
     assert (REPOSITORY / "LICENSE").read_text().startswith("MIT License\n")  # what the card says of the code
     other = save_small_model(files["out"].with_name("other.pth"), "hubert", "large")

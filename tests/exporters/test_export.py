@@ -18,6 +18,7 @@ from helpers import (
     TASK_HEADS,
     TRAINING_PACKAGES,
     error_line,
+    one_layer_config,
     random_model,
     random_waveforms,
     run_command,
@@ -25,7 +26,6 @@ from helpers import (
     run_to_exit,
     run_without,
     small_config,
-    task_contents,
 )
 from huggingface_hub import ModelCard
 from torch import Tensor
@@ -34,9 +34,10 @@ from evaluation import backends
 from exporters import chunks, int8, traced
 from exporters import onnx as export_onnx
 from exporters.card import Card
+from exporters.options import read_card
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.heads import contents_of, task_model_of
+from wav2vec2.files.heads import Head, contents_of, model_with_its_head, with_head
 from wav2vec2.flops import count_flops
 
 slow = pytest.mark.slow
@@ -81,29 +82,25 @@ license_link: "https://example.org/licence"
 """
 
 
-class Exported:
-    """A model and the ONNX files that export.py made of it."""
+def contents_with_head(head: Head, config: dict[str, Any]) -> dict[str, Any]:
+    return with_head(contents_of(random_model(config)), head, "model.pth", torch.Generator().manual_seed(1))
 
-    def __init__(self, folder: Path, family: str, size: str, *flags: object) -> None:
-        self.model = random_model(small_config(family, size, **PRUNED[family]))
-        self.folder = folder
-        self.outputs = "all" if "all" in flags else "last"
-        made_by = {"script": "save_final_ckpt.py", "config_path": "0123456789abcdef", "target_sparsity": None}
-        checkpoint.save(folder / "model.pth", {**contents_of(self.model), "made_by": made_by})
+
+class Exported:
+    """A model file's contents, and the ONNX files that export.py made of it."""
+
+    def __init__(self, folder: Path, contents: dict[str, Any], *flags: object) -> None:
+        self.model = model_with_its_head(contents, "model.pth").eval()
+        self.folder = folder / "onnx"
+        checkpoint.save(folder / "model.pth", contents)
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(backends, "_MIN_SECONDS", 0.1)  # this model makes 1600 frames of a second
-            run_script(monkeypatch, "export", "--model", folder / "model.pth", "--out", folder, *flags)
-
-    @torch.inference_mode()
-    def wanted(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """What the exported function must give."""
-        if self.outputs == "last":
-            return self.model(waveforms, lengths)
-        states, frames = self.model.extract_features(waveforms, lengths)
-        return torch.stack(states), frames
+            source = ("--model", folder / "model.pth", "--out", folder, "--formats", "onnx")
+            run_script(monkeypatch, "export", *source, *flags)
+        self.card = (self.folder / "README.md").read_text()
 
     def run_onnx(self, file: str, waveforms: Tensor, lengths: Tensor) -> list[np.ndarray]:
-        session = onnxruntime.InferenceSession(self.folder / "onnx" / file)
+        session = onnxruntime.InferenceSession(self.folder / file)
         return session.run(None, {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()})
 
 
@@ -120,80 +117,92 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "speech.tsv"
 
 
-@pytest.fixture(scope="module")
-def wavlm(tmp_path_factory: pytest.TempPathFactory, speech: Path) -> Exported:
-    """WavLM with pruned heads and blocks: all hidden states, all files, and everything that a card can say."""
-    folder = tmp_path_factory.mktemp("wavlm")
-    (folder / "card.yaml").write_text(CARD)
-    flags = ("--formats", "onnx", "--outputs", "all", "--int8", "--tsv", speech, "--card", folder / "card.yaml")
-    return Exported(folder, "wavlm", "base", *flags)
-
-
-@pytest.fixture(scope="module")
-def hubert(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """HuBERT or wav2vec 2.0 that normalises, with a layer_norm extractor, pre-norm: the last hidden state."""
-    flags = ("--formats", "huggingface,onnx", "--opset", 18)
-    return Exported(tmp_path_factory.mktemp("hubert"), "hubert", "large", *flags)
-
-
 def assert_same(found: Any, wanted: tuple[Tensor, Tensor]) -> None:
-    """Equal up to the valid frames."""
+    """Equal up to the valid frames, or, of whole clips, where there is one."""
     (states, frames), (wanted_states, wanted_frames) = map(torch.as_tensor, found), wanted
     assert torch.equal(frames, wanted_frames)
     assert states.shape == wanted_states.shape
     for row, valid in enumerate(frames):
-        torch.testing.assert_close(
-            states[..., row, :valid, :], wanted_states[..., row, :valid, :], atol=1e-5, rtol=1e-5
-        )
+        rows = [x[row, :valid] if x.ndim > 2 else x[row] * (valid > 0) for x in (states, wanted_states)]
+        torch.testing.assert_close(*rows, atol=1e-5, rtol=1e-5)
 
 
 @slow
-@pytest.mark.parametrize("name", ["wavlm", "hubert"])
-def test_onnx_gives_what_pytorch_gives(name: str, request: pytest.FixtureRequest) -> None:
+def test_wavlm(tmp_path: Path, speech: Path) -> None:
+    """Pruned heads and blocks; the last hidden state, and of 8 bits too."""
+    model = random_model(small_config("wavlm", "base", **PRUNED["wavlm"]))
+    exported = Exported(tmp_path, contents_of(model), "--int8", "--tsv", speech)
+    check_outputs(exported)
+    check_file(exported, "last_hidden_state", ["batch", "frames", 12], opset=20)
+    check_int8(exported)
+    check_without_this_project(exported, "last_hidden_state")
+
+
+@slow
+def test_hubert(tmp_path: Path) -> None:
+    """HuBERT or wav2vec 2.0 that normalises, with a layer_norm extractor, pre-norm; logits of a head of clips."""
+    head = TASK_HEADS[5]  # weighted layers, attentive pooling
+    exported = Exported(
+        tmp_path, contents_with_head(head, small_config("hubert", "large", **PRUNED["hubert"])), "--opset", 18
+    )
+    check_outputs(exported)
+    properties = check_file(exported, "logits", ["batch", 3], opset=18)
+    assert json.loads(properties["head"]) == head.to_dict()
+    assert "3 labels (yes, no, up)" in exported.card
+    check_without_this_project(exported, "logits")
+
+    # With a LayerNorm in each layer, all convolutions but that of the waveform suit 8 bits.
+    options = export_onnx.OnnxOptions(speech=list(random_waveforms(1500, 1100)[0]))
+    feeds = export_onnx._feeds(exported.model, options)
+    int8.quantize(exported.folder / "model.onnx", tmp_path / "model.onnx", True, feeds)
+    model = onnx.load(tmp_path / "model.onnx")
+    makers = {name: node.op_type for node in model.graph.node for name in node.output}
+    kinds = [makers.get(node.input[1]) for node in model.graph.node if node.op_type == "Conv"]
+    assert kinds == [None, "DequantizeLinear", "DequantizeLinear"]
+
+
+def check_outputs(exported: Exported) -> None:
     """Batches and lengths that it was not traced with; WavLM's buckets are those of the length."""
-    exported: Exported = request.getfixturevalue(name)
     for num_samples in BATCHES:
         waveforms, lengths = random_waveforms(*num_samples)
-        assert_same(exported.run_onnx("model.onnx", waveforms, lengths), exported.wanted(waveforms, lengths))
+        with torch.inference_mode():
+            wanted = exported.model(waveforms, lengths)
+        assert_same(exported.run_onnx("model.onnx", waveforms, lengths), wanted)
 
 
-@slow
-def test_onnx_files(wavlm: Exported, hubert: Exported) -> None:
+def check_file(exported: Exported, output: str, shape: list[Any], opset: int) -> dict[str, str]:
     """Names, free axes, opset and what a program needs to know."""
-    for exported, output, opset in ((wavlm, "hidden_states", 20), (hubert, "last_hidden_state", 18)):
-        model = onnx.load(exported.folder / "onnx" / "model.onnx")
-        onnx.checker.check_model(model, full_check=True)
-        assert [entry.version for entry in model.opset_import if not entry.domain] == [opset]
-        axes = {
-            value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
-            for value in (*model.graph.input, *model.graph.output)
-        }
-        states = ["batch", "frames", 12]
-        assert axes == {
-            "waveforms": ["batch", "samples"],
-            "lengths": ["batch"],
-            output: [3, *states] if output == "hidden_states" else states,
-            "frames": ["batch"],
-        }
-        properties = {entry.key: entry.value for entry in model.metadata_props}
-        assert properties["sample_rate"] == "16000" and properties["min_samples"] == str(MIN_SAMPLES)
-        assert json.loads(properties["config"]) == exported.model.config
-        weights = {tuple(weight.dims) for weight in model.graph.initializer}
-        assert (1, 1, 8) not in weights, "the weight norm of the positional convolution is still in the graph"
-
-
-@slow
-def test_files_do_not_tell_where_they_were_made(wavlm: Exported) -> None:
-    """The tracers note source lines; a published file has no business with the paths of a machine."""
-    for path in (wavlm.folder / "onnx").glob("*.onnx"):
+    model = onnx.load(exported.folder / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [entry.version for entry in model.opset_import if not entry.domain] == [opset]
+    axes = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    inputs = {"waveforms": ["batch", "samples"], "lengths": ["batch"]}
+    assert axes == {**inputs, output: shape, "frames": ["batch"]}
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    assert properties["sample_rate"] == "16000" and properties["min_samples"] == str(MIN_SAMPLES)
+    assert json.loads(properties["config"]) == exported.model.config
+    weights = {tuple(weight.dims) for weight in model.graph.initializer}
+    assert (1, 1, 8) not in weights, "the weight norm of the positional convolution is still in the graph"
+    # The tracers note source lines; a published file has no business with the paths of a machine.
+    for path in exported.folder.glob("*.onnx"):
         assert str(REPOSITORY).encode() not in path.read_bytes()
         assert b"site-packages" not in path.read_bytes()
+    for text in (
+        f"opset {opset}, and of ai.onnx alone\n",
+        f"any number of samples from {MIN_SAMPLES}:",
+        f"- model.onnx: {(exported.folder / 'model.onnx').stat().st_size:,} bytes; {output.replace('_', ' ')} differs",
+        "(at most 1e-04 is accepted)",
+    ):
+        assert text in exported.card, text
+    return properties
 
 
-@slow
-def test_int8(wavlm: Exported) -> None:
+def check_int8(exported: Exported) -> None:
     """Matrices and the positional convolution, near the same numbers, and the card says how near."""
-    model = onnx.load(wavlm.folder / "onnx" / "model.int8.onnx")
+    model = onnx.load(exported.folder / "model.int8.onnx")
     kinds = [node.op_type for node in model.graph.node]
     # Of each layer four attention projections and the gate, two of the feed-forward, and the feature projection.
     assert kinds.count("MatMulInteger") == 2 * 5 + 2 + 1
@@ -204,20 +213,38 @@ def test_int8(wavlm: Exported) -> None:
     assert weights[convolutions[2].input[0]].data_type == onnx.TensorProto.INT8
     assert len(weights[convolutions[2].input[1]].dims) == 1, "not by channel"
     waveforms, lengths = random_waveforms(1500, 1100)
-    plain, frames = wavlm.run_onnx("model.onnx", waveforms, lengths)
-    quantized, quantized_frames = wavlm.run_onnx("model.int8.onnx", waveforms, lengths)
+    plain, frames = exported.run_onnx("model.onnx", waveforms, lengths)
+    quantized, quantized_frames = exported.run_onnx("model.int8.onnx", waveforms, lengths)
     assert (frames == quantized_frames).all()
-    valid = np.arange(plain.shape[2]) < frames[:, None]
-    plain, quantized = plain[:, valid], quantized[:, valid]
+    valid = np.arange(plain.shape[1]) < frames[:, None]
+    plain, quantized = plain[valid], quantized[valid]
     cosines = (plain * quantized).sum(-1) / np.linalg.norm(plain, axis=-1) / np.linalg.norm(quantized, axis=-1)
     assert (plain != quantized).any() and cosines.mean() > 0.95
-    card = (wavlm.folder / "onnx" / "README.md").read_text()
-    assert re.search(r"- model.int8.onnx: .* differs .* 3 utterances", card)
-    assert "of ai.onnx alone\n" in card and "MatMulInteger" in card and "opset 20" in card
+    assert re.search(r"- model.int8.onnx: .* differs .* 3 utterances", exported.card)
+    assert "MatMulInteger" in exported.card
+
+
+def check_without_this_project(exported: Exported, output: str) -> None:
+    """ONNX needs ONNX Runtime alone: the lines of the card run without torch and this project."""
+    waveforms, lengths = random_waveforms(1300, 700)
+    np.savez(exported.folder / "input.npz", waveforms=waveforms.numpy(), lengths=lengths.numpy())
+    lines = exported.card.split("```python\n")[1].split("```")[0]
+    code = f"""
+import os
+import numpy as np
+inputs = np.load({str(exported.folder / "input.npz")!r})
+waveforms, lengths = inputs["waveforms"], inputs["lengths"]
+os.chdir({str(exported.folder)!r})
+{lines}
+print(float(abs({output}).sum()))
+"""
+    printed = run_without((*TRAINING_PACKAGES, "wav2vec2", "hardconcrete", "torch"), code)
+    wanted = exported.model(waveforms, lengths)[0].detach().double().abs().sum()
+    assert float(printed) == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_float16_holds_what_it_can(tmp_path: Path) -> None:
-    """Of a quantised file, large matrices are stored so; not what float16 cannot hold, and not single rows."""
+    """Only large matrices are stored as float16, and only if it can hold their values."""
     arrays = {
         "large": np.ones((40, 40)),
         "huge": np.full((40, 40), 7e4),
@@ -235,20 +262,23 @@ def test_float16_holds_what_it_can(tmp_path: Path) -> None:
     assert [(node.op_type, *node.output) for node in graph.node] == [("Cast", "large")]
 
 
-@slow
-def test_cards(wavlm: Exported, hubert: Exported) -> None:
-    """Metadata that huggingface_hub reads, numbers that are the model's, differences that were measured."""
-    card = ModelCard.load(wavlm.folder / "onnx" / "README.md")
+def test_card(tmp_path: Path) -> None:
+    """Metadata that huggingface_hub reads, and numbers that are the model's."""
+    path = tmp_path / "card.yaml"
+    path.write_text(CARD)
+    model = random_model(small_config("wavlm", "base", **PRUNED["wavlm"]))
+    made_by = {"script": "save_final_ckpt.py", "target_sparsity": None}
+    words = {"model_class": "AutoModel", "own_code": True}
+    card = ModelCard(Card(model.config, metadata=read_card(path), made_by=made_by).text("huggingface", **words))
     assert card.data.license == "cc-by-4.0"
     assert card.data.base_model == "microsoft/wavlm-base-plus"
     assert card.data.datasets == ["librispeech_asr", "tones"]
-    assert card.data.library_name == "onnx"
+    assert card.data.library_name == "transformers"
     assert card.data.license_link == "https://example.org/licence"
     assert card.data.tags == ["speech", "audio", "self-supervised", "dphubert", "wavlm", "small"]
-    num_params = sum(parameter.numel() for parameter in wavlm.model.parameters())
     for text in (
         "# Small | WavLM",
-        f"| parameters | {num_params:,} |",
+        f"| parameters | {sum(parameter.numel() for parameter in model.parameters()):,} |",
         "- licence of the weights: cc-by-4.0\n",
         "- made from: microsoft/wavlm-base-plus\n",
         "- training data: librispeech_asr, tones\n",
@@ -256,48 +286,28 @@ def test_cards(wavlm: Exported, hubert: Exported) -> None:
         "| frames | 1600 a second, of 12 dimensions |",
         "| 1 | 2 | 0 |",
         "Conv channels: 7, 9.",
-        f"any number of samples from {MIN_SAMPLES}:",
-        "hidden states differs from PyTorch's by at most",
-        "(at most 1e-04 is accepted)",
-        f"- model.onnx: {(wavlm.folder / 'onnx' / 'model.onnx').stat().st_size:,} bytes",
     ):
         assert text in card.text, text
     assert "target_sparsity" not in card.text  # it was None
-    card = ModelCard.load(hubert.folder / "huggingface" / "README.md")
-    assert card.data.license is None and card.data.base_model is None and card.data.library_name == "transformers"
+
+
+def test_card_without_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card says in words what it does not know."""
+    config = small_config("hubert", "large")
+    checkpoint.save(tmp_path / "model.pth", contents_of(random_model(config)))
+    run_script(monkeypatch, "export", "--model", tmp_path / "model.pth", "--out", tmp_path / "mine")
+    card = ModelCard.load(tmp_path / "mine" / "huggingface" / "README.md")
+    assert card.data.license is None and card.data.base_model is None
     for key in ("license", "base_model", "datasets"):
         assert f"not stated: whoever publishes this model adds `{key}:` above" in card.text
-    assert f"# {hubert.folder.name}" in card.text and "normalised inside the model" in card.text
-    operations = sum(count_flops(hubert.model.config, 118_720)) / 2 / 7.42  # as evaluate.py counts
+    assert "# mine" in card.text and "normalised inside the model" in card.text
+    operations = sum(count_flops(config, 118_720)) / 2 / 7.42  # as evaluate.py counts
     line = f"| multiply-accumulates | {operations / 1e9:.3g} G for each second of audio, in waveforms of 7.42 s |"
     assert line in card.text
 
 
-@slow
-@pytest.mark.parametrize("name", ["wavlm", "hubert"])
-def test_load_without_this_project(name: str, request: pytest.FixtureRequest) -> None:
-    """ONNX needs ONNX Runtime alone: the lines of the card run without torch and this project."""
-    exported: Exported = request.getfixturevalue(name)
-    waveforms, lengths = random_waveforms(1300, 700)
-    np.savez(exported.folder / "input.npz", waveforms=waveforms.numpy(), lengths=lengths.numpy())
-    lines = (exported.folder / "onnx" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    output = "hidden_states" if exported.outputs == "all" else "last_hidden_state"
-    code = f"""
-import os
-import numpy as np
-inputs = np.load({str(exported.folder / "input.npz")!r})
-waveforms, lengths = inputs["waveforms"], inputs["lengths"]
-os.chdir({str(exported.folder / "onnx")!r})
-{lines}
-print(float(abs({output}).sum()))
-"""
-    printed = run_without((*TRAINING_PACKAGES, "wav2vec2", "hardconcrete", "torch"), code)
-    wanted = exported.wanted(waveforms, lengths)[0].double().abs().sum()
-    assert float(printed) == pytest.approx(float(wanted), rel=1e-4)
-
-
 def test_a_changed_program_is_refused(tmp_path: Path) -> None:
-    """What differs from the model by too much is not kept."""
+    """An export that differs from the model by too much is not kept."""
     model = random_model(small_config("hubert"))
     function = traced.Outputs(model, "last")
 
@@ -325,11 +335,11 @@ def test_other_frames_are_refused() -> None:
     [
         (("--formats", "huggingface,hub"), "--formats: expected some of huggingface, onnx, .*found 'hub'"),
         (("--formats", "onnx", "--opset", "11"), "opset 11: expected at least 18"),
-        (("--formats", "onnx", "--opset", "99"), "opset 99: expected at least 18, .* and at most"),
+        (("--formats", "onnx", "--opset", "99"), "opset 99: expected at most"),
         (("--int8",), "--int8: applies to the onnx format"),
         (("--outputs", "all"), "--outputs: applies to the onnx format"),
         (("--chunk_seconds", "1"), "--chunk_seconds: applies to the onnx format"),
-        (("--formats", "onnx", "--right_seconds", "0"), "--right_seconds: is context around a chunk"),
+        (("--formats", "onnx", "--right_seconds", "1"), "--right_seconds: is context around a chunk"),
         (("--formats", "onnx", "--tsv", "nowhere.tsv"), "--tsv: nothing is measured on it"),
         (("--formats", "onnx", "--chunk_seconds", "1"), "--chunk_seconds: give --tsv"),
         (("--formats", "onnx", "--chunk_seconds", "1", "--left_seconds", "-1"), "--left_seconds -1: expected 0 to 60"),
@@ -371,7 +381,7 @@ def test_files_of_flags(flags: tuple[str, ...], message: str, tmp_path: Path, mo
         ("- mit", "expected lines 'key: value', found"),
         ("", "expected lines 'key: value', found None"),
         ("a: b: c", "not readable as YAML .*; mend it"),
-        ("[" * 10**4, "not readable as YAML"),
+        ("[" * 2000, "not readable as YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not readable as YAML"),
     ],
 )
@@ -383,7 +393,9 @@ def test_wrong_cards(text: str, message: str, tmp_path: Path, monkeypatch, capsy
     assert str(tmp_path / "card.yaml") in line and re.search(message, line), line
 
 
-@pytest.mark.parametrize("flags", [("--help",), ("--model", "m.pth", "--out", "o", "--formats", "ggml")])
+@pytest.mark.parametrize(
+    "flags", [("--help",), ("--model", "m.pth", "--out", "o", "--formats", "onnx", "--opset", "3")]
+)
 def test_flags_do_not_wait_for_torch(flags: tuple[str, ...]) -> None:
     code = f"""
 import atexit, runpy, sys
@@ -418,34 +430,21 @@ def test_metadata_hold_no_free_text() -> None:
     assert card.data.license is None and card.data.model_name == metadata["model_name"]
 
 
-@slow
-def test_onnx_leaves_nothing_behind(hubert: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_arguments: Any) -> None:
         raise UserError("no")
 
     monkeypatch.setattr(export_onnx, "_convert", fail)
+    model = random_model(small_config("hubert"))
     with pytest.raises(UserError):
-        export_onnx.write_onnx(hubert.model, export_onnx.OnnxOptions(), tmp_path / "onnx")
+        export_onnx.write_onnx(model, export_onnx.OnnxOptions(), tmp_path / "onnx")
     assert not list(tmp_path.iterdir())
 
 
-def test_other_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """A folder that has files in it is left alone."""
-    folder = tmp_path / "onnx"
-    folder.mkdir()
-    (folder / "thesis.tex").write_text("all of it")
-    flags = ("--model", "none.pth", "--out", tmp_path, "--formats", "huggingface,onnx")
-    assert run_to_exit(monkeypatch, "export", *flags) == 1
-    assert "onnx: exists, with 1 files in it (thesis.tex), expected a new folder or an empty" in error_line(capsys)
-    assert [path.name for path in folder.iterdir()] == ["thesis.tex"] and not (tmp_path / "huggingface").exists()
-
-
-@slow
-def test_operators_that_are_not_standard(hubert: Exported, tmp_path: Path) -> None:
-    model = onnx.load(hubert.folder / "onnx" / "model.onnx")
-    next(node for node in model.graph.node if node.op_type == "Erf").domain = "com.microsoft"
-    onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(UserError, match=r"has 1 operators \(com.microsoft.Erf\) beyond the standard ones"):
+def test_operators_that_are_not_standard(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Gelu", ["x"], ["y"], domain="com.microsoft")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "graph", [], [])), tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=r"has 1 operators \(com.microsoft.Gelu\) beyond the standard ones"):
         export_onnx._operators(tmp_path / "model.onnx", tmp_path)
 
 
@@ -470,46 +469,28 @@ def test_windows_are_of_the_whole(chunk: tuple[int, int, int]) -> None:
 
 
 @slow
-def test_convolutions_that_suit_8_bits(hubert: Exported, tmp_path: Path) -> None:
-    """With a LayerNorm in each layer all of them but that of the waveform."""
-    options = export_onnx.OnnxOptions(speech=list(random_waveforms(1500, 1100)[0]))
-    source, target = hubert.folder / "onnx" / "model.onnx", tmp_path / "model.onnx"
-    int8.quantize(source, target, True, export_onnx._feeds(hubert.model, options))
-    model = onnx.load(target)
-    makers = {name: node.op_type for node in model.graph.node for name in node.output}
-    kinds = [makers.get(node.input[1]) for node in model.graph.node if node.op_type == "Conv"]
-    assert kinds == [None, "DequantizeLinear", "DequantizeLinear"]
-
-
-@slow
 def test_chunks(tmp_path: Path, speech: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """A file of fixed shapes, for a chunk of which a window is heard; of a model with a head, its logits."""
-    contents = task_contents(TASK_HEADS[-1], "wavlm", "base")
-    checkpoint.save(tmp_path / "model.pth", contents)
-    model = task_model_of(contents, "model.pth").eval()
-    hop = model.feature_extractor.stride / 16_000
-    monkeypatch.setattr(backends, "_MIN_SECONDS", 0.1)
-    flags = ("--model", tmp_path / "model.pth", "--out", tmp_path, "--formats", "onnx", "--tsv", speech, "--int8")
+    """A file of fixed shapes: all hidden states of a chunk, which is computed in a window."""
+    contents = contents_with_head(TASK_HEADS[2], one_layer_config("hubert"))
+    model = model_with_its_head(contents, "model.pth").eval()
+    hop, size = model.feature_extractor.stride / 16_000, model.feature_extractor.num_samples(30)
     seconds = ("--chunk_seconds", 7 * hop, "--left_seconds", 20 * hop, "--right_seconds", 3 * hop)
-    run_script(monkeypatch, "export", *flags, *seconds)
-    for name in ("model.onnx", "model.int8.onnx"):
-        session = onnxruntime.InferenceSession(tmp_path / "onnx" / name)
-        size = model.feature_extractor.num_samples(30)
+    exported = Exported(tmp_path, contents, "--tsv", speech, "--int8", "--outputs", "all", *seconds)
+    for name, tolerance in (("model.onnx", 1e-5), ("model.int8.onnx", 1)):
+        session = onnxruntime.InferenceSession(exported.folder / name)
         assert [(value.name, value.shape) for value in session.get_inputs()] == [("waveforms", [1, size])]
-        assert [(value.name, value.shape) for value in session.get_outputs()] == [("logits", [1, 7, 2])]
+        assert [(value.name, value.shape) for value in session.get_outputs()] == [("hidden_states", [2, 1, 7, 16])]
         waveforms, _ = random_waveforms(size)
         (found,) = session.run(None, {"waveforms": waveforms.numpy()})
-        wanted = model(waveforms)[0][:, 20:27].detach().numpy()
-        np.testing.assert_allclose(found, wanted, atol=1e-5 if name == "model.onnx" else 1)
-    card = (tmp_path / "onnx" / "README.md").read_text()
-    assert f"`waveforms` is (1, {size})" in card and "(logits,) = session.run" in card
-    assert re.search(r"model.onnx, chunk by chunk: cosine .* whole utterance 0\.\d+ on average", card)
-    printed = capsys.readouterr().out
-    assert "model.int8.onnx, chunk by chunk" in printed
+        wanted = torch.stack(model.extract_features(waveforms)[0])[:, :, 20:27].detach().numpy()
+        np.testing.assert_allclose(found, wanted, atol=tolerance)
+    assert f"`waveforms` is (1, {size})" in exported.card and "(hidden_states,) = session.run" in exported.card
+    assert re.search(r"model.onnx, chunk by chunk: cosine .* whole utterance 0\.\d+ on average", exported.card)
+    assert "model.int8.onnx, chunk by chunk" in capsys.readouterr().out
 
-    out = ("--out", tmp_path / "none")
-    assert run_to_exit(monkeypatch, "export", *flags, *out, "--chunk_seconds", hop / 3) == 1
+    monkeypatch.setattr(backends, "_MIN_SECONDS", 0.1)
+    flags = ("--model", tmp_path / "model.pth", "--out", tmp_path / "none", "--formats", "onnx", "--tsv", speech)
+    assert run_to_exit(monkeypatch, "export", *flags, "--outputs", "all", "--chunk_seconds", hop / 3) == 1
     assert f"expected at least {hop:g}, which is one frame" in error_line(capsys)
-    checkpoint.save(tmp_path / "model.pth", task_contents(TASK_HEADS[2]))
-    assert run_to_exit(monkeypatch, "export", *flags, *out, "--chunk_seconds", 1) == 1
+    assert run_to_exit(monkeypatch, "export", *flags, "--chunk_seconds", 1) == 1
     assert "head labels whole clips" in error_line(capsys) and not (tmp_path / "none").exists()

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import transformers
@@ -35,25 +34,6 @@ def saved(folder: Path, head: Head, *family: str) -> tuple[TaskModel, Path]:
     contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)  # transformers' models have none
     checkpoint.save(folder / "model.pth", contents)
     return task_model_of(contents, "model.pth").eval(), folder / "model.pth"
-
-
-@pytest.mark.slow
-def test_onnx_gives_logits(tmp_path, monkeypatch):
-    head = TASK_HEADS[5]  # of clips: weighted layers, attentive pooling
-    model, path = saved(tmp_path, head, "wavlm", "large")
-    run_script(monkeypatch, "export", "--model", path, "--out", tmp_path, "--formats", "onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
-    assert json.loads(session.get_modelmeta().custom_metadata_map["head"]) == head.to_dict()
-    assert [(output.name, output.shape) for output in session.get_outputs()][0] == ("logits", ["batch", 3])
-    for num_samples in ((1500,), (777, 777), (2100, 900, 3)):
-        waveforms, lengths = random_waveforms(*num_samples)
-        logits, frames = model(waveforms, lengths)
-        found = session.run(["logits", "frames"], {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()})
-        assert torch.equal(torch.from_numpy(found[1]), frames)
-        rows = frames > 0
-        torch.testing.assert_close(torch.from_numpy(found[0])[rows], logits[rows], atol=1e-5, rtol=1e-5)
-    card = (tmp_path / "onnx" / "README.md").read_text()
-    assert "logits, frames = " in card and "3 labels (yes, no, up)" in card and "logits differs" in card
 
 
 def test_name_of_the_output():
