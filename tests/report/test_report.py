@@ -261,7 +261,7 @@ def test_evaluation(exp_dir, tmp_path, monkeypatch, capsys):
     cost = ["small", "93,465,433", "1.30%", "378.8", "7.300", "1.825", "1.669e+12", "0.0123"]
     fidelity = ["small", "0.000", "0.100", "0.300", "0.900", "0.900", "0.900", "-", "-", "-", "-0.7667"]
     scores = [["small", "89.0 ± 1.2 [88.0, 92.0]"], ["log-mel", "40.0 ± 0.0 [40.0, 40.0]"], ["chance", "12.5"]]
-    quality = ["small", "90.0 [80.0, 100.0]", "93.47", "7.300", "378.8", "0.0123"]
+    quality = ["small", "90.0 [80.0, 100.0]"]
     parts = ["small", *["25.0"] * 8]
     for row in (cost, parts, fidelity, *scores, quality):
         assert row in page.rows
