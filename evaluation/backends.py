@@ -24,16 +24,13 @@ _NUM_UTTERANCES, _MIN_SECONDS, _MAX_SECONDS = 32, 1.0, 10.0
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure, as one backend runs it.
+    """A model in eval mode to measure, as one backend runs it.
 
     Attributes:
-        name: followed by the backend's, unless that is torch.
-        path: the model's file.
-        backend: "torch", or one of :data:`FILES`.
+        backend: "torch", or one of :data:`FILES`, whose name then follows the model's.
         is_teacher: whether the others are compared with it.
-        model: in eval mode.
         run: computes all hidden states of waveforms on the model's device.
-        num_bytes: of the file that the backend loads.
+        num_bytes: size of the file that the backend loads.
     """
 
     name: str
@@ -94,13 +91,7 @@ def check_backends(backends: Sequence[str], device: torch.device) -> None:
 
 
 def exported(subject: Subject, backends: Sequence[str], folder: Path, speech: Sequence[Tensor] = ()) -> list[Subject]:
-    """Export a model for these backends but torch into ``folder``, which is made.
-
-    Args:
-        subject: as PyTorch runs it.
-        backends: "torch" and any of :data:`FILES`.
-        folder: for the files.
-        speech: for the ranges of int8, see :class:`exporters.onnx.OnnxOptions`.
+    """Export a model for these backends but torch into ``folder``, which is made; ``speech`` is for int8's ranges.
 
     Raises:
         UserError: the model cannot be exported, see :func:`exporters.onnx.write_onnx`.

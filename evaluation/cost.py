@@ -48,11 +48,10 @@ def superb_seconds() -> float:
 def superb_style_macs(macs: dict[str, float]) -> dict[str, float]:
     """Bring MACs per second to the scale of SUPERB's profile.
 
-    SUPERB profiles models on a fixed set of LibriSpeech utterances. Neither the set nor its lengths are published with
-    the benchmark's package, so this is no rerun of it: it is the count for :func:`superb_seconds` of audio, which gives
-    HuBERT Base the published number by construction. Other models deviate from SUPERB's as far as the set's lengths
-    differ from :data:`UTTERANCE_SECONDS` (a published WavLM pruned by 80% by 1% between 2 s and 15 s) and its profiler
-    counts more than products. Compare such numbers with each other first.
+    The utterances that SUPERB profiles models on are not published with the benchmark, so this is no rerun of it: it is
+    the count for :func:`superb_seconds` of audio, which gives HuBERT Base the published number by construction. Other
+    models deviate as far as those utterances differ in length from :data:`UTTERANCE_SECONDS` (by 1% between 2 s and
+    15 s) and SUPERB's profiler counts more than products. Compare such numbers with each other first.
     """
     return {name: count * superb_seconds() for name, count in macs.items()}
 

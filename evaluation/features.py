@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,11 +26,7 @@ _MELS = 80
 
 
 def check_finite(states: Sequence[Tensor], model_source: str, audio_source: str) -> None:
-    """Check hidden states; the sources are named in errors.
-
-    Raises:
-        UserError: a hidden state holds NaN or infinite values.
-    """
+    """Raise a :class:`UserError` that names both sources if a hidden state holds NaN or infinite values."""
     for layer, state in enumerate(states):
         if not state.isfinite().all():
             raise UserError(
@@ -40,32 +35,23 @@ def check_finite(states: Sequence[Tensor], model_source: str, audio_source: str)
             )
 
 
-class Features(Protocol):
-    """Makes features of a waveform.
-
-    Attributes:
-        name: for progress bars and errors.
-        times: when the frames are.
-    """
+class Features:
+    """Makes features of a waveform: ``name`` is for progress bars and errors, ``times`` are those of the frames."""
 
     name: str
     times: FrameTimes
 
     def frames(self, waveform: Tensor, place: str) -> Tensor:
         """(T,) at 16 kHz -> (layers, frames, D) on the CPU; ``place`` is named in errors."""
+        raise NotImplementedError
 
     def pooled(self, waveform: Tensor, place: str) -> Tensor:
-        """(T,) at 16 kHz -> (layers, D') over all frames."""
+        """(T,) at 16 kHz -> (layers, D'), by default the mean over frames."""
+        return self.frames(waveform, place).mean(1)
 
 
-class ModelFeatures:
-    """All hidden states of a model in eval mode.
-
-    Args:
-        model: the model.
-        name: for progress bars and errors.
-        run: computes the hidden states, such as an exported file; None runs the model.
-    """
+class ModelFeatures(Features):
+    """All hidden states of a model in eval mode, or of an exported file if ``run`` is given."""
 
     def __init__(self, model: Wav2Vec2Model, name: str, run: Run | None = None) -> None:
         self.name = name
@@ -79,12 +65,8 @@ class ModelFeatures:
         check_finite(states, self.name, place)
         return torch.stack(states).float().cpu()
 
-    def pooled(self, waveform: Tensor, place: str) -> Tensor:
-        """(layers, D), the mean over frames."""
-        return self.frames(waveform, place).mean(1)
 
-
-class LogMel:
+class LogMel(Features):
     """80 log-mel energies in the windows of a published model's frames: features without any model."""
 
     name = "log-mel"

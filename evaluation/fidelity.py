@@ -23,11 +23,8 @@ from wav2vec2.model import Wav2Vec2Model
 class LinearCKA:
     """Linear centred kernel alignment (Kornblith et al., arXiv 1905.00414) of two features, batch after batch.
 
-    1 means equal up to rotation and scale, 0 uncorrelated. Only moments are kept, in float64.
-
-    Args:
-        num_dims: dimensions of both features, (Dx, Dy).
-        device: of the batches.
+    1 means equal up to rotation and scale, 0 uncorrelated. Only moments are kept, in float64. ``num_dims`` are the
+    dimensions of both features, (Dx, Dy).
     """
 
     _PAIRS = ((0, 0), (1, 1), (0, 1))
@@ -65,12 +62,9 @@ class LinearCKA:
 
 @dataclass(frozen=True)
 class Student:
-    """A model to compare with its teacher.
+    """A model in eval mode to compare with its teacher.
 
     Attributes:
-        name: names the model.
-        path: its file.
-        model: in eval mode.
         mode: "layer2layer" or "predlayer" (see :class:`lightning.DistillModule`).
         sources: for each distilled layer the student's layer that stands for it.
         projections: the learnt ones, one for each distilled layer; None if the file has none.
@@ -92,12 +86,10 @@ def make_student(
     layers: Sequence[int],
     mode: str | None = None,
 ) -> Student:
-    """Read the projections that a model file holds, and check that all fits.
+    """Read the projections that a model's file holds, and check that all fits.
 
     Args:
-        name: names the model.
-        path: its file.
-        model: the contents of the file, in eval mode.
+        name, path, model: the student in eval mode, and its file.
         teacher: in eval mode.
         layers: the distilled layers, in the order of training.
         mode: "layer2layer" or "predlayer"; None takes that of the projections, and without any layer2layer, or
@@ -132,7 +124,7 @@ def make_student(
                 f"{','.join(map(str, layers))}; give the layers that it was trained with, in their order"
             )
         dims = (each.config["encoder_embed_dim"] for each in (model, teacher))
-        projections = make_projections(mode, _shared_groups(state, len(layers)), *dims)
+        projections = make_projections(mode, [[layer] for layer in layers], *dims)
         load_state(projections, state, path)
     return Student(name, path, model, mode, sources, projections)
 
@@ -145,22 +137,6 @@ def _read_projections(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{path}: distill_linear_projs is {short_repr(state)}, expected a dict from names to tensors")
     return state
-
-
-def _shared_groups(state: dict[str, Any], num_layers: int) -> list[list[int]]:
-    """Group neighbouring projections that are one: they have their memory in common."""
-    groups: list[list[int]] = []
-    last = None
-    for layer in range(num_layers):
-        weight = state.get(f"{layer}.weight")
-        is_plain = isinstance(weight, Tensor) and weight.layout is torch.strided
-        address = weight.data_ptr() if isinstance(weight, Tensor) and is_plain else None
-        if groups and address is not None and address == last:
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
-        last = address
-    return groups
 
 
 class _Distances:
@@ -193,10 +169,7 @@ class _Distances:
 class HeldOutSpeech:
     """The whole utterances of a manifest, from short to long.
 
-    Args:
-        path: the manifest.
-        max_seconds: longer utterances are left out.
-        min_samples: shorter ones too: what the models need for a frame.
+    Longer utterances than ``max_seconds`` are left out, and shorter ones than ``min_samples``, which make a frame.
 
     Raises:
         UserError: see :func:`dataset.manifest.read_manifest`; no utterance is left, or a file does not exist.
@@ -261,11 +234,7 @@ def measure_fidelity(
     frames and then over the utterances. CKA compares the hidden states as they are, without projections, over the
     frames of all utterances together.
 
-    Args:
-        teacher: in eval mode, on the device of the students.
-        students: from :func:`make_student`, for the same layers.
-        layers: the distilled layers.
-        speech: the utterances.
+    All models are on one device, and the students made for the same layers.
 
     Returns:
         For each student ``mode``, ``projections`` (whether it has any), ``num_utterances``, ``hours``, ``note`` (None,

@@ -3,7 +3,7 @@
 import argparse
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,14 @@ AllProbed = dict[str, dict[str, Probed]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that is measured, and on what.
+    """All that is measured: models as PyTorch runs them, the teacher first; with --tsv, students and their speech.
 
-    Attributes:
-        device: where PyTorch runs.
-        subjects: as PyTorch runs them, the teacher first.
-        probes: the lists of labelled clips.
-        layers: the distilled layers.
-        speech: for fidelity; None without ``--tsv``.
-        students: to be compared with the teacher; none without ``--tsv``.
-        calibration: speech for int8.
+    ``calibration`` is speech for int8.
     """
 
     device: torch.device
     subjects: list[Subject]
     probes: list[Probe]
-    layers: list[int]
     speech: HeldOutSpeech | None
     students: list[Student]
     calibration: list[Tensor]
@@ -106,30 +98,22 @@ def read_inputs(args: argparse.Namespace, layers: list[int], backends: Sequence[
     calibration = read_speech(args.tsv) if args.tsv and "onnx-int8" in backends else []
     subjects = load_subjects(args, device)
     if not args.tsv:
-        return Inputs(device, subjects, probes, layers, None, [], calibration)
+        return Inputs(device, subjects, probes, None, [], calibration)
     teacher, *others = subjects
     min_samples = max(subject.model.feature_extractor.receptive_field for subject in subjects)
     speech = HeldOutSpeech(args.tsv, args.max_seconds, min_samples)
     students = [
         make_student(each.name, each.path, each.model, teacher.model, layers, args.distill_mode) for each in others
     ]
-    return Inputs(device, subjects, probes, layers, speech, students, calibration)
+    return Inputs(device, subjects, probes, speech, students, calibration)
 
 
 def head_summary(model: TaskModel, probes: Sequence[Probe], name: str) -> dict[str, Any]:
     """Score a model's own head on the lists of its kind and labels.
 
-    Args:
-        model: in eval mode.
-        probes: all lists.
-        name: of the model, in progress bars and errors.
-
     Returns:
         The settings of the head, its ``scores`` by the name of the list (see :meth:`labels.scores.Scored.summary`), and
         ``left_out``: the other lists, with the reason.
-
-    Raises:
-        UserError: a clip cannot be read or is too short, or a logit is not finite.
     """
     scores, left_out = {}, {}
     for probe in probes:
@@ -170,11 +154,6 @@ def measure_quality(
     }
     more_is_better = {probe.name: METRICS[probe.kind][1] for probe in inputs.probes}
     return figure_of_merit(scored, more_is_better, inputs.subjects[0].name, LOG_MEL)
-
-
-def summaries(probed: Mapping[str, Probed]) -> dict[str, Any]:
-    """Return the results of each probe as a results file holds them."""
-    return {name: found.summary() for name, found in probed.items()}
 
 
 def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str]) -> dict[str, Any]:
@@ -226,13 +205,15 @@ def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str
                 "config": subject.model.config,
                 "cost": {**cost(subject.model, subject.num_bytes), "speed": speed},
                 "fidelity": fidelity.get(subject.name),
-                "probes": summaries(probed[subject.name]),
+                "probes": {name: found.summary() for name, found in probed[subject.name].items()},
                 "head": heads.get(subject.name),
                 "quality": merit.get(subject.name),
             }
             for subject, speed in zip(every, speeds, strict=True)
         ],
-        "controls": {name: summaries(control) for name, control in controls.items()},
+        "controls": {
+            name: {probe: found.summary() for probe, found in control.items()} for name, control in controls.items()
+        },
         "probes": {probe.name: summary(probe) for probe in inputs.probes},
         "left_out": left_out,
         "macs_counted_on": counted_on(),

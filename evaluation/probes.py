@@ -136,7 +136,7 @@ def train_probe(
         labels: (N,).
         num_classes: outputs.
         penalty: factor of the squared weights.
-        generator: of the initial weights.
+        generator: draws the initial weights.
 
     Returns:
         The probe in eval mode.
@@ -192,10 +192,8 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> 
 def run_pooled(train: Tensor, test: Tensor, probe: Probe, seed: int) -> Run:
     """Classify clips, or compare clips of unknown labels by the logits of a classifier of the training labels.
 
-    Args:
-        train, test: (N, layers, D) of the probe's training and test clips.
-        probe: the task.
-        seed: of held-out clips and initial weights.
+    ``train`` and ``test`` are features (N, layers, D) of the probe's clips; the seed chooses held-out clips and initial
+    weights.
     """
     labels, wanted = (torch.tensor([clip.target for clip in clips]) for clips in (probe.train, probe.test))
     trained = fit_probe(train, labels, len(probe.labels), seed)
@@ -238,10 +236,7 @@ def _train(probe: LinearProbe, batches: Sequence[Tensor], loss: Callable[[Tensor
 def run_frames(train: Frames, test: Frames, probe: Probe, seed: int) -> Run:
     """Classify labelled frames, or recognise the units of texts with CTC, whose output 0 is the blank.
 
-    Args:
-        train, test: frames of the probe's training and test clips.
-        probe: the task.
-        seed: of the order of batches.
+    The seed chooses the order of batches.
     """
     generator = torch.Generator().manual_seed(seed)
     is_text, labels, parts = probe.kind == TEXT, torch.cat(train.targets), train.parts
@@ -278,12 +273,7 @@ def run_frames(train: Frames, test: Frames, probe: Probe, seed: int) -> Run:
 
 
 class Probed(NamedTuple):
-    """The runs of a probe on one kind of features.
-
-    Attributes:
-        scored: their scores.
-        layer_weights: the mean over the runs.
-    """
+    """The scores of a probe's runs on one kind of features, and the mean of their layer weights."""
 
     scored: Scored
     layer_weights: list[float]
@@ -301,11 +291,6 @@ class Probed(NamedTuple):
 
 def run_probe(features: Features, probe: Probe, seeds: Sequence[int]) -> list[Run]:
     """Run a probe once for each seed, on the same features of its clips.
-
-    Args:
-        features: what is measured.
-        probe: the task.
-        seeds: of held-out clips, initial weights and the order of batches.
 
     Raises:
         UserError: a clip cannot be read or is too short, or a feature is not finite.

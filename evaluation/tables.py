@@ -204,25 +204,11 @@ def _interval(found: dict[str, Any]) -> str:
 
 
 def quality_table(results: dict[str, Any]) -> Table:
-    """Tabulate the quality of each model beside its cost."""
-    rows = []
-    for model in results["models"]:
-        if model["quality"]:
-            cost = model["cost"]
-            speed = cost["speed"][0]["real_time_factor"] if cost["speed"] else None
-            rows.append(
-                [
-                    model["name"],
-                    _interval(model["quality"]),
-                    f"{cost['num_params'] / 1e6:.2f}",
-                    f"{cost['macs_per_second']['total'] / 1e9:.3f}",
-                    "-" if cost["num_bytes"] is None else f"{cost['num_bytes'] / 1e6:.1f}",
-                    "-" if speed is None else f"{speed:.4f}",
-                ]
-            )
-    about = "quality: mean over the probes of where the score lies between log-mel (0) and the teacher (100)"
+    """Tabulate the quality of each model."""
+    rows = [[model["name"], _interval(model["quality"])] for model in results["models"] if model["quality"]]
+    about = "mean over the probes of where the score lies between log-mel (0) and the teacher (100), and 95% interval"
     notes = [f"{probe} is left out: {reason}" for probe, reason in results["left_out"].items()]
-    return Table("Quality and cost", ["", "quality", "M parameters", "GMACs/s", "MB", "RTF"], rows, [about, *notes])
+    return Table("Quality", ["", "quality"], rows, [about, *notes])
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -149,13 +149,7 @@ class LabelledBatch(NamedTuple):
 class LabelledDataset(Dataset):
     """Reads whole clips; the next longer clip, with its target, replaces a file that has gone bad.
 
-    After the longest comes the shortest.
-
-    Args:
-        kind: of the list, see :class:`~labels.lists.Probe`.
-        clips: one split.
-        lengths: (N,) samples of each clip at 16 kHz.
-        frames: the model's.
+    After the longest comes the shortest. ``lengths`` (N,) are the samples of each clip at 16 kHz.
     """
 
     def __init__(self, kind: str, clips: Sequence[Clip], lengths: np.ndarray, frames: FrameTimes) -> None:

@@ -61,14 +61,12 @@ class Clip(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """A task: labelled audio to learn from and to test on.
+    """A task: labelled audio to learn from and to test on; ``valid`` may be empty.
 
     Attributes:
         name: the file's name without its ending.
-        path: the ``.tsv`` file.
         kind: :data:`CLIPS`, :data:`VERIFICATION`, :data:`SEGMENTS` or :data:`TEXT`.
         labels: the names of the training clips' labels or units.
-        train, test, valid: the clips; ``valid`` may be empty.
     """
 
     name: str

@@ -114,10 +114,7 @@ def fitting_probe(model: TaskModel, probe: Probe) -> Probe | str:
 def score_head(model: TaskModel, probe: Probe, source: str) -> Score:
     """Score a model's own head on the test clips; a verification compares logits from their mean over training.
 
-    Args:
-        model: in eval mode; its labels are the list's.
-        probe: the list.
-        source: the model's name, in progress bars and errors.
+    The model is in eval mode, and its labels are the list's; ``source`` names it in progress bars and errors.
 
     Raises:
         UserError: a clip cannot be read or is too short, or a logit is not finite.

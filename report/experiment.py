@@ -59,14 +59,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Stage:
-    """A training of a run.
-
-    Attributes:
-        title: for people.
-        log: columns of its CSV log, empty without one.
-        num_updates: updates done when its checkpoint was written; None without one.
-        about: what the checkpoint says of it.
-    """
+    """A training of a run: its CSV log, the updates done and the record in its checkpoint, as far as it has them."""
 
     title: str
     log: dict[str, Column]
@@ -82,14 +75,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Model:
-    """A model file of a run.
-
-    Attributes:
-        name: such as "after pruning".
-        path: the file.
-        shape: the model without memory for its weights, on torch's meta device.
-        made_by: what the file says of its making.
-    """
+    """A model file of a run, named such as "after pruning"; ``shape`` is the model on torch's meta device."""
 
     name: str
     path: Path
@@ -102,9 +88,7 @@ class Experiment:
     """What there is of a run so far.
 
     Attributes:
-        name: of its folder.
         stages: the trainings that have left a log or a checkpoint.
-        models: the models that they made.
         original: the student before pruning, on the meta device; None if no checkpoint says it.
         original_num_params: the teacher's, which sparsity is relative to; None if no checkpoint says it.
         target_sparsity: wanted, 0 to 1; None if no file says it.

@@ -20,15 +20,7 @@ TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class Report:
-    """A run and the tables on it.
-
-    Attributes:
-        experiment: the run.
-        sizes: costs of the original and the run's models; None without any.
-        architecture: kept units; empty without the original or a model.
-        evaluation: the tables of ``results``.
-        results: of evaluate.py; empty without.
-    """
+    """A run and the tables on it; ``evaluation`` are those of ``results``, which is empty without evaluate.py."""
 
     experiment: Experiment
     sizes: Table | None
@@ -43,18 +35,23 @@ class Report:
 
 
 def make_report(exp_dir: Path, results: dict[str, Any] | None = None) -> Report:
-    """Read what there is of a run.
-
-    Args:
-        exp_dir: of distill.py, finetune.py or run.sh.
-        results: of evaluate.py, to be shown too.
+    """Read what there is of a run; ``results`` are those of evaluate.py.
 
     Raises:
         UserError: there is no run in ``exp_dir``, or ``results`` are not those of evaluate.py.
     """
     evaluated = [] if results is None else evaluation_tables(results)
     experiment = read_experiment(exp_dir)
-    return Report(experiment, size_table(experiment), _architecture(experiment), evaluated, results or {})
+    before, after = configs_of(experiment)
+    architecture = architecture_tables(before, after) if before and after else []
+    return Report(experiment, size_table(experiment), architecture, evaluated, results or {})
+
+
+def configs_of(experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configs of the original and of the last model; empty ones if either is missing."""
+    if experiment.original is None or not experiment.models:
+        return {}, {}
+    return experiment.original.config, experiment.models[-1].shape.config
 
 
 def size_table(experiment: Experiment) -> Table | None:
@@ -78,17 +75,12 @@ def size_table(experiment: Experiment) -> Table | None:
     return table
 
 
-def _architecture(experiment: Experiment) -> list[Table]:
-    if experiment.original is None or not experiment.models:
-        return []
-    return architecture_tables(experiment.original.config, experiment.models[-1].shape.config)
-
-
 def kept_pictures(experiment: Experiment) -> list[Picture]:
     """Draw the kept units of each kind; nothing without the original or a model."""
-    if experiment.original is None or not experiment.models:
+    before, after = configs_of(experiment)
+    if not (before and after):
         return []
-    old, new = unit_counts(experiment.original.config), unit_counts(experiment.models[-1].shape.config)
+    old, new = unit_counts(before), unit_counts(after)
     return [kept_units(unit, old[unit], new[unit], first_layer=unit != "conv channels") for unit in new]
 
 

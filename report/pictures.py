@@ -156,27 +156,20 @@ def quality(results: Mapping[str, Any]) -> list[Picture]:
             model["cost"]["speed"][0]["real_time_factor"] for model in models if model["cost"]["speed"]
         ],
     }
-    return [_points(models, title, values) for title, values in costs.items() if values]
-
-
-def _points(models: Sequence[Mapping[str, Any]], title: str, costs: Sequence[float]) -> Picture:
-    with _drawing() as (figure, axes):
-        for number, (model, cost) in enumerate(zip(models, costs, strict=True)):
-            value, (low, high) = model["quality"]["mean"], model["quality"]["interval"]
-            colour = COLOURS[number % len(COLOURS)]
-            spread = [[max(0, value - low)], [max(0, high - value)]]
-            axes.errorbar(cost, value, spread, fmt="o", color=colour, capsize=3)
-            axes.annotate(_label(model["name"]), (cost, value), (5, 4), textcoords="offset points", fontsize=8)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
-        axes.set_title("quality (log-mel 0, teacher 100)")
-        axes.set_xlabel(title)
-        return Picture(f"quality against {title}", _svg(figure))
+    pictures = []
+    for title, values in costs.items():
+        lines = {}
+        for model, value in zip(models, values, strict=False):
+            low, high = model["quality"]["interval"]
+            mean = model["quality"]["mean"]
+            lines[model["name"]] = [Point(value, mean, min(low, mean), max(high, mean))]
+        if values:
+            pictures.append(methods(lines, title))
+    return pictures
 
 
 class Point(NamedTuple):
-    """The quality that a method reaches at a cost, and the range of its runs."""
+    """The quality at a cost: the mean, and the range of the runs or an interval."""
 
     cost: float
     mean: float
@@ -185,7 +178,7 @@ class Point(NamedTuple):
 
 
 def methods(lines: Mapping[str, Sequence[Point]], title: str) -> Picture:
-    """Draw quality against a cost: a line for each method, a point for each size with the range of its runs."""
+    """Draw quality against a cost: a line for each method or model, a point with its range for each size."""
     with _drawing({"figure.figsize": (7.2, 4.8), "figure.subplot.right": 0.75}) as (figure, axes):
         # Colours come again with other markers.
         for (marker, colour), (name, points) in zip(product(MARKERS, COLOURS), lines.items(), strict=False):
@@ -198,7 +191,7 @@ def methods(lines: Mapping[str, Sequence[Point]], title: str) -> Picture:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title("quality (log-mel 0, teacher 100), mean and range of the seeds")
+        axes.set_title("quality (log-mel 0, teacher 100)")
         axes.set_xlabel(title)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
         return Picture(f"quality against {title}", _svg(figure))

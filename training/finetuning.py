@@ -72,12 +72,6 @@ class FinetuneModule(pl.LightningModule):
     While the encoder is frozen it computes what it will compute in use: without dropout, and with nothing hidden. Layer
     drop is off: every weight takes part in every update.
 
-    Args:
-        model: the model to train.
-        probe: the list.
-        valid: the clips to validate on.
-        settings: of the run.
-
     Attributes:
         scalars: what the last training batch logs.
         valid_score: of the last validation, in per cent.
@@ -179,13 +173,7 @@ class FinetuneModule(pl.LightningModule):
 
 
 class BestModel(pl.Callback):
-    """Keeps the model of the best validation in a file; of equals the first.
-
-    Args:
-        module: trains the model and scores it.
-        path: the file.
-        made_by: what the file says of its making, beside update and score.
-    """
+    """Keeps the model of the best validation in a file, with ``made_by``, update and score; of equals the first."""
 
     def __init__(self, module: FinetuneModule, path: Path, made_by: dict[str, Any]) -> None:
         self.module = module

@@ -24,11 +24,8 @@ from helpers import (
     send,
     small_config,
 )
-from torch.nn import functional as F
 
 import wav2vec2
-from labels.scores import clip_results, score_of
-from labels.tasks import task_loss
 from training import callbacks, speed
 from training.finetuning import BestModel, FinetuneModule, SpanMasking
 from wav2vec2.files import checkpoint
@@ -170,40 +167,6 @@ def test_hidden_spans():
     assert torch.equal(hidden, masking.draw([40, 7, 400] * 200))
     for num_frames in ([1], [1, 1], [3, 2], [6]):
         assert masking.draw(num_frames).shape == (len(num_frames), max(num_frames))
-
-
-# --- losses and scores -----------------------------------------------------------------------------
-
-
-def test_losses_do_not_see_padding():
-    """A batch's loss is the mean over its rows alone, whatever stands behind them."""
-    torch.manual_seed(0)
-    logits, lengths = torch.randn(2, 9, 4), torch.tensor([9, 6])
-    texts = torch.tensor([[0, 1, 1], [2, -1, -1]])
-    rows = [
-        F.ctc_loss(x[:n, None].log_softmax(-1), t[None] + 1, torch.tensor([n]), torch.tensor([len(t)]))
-        for x, n, t in zip(logits, (9, 6), (texts[0], texts[1, :1]), strict=True)
-    ]
-    torch.testing.assert_close(task_loss("text", logits, lengths, texts), torch.stack(rows).mean())
-    frames = torch.tensor([[0, 0, -1, 3, 3, 3, -1, 2, 1], [1, 1, -1, -1, 0, 2, -1, -1, -1]])
-    wanted = F.cross_entropy(logits[frames >= 0], frames[frames >= 0])
-    torch.testing.assert_close(task_loss("segments", logits, lengths, frames), wanted)
-    assert task_loss("segments", logits, lengths, torch.full((2, 9), -1)) == 0
-    labels = torch.tensor([[3], [1]])
-    torch.testing.assert_close(
-        task_loss("clips", logits[:, 0], lengths, labels), F.cross_entropy(logits[:, 0], labels[:, 0])
-    )
-
-
-def test_scores():
-    logits = torch.eye(4)[torch.tensor([[1, 1, 0, 1, 2], [3, 0, 0, 0, 0]])]
-    lengths = torch.tensor([5, 1])
-    # "0 0 1" is found where "0 2" is wanted; behind one frame nothing counts.
-    results = clip_results("text", logits, lengths, torch.tensor([[0, 2], [2, -1]]))
-    assert results == [[2.0, 2.0], [0.0, 1.0]] and score_of("text", results, ()).value() == pytest.approx(200 / 3)
-    frames = torch.tensor([[1, -1, 1, 1, 2], [3, -1, -1, -1, -1]])
-    assert clip_results("segments", logits, lengths, frames) == [[3.0, 4.0], [1.0, 1.0]]
-    assert clip_results("clips", logits[:, 0], lengths, torch.tensor([[1], [2]])) == [[1.0, 1.0], [0.0, 1.0]]
 
 
 # --- runs ------------------------------------------------------------------------------------------

@@ -1,20 +1,19 @@
-"""Scores of fine-tuned models' own heads, against the same computed by hand."""
+"""Losses of heads, and scores of fine-tuned models' own heads, against the same computed by hand."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import run_script, save_small_model, task_contents
+from helpers import task_contents
+from torch.nn import functional as F
 from torchaudio.functional import edit_distance
 
-from evaluation.heads import head_summary, head_tasks
-from evaluation.tables import evaluation_tables
-from labels.lists import read_probe
+from labels.lists import Probe, read_probe
+from labels.scores import Score
+from labels.tasks import fitting_probe, score_head, task_loss
 from wav2vec2.audio import read_audio
-from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import Head, TaskModel, task_model_of
 
@@ -51,9 +50,10 @@ def make(kind: str, labels: tuple[str, ...] = LABELS) -> TaskModel:
     return task_model_of(task_contents(Head(kind, labels, **settings[kind])), "model.pth").eval()
 
 
-def scores(model: TaskModel, path: Path) -> dict:
-    tasks = head_tasks(model, [read_probe(path)])
-    return head_summary(model, tasks, "model")["scores"][path.stem]
+def own_score(model: TaskModel, path: Path) -> Score:
+    probe = fitting_probe(model, read_probe(path))
+    assert isinstance(probe, Probe)
+    return score_head(model, probe, "model")
 
 
 def by_hand(model: TaskModel, path: Path, split: str = "test"):
@@ -71,9 +71,8 @@ def by_hand(model: TaskModel, path: Path, split: str = "test"):
 def test_clips(lists):
     model = make("clips")
     correct = [rows[0][0] == LABELS[logits.argmax()] for rows, logits in by_hand(model, lists / "clips.tsv")]
-    found = scores(model, lists / "clips.tsv")
-    assert found["mean"] == pytest.approx(100 * np.mean(correct)) and found["metric"] == "accuracy"
-    assert len(correct) == 8 and found["interval"][0] <= found["mean"] <= found["interval"][1]
+    assert len(correct) == 8
+    assert own_score(model, lists / "clips.tsv").value() == pytest.approx(100 * np.mean(correct))
 
 
 def test_segments(lists):
@@ -86,8 +85,7 @@ def test_segments(lists):
                 if float(start) <= time < float(end):
                     count += 1
                     right += label == LABELS[best]
-    found = scores(model, lists / "segments.tsv")
-    assert found["mean"] == pytest.approx(100 * right / count) and found["metric"] == "frame accuracy"
+    assert own_score(model, lists / "segments.tsv").value() == pytest.approx(100 * right / count)
 
 
 def test_text(lists):
@@ -100,8 +98,7 @@ def test_text(lists):
             wanted = rows[0][0].split() if units == "words" else list(rows[0][0])
             errors += edit_distance([labels[unit - 1] for unit in best if unit], wanted)
             count += len(wanted)
-        found = scores(model, lists / "text.tsv")
-        assert found["mean"] == pytest.approx(100 * errors / count) and found["metric"] == f"{units[:-1]} error rate"
+        assert own_score(model, lists / "text.tsv").value() == pytest.approx(100 * errors / count)
 
 
 def test_verification(lists):
@@ -115,48 +112,43 @@ def test_verification(lists):
     same = np.array([rows[i] == rows[j] for i, j in pairs])
     rates = [((cosines[same] <= x).mean(), (cosines[~same] > x).mean()) for x in sorted(cosines)]
     low, high = (max(min(rate) for rate in rates), min(max(rate) for rate in rates))
-    found = scores(model, lists / "voices.tsv")
-    assert found["metric"] == "equal error rate" and 100 * low - 1e-6 <= found["mean"] <= 100 * high + 1e-6
+    assert 100 * low - 1e-6 <= own_score(model, lists / "voices.tsv").value() <= 100 * high + 1e-6
 
 
 def test_lists_of_another_kind_or_with_other_labels_are_left_out(lists):
-    probes = [read_probe(lists / f"{name}.tsv") for name in ("clips", "voices", "segments", "text")]
-    tasks = head_tasks(make("clips", ("low", "mid")), probes)
-    assert not tasks.probes
-    assert tasks.left_out == {
+    model = make("clips", ("low", "mid"))
+    reasons = {
         "clips": "its head does not know the label 'high'",
         "voices": "its head does not know the label 'high'",
         "segments": "its head is one of clips, the list one of segments",
         "text": "its head is one of clips, the list one of text",
     }
+    for name, reason in reasons.items():
+        assert fitting_probe(model, read_probe(lists / f"{name}.tsv")) == reason
 
 
 def test_logits_that_are_not_finite(lists):
     model = make("clips")
     model.head.linear.bias.data.fill_(float("nan"))
     with pytest.raises(UserError, match=r"^model: its head gives NaN .* line 14"):
-        scores(model, lists / "clips.tsv")
+        own_score(model, lists / "clips.tsv")
 
 
-@pytest.mark.slow
-def test_evaluate_scores_own_heads_beside_the_probes(lists, tmp_path, monkeypatch, capsys):
-    paths = [tmp_path / name for name in ("plain.pth", "clips.pth", "text.pth")]
-    save_small_model(paths[0], "hubert", "base")
-    for kind, path in zip(("clips", "text"), paths[1:], strict=True):
-        settings = {"units": "words"} if kind == "text" else {"pooling": "attentive"}
-        checkpoint.save(path, task_contents(Head(kind, LABELS, **settings)))
-    lists_flags = ("--probes", lists / "clips.tsv", lists / "text.tsv", "--seeds", 0, "--no_controls")
-    flags = ("--models", *paths, *lists_flags, "--speed_seconds", "--device", "cpu", "--out", tmp_path / "results.json")
-    run_script(monkeypatch, "evaluate", *flags)
-    results = json.loads((tmp_path / "results.json").read_text())
-    plain, clips, text = results["models"]
-    assert plain["head"] is None and clips["head"]["kind"] == "clips" and clips["head"]["labels"] == list(LABELS)
-    wanted = scores(task_model_of(checkpoint.read_model_file(paths[1]), "").eval(), lists / "clips.tsv")
-    assert clips["head"]["scores"] == {"clips": wanted} and text["head"]["scores"].keys() == {"text"}
-    assert all(model["probes"].keys() == {"clips", "text"} for model in results["models"])
-    printed = capsys.readouterr().out
-    assert "Own heads:" in printed and f"{wanted['mean']:.1f} [" in printed
-    assert "clips is not scored on text: its head is one of clips, the list one of text" in printed
-    for model in results["models"]:
-        del model["head"]  # as older results are
-    assert "Own heads" not in [table.title for table in evaluation_tables(results)]
+def test_losses_do_not_see_padding():
+    """A batch's loss is the mean over its rows alone, whatever stands behind them."""
+    torch.manual_seed(0)
+    logits, lengths = torch.randn(2, 9, 4), torch.tensor([9, 6])
+    texts = torch.tensor([[0, 1, 1], [2, -1, -1]])
+    rows = [
+        F.ctc_loss(x[:n, None].log_softmax(-1), t[None] + 1, torch.tensor([n]), torch.tensor([len(t)]))
+        for x, n, t in zip(logits, (9, 6), (texts[0], texts[1, :1]), strict=True)
+    ]
+    torch.testing.assert_close(task_loss("text", logits, lengths, texts), torch.stack(rows).mean())
+    frames = torch.tensor([[0, 0, -1, 3, 3, 3, -1, 2, 1], [1, 1, -1, -1, 0, 2, -1, -1, -1]])
+    wanted = F.cross_entropy(logits[frames >= 0], frames[frames >= 0])
+    torch.testing.assert_close(task_loss("segments", logits, lengths, frames), wanted)
+    assert task_loss("segments", logits, lengths, torch.full((2, 9), -1)) == 0
+    labels = torch.tensor([[3], [1]])
+    torch.testing.assert_close(
+        task_loss("clips", logits[:, 0], lengths, labels), F.cross_entropy(logits[:, 0], labels[:, 0])
+    )
