@@ -35,8 +35,8 @@ from evaluation.scores import LOG_MEL, figure_of_merit
 from evaluation.tables import evaluation_tables
 from labels.lists import UNITS, Probe, read_probe
 from labels.scores import METRICS
-from lightning import DISTILL_MODES, parse_distill_layers
 from report.pictures import layers_alone, quality
+from training.settings import parse_distill_layers
 from wav2vec2.audio import MAX_SECONDS
 from wav2vec2.files.checkpoint import read_model_file
 from wav2vec2.files.errors import UserError
@@ -62,7 +62,9 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("fidelity")
     group.add_argument("--tsv", type=Path, help="manifest of held-out speech, from prepare_data.py")
     group.add_argument("--distill_layers", default="0.4,8,12", help="as in training")
-    group.add_argument("--distill_mode", choices=DISTILL_MODES, help="as in training (default: read from each file)")
+    group.add_argument(
+        "--distill_mode", choices=("layer2layer", "predlayer"), help="as in training (default: read from each file)"
+    )
     group.add_argument("--max_seconds", type=float, default=MAX_SECONDS, help="leave out longer utterances")
     group = parser.add_argument_group("probes")
     group.add_argument("--probes", type=Path, nargs="+", default=[], metavar="TSV", help="lists of labelled clips")

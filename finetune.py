@@ -26,11 +26,11 @@ import cli
 from evaluation.heads import score_head
 from evaluation.scores import Scored
 from labels.scores import METRICS
-from training.arguments import FinetuneRunSettings, add_finetune_arguments, read_finetune_arguments
 from training.checkpoints import BEST_MODEL, FINETUNED_MODEL, made_before
 from training.data import TEST_SUBSET, TRAIN_SUBSET, VALID_SUBSET, LabelledDataModule
 from training.finetuning import finetune
-from training.objectives import own_device
+from training.processes import own_device
+from training.settings import FinetuneRunSettings, add_arguments, read_arguments
 from wav2vec2.files.checkpoint import read_model_file, save
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import task_model_of
@@ -42,9 +42,8 @@ RESULT = "finetuned.json"
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    add_finetune_arguments(
-        parser, seconds_per_batch=32.0, learning_rate=1e-2, warmup_updates=200, max_updates=2000, clip_norm=1.0
-    )
+    defaults = {"seconds_per_batch": 32.0, "learning_rate": 1e-2, "warmup_updates": 200, "max_updates": 2000}
+    add_arguments(parser, FinetuneRunSettings, **defaults, clip_norm=1.0)
     return parser.parse_args()
 
 
@@ -79,7 +78,7 @@ def finish(settings: FinetuneRunSettings, data: LabelledDataModule) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    settings = read_finetune_arguments(args, "fine-tuning")
+    settings = read_arguments(args, FinetuneRunSettings)
     pl.seed_everything(settings.data.seed, verbose=False)
     if (data := finetune(settings)) is not None:
         finish(settings, data)

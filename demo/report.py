@@ -10,8 +10,8 @@ from statistics import fmean
 import cli
 from evaluation.fidelity import HeldOutSpeech, make_student, measure_fidelity, shared_min_samples
 from evaluation.tables import architecture_tables, fidelity_table
-from lightning import parse_distill_layers
 from report.experiment import read_experiment
+from training.settings import parse_distill_layers
 from wav2vec2.audio import MAX_SECONDS
 from wav2vec2.files.checkpoint import load_model
 from wav2vec2.files.errors import UserError

@@ -15,7 +15,8 @@ from dataset.batches import BatchSampler, make_batches
 from dataset.manifest import Manifest, read_manifest
 from dataset.speech import SpeechDataset
 from evaluation.features import hidden_states
-from lightning import Layers, check_pair, make_projections, mean_of, student_layers
+from lightning import DistillMode, make_projections, student_layer
+from training.pairing import check_pair
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.checkpoint import load_state, read_model_file
 from wav2vec2.files.errors import UserError, short_repr
@@ -73,20 +74,20 @@ class Student:
         name: in progress bars.
         path: the file that it comes from.
         model: in eval mode.
-        mode: "layer2layer" or "predlayer", see :data:`lightning.DISTILL_MODES`.
+        mode: "layer2layer" or "predlayer", see :class:`lightning.DistillModule`.
         projections: the learnt ones, one per distilled layer; None where the file has none.
     """
 
     name: str
     path: Path
     model: Wav2Vec2Model
-    mode: str
+    mode: DistillMode
     projections: nn.ModuleList | None
 
-    def source(self, layers: Layers, num_teacher_layers: int) -> Layers:
-        """The hidden states that stand for these of the teacher."""
+    def source(self, layer: int, num_teacher_layers: int) -> int:
+        """The layer that learns this layer of the teacher."""
         num_layers = len(self.model.encoder.transformer.layers)
-        return student_layers(layers, num_teacher_layers, num_layers) if self.mode == "layer2layer" else (num_layers,)
+        return student_layer(layer, num_teacher_layers, num_layers) if self.mode == "layer2layer" else num_layers
 
 
 def make_student(
@@ -94,8 +95,8 @@ def make_student(
     path: Path,
     model: Wav2Vec2Model,
     teacher: Wav2Vec2Model,
-    layers: Sequence[Layers],
-    mode: str | None = None,
+    layers: Sequence[int],
+    mode: DistillMode | None = None,
 ) -> Student:
     """Read the projections that a model file holds, and check that all fits.
 
@@ -109,7 +110,7 @@ def make_student(
             predlayer where the model has no layer at the depth of one of these.
 
     Raises:
-        UserError: the projections do not fit the layers, the mode or the models; or see :func:`lightning.check_pair`.
+        UserError: the projections do not fit the layers, the mode or the models, or the models do not fit each other.
     """
     state = _read_projections(path)
     found = None
@@ -118,12 +119,11 @@ def make_student(
     if found and mode not in (None, found):
         raise UserError(f"{path}: its projections are those of distill_mode {found}, expected those of {mode}")
     mode = mode or found
-    matched = [layer for each in layers for layer in each]
     if mode is None:  # of others' models, which may have no layer at the depth of each of the teacher's
         depths = [len(each.encoder.transformer.layers) for each in (teacher, model)]
-        mode = "predlayer" if any(layer * depths[1] % depths[0] for layer in matched) else "layer2layer"
+        mode = "predlayer" if any(layer * depths[1] % depths[0] for layer in layers) else "layer2layer"
     try:
-        check_pair(teacher, model, matched, mode)
+        check_pair(teacher, model, layers, mode)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     projections = None
@@ -132,7 +132,7 @@ def make_student(
         if num_found != len(layers):
             raise UserError(
                 f"{path}: has {num_found} projections, expected one for each of the {len(layers)} distilled layers "
-                f"{','.join(str(written(each)) for each in layers)}; give the layers that it was trained with, in "
+                f"{','.join(map(str, layers))}; give the layers that it was trained with, in "
                 "their order"
             )
         dims = (each.config["encoder_embed_dim"] for each in (model, teacher))
@@ -232,7 +232,7 @@ class HeldOutSpeech:
 
 @torch.inference_mode()
 def measure_fidelity(
-    teacher: Wav2Vec2Model, students: Sequence[Student], layers: Sequence[Layers], speech: HeldOutSpeech
+    teacher: Wav2Vec2Model, students: Sequence[Student], layers: Sequence[int], speech: HeldOutSpeech
 ) -> list[dict[str, Any]]:
     """Compare students with their teacher on the same utterances.
 
@@ -270,7 +270,7 @@ def measure_fidelity(
         for student, own, distances in zip(students, sources, sums, strict=True):
             actual = hidden_states(student.model, waveform, _depth(own), str(student.path), path)
             for of_teacher, of_student, distance in zip(layers, own, distances, strict=True):
-                distance.update(mean_of(actual, of_student), mean_of(expected, of_teacher))
+                distance.update(actual[of_student], expected[of_teacher])
     return [
         {
             "mode": student.mode,
@@ -279,7 +279,7 @@ def measure_fidelity(
             "hours": speech.num_samples / SAMPLE_RATE / 3600,
             "note": _note(student, distances[0]),
             "layers": [
-                {"layer": written(of_teacher), "source": written(of_student), **distance.means()}
+                {"layer": of_teacher, "source": of_student, **distance.means()}
                 for of_teacher, of_student, distance in zip(layers, own, distances, strict=True)
             ],
         }
@@ -287,14 +287,9 @@ def measure_fidelity(
     ]
 
 
-def written(layers: Layers) -> int | str:
-    """A layer's number, or ``"1+2"`` for the mean of several."""
-    return layers[0] if len(layers) == 1 else "+".join(map(str, layers))
-
-
-def _depth(layers: Sequence[Layers]) -> int:
-    """How many layers must run for these."""
-    return max(1, *(layer for each in layers for layer in each))
+def _depth(layers: Sequence[int]) -> int:
+    """The number of layers that must run for these."""
+    return max(1, *layers)
 
 
 def _note(student: Student, distance: _Distances) -> str | None:

@@ -15,9 +15,9 @@ from training.checkpoints import (
     DISTILLATION,
     FINETUNED_MODEL,
     FINETUNING,
+    INTERMEDIATE,
     LAST_CHECKPOINT,
     PRUNED_MODEL,
-    is_on_the_way,
     read_training_checkpoint,
 )
 from wav2vec2.files.checkpoint import build_model, read_model_file
@@ -183,7 +183,7 @@ def read_experiment(exp_dir: Path) -> Experiment:
         path = logs / CHECKPOINTS / LAST_CHECKPOINT
         saved = read(path, lambda path, kind=place.kind: read_training_checkpoint(path, kind)) or {}
         about = saved.get(place.kind, {})
-        if is_on_the_way(about):  # the run's, up to here
+        if about.get(INTERMEDIATE):  # the run's, up to here
             logs, last_update = exp_dir.resolve().parent, saved["global_step"]
         log: dict[str, Column] = {}
         for path in sorted(logs.glob(LOGS), key=lambda path: (len(path.parent.name), path.parent.name)):

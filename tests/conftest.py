@@ -15,7 +15,7 @@ import soundfile
 import torch
 from helpers import run_command, save_small_model
 
-from training import callbacks, speed
+from training import saving, speed
 from wav2vec2.flops import Parts, count_flops
 
 torch.set_num_threads(1)
@@ -131,13 +131,13 @@ class Disturbance:
 @pytest.fixture
 def disturb(monkeypatch) -> Disturbance:
     disturbance = Disturbance()
-    original = callbacks.RunCheckpoints.on_train_batch_start
+    original = saving.RunCheckpoints.on_train_batch_start
 
-    def on_train_batch_start(self: callbacks.RunCheckpoints, trainer: Any, *rest: Any) -> None:
+    def on_train_batch_start(self: saving.RunCheckpoints, trainer: Any, *rest: Any) -> None:
         original(self, trainer, *rest)
         disturbance.at.pop(trainer.global_step + 1, lambda: None)()
 
-    monkeypatch.setattr(callbacks.RunCheckpoints, "on_train_batch_start", on_train_batch_start)
+    monkeypatch.setattr(saving.RunCheckpoints, "on_train_batch_start", on_train_batch_start)
     return disturbance
 
 

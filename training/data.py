@@ -17,8 +17,9 @@ from dataset.manifest import Manifest, read_manifest
 from dataset.speech import SpeechDataset, check_files
 from labels.batches import FrameTimes, LabelledDataset, checked_lengths
 from labels.lists import SEGMENTS, TEXT, Clip, Probe
-from training.arguments import BatchSettings, DataSettings
-from training.callbacks import ignore_stop_signals, too_many_bad_files
+from training.settings import BatchSettings, DataSettings
+from training.signals import ignore_stop_signals
+from training.updates import too_many_bad_files
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.errors import UserError
 
@@ -173,7 +174,7 @@ class SpeechDataModule(BatchDataModule):
             "max_crop": max_crop,
         }
         for subset in (settings.train_subset, VALID_SUBSET):
-            path = settings.tsv_dir / f"{subset}.tsv"
+            path = settings.manifest_dir / f"{subset}.tsv"
             with advice("write it with prepare_data.py, or change --tsv_dir and --train_subset"):
                 self.manifests[subset] = read_manifest(path)
             with advice("see --seconds_per_batch, --min_seconds and --max_seconds"):

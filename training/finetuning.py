@@ -9,13 +9,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, distributed, nn
 
+from cli import print_line
 from labels.batches import FrameTimes, LabelledBatch
 from labels.lists import VERIFICATION, Clip, Probe
-from lightning import freeze_unreached, scheduled_adamw
-from training.arguments import ALWAYS, FinetuneRunSettings
-from training.callbacks import save_or_end
-from training.checkpoints import BEST_MODEL, FINETUNING, choose_checkpoint, fingerprint, part_of, print_line
+from lightning import ScheduledModule
+from training.checkpoints import BEST_MODEL, FINETUNING, choose_checkpoint, fingerprint, part_of
 from training.data import VALID_SUBSET, LabelledDataModule
+from training.pairing import freeze_unreached
+from training.saving import save_or_end
+from training.settings import ALWAYS, FinetuneRunSettings
 from training.speed import forward_flops
 from training.task import ValidScores, read_task, task_loss, train_head, with_this_head
 from training.trainer import check_settings, data_and_machine, fit
@@ -52,7 +54,7 @@ class SpanMasking(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 
 
-class FinetuneModule(pl.LightningModule):
+class FinetuneModule(ScheduledModule):
     """Trains a model with a head on labels; its extractor stays as it is.
 
     While the encoder is frozen it computes what it will compute in use: without dropout, and nothing hidden. Layer drop
@@ -90,7 +92,7 @@ class FinetuneModule(pl.LightningModule):
         self.learning_rate, self.encoder_learning_rate = optimisation.learning_rate, chosen.encoder_learning_rate
         self.weight_decay = optimisation.weight_decay
         self.warmup_updates, self.max_updates = optimisation.warmup_updates, optimisation.max_updates
-        self.scalars: dict[str, Tensor] = {}
+        self.scalars = {}
         self.valid_score = math.nan
 
     @property
@@ -159,10 +161,6 @@ class FinetuneModule(pl.LightningModule):
         if encoder := self._encoder_parameters():
             groups.append({"params": encoder, "lr": self.encoder_learning_rate, "name": "encoder"})
         return [{**group, "weight_decay": self.weight_decay} for group in groups]
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW, both groups on one schedule."""
-        return scheduled_adamw(self.parameter_groups(), self.warmup_updates, self.max_updates)
 
 
 class BestModel(pl.Callback):
