@@ -20,8 +20,12 @@ from wav2vec2.model import Wav2Vec2Model, with_masks
 LEARNING_RATE = 1e-3
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtractorRun(FinalSettings):
+    """All settings of the phase in which the extractor learns."""
+
     stage = "extractor"
+    extractor: ExtractorSettings
 
 
 def light_layers(extractor: FeatureExtractor) -> list[list[int]]:
@@ -122,6 +126,7 @@ def learn_extractor(
     phase = ExtractorRun(
         data=settings.data,
         student=settings.student,
+        extractor=settings.extractor,
         models=dataclasses.replace(settings.models, **models),
         optimisation=dataclasses.replace(settings.optimisation, **schedule),
         machine=dataclasses.replace(settings.machine, exp_dir=settings.machine.exp_dir / "extractor"),

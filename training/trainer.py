@@ -73,14 +73,13 @@ def fit(
         UserError: the run cannot go on.
         Interrupted: a signal stopped the run; its last update is saved.
     """
-    machine, accum_grad = settings.machine, settings.optimisation.accum_grad
+    machine, optimisation, accum_grad = settings.machine, settings.optimisation, settings.optimisation.accum_grad
     last = machine.exp_dir / CHECKPOINTS / LAST_CHECKPOINT
-    _quiet_lightning()
-    _speed_up(machine, module)
+    _prepare(machine, module)
     batches_per_epoch = len(data.sampler(data.train_subset, machine.num_processes, 0, accum_grad))
     io, timer = CheckpointIO(last, resumed), FetchTimer()
     with StopRequest() as stop, contextlib.ExitStack() as stack:
-        guard = UpdateGuard(module, stop, clip_norm=settings.optimisation.clip_norm, max_bad_files=data.max_bad_files)
+        guard = UpdateGuard(module, stop, clip_norm=optimisation.clip_norm, max_bad_files=data.max_bad_files)
         watching = [
             RunRecord(record),
             LearningRateMonitor(logging_interval="step"),
@@ -110,8 +109,9 @@ def fit(
     return trainer
 
 
-def _speed_up(machine: MachineSettings, module: ScheduledModule) -> None:
-    """Set up this process and compile the module, as far as the settings ask for it."""
+def _prepare(machine: MachineSettings, module: ScheduledModule) -> None:
+    """Set up this process, and compile the module if the settings ask for it."""
+    _quiet_lightning()
     if fast_paths() and machine.devices[0] == "cpu":
         keep_freed_memory()
     if machine.compile:
