@@ -1,4 +1,4 @@
-"""What every script shares around its ``main``: one-line errors, quiet Ctrl-C, honest exit status, progress."""
+"""Shared by every script around its ``main``: one-line errors, quiet Ctrl-C, honest exit status, progress."""
 
 import argparse
 import io

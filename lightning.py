@@ -1,9 +1,7 @@
-"""What the paper says of training: projections, loss (equation 1), sparsity budget and Lagrangian, schedule, module.
+"""The paper's training: projections, loss (equation 1), sparsity budget and Lagrangian, schedule, module.
 
-The paper has the Lagrangian only; "exact" is a second way to control the size.
-
-The name is that of the published program. The file shadows the ``lightning`` package: this project imports
-``pytorch_lightning``, and never installs this file.
+The exact control of the size is not in the paper. The name is that of the published program. The file shadows the
+``lightning`` package: this project imports ``pytorch_lightning``, and never installs this file.
 """
 
 import math
@@ -26,9 +24,7 @@ CosType = Literal["raw", "log_sig"]
 SparsityControl = Literal["lagrangian", "exact"]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Which layers are matched, and through which projections
-# ---------------------------------------------------------------------------------------------------
+# --- projections -----------------------------------------------------------------------------------
 
 
 def student_layer(layer: int, num_teacher_layers: int, num_student_layers: int) -> int:
@@ -68,9 +64,7 @@ def make_projections(
     return projections
 
 
-# ---------------------------------------------------------------------------------------------------
-# Loss, sparsity, schedule
-# ---------------------------------------------------------------------------------------------------
+# --- loss ------------------------------------------------------------------------------------------
 
 
 class DistillLoss(nn.Module):
@@ -96,7 +90,7 @@ class DistillLoss(nn.Module):
 
     @property
     def is_on(self) -> bool:
-        """Whether any part has a weight."""
+        """True if any part has a weight."""
         return bool(self.weight and (self.l2_weight or self.l1_weight or self.cos_weight))
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -117,43 +111,30 @@ class DistillLoss(nn.Module):
 
 
 class States(NamedTuple):
-    """What a :class:`Term` may read of a batch.
+    """The states of both models that a :class:`Term` may read, for one batch."""
 
-    Attributes:
-        model: the student.
-        frames: output of its extractor (B, frames, C).
-        lengths: the valid frames (B,), or None if all are.
-        student: the student's hidden states (B, frames, D), as ``extract_features`` lists them.
-        teacher: the teacher's hidden states (B, frames, D), by layer.
-        targets: the labels of the batch, None if it has none.
-    """
-
-    model: Wav2Vec2Model
-    frames: Tensor
-    lengths: Tensor | None
-    student: Sequence[Tensor]
-    teacher: Mapping[int, Tensor]
-    targets: Tensor | None
+    model: Wav2Vec2Model  # the student
+    frames: Tensor  # its extractor's output (B, frames, C)
+    lengths: Tensor | None  # valid frames (B,), or None if all are
+    student: Sequence[Tensor]  # its hidden states (B, frames, D), as extract_features lists them
+    teacher: Mapping[int, Tensor]  # the teacher's hidden states (B, frames, D), by layer
+    targets: Tensor | None  # the labels of the batch, None if it has none
 
 
 class Term(nn.Module):
     """A loss beside equation 1, or instead of it: a subclass returns a scalar from ``forward(states: States)``.
 
     Its parameters, if any, are trained with the student's.
-
-    Attributes:
-        name: its value is logged as ``train_loss_NAME``.
-        weight: weight in the sum of losses.
-        teacher_layers: the teacher's layers whose hidden states it reads.
-        student_depth: the number of the student's layers that it trains.
-        reads_student: whether it reads the student's hidden states; if not, they may be missing.
     """
 
-    name: str
-    weight: float
-    teacher_layers: Sequence[int] = ()
-    student_depth: int
-    reads_student: bool = True
+    name: str  # its value is logged as train_loss_NAME
+    weight: float  # in the sum of losses
+    teacher_layers: Sequence[int] = ()  # of which it reads the hidden states
+    student_depth: int  # number of the student's layers that it trains
+    reads_student: bool = True  # if False, the student's hidden states may be missing
+
+
+# --- size and schedule -----------------------------------------------------------------------------
 
 
 class SparsityBudget:
@@ -194,24 +175,16 @@ def linear_warmup_decay(warmup_updates: int, max_updates: int) -> Callable[[int]
     return factor
 
 
-# ---------------------------------------------------------------------------------------------------
-# The module
-# ---------------------------------------------------------------------------------------------------
+# --- the module ------------------------------------------------------------------------------------
 
 
 class ScheduledModule(pl.LightningModule):
-    """A module trained with AdamW on :func:`linear_warmup_decay`, stepped once per update.
-
-    Attributes:
-        warmup_updates, max_updates: of the schedule.
-        compiled_steps: the methods that --compile compiles.
-        scalars: what the last training batch gave; ``train_loss`` at least.
-    """
+    """A module trained with AdamW on :func:`linear_warmup_decay`, stepped once per update."""
 
     warmup_updates: int
     max_updates: int
-    compiled_steps: tuple[str, ...]
-    scalars: dict[str, Tensor]
+    compiled_steps: tuple[str, ...]  # the methods that --compile compiles
+    scalars: dict[str, Tensor]  # values of the last training batch, train_loss at least
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's parameter groups, each with its ``name``, ``lr`` and ``weight_decay``."""
@@ -236,11 +209,10 @@ class DistillModule(ScheduledModule):
         distill_mode: "layer2layer" (student layer k learns teacher layer k) or "predlayer" (all teacher
             layers are predicted from the student's last output, as DistilHuBERT).
         distill_layers: the teacher's layers, indices into the list of ``extract_features``.
-        distill_linear_projs: one projection per entry of ``distill_layers``, see :func:`make_projections`.
+        distill_linear_projs: one per entry of ``distill_layers``, see :func:`make_projections`.
         distill_loss: distance between the hidden states of a layer.
         learning_rate, weight_decay: for student weights and projections.
         warmup_updates, max_updates: of the schedule that all parameter groups follow.
-        use_reg: train masks.
         reg_learning_rate: for log_alpha (descent) and for λ1, λ2 (ascent).
         target_sparsity, sparsity_warmup_updates: see :class:`SparsityBudget`; None for no target of parameters.
         sparsity_control: "lagrangian" (paper, section 2.3) adds λ1·(s − t) + λ2·(s − t)² and trains the multipliers.

@@ -1,4 +1,4 @@
-"""What trains, held against the numbers of the released program: loss, schedule, training traces.
+"""Loss, schedule and training, held against the numbers of the released program.
 
 ``data/reference/trace_*.pt`` hold 24 updates of small models from given weights, with every logged value before each.
 """

@@ -24,12 +24,12 @@ from wav2vec2.model import Wav2Vec2Model
 
 
 class Inputs(NamedTuple):
-    """What a distillation reads.
+    """The inputs of a distillation.
 
     Attributes:
-        data: batches of --tsv_dir, or of --task_tsv.
-        teacher: its model.
-        contents: of --student_ckpt, with a head for --task_tsv.
+        data: the batches of --tsv_dir, or of --task_tsv.
+        teacher: the model of --teacher_ckpt.
+        contents: the contents of --student_ckpt, with a head for --task_tsv.
     """
 
     data: BatchDataModule
@@ -169,7 +169,7 @@ def check_sizes(settings: DistillationSettings, module: DistillModule) -> None:
 
 
 def distillation_record(recorded: dict[str, Any], module: DistillModule) -> dict[str, Any]:
-    """What a checkpoint says of a distillation; prune.py and the report read it."""
+    """Describe a distillation in its checkpoints; prune.py and the report read it."""
     sparsity, macs = module.budgets.get("sparsity"), module.budgets.get("macs")
     record = {
         "student_config": module.student_model.config,

@@ -1,4 +1,4 @@
-"""What the flags of the three trainings mean: typed settings, each documented and checked where it is declared.
+"""Typed settings of the three trainings, each documented and checked where it is declared.
 
 The flags are made from the fields below. A field says with ``recorded`` whether it decides what comes out of a run:
 checkpoints record these, and a run is continued only with the same. Nothing here needs torch, so that wrong flags are
@@ -90,7 +90,7 @@ def _option(
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What the groups of settings below share: flags from fields, and fields from flags."""
+    """Base of the groups of settings: makes flags from fields, and fields from flags."""
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
@@ -568,7 +568,7 @@ class MachineSettings(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What all trainings have: each field is a group of flags.
+    """Base of all settings of a training: each field is a group of flags.
 
     Attributes:
         stage: name of the training, for people.
@@ -620,7 +620,7 @@ class DistillationSettings(RunSettings):
 
     @property
     def distils(self) -> bool:
-        """Whether equation 1 has a weight."""
+        """True if equation 1 has a weight."""
         models = self.models
         return bool(models.distill_weight and (models.l2_weight or models.l1_weight or models.cos_weight))
 

@@ -1,4 +1,4 @@
-"""What makes a run fast, and what it logs of its speed."""
+"""Speed of a run: what makes it fast, and what it logs."""
 
 import ctypes
 import resource
@@ -169,7 +169,7 @@ def forward_flops(model: Wav2Vec2Model, num_layers: int) -> Callable[[int], floa
 
 
 def update_flops(module: DistillModule) -> Callable[[int], float]:
-    """Operations that one waveform costs in an update, by its samples; a backward pass counts as two forward."""
+    """Operations that one waveform costs in an update, by its samples; a backward pass counts as two forward passes."""
     teacher = forward_flops(module.teacher_model, module.teacher_depth)
     student = forward_flops(module.student_model, max(1, module.student_depth))
     has_teacher = bool(module.teacher_layers)

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run."""
+"""The progress bar of a run."""
 
 from typing import Any
 

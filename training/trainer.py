@@ -60,8 +60,7 @@ def fit(
     """Train a module for ``--max_updates``, and say where its last checkpoint is.
 
     Args:
-        settings, data: of the run.
-        module: what is trained.
+        settings, data, module: of the run.
         resumed: path and contents of the checkpoint to continue from, if any; it is known to fit.
         flops: operations of one waveform's share of an update, by its samples.
         record: what a checkpoint says of the run.
@@ -92,15 +91,14 @@ def fit(
                 last, guard, io, save_interval=machine.save_interval, updates_per_epoch=batches_per_epoch // accum_grad
             ),
         ]
-        start = resumed[1]["global_step"] if resumed is not None else 0
-        trainer = make_trainer(settings, batches_per_epoch, watching, io, timer, start)
+        trainer = make_trainer(settings, batches_per_epoch, watching, io, timer, resumed)
         stop.launcher = trainer.strategy.launcher
         if trainer.is_global_zero:
             stack.enter_context(exclusive(machine.exp_dir))
             print(title, flush=True)
         if resumed is not None:
             if trainer.is_global_zero:
-                print(f"{settings.stage}: continuing {resumed[0]} after update {start}", flush=True)
+                print(f"{settings.stage}: continuing {resumed[0]} after update {resumed[1]['global_step']}", flush=True)
             _adapt(resumed[1], module, accum_grad)
         with refusals_of_lightning(MisconfigurationException), failures_of_machines():
             trainer.fit(module, datamodule=data, ckpt_path=resumed[0] if resumed else None, weights_only=True)
@@ -125,7 +123,7 @@ def make_trainer(
     callbacks: list[pl.Callback],
     io: CheckpointIO,
     timer: FetchTimer,
-    start: int,
+    resumed: tuple[Path, dict[str, Any]] | None,
 ) -> pl.Trainer:
     """Make the trainer of a run.
 
@@ -135,13 +133,14 @@ def make_trainer(
         callbacks: all of them.
         io: writes the checkpoints.
         timer: measures the wait for batches.
-        start: updates done before.
+        resumed: the checkpoint to continue from, if any.
 
     Raises:
         UserError: Lightning refuses the machine's settings.
     """
     machine, optimisation = settings.machine, settings.optimisation
     accelerator, devices = machine.devices
+    start = resumed[1]["global_step"] if resumed is not None else 0
     with refusals_of_lightning(MisconfigurationException, ValueError, RuntimeError):
         environment = cluster_environment(devices, machine.num_nodes)
         if environment is not None:

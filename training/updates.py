@@ -19,7 +19,7 @@ SCALER_SKIPS = 20
 
 
 class Exchange(NamedTuple):
-    """What all processes know of an update after they have exchanged their notes on it.
+    """The notes of all processes on an update, summed or averaged.
 
     Attributes:
         bad_losses, bad_gradients: processes whose loss or gradient is not finite.

@@ -270,7 +270,7 @@ def test_students_dropout_is_of_the_training_alone(manifests, tmp_path, monkeypa
 
 
 def test_later_stages_take_the_average_of_an_older_run(manifests, small_teacher, tmp_path, monkeypatch):
-    """As they take the weights of a checkpoint that has no average."""
+    """An average takes the place of the weights."""
     last = tmp_path / "exp" / "ckpts" / "last.ckpt"
     run_script(monkeypatch, "distill", *small_run(manifests, small_teacher), *PRUNING, "--exp_dir", tmp_path / "exp")
     contents = last_checkpoint(tmp_path / "exp")

@@ -231,7 +231,7 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
 
 
 def in_job(num_tasks: int, started: str | None = None) -> dict[str, str]:
-    """What SLURM 22.05 sets in a job's script, and with ``started`` in a process of srun."""
+    """The variables that SLURM 22.05 sets in a job's script, or with ``started`` in a process of srun."""
     step = {} if started is None else {"SLURM_STEP_TASKS_PER_NODE": started}
     return {**JOB, "SLURM_NODEID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": str(num_tasks), **step}
 
@@ -279,14 +279,14 @@ def test_other_processes_than_the_options_say(monkeypatch, variables, processes_
 
 
 def test_one_process_in_a_job_of_several_tasks(manifests, small_teacher, tmp_path, monkeypatch):
-    """Without srun: it trains by itself."""
+    """One process needs no srun."""
     set_environment(monkeypatch, **in_job(4))
     run_script(monkeypatch, "distill", *small_run(manifests, small_teacher), "--exp_dir", tmp_path / "exp")
     assert (tmp_path / "exp" / "ckpts" / "last.ckpt").is_file()
 
 
 def test_what_lightning_refuses_is_one_line(manifests, small_teacher, tmp_path, monkeypatch, capsys):
-    """Here: the number of nodes that SLURM says; --debug shows the traceback."""
+    """Lightning refuses the number of nodes that SLURM says; --debug shows the traceback."""
     set_environment(monkeypatch, **in_job(2, "2") | {"SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "2"})
     flags = [*small_run(manifests, small_teacher, gpus=2), "--exp_dir", tmp_path / "exp"]
     assert run_to_exit(monkeypatch, "distill", *flags) == 1

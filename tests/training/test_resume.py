@@ -41,7 +41,7 @@ SIZES = {"save_at_sparsity": "0.2,0.26"}  # with PRUNING, the target reaches the
 
 
 def assert_same_sizes(one: Path, other: Path) -> None:
-    """What was saved on the way of two runs is the same, too."""
+    """The intermediate sizes of two runs are the same, too."""
     for size, update in (("0.2", 5), ("0.26", 7)):
         ones, others = (last_checkpoint(exp_dir / f"sparsity_{size}") for exp_dir in (one, other))
         assert ones["global_step"] == update and ones["distillation"]["target_sparsity"] == float(size)
@@ -332,7 +332,7 @@ def test_a_path_continues_with_other_settings_and_says_so(half_run, tmp_path, mo
 
 @pytest.mark.parametrize("choice", ["auto", "ckpts/last.ckpt"])
 def test_a_run_with_settings_that_are_gone_is_not_continued(half_run, monkeypatch, capsys, choice):
-    """Without them an older run is continued."""
+    """A run of the older version that did not use them is continued."""
     flags, exp_dir = half_run
     contents = last_checkpoint(exp_dir)
     settings = contents["distillation"]["settings"]
@@ -412,7 +412,7 @@ def test_the_first_group_had_another_name_once(half_run, monkeypatch):
 
 
 def test_a_published_checkpoint_is_not_continued(half_run, tmp_path, monkeypatch, capsys):
-    """It has Lightning's entries and no other."""
+    """The published program records Lightning's entries alone."""
     flags, exp_dir = half_run
     contents = last_checkpoint(exp_dir)
     del contents["distillation"]

@@ -1,4 +1,4 @@
-"""What makes a run fast gives the same numbers, and what it logs of its speed adds up."""
+"""Fast paths give the same numbers, and what a run logs of its speed adds up."""
 
 import signal
 from typing import Any

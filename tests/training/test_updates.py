@@ -152,7 +152,7 @@ def test_overflow_at_any_scale_is_trouble(tmp_path):
 
 
 def test_the_scaler_skips_losses_that_are_not_finite(tmp_path, capsys):
-    """As the published program; each is counted and named, and those in a row are too many at some point."""
+    """The published program skips them, too; here each is counted and named, and twenty in a row are too many."""
     nan_at = [5, *range(10, 30)]
     trainer, module, guard, scaler = train_with_scaler(1.0, 40, tmp_path, scale=4.0, nan_at=nan_at)
     assert trainer.global_step == 40 and guard.skipped == 21 and scaler.get_scale() == 4.0 / 2**21
