@@ -1,6 +1,7 @@
-"""What every script shares around its ``main``: one-line errors, quiet Ctrl-C, honest exit status, progress."""
+"""Shared by every script around its ``main``: one-line errors, quiet Ctrl-C, honest exit status, progress."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -53,7 +54,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     else is a defect of the program and keeps its traceback. A signal exits 128 plus its number, as shells count.
     """
     # A file name on Linux is bytes, which UTF-8 need not hold: printing it must not end a run.
-    if getattr(sys.stdout, "errors", None) == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(args)
@@ -73,20 +74,31 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         sys.exit(128 + signal.SIGINT)
 
 
+def process_rank() -> int:
+    """The number of this process among those of its run, as launchers say it."""
+    ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")]
+    return int(next((rank for rank in ranks if rank), 0))
+
+
 def _leave_unless_first() -> None:
     """End every process but the first quietly: launchers kill the others of a run when one ends with an error."""
-    ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")]
-    if int(next((rank for rank in ranks if rank), 0)):
+    if process_rank():
         sys.exit(0)
 
 
+def print_line(message: str) -> None:
+    """Print a line on stderr without breaking a progress bar."""
+    tqdm.write(message, file=sys.stderr)
+    sys.stderr.flush()
+
+
 def progress(items: Iterable | None, desc: str, **options: Any) -> tqdm:
-    """A bar on stderr: it moves on a terminal; a log file gets a line now and then, and none of what is soon done.
+    """Make a bar on stderr: it moves on a terminal; a log file gets a line now and then, and nothing of a short wait.
 
     Args:
         items: what the bar goes over; None if it is moved by hand.
         desc: what is being done.
-        options: others of ``tqdm``.
+        options: other options of ``tqdm``.
     """
     if sys.stderr.isatty():
         return tqdm(items, desc, dynamic_ncols=True, **options)

@@ -23,69 +23,28 @@ No GPU: --accelerator cpu.
 
 import argparse
 
-import pytorch_lightning as pl
-import torch
-
 import cli
-from training.arguments import DEFAULT_MODEL, PruningSettings, add_arguments, read_arguments
-from training.checkpoints import choose_checkpoint
-from training.data import SpeechDataModule
-from training.extractor import learn_extractor, with_extractor
-from training.objectives import with_layer_groups
-from training.student import student_of
-from training.task import with_task
-from training.trainer import new_projections, train
-from wav2vec2.files.checkpoint import build_model, load_model, load_state, read_model_file
-from wav2vec2.files.errors import UserError
-from wav2vec2.files.heads import masked_model_with_its_head
-from wav2vec2.model import Wav2Vec2Model, with_masks
-from wav2vec2.sparsity import Size, size_of, smallest_size
+from training.settings import DEFAULT_MODEL, DistillSettings, add_arguments, read_arguments
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    add_arguments(
-        parser, prunes=True, student_ckpt=DEFAULT_MODEL, learning_rate=2e-4, warmup_updates=15000, max_updates=50000
-    )
+    defaults = {"student_ckpt": DEFAULT_MODEL, "learning_rate": 2e-4, "warmup_updates": 15000, "max_updates": 50000}
+    add_arguments(parser, DistillSettings, **defaults)
     return parser.parse_args()
 
 
-def check_budgets(pruning: PruningSettings, teacher: Wav2Vec2Model, student: Wav2Vec2Model) -> None:
-    """Check that the units that masks are on can be pruned so far, and that the student is not smaller already.
-
-    Raises:
-        UserError: names the target, and the most that can go, or what is gone.
-    """
-    original, smallest = size_of(teacher), smallest_size(student)
-    with torch.device("meta"):
-        largest = size_of(build_model(with_masks(student.config, ())))
-    targets = Size(pruning.target_sparsity, pruning.target_macs)
-    options = Size("--target_sparsity", "--target_macs")
-    things = Size("parameters", "multiply-adds")
-    rows = zip(options, targets, original, smallest, largest, things, strict=True)
-    for option, target, before, after, start, thing in rows:
-        if target is not None and target < (lowest := 1 - start / before):
-            raise UserError(
-                f"{option} {target}: the student starts without {lowest:.4f} of the teacher's {thing}; raise the target"
-            )
-        if target is not None and target > (highest := 1 - after / before):
-            raise UserError(
-                f"{option} {target}: pruning {pruning.pruning_units} removes at most {highest:.4f} of the teacher's "
-                f"{thing}; lower the target or add --pruning_units"
-            )
-
-
 def main(args: argparse.Namespace) -> None:
-    settings = read_arguments(args, "distill and prune", prunes=True)
-    data = None if settings.task.is_on else SpeechDataModule(settings.data)
-    pl.seed_everything(settings.data.seed, verbose=False)
-    teacher = load_model(settings.models.teacher_ckpt)
-    original = read_model_file(settings.models.student_ckpt)
-    if args.student_config:
-        original = student_of(original, settings.student, args.student_ckpt)
-    if settings.task.is_on:
-        original, data = with_task(original, settings)
-    settings = with_layer_groups(settings, data, teacher)
+    settings = read_arguments(args, DistillSettings)
+    # These import torch and Lightning, for which wrong flags need not wait.
+    from training.checkpoints import choose_checkpoint
+    from training.distillation import read_inputs, train
+    from training.extractor import learn_extractor, with_extractor
+    from training.pairing import check_budgets, new_projections
+    from wav2vec2.files.checkpoint import load_state
+    from wav2vec2.files.heads import masked_model_with_its_head
+
+    data, teacher, original = read_inputs(settings)
     contents = original
     if args.student_extractor:
         contents = with_extractor(original, settings.extractor, settings.models.student_ckpt)

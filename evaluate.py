@@ -88,10 +88,10 @@ def main(args: argparse.Namespace) -> None:
     # These imports take seconds: flags are checked first.
     from evaluation.measure import evaluate
     from evaluation.tables import evaluation_tables
-    from lightning import parse_distill_layers
+    from training.settings import parse_distill_layers
 
     try:
-        layers = [layer for group in parse_distill_layers(args.distill_layers) for (layer,) in group]
+        layers = [layer for group in parse_distill_layers(args.distill_layers) for layer in group]
     except UserError as error:
         raise UserError(f"--distill_layers: {error}") from None
     results = evaluate(args, layers, args.backends.split(","))

@@ -17,52 +17,38 @@ of, is any model. Methods without pruning are this stage alone (conf/distilhuber
 
 import argparse
 
-import pytorch_lightning as pl
-
 import cli
-from training.arguments import add_arguments, read_arguments
-from training.data import SpeechDataModule
-from training.objectives import with_layer_groups
-from training.student import student_of
-from training.task import with_task
-from training.trainer import new_projections, train
-from wav2vec2.files.checkpoint import load_model, load_state, read_model_file
+from training.settings import FinalSettings, add_arguments, read_arguments
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.heads import model_with_its_head
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    add_arguments(parser, prunes=False, learning_rate=1e-4, warmup_updates=5000, max_updates=25000)
+    add_arguments(parser, FinalSettings, learning_rate=1e-4, warmup_updates=5000, max_updates=25000)
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    settings = read_arguments(args, "final distillation", prunes=False)
-    data = None if settings.task.is_on else SpeechDataModule(settings.data)
-    pl.seed_everything(settings.data.seed, verbose=False)
-    teacher = load_model(settings.models.teacher_ckpt)
-    pruned = read_model_file(settings.models.student_ckpt)
-    if args.student_config:
-        pruned = student_of(pruned, settings.student, args.student_ckpt)
-    elif settings.has_projections and not isinstance(pruned.get("distill_linear_projs"), dict):
+    settings = read_arguments(args, FinalSettings)
+    # These import torch and Lightning, for which wrong flags need not wait.
+    from training.distillation import read_inputs, train
+    from training.pairing import new_projections
+    from wav2vec2.files.checkpoint import load_state
+    from wav2vec2.files.heads import model_with_its_head
+
+    data, teacher, pruned = read_inputs(settings)
+    learnt = pruned.get("distill_linear_projs")
+    if settings.distils and not args.student_config and not isinstance(learnt, dict):
         raise UserError(
             f"{args.student_ckpt}: no distill_linear_projs in it; give the file that prune.py wrote, or "
             "--student_config for a student that is not pruned"
         )
-    if settings.task.is_on:
-        pruned, data = with_task(pruned, settings)
-    settings = with_layer_groups(settings, data, teacher)
     student = model_with_its_head(pruned, settings.models.student_ckpt)
     projections = new_projections(settings, teacher, student)
-    if len(projections) and pruned.get("distill_linear_projs"):  # none are in it where the task was all
-        load_state(
-            projections,
-            pruned["distill_linear_projs"],
-            f"{args.student_ckpt} (distill_linear_projs; --distill_layers and --distill_mode must be those of "
-            "distill.py)",
-        )
-    train(settings, data, teacher, student, projections, pruned.get("objectives"))
+    if len(projections) and learnt:  # none are in it where the task was all
+        fit = "distill_linear_projs; --distill_layers and --distill_mode must be those of distill.py"
+        load_state(projections, learnt, f"{args.student_ckpt} ({fit})")
+    train(settings, data, teacher, student, projections)
 
 
 if __name__ == "__main__":

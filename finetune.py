@@ -20,19 +20,18 @@ Several GPUs, nodes, SLURM, CPU: as in distill.py.
 import argparse
 
 import cli
-from training.arguments import add_finetune_arguments, read_finetune_arguments
+from training.settings import FinetuneRunSettings, add_arguments, read_arguments
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    add_finetune_arguments(
-        parser, seconds_per_batch=32.0, learning_rate=1e-2, warmup_updates=200, max_updates=2000, clip_norm=1.0
-    )
+    defaults = {"seconds_per_batch": 32.0, "learning_rate": 1e-2, "warmup_updates": 200, "max_updates": 2000}
+    add_arguments(parser, FinetuneRunSettings, **defaults, clip_norm=1.0)
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    settings = read_finetune_arguments(args, "fine-tuning")
+    settings = read_arguments(args, FinetuneRunSettings)
     # These imports take seconds: flags are checked first.
     import pytorch_lightning as pl
 

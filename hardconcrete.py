@@ -31,13 +31,13 @@ class HardConcrete(nn.Module):
         binary: the deterministic mask has 1 for every unit that it keeps.
 
     Attributes:
-        multiple: the deterministic mask keeps a multiple of this many units, or none, or all: it is
-            rounded up by the strongest of the units that would go.
+        multiple: the deterministic mask keeps a multiple of this many units, or none, or all: the
+            strongest of the units that would go are kept as well.
         shift: moves the threshold of the deterministic mask as if it were added to every ``log_alpha``:
-            above zero more units are kept, below fewer. Below zero those that are kept have the values
-            that they were trained with; above, all values rise with it, so that units that come back
-            count for more than training left of them. Samples and ``l0_norm`` know nothing of
-            ``multiple`` and ``shift``.
+            above zero more units are kept, below zero fewer. Below zero the kept units have the values
+            that they were trained with; above zero all values rise with it, so that units that come back
+            count for more than training left of them. ``multiple`` and ``shift`` do not change samples
+            and ``l0_norm``.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class HardConcrete(nn.Module):
         num_zeros = (self.n_in - l0_norm.double()).round().clamp(max=self.n_in - self.min_kept)
         # Above n_in where that is no multiple: all are kept then.
         num_kept = ((self.n_in - num_zeros) / self.multiple).ceil() * self.multiple
-        strength = self.log_alpha
+        strength: Tensor = self.log_alpha
         if self.nested:
             strength = torch.arange(self.n_in, 0, -1, device=strength.device)
         rank = strength.argsort(stable=True).argsort()  # 0 is the weakest unit

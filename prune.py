@@ -12,37 +12,19 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 import cli
-from training.checkpoints import (
-    PRUNED_MODEL,
-    fingerprint,
-    is_on_the_way,
-    made_before,
-    read_training_checkpoint,
-    recorded_head,
-    trained_weights,
-)
-from wav2vec2.components import published_state
-from wav2vec2.files.checkpoint import build_model, check_weights, load_state, read_model_file, save
-from wav2vec2.files.checkpoint import load_model as load_pruned_model  # noqa: F401 - the published name, which others import
 from wav2vec2.files.errors import UserError, short_repr
-from wav2vec2.files.heads import build_with_head, contents_of, with_outputs
-from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
-from wav2vec2.sparsity import (
-    Size,
-    check_round_to,
-    expected_size,
-    fit_masks,
-    num_params_without_rounding,
-    pruned_size,
-    round_widths,
-    size_of,
-)
+
+if TYPE_CHECKING:  # at run time torch is imported where it is needed: wrong flags and --help need not wait for it
+    from torch import Tensor
+
+    from wav2vec2.model import Wav2Vec2Model
+    from wav2vec2.sparsity import Size
+
+# Far above any width; a number without bounds could not be read back from the file that it is recorded in.
+MAX_ROUND_TO = 1_000_000
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,51 +45,87 @@ def parse_args() -> argparse.Namespace:
         "--round_to",
         type=int,
         metavar="N",
+        default=1,
         help="keep conv channels and feed-forward widths in multiples of N, rounded up by the best of the units about "
-        "to go (default: what the checkpoint names, or 1, the published rounding; 8 suits tensor cores)",
+        "to go (1 is the published rounding; 8 suits tensor cores)",
     )
     return parser.parse_args()
 
 
-def chosen_round_to(training: dict[str, Any], args: argparse.Namespace) -> int:
-    """--round_to, or what the checkpoint names, or 1."""
-    source, value = "--round_to", args.round_to
-    if value is None:
-        source, value = f"{args.distilled_ckpt}: distillation: round_to", training.get("round_to")
-    if value is None:
-        return 1
-    check_round_to(value, source)
-    return value
+def load_pruned_model(path: Path) -> "Wav2Vec2Model":
+    """Load a model file; the published name of ``wav2vec2.files.checkpoint.load_model``."""
+    from wav2vec2.files.checkpoint import load_model
+
+    return load_model(path)
 
 
-def student_config(training: dict[str, Any], original: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The config that the student had: where it was made another than ``original``, what the checkpoint says."""
-    config, settings = training.get("student_config", {}), training.get("settings")
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: distillation: student_config: expected a dict, found {short_repr(config)}")
-    if isinstance(settings, dict) and "student_config" in settings:
-        return config
-    key = "extractor_conv_layer_config"  # the only one that --student_extractor makes another
-    return original | ({key: config[key]} if key in config else {})
+def check_flags(args: argparse.Namespace) -> None:
+    """Check what can be checked without a file.
+
+    Raises:
+        UserError: names the option, what was found and what is expected.
+    """
+    if not 1 <= args.round_to <= MAX_ROUND_TO:
+        found = short_repr(args.round_to)
+        raise UserError(f"--round_to: expected a whole number from 1 to {MAX_ROUND_TO}, found {found}")
+    if args.target_sparsity is not None and not 0 < args.target_sparsity < 1:
+        raise UserError(f"--target_sparsity: expected a number between 0 and 1, found {args.target_sparsity}")
+
+
+def masked_model(
+    training: dict[str, Any], student_state: dict[str, "Tensor"], original: dict[str, Any], args: argparse.Namespace
+) -> "Wav2Vec2Model":
+    """Build the student with its masks, as it was trained.
+
+    Args:
+        training: what the checkpoint says of its run; nothing if it is of the published program.
+        student_state: weights and masks.
+        original: config of --original_ckpt, which the student has if the checkpoint does not say its config.
+        args: name the files in errors.
+
+    Raises:
+        UserError: the weights do not fit the model.
+    """
+    import torch
+
+    from training.checkpoints import recorded_head
+    from wav2vec2.components import published_state
+    from wav2vec2.files.checkpoint import check_weights, load_state
+    from wav2vec2.files.heads import build_with_head, with_outputs
+    from wav2vec2.model import masked_units, with_masks
+
+    recorded = training.get("student_config", {})
+    if not isinstance(recorded, dict):
+        found = f"distillation: student_config: expected a dict, found {short_repr(recorded)}"
+        raise UserError(f"{args.distilled_ckpt}: {found}")
+    head = recorded_head(training, args.distilled_ckpt)
+    config = with_outputs(with_masks(recorded or original, masked_units(student_state)), head)
+    source = f"{args.distilled_ckpt} in the model of {args.original_ckpt}"
+    with torch.device("meta"):  # before memory is taken for what the checkpoint says of its layers
+        expected = build_with_head(config, head, source).state_dict()
+    check_weights(expected, published_state(student_state), source)
+    model = build_with_head(config, head, source)
+    load_state(model, student_state, source)
+    return model
 
 
 def fit_to_target(
-    model: Wav2Vec2Model, training: dict[str, Any], args: argparse.Namespace, original: Size, round_to: int
+    model: "Wav2Vec2Model", training: dict[str, Any], args: argparse.Namespace, original: "Size"
 ) -> float:
     """Meet the targets of the checkpoint, or the sparsity of the user, and say what that took: the shift."""
+    from wav2vec2.sparsity import Size, expected_size, fit_masks, pruned_size
+
     original = Size(*(training.get(f"original_num_{name}") or size for name, size in original._asdict().items()))
     targets = Size(training.get("target_sparsity"), training.get("target_macs"))
     if args.target_sparsity is not None:
         targets = Size(args.target_sparsity, None)
     if targets == (None, None):
         return 0.0
-    if targets.params is not None and not 0 < targets.params < 1:
-        raise UserError(f"--target_sparsity: expected a number between 0 and 1, found {targets.params}")
     model.eval()
     names = Size("sparsity", "multiply-adds gone")
 
-    def gone(size: Size) -> list[tuple[str, float, float]]:
-        """Name, target and what there is of what has a target."""
+    def gone(size: "Size") -> list[tuple[str, float, float]]:
+        """Name, target and value of what has a target."""
         parts = zip(names, targets, size, original, strict=True)
         return [(name, target, 1 - after / before) for name, target, after, before in parts if target is not None]
 
@@ -122,31 +140,23 @@ def fit_to_target(
             file=sys.stderr,
         )
     for name, target, fitted in gone(pruned_size(model)):
-        if round_to > 1 and abs(fitted - target) > args.sparsity_tolerance:
+        if args.round_to > 1 and abs(fitted - target) > args.sparsity_tolerance:
             taken = "the nearest that is not larger" if fitted >= target else "the smallest model there is"
             print(
-                f"round_to {round_to}: no threshold gives a {name} within {args.sparsity_tolerance:g} of {target:.4f}; "
-                f"{taken} has {fitted:.4f}",
+                f"round_to {args.round_to}: no threshold gives a {name} within {args.sparsity_tolerance:g} of "
+                f"{target:.4f}; {taken} has {fitted:.4f}",
                 file=sys.stderr,
             )
     return shift
 
 
-def narrow(state: dict[str, Tensor], kept_dims: Tensor) -> None:
-    """Keep, in place, what projections and objectives read of the dimensions of frames that are left (n,)."""
-    for key, value in state.items():
-        if key.endswith("weight"):
-            state[key] = value[:, kept_dims].clone()
-        elif key.endswith("hidden_frame"):
-            state[key] = value[kept_dims].clone()
-
-
 def warn_if_unfinished(distilled: dict[str, Any], path: Path, shift: float) -> None:
-    """Say so where the run of a checkpoint has not come to its end; the published program's do not tell."""
-    settings = distilled["distillation"].get("settings")
+    """Warn where the run of a checkpoint has not come to its end; the published program's do not tell."""
+    training = distilled["distillation"]
+    settings = training.get("settings")
     num_updates = settings.get("max_updates") if isinstance(settings, dict) else None
-    is_final = not is_on_the_way(distilled["distillation"])
-    if is_final and isinstance(num_updates, int) and distilled["global_step"] < num_updates:
+    is_intermediate = training.get("intermediate")  # of --save_at_sparsity, on its target
+    if not is_intermediate and isinstance(num_updates, int) and distilled["global_step"] < num_updates:
         print(
             f"warning: {path} is of update {distilled['global_step']} of {num_updates}, an unfinished run: its masks "
             f"were still on their way (threshold moved by {shift:+.4f}), and the model will be worse than its size "
@@ -155,14 +165,60 @@ def warn_if_unfinished(distilled: dict[str, Any], path: Path, shift: float) -> N
         )
 
 
+def write_pruned(
+    model: "Wav2Vec2Model",
+    projections: dict[str, "Tensor"],
+    args: argparse.Namespace,
+    num_original: int,
+    out: Path,
+    made_by: dict[str, Any],
+) -> None:
+    """Prune a model in place, write it, and say what that took."""
+    from wav2vec2.files.checkpoint import save
+    from wav2vec2.files.heads import contents_of
+    from wav2vec2.model import masked_units
+    from wav2vec2.sparsity import num_params_without_rounding
+
+    num_unrounded = num_params_without_rounding(model) if args.round_to > 1 else 0  # it takes a copy of the model
+    units = masked_units(model.state_dict())
+    kept_dims = model.eval().encoder.kept_dims()
+    config = model.prune()
+    if kept_dims is not None:  # the dimensions of frames that are left
+        for key, value in projections.items():
+            if key.endswith("weight"):
+                projections[key] = value[:, kept_dims].clone()
+    save(out, {**contents_of(model), "distill_linear_projs": projections, "made_by": made_by})
+    print(json.dumps(config, indent=2))
+    num_params = int(model.get_num_params())
+    sparsity = f"sparsity {1 - num_params / num_original:.4f}"
+    if num_unrounded:
+        print(
+            f"round_to {args.round_to}: {num_params - num_unrounded:,} parameters "
+            f"({num_params / num_unrounded - 1:.2%}) more than without ({num_unrounded:,}), {sparsity}",
+            file=sys.stderr,
+        )
+    print(
+        f"pruned {', '.join(units)}: {num_original:,} -> {num_params:,} parameters, {sparsity}: {out}", file=sys.stderr
+    )
+
+
 def main(args: argparse.Namespace) -> None:
+    check_flags(args)
+    from training.checkpoints import (
+        PRUNED_MODEL,
+        fingerprint,
+        made_before,
+        read_training_checkpoint,
+        split_state_dict,
+    )
+    from wav2vec2.files.checkpoint import build_model, read_model_file
+    from wav2vec2.model import masked_units, with_masks
+    from wav2vec2.sparsity import round_widths, size_of
+
     distilled = read_training_checkpoint(args.distilled_ckpt)
-    student_state, projections, objectives = trained_weights(distilled, args.distilled_ckpt)
-    units = masked_units(student_state)
-    if not units:
+    student_state, projections = split_state_dict(distilled)
+    if not masked_units(student_state):
         raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")
-    training = distilled["distillation"]
-    round_to = chosen_round_to(training, args)
     original = read_model_file(args.original_ckpt)
     out = args.distilled_ckpt.parent / PRUNED_MODEL
     made_by = {
@@ -171,49 +227,20 @@ def main(args: argparse.Namespace) -> None:
         "original_ckpt": fingerprint(args.original_ckpt),
         "target_sparsity": args.target_sparsity,
         "sparsity_tolerance": args.sparsity_tolerance,
-        "round_to": round_to,
+        "round_to": args.round_to,
     }
     if (before := made_before(out, made_by)) is not None:
         print(json.dumps(before["config"], indent=2))
         print(f"made already, from the same files with the same settings: {out}", file=sys.stderr)
         return
 
-    head = recorded_head(training, args.distilled_ckpt)
-    masked = with_outputs(with_masks(student_config(training, original["config"], args.distilled_ckpt), units), head)
-    source = f"{args.distilled_ckpt} in the model of {args.original_ckpt}"
-    with torch.device("meta"):  # before memory is taken for what the checkpoint says of its layers
-        expected = build_with_head(masked, head, source).state_dict()
-    check_weights(expected, published_state(student_state), source)
-    model = build_with_head(masked, head, source)
-    load_state(model, student_state, source)
+    training = distilled["distillation"]
+    model = masked_model(training, student_state, original["config"], args)
     original_size = size_of(build_model(with_masks(original["config"], ()), args.original_ckpt))
-    num_original = original_size.params
-    round_widths(model, round_to)
-    shift = fit_to_target(model, training, args, original_size, round_to)
+    round_widths(model, args.round_to)
+    shift = fit_to_target(model, training, args, original_size)
     warn_if_unfinished(distilled, args.distilled_ckpt, shift)
-    num_unrounded = num_params_without_rounding(model) if round_to > 1 else None  # it takes a copy of the model
-    kept_dims = model.eval().encoder.kept_dims()
-    config = model.prune()
-    if kept_dims is not None:
-        narrow(projections, kept_dims)
-        narrow(objectives, kept_dims)
-    contents = {**contents_of(model), "distill_linear_projs": projections}
-    if objectives:
-        contents["objectives"] = objectives
-    save(out, {**contents, "made_by": made_by})
-    num_params = model.get_num_params()
-    print(json.dumps(config, indent=2))
-    if round_to > 1:
-        print(
-            f"round_to {round_to}: {num_params - num_unrounded:,} parameters ({num_params / num_unrounded - 1:.2%}) "
-            f"more than without ({num_unrounded:,}), sparsity {1 - num_params / num_original:.4f}",
-            file=sys.stderr,
-        )
-    print(
-        f"pruned {', '.join(units)}: {num_original:,} -> {num_params:,} parameters, "
-        f"sparsity {1 - num_params / num_original:.4f}: {out}",
-        file=sys.stderr,
-    )
+    write_pruned(model, projections, args, int(original_size.params), out, made_by)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
-from training.checkpoints import (
-    PRUNED_MODEL,
-    fingerprint,
-    made_before,
-    read_training_checkpoint,
-    recorded_head,
-    trained_weights,
-)
-from wav2vec2.files.checkpoint import load_state, read_model_file, save
 from wav2vec2.files.errors import UserError, short_repr
-from wav2vec2.files.heads import build_with_head, contents_of, with_outputs
-from wav2vec2.model import with_masks
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def recorded_config(trained: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The config of the student that a checkpoint is of, without masks.
+    """The config of the student in a checkpoint.
 
     Raises:
         UserError: the checkpoint does not say it; those of the published program do not.
@@ -49,15 +38,28 @@ def recorded_config(trained: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path}: does not say its student's config (distillation: student_config: expected a dict, found "
             f"{short_repr(config)}); give the model that prune.py wrote with --config_path"
         )
-    return with_masks(config, ())
+    return config
 
 
 def main(args: argparse.Namespace) -> None:
+    # These import torch, for which wrong flags and --help need not wait.
+    from training.checkpoints import (
+        PRUNED_MODEL,
+        fingerprint,
+        made_before,
+        read_training_checkpoint,
+        recorded_head,
+        split_state_dict,
+    )
+    from wav2vec2.files.checkpoint import load_state, read_model_file, save
+    from wav2vec2.files.heads import build_with_head, contents_of, with_outputs
+    from wav2vec2.model import with_masks
+
     config = read_model_file(args.config_path)["config"] if args.config_path else None
     trained = read_training_checkpoint(args.ckpt_after_final_distill)
     source = args.config_path or args.ckpt_after_final_distill
     if config is None:
-        config = recorded_config(trained, source)
+        config = with_masks(recorded_config(trained, source), ())
     out = args.ckpt_after_final_distill.parent / PRUNED_MODEL
     made_by = {
         "script": "save_final_ckpt.py",
@@ -68,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files: {out}")
         return
 
-    student_state, projections, _ = trained_weights(trained, args.ckpt_after_final_distill)
+    student_state, projections = split_state_dict(trained)
     head = recorded_head(trained["distillation"], args.ckpt_after_final_distill)
     config = with_outputs(config, head)
     model = build_with_head(config, head, source)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from cli import progress
 from dataset.manifest import read_manifest
 from evaluation.features import check_finite
-from lightning import check_pair, make_projections, student_layers
+from lightning import DistillMode, make_projections, student_layer
+from training.pairing import check_pair
 from wav2vec2.audio import SAMPLE_RATE, read_audio
 from wav2vec2.files.checkpoint import load_state, read_model_file
 from wav2vec2.files.errors import UserError, short_repr
@@ -73,7 +74,7 @@ class Student:
     name: str
     path: Path
     model: Wav2Vec2Model
-    mode: str
+    mode: DistillMode
     sources: list[int]
     projections: nn.ModuleList | None
 
@@ -84,7 +85,7 @@ def make_student(
     model: Wav2Vec2Model,
     teacher: Wav2Vec2Model,
     layers: Sequence[int],
-    mode: str | None = None,
+    mode: DistillMode | None = None,
 ) -> Student:
     """Read the projections that a model's file holds, and check that all fits.
 
@@ -96,12 +97,12 @@ def make_student(
             predlayer if the model has no layer at the depth of one of these.
 
     Raises:
-        UserError: the projections do not fit the layers, the mode or the models; or see :func:`lightning.check_pair`.
+        UserError: the projections do not fit the layers, the mode or the models, or the models do not fit each other.
     """
     state = _read_projections(path)
     depth, own_depth = (len(each.encoder.transformer.layers) for each in (teacher, model))
     if state:  # a projection of predlayer is a Linear and an activation, with the names of a Sequential
-        found = "predlayer" if any(key.endswith(".0.weight") for key in state) else "layer2layer"
+        found: DistillMode = "predlayer" if any(key.endswith(".0.weight") for key in state) else "layer2layer"
         if mode not in (None, found):
             raise UserError(f"{path}: its projections are those of distill_mode {found}, expected those of {mode}")
         mode = found
@@ -112,7 +113,7 @@ def make_student(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if mode == "layer2layer":
-        sources = [student_layers((layer,), depth, own_depth)[0] for layer in layers]
+        sources = [student_layer(layer, depth, own_depth) for layer in layers]
     else:
         sources = [own_depth] * len(layers)
     projections = None

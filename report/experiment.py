@@ -16,9 +16,9 @@ from training.checkpoints import (
     DISTILLATION,
     FINETUNED_MODEL,
     FINETUNING,
+    INTERMEDIATE,
     LAST_CHECKPOINT,
     PRUNED_MODEL,
-    is_on_the_way,
     read_training_checkpoint,
 )
 from wav2vec2.files.checkpoint import build_model, read_model_file
@@ -154,7 +154,7 @@ class _Reader:
         path = folder / CHECKPOINTS / LAST_CHECKPOINT
         saved = self.read(path, partial(read_training_checkpoint, kind=place.kind)) or {}
         about, last_update = saved.get(place.kind, {}), math.inf
-        if is_on_the_way(about):  # the log is that of the whole run, one folder up
+        if about.get(INTERMEDIATE):  # the log is that of the whole run, one folder up
             folder, last_update = folder.resolve().parent, saved["global_step"]
         log: dict[str, Column] = {}
         # A run that was continued has made the updates after its checkpoint again: the later version counts.

@@ -14,7 +14,7 @@ import soundfile
 import torch
 from helpers import run_command, save_small_model
 
-from training import callbacks
+from training import saving
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
@@ -115,13 +115,13 @@ class Disturbance:
 @pytest.fixture
 def disturb(monkeypatch) -> Disturbance:
     disturbance = Disturbance()
-    original = callbacks.RunCheckpoints.on_train_batch_start
+    original = saving.RunCheckpoints.on_train_batch_start
 
-    def on_train_batch_start(self: callbacks.RunCheckpoints, trainer: Any, *rest: Any) -> None:
+    def on_train_batch_start(self: saving.RunCheckpoints, trainer: Any, *rest: Any) -> None:
         original(self, trainer, *rest)
         disturbance.at.pop(trainer.global_step + 1, lambda: None)()
 
-    monkeypatch.setattr(callbacks.RunCheckpoints, "on_train_batch_start", on_train_batch_start)
+    monkeypatch.setattr(saving.RunCheckpoints, "on_train_batch_start", on_train_batch_start)
     return disturbance
 
 

@@ -32,6 +32,7 @@ from lightning import (
     make_projections,
 )
 from training import speed
+from training.pairing import freeze_unreached
 from wav2vec2.fast import plain_paths
 from wav2vec2.files import checkpoint
 from wav2vec2.files.heads import Head, contents_of, joined_state, task_model_of, with_head
@@ -225,7 +226,9 @@ def run_command(*command: object, **environment: object) -> subprocess.Completed
 # Makes forks of a process that has the training scripts' imports behind it and has done nothing else: importing
 # Lightning takes longer than a small run.
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["distill", "finetune", "omegaconf", "sklearn.cluster", "torch.utils.tensorboard"])
+_FORKED.set_forkserver_preload(
+    ["training.extractor", "training.finetuning", "finetune", "omegaconf", "sklearn.cluster", "torch.utils.tensorboard"]
+)
 
 
 def _run_forked(name: str, words: list[str], output: Path, environment: dict[str, str]) -> None:
@@ -385,7 +388,9 @@ def make_module(cls: type = DistillModule, **changes: Any) -> DistillModule:
         "target_sparsity": 0.5,
         "sparsity_warmup_updates": 3,
     }
-    return cls(**(settings | changes))
+    module = cls(**(settings | changes))
+    freeze_unreached(module.student_model, module.student_depth)
+    return module
 
 
 def train_on(module: DistillModule, batch: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What scripts share: progress in log files and on terminals."""
+"""Progress in log files and on terminals."""
 
 import pytest
 

@@ -213,7 +213,7 @@ def test_eval_mask_waits_for_no_value() -> None:
 
 
 def test_eval_mask_follows_log_alpha() -> None:
-    """It is never older than ``log_alpha``: after training, and after loading weights in eval mode."""
+    """The mask follows ``log_alpha`` after training, and after loading weights in eval mode."""
     mask = make_mask([5.0, -9.0, 5.0]).eval()
     assert mask().nonzero().flatten().tolist() == [0, 2]
     mask.load_state_dict({"log_alpha": torch.tensor([-9.0, 5.0, -9.0])})

@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import os
-import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
+from cli import print_line
+from training.settings import AUTO, recorded_defaults
 from wav2vec2.files import checkpoint as ckpt
 from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.files.heads import Head, head_of
@@ -28,20 +28,17 @@ SIZE_FOLDER = "sparsity_"
 PRUNED_MODEL = "pruned_hubert_base.pth"
 # What finetune.py leaves: the weights of the best validation so far, and the result.
 BEST_MODEL, FINETUNED_MODEL = "best.pth", "finetuned.pth"
-# The entry of a checkpoint that holds the average of --ema, beside state_dict, from which training goes on.
-AVERAGED = "averaged_state_dict"
 # What a training checkpoint can be of, with the beginning of its weights' names and its scripts.
 DISTILLATION, FINETUNING = "distillation", "finetuning"
 _TRAINED = {DISTILLATION: ("student_model.", "distill.py or final_distill.py"), FINETUNING: ("model.", "finetune.py")}
-# The value of --resume_checkpoint that finds the checkpoint by itself, and what messages advise.
-AUTO = "auto"
+# The entry under DISTILLATION that marks a checkpoint of --save_at_sparsity.
+INTERMEDIATE = "intermediate"
+# Weights that an earlier version averaged over the updates (--ema), for the stages that follow.
+AVERAGED = "averaged_state_dict"
+# Settings of earlier versions that made another training of it.
+REMOVED_SETTINGS = ("star_weight", "unit_weight", "unit_layer", "num_units", "ema")
+# What messages advise.
 CONTINUE = f"continue with --resume_checkpoint {AUTO}"
-
-
-def print_line(message: str) -> None:
-    """Print a line on stderr without breaking the progress bar."""
-    tqdm.write(message, file=sys.stderr)
-    sys.stderr.flush()
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -51,8 +48,8 @@ def fingerprint(path: str | os.PathLike) -> str:
     """
     digest = hashlib.sha256()
     if Path(path).is_dir():
-        for file in sorted(Path(path).iterdir()):
-            digest.update(f"{file.name} {fingerprint(file)}\n".encode(errors="surrogateescape"))
+        for entry in sorted(Path(path).iterdir()):
+            digest.update(f"{entry.name} {fingerprint(entry)}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
     try:
         with zipfile.ZipFile(path) as archive:
@@ -68,7 +65,7 @@ def fingerprint(path: str | os.PathLike) -> str:
 def read_training_checkpoint(path: str | os.PathLike, kind: str = DISTILLATION) -> dict[str, Any]:
     """Read a ``.ckpt`` of one of the distillations, of this program or the published one, or of a fine-tuning.
 
-    What this program's say of their run is a dict under ``kind``; it is empty for the published one's.
+    The dict under ``kind`` is what the checkpoint says of its run; it is empty for the published program's.
 
     Raises:
         UserError: it is something else; a model file is named as such.
@@ -83,34 +80,24 @@ def read_training_checkpoint(path: str | os.PathLike, kind: str = DISTILLATION) 
                 found = f"a training checkpoint of {makers}"
         raise UserError(f"{path}: {found} where a training checkpoint (.ckpt) of {scripts} is wanted")
     contents.setdefault(kind, {})
-    kinds = {"global_step": int, kind: dict, **({AVERAGED: dict} if AVERAGED in contents else {})}
-    for name, wanted in kinds.items():
+    contents.setdefault(AVERAGED, {})
+    for name, wanted in {"global_step": int, kind: dict, AVERAGED: dict}.items():
         if type(contents.get(name)) is not wanted:
             raise UserError(
                 f"{path}: {name}: expected {wanted.__name__}, found {contents.get(name)!r:.80}; it is damaged"
             )
     for name in ("state_dict", AVERAGED):
-        for key, value in contents.get(name, {}).items():
+        for key, value in contents[name].items():
             is_named = isinstance(key, str) and isinstance(value, Tensor)
             if not (is_named and value.is_floating_point() and value.isfinite().all()):
                 raise UserError(f"{path}: {name}: {short_repr(key)} is not a tensor of finite floats; it is damaged")
     return contents
 
 
-def is_on_the_way(distillation: dict[str, Any]) -> bool:
-    """Whether a checkpoint is one of ``--save_at_sparsity``: it is for a smaller sparsity than its run.
-
-    Args:
-        distillation: what it says of its run.
-    """
-    settings, target = distillation.get("settings"), distillation.get("target_sparsity")
-    return isinstance(settings, dict) and settings.get("target_sparsity", target) != target
-
-
 def choose_checkpoint(
     choice: str | None, exp_dir: Path, kind: str = DISTILLATION
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a run continues from and its contents; None starts afresh.
+    """Choose the checkpoint that a run continues from, and read it; None starts afresh.
 
     Args:
         choice: a path; "auto" for the newest whole checkpoint of ``exp_dir`` if there is one; None for a fresh run.
@@ -153,30 +140,26 @@ def choose_checkpoint(
 
 
 def changed_settings(recorded: dict[str, Any] | None, current: dict[str, Any]) -> list[str]:
-    """The settings that differ from those that a checkpoint records, each as ``name: there, now``."""
+    """List the settings that differ from those that a checkpoint records, each as ``name: there, now``."""
     if not isinstance(recorded, dict):
         return ["its settings are not recorded there"]
-    return [
-        f"{name}: {recorded.get(name)} there, {current.get(name)} now"
-        for name in sorted(current.keys() | recorded.keys())
-        if recorded.get(name) != current.get(name)
-    ]
+    defaults = recorded_defaults()
+    there, now = ({**dict.fromkeys(recorded.keys() | current.keys()), **defaults, **own} for own in (recorded, current))
+    return [f"{name}: {there[name]} there, {now[name]} now" for name in sorted(now) if there[name] != now[name]]
 
 
-def split_state_dict(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """The student's, the projections' and the objectives' parts of a training checkpoint's, without their prefixes."""
-    student, projections, objectives = (
-        part_of(state_dict, prefix) for prefix in ("student_model.", "distill_linear_projs.", "objectives.")
-    )
-    return student, projections, objectives
+def split_state_dict(contents: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of student and projections in a training checkpoint, without their prefixes."""
+    state_dict = contents[AVERAGED] or contents["state_dict"]
+    return part_of(state_dict, "student_model."), part_of(state_dict, "distill_linear_projs.")
 
 
 def recorded_head(distillation: dict[str, Any], path: str | os.PathLike) -> Head | None:
-    """The head of the student that a training checkpoint is of; None if it has none.
+    """The head of the student in a training checkpoint; None if it has none.
 
     Args:
         distillation: what the checkpoint says of its run.
-        path: of it, named in errors.
+        path: its path, named in errors.
 
     Raises:
         UserError: the entry is no head.
@@ -191,21 +174,6 @@ def recorded_head(distillation: dict[str, Any], path: str | os.PathLike) -> Head
 def part_of(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries whose names begin with ``prefix``, without it."""
     return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-
-
-def trained_weights(
-    contents: dict[str, Any], path: str | os.PathLike
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """The weights of student, projections and objectives that the next stage takes: averages, where the run kept them.
-
-    Args:
-        contents: of a training checkpoint.
-        path: of it, for the line that says so.
-    """
-    if AVERAGED not in contents:
-        return split_state_dict(contents["state_dict"])
-    print_line(f"{path}: weights averaged over the updates (--ema)")
-    return split_state_dict(contents[AVERAGED])
 
 
 def made_before(out: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:

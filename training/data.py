@@ -14,8 +14,9 @@ from dataset.manifest import read_manifest
 from dataset.speech import SpeechDataset, check_files
 from labels.batches import FrameTimes, LabelledDataset, checked_lengths
 from labels.lists import SEGMENTS, TEXT, Clip, Probe
-from training.arguments import BatchSettings, DataSettings
-from training.callbacks import ignore_stop_signals, too_many_bad_files
+from training.settings import BatchSettings, DataSettings
+from training.signals import ignore_stop_signals
+from training.updates import too_many_bad_files
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.errors import UserError
 
@@ -147,7 +148,7 @@ class SpeechDataModule(BatchDataModule):
     datasets: dict[str, SpeechDataset]
 
     def __init__(self, settings: DataSettings) -> None:
-        paths = {subset: settings.tsv_dir / f"{subset}.tsv" for subset in (settings.train_subset, VALID_SUBSET)}
+        paths = {subset: settings.manifest_dir / f"{subset}.tsv" for subset in (settings.train_subset, VALID_SUBSET)}
         super().__init__(
             settings,
             settings.train_subset,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.arguments import LIGHT, ExtractorSettings, RunSettings, TaskSettings
 from training.data import BatchDataModule
-from training.trainer import train
+from training.distillation import train
+from training.settings import LIGHT, DistillSettings, ExtractorSettings, FinalSettings
 from wav2vec2.components import FeatureExtractor
 from wav2vec2.config import ModelConfig, check_config
 from wav2vec2.files.checkpoint import model_of
@@ -18,6 +18,14 @@ from wav2vec2.model import Wav2Vec2Model, with_masks
 
 # Of fresh layers: higher than for weights that were trained before.
 LEARNING_RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractorRun(FinalSettings):
+    """All settings of the phase in which the extractor learns."""
+
+    stage = "extractor"
+    extractor: ExtractorSettings
 
 
 def light_layers(extractor: FeatureExtractor) -> list[list[int]]:
@@ -82,7 +90,7 @@ def with_extractor(contents: dict[str, Any], settings: ExtractorSettings, source
 
 
 def learn_extractor(
-    settings: RunSettings, data: BatchDataModule, original: dict[str, Any], light: dict[str, Any]
+    settings: DistillSettings, data: BatchDataModule, original: dict[str, Any], light: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Train the extractor of ``light`` to make what that of ``original`` makes, a run of its own in EXP_DIR/extractor.
 
@@ -114,17 +122,14 @@ def learn_extractor(
         "learning_rate": LEARNING_RATE,
         "warmup_updates": num_updates // 10,
         "max_updates": num_updates,
-        "ema": None,
     }
-    phase = dataclasses.replace(
-        settings,
-        stage="extractor",
+    phase = ExtractorRun(
+        data=settings.data,
+        student=settings.student,
+        extractor=settings.extractor,
         models=dataclasses.replace(settings.models, **models),
         optimisation=dataclasses.replace(settings.optimisation, **schedule),
         machine=dataclasses.replace(settings.machine, exp_dir=settings.machine.exp_dir / "extractor"),
-        task=TaskSettings(),
-        objectives=None,
-        pruning=None,
     )
     teacher, student = _up_to_projection(original), _up_to_projection(light)
     student.encoder.requires_grad_(False)

@@ -8,16 +8,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed, nn
 
+from cli import print_line
 from labels.batches import FrameTimes, LabelledBatch
 from labels.lists import VERIFICATION, Clip, Probe
 from labels.scores import METRICS, Scored
 from labels.tasks import read_task, score_head, task_loss, with_this_head
-from lightning import freeze_unreached, scheduled_adamw
-from training.arguments import ALWAYS, FinetuneRunSettings
-from training.callbacks import save_or_end
+from lightning import ScheduledModule
 from training.checkpoints import (
     BEST_MODEL,
     FINETUNED_MODEL,
@@ -26,10 +24,12 @@ from training.checkpoints import (
     fingerprint,
     made_before,
     part_of,
-    print_line,
 )
 from training.data import TEST_SUBSET, TRAIN_SUBSET, VALID_SUBSET, LabelledDataModule
-from training.objectives import own_device
+from training.pairing import freeze_unreached
+from training.processes import own_device
+from training.saving import save_or_end
+from training.settings import ALWAYS, FinetuneRunSettings
 from training.speed import forward_flops
 from training.task import ValidScores, train_head
 from training.trainer import check_settings, data_and_machine, fit
@@ -66,7 +66,7 @@ class SpanMasking(nn.Module):
         return nn.utils.rnn.pad_sequence(spans.split(list(num_frames)), batch_first=True)
 
 
-class FinetuneModule(pl.LightningModule):
+class FinetuneModule(ScheduledModule):
     """Trains a model with a head on labels; its extractor stays as it is.
 
     While the encoder is frozen it computes what it will compute in use: without dropout, and with nothing hidden. Layer
@@ -84,6 +84,7 @@ class FinetuneModule(pl.LightningModule):
         chosen = settings.finetune
         self.model = model
         self.optimisation = settings.optimisation
+        self.warmup_updates, self.max_updates = self.optimisation.warmup_updates, self.optimisation.max_updates
         self.encoder_learning_rate = chosen.encoder_learning_rate
         self.num_frozen = chosen.num_frozen
         transformer = model.encoder.transformer
@@ -97,7 +98,7 @@ class FinetuneModule(pl.LightningModule):
         if chosen.freeze_updates == ALWAYS:
             model.encoder.requires_grad_(False)
         self.scores = ValidScores(probe, valid)
-        self.scalars: dict[str, Tensor] = {}
+        self.scalars = {}
         self.valid_score = math.nan
 
     @property
@@ -161,15 +162,14 @@ class FinetuneModule(pl.LightningModule):
         parts = [self.model.encoder, *([] if self.masking is None else [self.masking])]
         return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with a group for the head and one for the encoder, if it is trained, on one schedule."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return a group for the head, and one for the encoder if it is trained."""
         chosen = self.optimisation
         head = [p for name, p in self.model.named_parameters() if name.startswith(("head.", "aux."))]
         groups = [{"params": head, "lr": chosen.learning_rate, "name": "head"}]
         if encoder := self._encoder_parameters():
             groups.append({"params": encoder, "lr": self.encoder_learning_rate, "name": "encoder"})
-        groups = [{**group, "weight_decay": chosen.weight_decay} for group in groups]
-        return scheduled_adamw(groups, chosen.warmup_updates, chosen.max_updates)
+        return [{**group, "weight_decay": chosen.weight_decay} for group in groups]
 
 
 class BestModel(pl.Callback):

@@ -1,4 +1,4 @@
-"""What makes a run fast, and what it logs of its speed."""
+"""Speed of a run: what makes it fast, and what it logs."""
 
 import ctypes
 import resource
@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.profilers import Profiler
 from torch import nn
 
-from lightning import DistillModule
+from lightning import DistillModule, ScheduledModule
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.errors import UserError
 from wav2vec2.flops import count_flops
@@ -47,15 +47,22 @@ def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class FastTeacher(pl.Callback):
-    """Computes once what a frozen teacher needs at every step: weights in autocast's precision, folded weight norm."""
+    """Computes once what a frozen teacher needs at every step: weights in autocast's precision, folded weight norm.
 
-    def setup(self, trainer: pl.Trainer, pl_module: DistillModule, stage: str) -> None:
-        dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(trainer.precision)
+    Args:
+        teacher: the frozen model.
+    """
+
+    def __init__(self, teacher: Wav2Vec2Model) -> None:
+        self._teacher = teacher
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(trainer.precision))
         if dtype is not None:
-            cast_products(pl_module.teacher_model, dtype)
+            cast_products(self._teacher, dtype)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: DistillModule) -> None:
-        pl_module.teacher_model.fold_weight_norm()  # here, as loading a checkpoint undoes it
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._teacher.fold_weight_norm()  # here, as loading a checkpoint undoes it
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -94,7 +101,7 @@ def check_compiler(accelerator: str) -> None:
         ) from error
 
 
-def compile_steps(module: pl.LightningModule) -> None:
+def compile_steps(module: ScheduledModule) -> None:
     """Compile the ``compiled_steps`` of a module, each as one graph for batches of any shape.
 
     Noise (masks, dropout) stays torch's own, so that results are the same up to rounding, and a run may go on with
@@ -102,9 +109,9 @@ def compile_steps(module: pl.LightningModule) -> None:
     """
     # It would cut the graph for the sake of DDP's buckets, which cannot be done where activations are recomputed.
     torch._dynamo.config.optimize_ddp = False
-    options = {"fallback_random": True} if COMPILER == "inductor" else None
+    compiling: dict[str, Any] = {"options": {"fallback_random": True}} if COMPILER == "inductor" else {}
     for name in module.compiled_steps:
-        step = torch.compile(getattr(module, name), fullgraph=True, dynamic=True, backend=COMPILER, options=options)
+        step = torch.compile(getattr(module, name), fullgraph=True, dynamic=True, backend=COMPILER, **compiling)
         setattr(module, name, step)
 
 
@@ -162,9 +169,9 @@ def forward_flops(model: Wav2Vec2Model, num_layers: int) -> Callable[[int], floa
 
 
 def update_flops(module: DistillModule) -> Callable[[int], float]:
-    """Operations that one waveform costs in an update, by its samples; a backward pass counts as two forward."""
+    """Operations that one waveform costs in an update, by its samples; a backward pass counts as two forward passes."""
     teacher = forward_flops(module.teacher_model, module.teacher_depth)
-    student = forward_flops(module.student_model, module.student_depth)
+    student = forward_flops(module.student_model, max(1, module.student_depth))
     has_teacher = bool(module.teacher_layers)
     return lambda num_samples: has_teacher * teacher(num_samples) + 3 * student(num_samples)
 
@@ -199,15 +206,17 @@ class Throughput(pl.Callback):
         timer: the trainer's profiler.
         flops: operations of one update's share of one waveform, by its samples.
         precision: "32", "16" or "bf16".
+        log_interval: updates between the rows of the log.
         compiled: count graphs.
     """
 
     def __init__(
-        self, timer: FetchTimer, flops: Callable[[int], float], precision: str, compiled: bool = False
+        self, timer: FetchTimer, flops: Callable[[int], float], precision: str, log_interval: int, compiled: bool
     ) -> None:
         self._timer = timer
         self._flops = flops
         self._precision = precision
+        self._log_interval = log_interval
         self._compiled = compiled
         self._restart(0)
         self._validation_since = 0.0
@@ -233,7 +242,7 @@ class Throughput(pl.Callback):
         self._audio_seconds += num_rows * num_samples / SAMPLE_RATE
         self._operations += num_rows * self._flops(num_samples)
         updates = trainer.global_step - self._first_update
-        if not updates or trainer.global_step % trainer.log_every_n_steps:
+        if not updates or trainer.global_step % self._log_interval:
             return
         seconds = time.perf_counter() - self._since - self._left_out
         values = {

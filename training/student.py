@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from hardconcrete import HardConcrete
-from training.arguments import RANDOM, StudentSettings
+from training.settings import RANDOM, StudentSettings
 from wav2vec2.config import MAX_LAYERS, PRUNING_UNITS, HubertConfig, ModelConfig, WavLMConfig, check_config, is_wavlm
 from wav2vec2.files.checkpoint import build_model, load_state
 from wav2vec2.files.errors import UserError, short_repr

@@ -1,6 +1,7 @@
 """Learning a task beside distillation, or instead of it: the term of the loss, and the score in each validation."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,16 +13,16 @@ from labels.batches import FrameTimes, LabelledBatch
 from labels.lists import CLIPS, VERIFICATION, Clip, Probe
 from labels.scores import METRICS, clip_results, score_of
 from labels.tasks import read_task, task_loss, with_this_head
-from training.arguments import RunSettings
-from training.callbacks import gather
+from lightning import States, Term
 from training.data import VALID_SUBSET, LabelledDataModule
-from training.objectives import Objective, Seen
+from training.processes import gather
+from training.settings import BatchSettings, TaskSettings
 from wav2vec2.files.checkpoint import build_model
 from wav2vec2.files.heads import TaskModel, head_of
 
 
 def train_head(model: TaskModel) -> None:
-    """Unfreeze what a head reads where :func:`lightning.freeze_unreached` has frozen it."""
+    """Unfreeze what a head reads where :func:`training.pairing.freeze_unreached` has frozen it."""
     if model.head_settings.layers == "last":  # it reads the output of all norms
         model.encoder.transformer.layer_norm.requires_grad_(True)
     if model.aux is not None:
@@ -62,82 +63,93 @@ class ValidScores:
         return score_of(self.kind, [found[index] for index in range(len(self._clips))], self._clips).value()
 
 
-def with_task(contents: dict[str, Any], settings: RunSettings) -> tuple[dict[str, Any], LabelledDataModule]:
-    """A student's contents with a head for ``--task_tsv``, and the batches of that list.
+def with_task(
+    contents: dict[str, Any], task: TaskSettings, batches: BatchSettings, source: Path
+) -> tuple[dict[str, Any], LabelledDataModule]:
+    """Give a student's contents a head for ``--task_tsv``, and make the batches of that list.
+
+    Args:
+        contents: of the student's file.
+        task: the list, and the head.
+        batches: of the run.
+        source: the student's file, named in errors.
 
     Raises:
         UserError: the list cannot be used, see :class:`~training.data.LabelledDataModule`.
     """
-    task, source, seed = settings.task, settings.models.student_ckpt, settings.data.seed
     options = {"units": task.task_units, "layers": task.task_layers, "pooling": task.task_pooling}
     probe, head = read_task(task.task_tsv, head_of(contents, source), "task_", **options)
     with torch.device("meta"):
         extractor = build_model(contents["config"], source).feature_extractor
-    data = LabelledDataModule(settings.data, probe, FrameTimes(extractor.stride, extractor.receptive_field))
-    contents, whose = with_this_head(contents, head, source, seed)
+    data = LabelledDataModule(batches, probe, FrameTimes(extractor.stride, extractor.receptive_field))
+    contents, whose = with_this_head(contents, head, source, batches.seed)
     metric = ValidScores(probe, data.clips[VALID_SUBSET]).metric
     rank_zero_only(print)(f"task of {task.task_tsv}: {whose} head, {len(head.labels)} labels, {metric}", flush=True)
     return contents, data
 
 
-class Task(Objective):
+class Task(Term):
     """The loss of the student's head on the labels of a batch.
 
     Args:
-        weight: in the sum of losses.
+        weight: weight in the sum of losses.
         student: with the head.
     """
 
-    teacher_layers = ()
+    name = "task"
 
     def __init__(self, weight: float, student: TaskModel) -> None:
         super().__init__()
         self.weight = weight
         transformer = student.encoder.transformer
         self.student_depth = len(transformer.layers)
-        # The mask of frames must be the one that the layers below had, which their outputs do not tell.
-        norms_again = transformer.layer_norm_first and student.encoder.hard_concrete is not None
-        self.reads_student = student.head_settings.layers == "weighted" or not norms_again
+        self.head_settings = student.head_settings
+        self.logits = student.logits  # a method, so that the student's modules are not this one's, too
+        # A pre-norm encoder's last norm needs the mask of frames that the layers had, which their outputs do not tell:
+        # the encoder runs again for it.
+        self.reads_student = self.head_settings.layers == "weighted" or not (
+            transformer.layer_norm_first and student.encoder.hard_concrete is not None
+        )
         if not self.reads_student:
             transformer.layer_drop = 0.0  # every weight takes part in every update
 
-    def draw(self, batch: LabelledBatch, num_frames: int) -> Tensor:
-        """The labels (B, N)."""
-        return batch.targets
-
-    def loss(self, seen: Seen) -> Tensor:
-        lengths = seen.lengths
+    def forward(self, states: States) -> Tensor:
+        """Return the loss of a batch with labels."""
+        targets, lengths, kind = states.targets, states.lengths, self.head_settings.kind
+        if targets is None:
+            raise ValueError("a task learns from batches with labels")
         if lengths is None:
-            lengths = torch.full((len(seen.frames),), seen.frames.size(1), device=seen.frames.device)
-        model, targets = seen.model, seen.drawn
-        if model.kind == CLIPS:  # those that only a verification's validation has are no outputs
-            targets = targets.masked_fill(targets >= len(model.labels), -1)
-        return task_loss(model.kind, model.logits(seen.student, self._output(seen), lengths), lengths, targets)
+            lengths = torch.full((len(states.frames),), states.frames.size(1), device=states.frames.device)
+        if kind == CLIPS:  # labels that only the validation of a verification has are no outputs
+            targets = targets.masked_fill(targets >= len(self.head_settings.labels), -1)
+        return task_loss(kind, self.logits(states.student, self._output(states), lengths), lengths, targets)
 
-    def _output(self, seen: Seen) -> Tensor | None:
-        """What the encoder's ``forward`` gives (B, frames, D), if the head reads it."""
-        encoder = seen.model.encoder
+    def _output(self, states: States) -> Tensor | None:
+        """The output of the encoder's ``forward`` (B, frames, D), if the head reads it."""
+        encoder = states.model.encoder
         if not self.reads_student:
-            return encoder(seen.frames, seen.lengths)
-        if seen.model.head_settings.layers == "weighted":
+            return encoder(states.frames, states.lengths)
+        if self.head_settings.layers == "weighted":
             return None
-        return encoder.transformer.finished(seen.student[-1])
+        return encoder.transformer.finished(states.student[-1])
 
 
 class TaskScore(pl.Callback):
     """Logs the score of a student's head in each validation, with masks as pruning will make them.
 
     Args:
-        scores: of the clips that are validated on.
+        student: with the head.
+        scores: counts the clips that are validated on.
     """
 
-    def __init__(self, scores: ValidScores) -> None:
+    def __init__(self, student: TaskModel, scores: ValidScores) -> None:
+        self._student = student
         self._scores = scores
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: LabelledBatch, *_: Any
     ) -> None:
-        logits, lengths = pl_module.student_model(batch.waveforms, batch.lengths)
+        logits, lengths = self._student(batch.waveforms, batch.lengths)
         self._scores.note(batch, logits, lengths)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

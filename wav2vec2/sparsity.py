@@ -24,7 +24,6 @@ from hardconcrete import HardConcrete
 
 from .audio import SAMPLE_RATE
 from .components import assumed_sizes
-from .files.errors import UserError, short_repr
 from .flops import UTTERANCE_SECONDS
 from .model import Wav2Vec2Model
 
@@ -60,20 +59,6 @@ def _width_masks(model: Wav2Vec2Model) -> list[HardConcrete]:
     masks = [layer.hard_concrete for layer in convs]
     masks += [layer.feed_forward.hard_concrete_for_intermediate for layer in layers if layer.feed_forward is not None]
     return [mask for mask in masks if mask is not None]
-
-
-# Far above any width; a number without bounds could not be read back from the file that it is recorded in.
-MAX_ROUND_TO = 1_000_000
-
-
-def check_round_to(value: Any, source: str) -> None:
-    """Check the multiple of widths that ``source``, an option or an entry of a file, asks for.
-
-    Raises:
-        UserError: not a whole number from 1 to :data:`MAX_ROUND_TO`.
-    """
-    if type(value) is not int or not 1 <= value <= MAX_ROUND_TO:
-        raise UserError(f"{source}: expected a whole number from 1 to {MAX_ROUND_TO}, found {short_repr(value)}")
 
 
 def round_widths(model: Wav2Vec2Model, multiple: int) -> None:

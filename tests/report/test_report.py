@@ -201,6 +201,7 @@ def test_page_of_a_size_on_the_way_of_a_run(exp_dir):
     """Its curves are the run's, which lie one folder up, as far as it was."""
     settings = {"max_updates": 5000, "target_sparsity": 0.4}
     about = {"student_config": small_config("hubert"), "target_sparsity": 0.3, "settings": settings}
+    about["intermediate"] = True
     write_stage(exp_dir / "sparsity_0.3", about, {"script": "prune.py"})
     (exp_dir / "sparsity_0.3/csv/version_0/metrics.csv").unlink()
     write_log(exp_dir / "csv/version_1/metrics.csv", [{"step": 4320, "train_loss": 0.1}, {"step": 4321, "lambda1": 9}])

@@ -5,7 +5,6 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -28,8 +27,8 @@ from helpers import (
     small_run,
 )
 
-from training.arguments import DataSettings
 from training.data import SpeechDataModule
+from training.settings import DataSettings
 from wav2vec2.files import checkpoint
 from wav2vec2.sparsity import size_of
 
@@ -121,7 +120,7 @@ def test_joint_training_drives_the_expected_size_to_the_target(manifests, tmp_pa
     exp_dir = tmp_path / "exp"
     size_of_run = {"max_updates": 350, "warmup_updates": 35, "max_crop_seconds": 0.05, "seconds_per_batch": 0.1}
     flags = small_run(manifests, teacher, **size_of_run, log_interval=50, valid_interval=1000)
-    pruning = {"target_sparsity": 0.6, "reg_learning_rate": 0.15, "sparsity_warmup_updates": 200, "ema": 0.5}
+    pruning = {"target_sparsity": 0.6, "reg_learning_rate": 0.15, "sparsity_warmup_updates": 200}
     pruning |= {"pruning_units": "conv,head,interm", "save_at_sparsity": 0.3}
     run_script(monkeypatch, "distill", *flags, *as_words(pruning), "--exp_dir", exp_dir)
     expected = [float(row["sparsity_expected"]) for row in logged(exp_dir) if "sparsity_expected" in row]
@@ -133,7 +132,7 @@ def test_joint_training_drives_the_expected_size_to_the_target(manifests, tmp_pa
         last = folder / "ckpts" / "last.ckpt"
         run_script(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", teacher)
         printed = capsys.readouterr().err
-        assert "averaged over the updates" in printed and "warning" not in printed
+        assert "warning" not in printed
         num_after = load_as_others_do(folder / "ckpts" / "pruned_hubert_base.pth").get_num_params()
         assert abs(1 - num_after / num_before - target) < 0.005
     pruned, final = size / "ckpts" / "pruned_hubert_base.pth", size / "final"
@@ -193,7 +192,7 @@ def test_every_unit_to_both_budgets(manifests, tmp_path, monkeypatch, capsys, fa
     flags = small_run(manifests, teacher, max_updates=14, sparsity_warmup_updates=6, reg_learning_rate=0.3)
     targets = {"sparsity": 0.6, "macs": 0.62}
     chosen = ("--target_sparsity", targets["sparsity"], "--target_macs", targets["macs"], "--student_dropout", 0)
-    control = ("--sparsity_control", "exact", "--pruning_units", "conv,head,interm,posconv,embed")
+    control = ("--pruning_units", "conv,head,interm,posconv,embed")
     run_script(monkeypatch, "distill", *flags, *chosen, *control, "--exp_dir", exp_dir)
     rows = [row for row in logged(exp_dir) if "macs_expected" in row]
     margins = [min(float(row[f"{name}_expected"]) - float(row[f"{name}_target"]) for name in targets) for row in rows]
@@ -269,39 +268,22 @@ def test_students_dropout_is_of_the_training_alone(manifests, tmp_path, monkeypa
     assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
 
 
-def test_later_stages_take_the_average(manifests, small_teacher, tmp_path, monkeypatch, capsys):
-    """As they take the weights of a checkpoint that has no average."""
-
-    def prune(contents: dict[str, Any]) -> dict[str, Any]:
-        last = tmp_path / "exp" / "ckpts" / "last.ckpt"
-        checkpoint.save(last, contents)
-        capsys.readouterr()
-        run_script(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", small_teacher)
-        assert ("averaged over the updates (--ema)" in capsys.readouterr().err) == ("averaged_state_dict" in contents)
-        return checkpoint.read_model_file(last.parent / "pruned_hubert_base.pth")
-
-    flags = (*small_run(manifests, small_teacher), *PRUNING, "--ema", 0.7, "--exp_dir", tmp_path / "exp")
-    run_script(monkeypatch, "distill", *flags)
+def test_later_stages_take_the_average_of_an_older_run(manifests, small_teacher, tmp_path, monkeypatch):
+    """An average takes the place of the weights."""
+    last = tmp_path / "exp" / "ckpts" / "last.ckpt"
+    run_script(monkeypatch, "distill", *small_run(manifests, small_teacher), *PRUNING, "--exp_dir", tmp_path / "exp")
     contents = last_checkpoint(tmp_path / "exp")
-    averaged = contents.pop("averaged_state_dict")
-    trained = prune(contents)
-    by_hand, pruned = prune({**contents, "state_dict": averaged}), prune({**contents, "averaged_state_dict": averaged})
-    assert largest_difference(pruned, by_hand) == 0
-    assert not torch.equal(pruned["distill_linear_projs"]["0.weight"], trained["distill_linear_projs"]["0.weight"])
-
-    student = tmp_path / "exp" / "ckpts" / "pruned_hubert_base.pth"
-    final = small_run(manifests, small_teacher, student_ckpt=student, ema=0.7, exp_dir=tmp_path / "final")
-    run_script(monkeypatch, "final_distill", *final)
-    last = tmp_path / "final" / "ckpts" / "last.ckpt"
-    run_script(monkeypatch, "save_final_ckpt", "--config_path", student, "--ckpt_after_final_distill", last)
-    model = checkpoint.read_model_file(last.parent / "pruned_hubert_base.pth")
-    for key, value in last_checkpoint(tmp_path / "final")["averaged_state_dict"].items():
-        part, _, name = key.partition(".")
-        assert torch.equal(model["state_dict" if part == "student_model" else part][name], value)
+    averaged = {key: 0.9 * value for key, value in contents["state_dict"].items() if not key.startswith("lambda")}
+    pruned = []
+    for changes in ({"state_dict": averaged}, {"averaged_state_dict": averaged}):
+        checkpoint.save(last, {**contents, **changes})
+        run_script(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", small_teacher)
+        pruned.append(checkpoint.read_model_file(last.parent / "pruned_hubert_base.pth"))
+    assert largest_difference(*pruned) == 0
 
 
 @pytest.mark.parametrize("average", [[1.0], {"student_model.weight": torch.tensor([1.0, float("nan")])}, {3: "x"}])
-def test_a_damaged_average(manifests, small_teacher, tmp_path, monkeypatch, capsys, average):
+def test_a_damaged_average(small_teacher, tmp_path, monkeypatch, capsys, average):
     last = tmp_path / "last.ckpt"
     state = {"student_model.weight": torch.ones(2)}
     checkpoint.save(last, {"state_dict": state, "global_step": 1, "averaged_state_dict": average})
@@ -368,11 +350,14 @@ BAD_FLAGS = [
     ({"target_sparsity": 1.5}, "--target_sparsity: expected a number between 0 and 1"),
     ({"target_sparsity": 0.9, "pruning_units": "head"}, "pruning head removes at most"),
     (
-        {"target_macs": 0.9, "sparsity_control": "exact", "pruning_units": "conv"},
+        {"target_macs": 0.9, "pruning_units": "conv"},
         "--target_macs 0.9: pruning conv removes at most 0.",
     ),
-    ({"target_macs": 0.5}, "--target_macs 0.5: the lagrangian knows parameters only; add --sparsity_control exact"),
-    ({"target_macs": 1.5, "sparsity_control": "exact"}, "--target_macs: expected a number between 0 and 1, found 1.5"),
+    (
+        {"target_macs": 0.5, "sparsity_control": "lagrangian"},
+        "--target_macs 0.5: the lagrangian knows parameters only; leave out --sparsity_control, or give exact",
+    ),
+    ({"target_macs": 1.5}, "--target_macs: expected a number between 0 and 1, found 1.5"),
     (
         {"save_at_sparsity": "0.5,0.9"},
         "--save_at_sparsity: expected different numbers between 0 and --target_sparsity (0.",
@@ -383,7 +368,6 @@ BAD_FLAGS = [
         "--save_at_sparsity 0.01: the target rises from 0.0",
     ),
     ({"save_at_sparsity": "0.3", "sparsity_warmup_updates": 0}, "the target rises from 0.7500 to 0.7500 in this run"),
-    ({"ema": 1}, "--ema: expected a number from 0 to below 1, found 1.0"),
     ({"student_dropout": 1}, "--student_dropout: expected a number from 0 to below 1, found 1.0"),
     ({"pruning_units": "conv,width"}, "--pruning_units: 'width' unknown; choose from conv, head, interm"),
     ({"warmup_updates": 100}, "--warmup_updates 100 is above --max_updates 6"),

@@ -8,8 +8,8 @@ import pytest
 import soundfile
 from helpers import error_line, run_to_exit, small_run
 
-from training.arguments import DataSettings
 from training.data import SpeechDataModule
+from training.settings import DataSettings
 from wav2vec2.files.errors import UserError
 
 SHORT, LONG = 399, 16_000

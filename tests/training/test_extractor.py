@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import SMALL_LIGHT_LAYERS, random_model, small_config
 
-from training.arguments import ExtractorSettings
 from training.extractor import light_layers, with_extractor
+from training.settings import ExtractorSettings
 from wav2vec2.components import FeatureExtractor
 from wav2vec2.config import check_config
 from wav2vec2.files.checkpoint import model_of

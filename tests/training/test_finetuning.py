@@ -26,8 +26,9 @@ from helpers import (
 )
 
 import wav2vec2
-from training import callbacks, speed
+from training import saving, speed
 from training.finetuning import BestModel, FinetuneModule, SpanMasking
+from wav2vec2.fast import plain_paths
 from wav2vec2.files import checkpoint
 from wav2vec2.model import wav2vec2_model
 
@@ -244,14 +245,14 @@ def test_a_finished_run_is_not_run_again_but_finished_if_it_is_not(
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
 def test_a_best_model_that_cannot_be_saved(labelled, small_teacher, tmp_path, monkeypatch, capsys, error):
-    save = callbacks.ckpt.save
+    save = saving.ckpt.save
 
     def fail(path: Path, contents: dict[str, Any]) -> None:
         if path.name == "best.pth":
             raise error
         save(path, contents)
 
-    monkeypatch.setattr(callbacks.ckpt, "save", fail)
+    monkeypatch.setattr(saving.ckpt, "save", fail)
     flags = finetuning_run(labelled / "clips.tsv", small_teacher, max_updates=2)
     assert run_to_exit(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path) == 1
     assert error_line(capsys).startswith(f"{tmp_path / 'best.pth'}: could not be saved ({error}); make room, then")
@@ -298,11 +299,13 @@ def test_compiled_it_is_the_same(labelled, tmp_path, monkeypatch):
     assert largest_difference(ones["state_dict"], others["state_dict"]) < 1e-5
 
 
-@pytest.mark.parametrize("flags", [("--checkpoint_activations",), ("--plain",)])
+@pytest.mark.parametrize("flags", [("--checkpoint_activations",), ()])
 def test_other_ways_to_the_same(labelled, small_teacher, tmp_path, monkeypatch, flags):
+    """Recomputed activations, or the plain paths."""
     run = finetuning_run(labelled / "segments.tsv", small_teacher, max_updates=3)
     run_script(monkeypatch, "finetune", *run, "--exp_dir", tmp_path / "one")
-    run_script(monkeypatch, "finetune", *run, *flags, "--exp_dir", tmp_path / "other")
+    with plain_paths(not flags):
+        run_script(monkeypatch, "finetune", *run, *flags, "--exp_dir", tmp_path / "other")
     ones, others = (last_checkpoint(tmp_path / folder) for folder in ("one", "other"))
     assert largest_difference(ones["state_dict"], others["state_dict"]) < 2e-4
 

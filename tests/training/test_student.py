@@ -24,7 +24,7 @@ from helpers import (
 from torch import Tensor
 
 from s3prl_upstream.expert import UpstreamExpert
-from training.arguments import StudentSettings
+from training.settings import StudentSettings
 from training.student import student_of
 from wav2vec2 import extract, load
 from wav2vec2.files import checkpoint

@@ -1,7 +1,8 @@
-"""What the flags of the two distillations mean: typed settings, each documented and checked where it is declared.
+"""Typed settings of the three trainings, each documented and checked where it is declared.
 
 The flags are made from the fields below. A field says with ``recorded`` whether it decides what comes out of a run:
-checkpoints record these, and a run is continued only with the same.
+checkpoints record these, and a run is continued only with the same. Nothing here needs torch, so that wrong flags are
+refused at once.
 """
 
 import argparse
@@ -15,18 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
-
-import torch
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from labels.lists import UNITS
-from lightning import COS_TYPES, DISTILL_MODES, SPARSITY_CONTROLS, Layers, parse_distill_layers
-from training.checkpoints import AUTO
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
+from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.files.storage import read_json
-from wav2vec2.flops import UTTERANCE_SECONDS
-from wav2vec2.model import PRUNING_UNITS
 
 # The published number of GPUs of one node (run.sh).
 DEFAULT_GPUS = 4
@@ -34,9 +30,26 @@ DEFAULT_GPUS = 4
 DEFAULT_MODEL = Path("pretrained_ckpts/hubert-base-ls960.pth")
 # Published.
 TARGET_SPARSITY = 0.75
-PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-# What a head reads, and how it joins the frames of a clip.
-HEAD_LAYERS, HEAD_POOLINGS = ("last", "weighted"), ("mean", "attentive")
+# The value of --resume_checkpoint that finds the checkpoint by itself.
+AUTO = "auto"
+# The value of --freeze_updates for an encoder that is never trained.
+ALWAYS = "all"
+
+
+def parse_distill_layers(text: str) -> list[list[int]]:
+    """``"0.4,8"`` -> ``[[0], [4, 8]]``: a period separates groups, a comma the layers of a group.
+
+    Raises:
+        UserError: not of this form.
+    """
+    try:
+        groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
+    except ValueError:
+        raise UserError(f"expected layers and groups such as 0.4,8,12, found {text!r}") from None
+    layers = [layer for group in groups for layer in group]
+    if min(layers) < 0 or len(set(layers)) < len(layers):
+        raise UserError(f"expected every layer once and none below 0, found {text!r}")
+    return groups
 
 
 def _above_zero(value: float) -> str | None:
@@ -63,41 +76,45 @@ def _option(
     check: Callable[[Any], str | None] = lambda value: None,
     choices: Sequence[str] | None = None,
 ) -> Any:
-    """A field that is a flag.
+    """Declare a field that is a flag.
 
     Args:
         default: MISSING makes the flag required.
-        help: of the flag.
-        recorded: it decides what comes out of a run.
+        help: help text of the flag.
+        recorded: whether it decides what comes out of a run.
         check: says what is expected where a value other than None is wrong, else None.
-        choices: the only values.
+        choices: the only values, where the type does not say them.
     """
     return field(default=default, metadata={"help": help, "recorded": recorded, "check": check, "choices": choices})
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What the groups of settings below share: flags from fields, and fields from flags."""
+    """Base of the groups of settings: makes flags from fields, and fields from flags."""
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
         """Add one flag for each field."""
-        group = parser.add_argument_group(cls.__doc__.partition(".")[0].lower())
-        for name, kind in typing.get_type_hints(cls).items():
-            option = cls.__dataclass_fields__[name]
-            if isinstance(kind, types.UnionType):
-                kind = kind.__args__[0]
-            options = {"type": kind, "choices": option.metadata["choices"], "help": option.metadata["help"]}
+        group = parser.add_argument_group((cls.__doc__ or "").partition(".")[0].lower())
+        hints = typing.get_type_hints(cls)
+        for option in dataclasses.fields(cls):
+            kind, choices = hints[option.name], option.metadata["choices"]
+            if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+                kind = typing.get_args(kind)[0]
+            if typing.get_origin(kind) is Literal:
+                kind, choices = str, typing.get_args(kind)
+            options: dict[str, Any] = {"type": kind, "choices": choices}
             if kind is bool:
-                options = {"action": "store_true", "help": option.metadata["help"]}
+                options = {"action": "store_true"}
             elif option.default is MISSING:
                 options["required"] = True
             else:
                 options["default"] = option.default
-            group.add_argument(f"--{name}", **options)
+            group.add_argument(f"--{option.name}", help=option.metadata["help"], **options)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self:
-        """The settings that parsed flags give.
+        """Make the settings that parsed flags give.
 
         Raises:
             UserError: names the option, what was found and what is expected.
@@ -126,9 +143,10 @@ class BatchSettings(_Settings):
     seconds_per_batch: float = _option(87.5, "seconds of audio per batch and process", recorded=True, check=_above_zero)
     num_workers: int = _option(1, "data loading processes per training process", check=_not_negative)
     max_bad_files: str = _option(
-        "1%", "audio files that may be unreadable and replaced by others, a number or a share of the training files"
+        "1%",
+        "number or share of the training files that may be unreadable; each is replaced by another",
     )
-    seed: int = _option(2022, "of batches, crops and noise", recorded=True, check=_not_negative)
+    seed: int = _option(2022, "seed of batches, crops and noise", recorded=True, check=_not_negative)
 
     def max_bad_files_of(self, num_files: int) -> int:
         """``"5"`` is 5 files, ``"1%"`` that share of ``num_files``, rounded down.
@@ -149,9 +167,11 @@ class BatchSettings(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(BatchSettings):
-    """Data. All but the batches' length and the last three is of the manifests, and does not matter with --task_tsv."""
+    """Data. With --task_tsv only --seconds_per_batch, --num_workers, --max_bad_files and --seed apply."""
 
-    tsv_dir: Path | None = _option(None, "directory of the manifests from prepare_data.py; not read with --task_tsv")
+    tsv_dir: Path | None = _option(
+        None, "directory of the manifests from prepare_data.py (required without --task_tsv)"
+    )
     train_subset: str = _option("train100", "train on TSV_DIR/NAME.tsv")
     min_seconds: float = _option(MIN_SECONDS, "leave out shorter utterances", recorded=True)
     max_seconds: float = _option(MAX_SECONDS, "leave out longer utterances", recorded=True)
@@ -162,6 +182,17 @@ class DataSettings(BatchSettings):
         check=_above_zero,
     )
 
+    @property
+    def manifest_dir(self) -> Path:
+        """``--tsv_dir``.
+
+        Raises:
+            UserError: it is not given.
+        """
+        if self.tsv_dir is None:
+            raise UserError("--tsv_dir: is not given, expected the directory of the manifests from prepare_data.py")
+        return self.tsv_dir
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSettings(BatchSettings):
@@ -170,7 +201,7 @@ class LabelSettings(BatchSettings):
     tsv: Path = _option(MISSING, "list of labelled audio: split (train, valid, test), path, and text, or label")
     units: str | None = _option(
         None,
-        f"what is recognised of a text (default: as the model's head, or {UNITS[0]})",
+        f"units of a text to recognise (default: those of the model's head, or {UNITS[0]})",
         recorded=True,
         choices=UNITS,
     )
@@ -184,24 +215,28 @@ class ModelSettings(_Settings):
     student_ckpt: Path = _option(MISSING, ".pth that the student starts from")
     student_dropout: float | None = _option(
         None,
-        "of the student in this training (default: as its file says, which stays in the result)",
+        "dropout of the student in this training (default: that of its file, which the result keeps in any case)",
         recorded=True,
         check=_share,
     )
     distill_layers: str = _option(
         "0.4,8,12",
-        "groups by period, layers in a group by comma, layers whose mean is one target by plus; auto:K: 0, and K means "
-        "of the teacher's layers that are alike",
+        "the teacher's layers to distil: a period separates groups, which share a projection, a comma their layers",
         recorded=True,
     )
-    distill_mode: str = _option("layer2layer", "see the README", recorded=True, choices=DISTILL_MODES)
-    l2_weight: float = _option(0.0, "of the mean squared error", recorded=True)
-    l1_weight: float = _option(1.0, "of the mean absolute error", recorded=True)
-    cos_weight: float = _option(1.0, "of the cosine similarity", recorded=True)
-    cos_type: str = _option("raw", "the cosine, or the log of its sigmoid", recorded=True, choices=COS_TYPES)
+    distill_mode: Literal["layer2layer", "predlayer"] = _option(
+        "layer2layer",
+        "match layers of equal relative depth, or predict all from the student's last layer as DistilHuBERT",
+        recorded=True,
+    )
+    l2_weight: float = _option(0.0, "weight of the mean squared error", recorded=True)
+    l1_weight: float = _option(1.0, "weight of the mean absolute error", recorded=True)
+    cos_weight: float = _option(1.0, "weight of the cosine term", recorded=True)
+    cos_type: Literal["raw", "log_sig"] = _option("raw", "the cosine, or the log of its sigmoid", recorded=True)
     distill_weight: float = _option(
         1.0,
-        "of these together, beside --task_weight; 0: no teacher is needed, and sizes are measured by the student",
+        "weight of these together, beside --task_weight; with 0 no teacher is needed, and sparsity counts from the "
+        "student's size",
         recorded=True,
         check=_not_negative,
     )
@@ -216,141 +251,62 @@ class ModelSettings(_Settings):
                     f"--{option}: {DEFAULT_MODEL}, the default, does not exist; make it with "
                     f"python convert_hubert_from_hf.py --out {DEFAULT_MODEL}, or give another file"
                 )
-        if self.num_auto_groups is None:
-            try:
-                parse_distill_layers(self.distill_layers)
-            except UserError as error:
-                raise UserError(f"--distill_layers: {error}") from None
-
-    def recorded(self) -> dict[str, Any]:
-        # Runs from before the options were there are continued as those without them.
-        settings = super().recorded()
-        for option in ("student_dropout", "distill_weight"):
-            if settings[option] == type(self).__dataclass_fields__[option].default:
-                del settings[option]
-        return settings
-
-    @property
-    def num_auto_groups(self) -> int | None:
-        """K of ``auto:K``; None where the layers are named."""
-        match = re.fullmatch(r"auto:([1-9][0-9]{0,2})", self.distill_layers)
-        return int(match[1]) if match else None
-
-    @property
-    def layer_groups(self) -> list[list[Layers]]:
-        """What is distilled, by group."""
-        return parse_distill_layers(self.distill_layers)
-
-    @property
-    def layers(self) -> list[Layers]:
-        """What is distilled, all groups together."""
-        return [layers for group in self.layer_groups for layers in group]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveSettings(_Settings):
-    """Other objectives, beside --l2_weight, --l1_weight and --cos_weight or instead of them."""
-
-    star_weight: float = _option(
-        0.0,
-        "of the temporal relations of --distill_layers, as STaR (arXiv 2312.09040)",
-        recorded=True,
-        check=_not_negative,
-    )
-    unit_weight: float = _option(
-        0.0,
-        "of the teacher's units in masked frames, as DiceHuBERT (arXiv 2507.02911)",
-        recorded=True,
-        check=_not_negative,
-    )
-    unit_layer: int | None = _option(
-        None,
-        "the teacher's layer of these units (default: at three quarters of its depth)",
-        recorded=True,
-        check=_not_negative,
-    )
-    num_units: int = _option(500, "clusters of k-means", recorded=True, check=_above_zero)
-
-    def recorded(self) -> dict[str, Any]:
-        """What is not as it always was: runs of before the options were there are continued as those without them."""
-        settings = super().recorded()
-        if not self.star_weight:
-            del settings["star_weight"]
-        return settings if self.unit_weight else {k: v for k, v in settings.items() if "unit" not in k}
+        try:
+            parse_distill_layers(self.distill_layers)
+        except UserError as error:
+            raise UserError(f"--distill_layers: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings(_Settings):
     """A task, learnt beside distillation or instead of it."""
 
-    task_tsv: Path | None = _option(
-        None, "list of labelled audio, as of finetune.py; the batches are whole clips of it"
+    task_tsv: Path = _option(MISSING, "list of labelled audio, as for finetune.py; the batches are whole clips of it")
+    task_weight: float = _option(
+        1.0, "weight of the loss on these labels; 0 switches it off", recorded=True, check=_not_negative
     )
-    task_weight: float = _option(1.0, "of the loss on these labels; 0: none", recorded=True, check=_not_negative)
     task_units: str | None = _option(
         None, "as --units of finetune.py, if the student has no head for the labels", recorded=True, choices=UNITS
     )
-    task_layers: str | None = _option(None, "as --layers", recorded=True, choices=HEAD_LAYERS)
-    task_pooling: str | None = _option(None, "as --pooling", recorded=True, choices=HEAD_POOLINGS)
+    task_layers: Literal["last", "weighted"] | None = _option(None, "as --layers of finetune.py", recorded=True)
+    task_pooling: Literal["mean", "attentive"] | None = _option(None, "as --pooling of finetune.py", recorded=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.task_tsv is None:
-            for option in ("task_weight", "task_units", "task_layers", "task_pooling"):
-                default = type(self).__dataclass_fields__[option].default
-                if (value := getattr(self, option)) and value != default:
-                    raise UserError(f"--{option} {value}: of --task_tsv, which is not given")
+    @classmethod
+    def if_given(cls, args: argparse.Namespace) -> Self | None:
+        """Make the settings that parsed flags give; None where no labels are to be learnt.
 
-    @property
-    def is_on(self) -> bool:
-        """Whether labels are learnt."""
-        return self.task_tsv is not None and self.task_weight > 0
-
-    def recorded(self) -> dict[str, Any]:
-        # Runs of before the options were there are continued as those without a task.
-        return super().recorded() if self.is_on else {}
+        Raises:
+            UserError: an option is given without --task_tsv, or is wrong.
+        """
+        if args.task_tsv is not None:
+            settings = cls.from_args(args)
+            return settings if settings.task_weight else None
+        for option in dataclasses.fields(cls):
+            value = getattr(args, option.name)
+            if value and value != option.default:
+                raise UserError(f"--{option.name} {value}: needs --task_tsv, which is not given")
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSettings(_Settings):
     """Optimisation."""
 
-    learning_rate: float = _option(MISSING, "of weights and projections", recorded=True, check=_above_zero)
-    weight_decay: float = _option(0.0, "of weights and projections", recorded=True, check=_not_negative)
-    warmup_updates: int = _option(MISSING, "the learning rate rises over these", recorded=True, check=_not_negative)
+    learning_rate: float = _option(
+        MISSING, "learning rate of weights and projections", recorded=True, check=_above_zero
+    )
+    weight_decay: float = _option(0.0, "weight decay of weights and projections", recorded=True, check=_not_negative)
+    warmup_updates: int = _option(
+        MISSING, "updates over which the learning rate rises", recorded=True, check=_not_negative
+    )
     max_updates: int = _option(MISSING, "updates of the whole run", recorded=True, check=_above_zero)
     clip_norm: float = _option(10.0, "clip the gradient's norm; 0 switches it off", recorded=True, check=_not_negative)
     accum_grad: int = _option(1, "batches per update", check=_above_zero)  # recorded times the processes
-    skip_nonfinite: int = _option(
-        0,
-        "updates with a loss or gradient that is not finite to pass over (--precision 16: 20 in a row, always)",
-        check=_not_negative,
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup_updates > self.max_updates:
             raise UserError(f"--warmup_updates {self.warmup_updates} is above --max_updates {self.max_updates}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimisationSettings(ScheduleSettings):
-    """Optimisation. The three defaults without a number are each stage's own."""
-
-    ema: float | None = _option(
-        None,
-        "average student, masks and projections over the updates, each as DECAY times the average and 1 - DECAY times "
-        "the update's; later stages take the average (default: none)",
-        recorded=True,
-        check=_share,
-    )
-
-    def recorded(self) -> dict[str, Any]:
-        # As of runs from before the option was there.
-        settings = super().recorded()
-        if self.ema is None:
-            del settings["ema"]
-        return settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +318,9 @@ class PruningSettings(_Settings):
         f"units to put masks on, of {', '.join(PRUNING_UNITS)}",
         recorded=True,
     )
-    reg_learning_rate: float = _option(0.02, "of masks and multipliers", recorded=True, check=_not_negative)
+    reg_learning_rate: float = _option(
+        0.02, "learning rate of masks and multipliers", recorded=True, check=_not_negative
+    )
     target_sparsity: float | None = _option(
         None,
         f"share of the parameters to remove (default: {TARGET_SPARSITY}, or any where --target_macs is given)",
@@ -371,29 +329,33 @@ class PruningSettings(_Settings):
     )
     target_macs: float | None = _option(
         None,
-        f"share of the multiply-adds of {UTTERANCE_SECONDS} s of speech to remove, instead of --target_sparsity or, if "
-        "both are given, both at least; with --sparsity_control exact",
+        "share of the multiply-adds of an average utterance to remove, instead of --target_sparsity or as well; needs "
+        "the exact control",
         recorded=True,
         check=_between_zero_and_one,
     )
     sparsity_warmup_updates: int = _option(
-        5000, "the target rises over these updates", recorded=True, check=_not_negative
+        5000, "updates over which the target rises", recorded=True, check=_not_negative
     )
-    sparsity_control: str = _option(
-        SPARSITY_CONTROLS[0],
-        "a Lagrangian that learns its multipliers, as published, or masks that are moved to the target at every update",
+    sparsity_control: Literal["lagrangian", "exact"] = _option(
+        "lagrangian",
+        "learn the multipliers of a Lagrangian, as published, or move the masks to the target at every update "
+        "(default: lagrangian, or exact where --target_macs is given)",
         recorded=True,
-        choices=SPARSITY_CONTROLS,
     )
     save_at_sparsity: str | None = _option(
         None,
-        "sparsities below the target, such as 0.5,0.65: where the target reaches them, EXP_DIR/sparsity_0.5 and so on "
-        "get a checkpoint for prune.py",
+        "sparsities below the target, such as 0.5,0.65: where the target reaches one, a checkpoint for "
+        "prune.py is saved in EXP_DIR/sparsity_0.5 and so on",
         recorded=True,
     )
-    round_to: int | None = _option(
-        None, "recorded for prune.py: keep conv and feed-forward widths in multiples of this", check=_above_zero
-    )
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Self:
+        values = {option.name: getattr(args, option.name) for option in dataclasses.fields(cls)}
+        if values["sparsity_control"] is None:
+            values["sparsity_control"] = "lagrangian" if args.target_macs is None else "exact"
+        return cls(**values)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -405,8 +367,8 @@ class PruningSettings(_Settings):
             object.__setattr__(self, "target_sparsity", TARGET_SPARSITY)
         if self.target_macs is not None and self.sparsity_control != "exact":
             raise UserError(
-                f"--target_macs {self.target_macs}: the {self.sparsity_control} knows parameters only; add "
-                "--sparsity_control exact"
+                f"--target_macs {self.target_macs}: the {self.sparsity_control} knows parameters only; leave out "
+                "--sparsity_control, or give exact"
             )
         below = self.target_sparsity
         if self.save_at_sparsity is not None and not (
@@ -428,14 +390,6 @@ class PruningSettings(_Settings):
     @property
     def units(self) -> list[str]:
         return self.pruning_units.split(",")
-
-    def recorded(self) -> dict[str, Any]:
-        """As of all groups; runs from before there was a choice have none of these recorded."""
-        settings = super().recorded()
-        for option in ("target_macs", "sparsity_control", "save_at_sparsity"):
-            if settings[option] == type(self).__dataclass_fields__[option].default:
-                del settings[option]
-        return settings
 
 
 # The named choice of --student_extractor.
@@ -475,8 +429,6 @@ class ExtractorSettings(_Settings):
         return super().recorded() if self.student_extractor is not None else {}
 
 
-# The value of --freeze_updates for an encoder that is never trained.
-ALWAYS = "all"
 # The value of --init_layers for layers that start from nothing.
 RANDOM = "random"
 
@@ -545,15 +497,14 @@ class MachineSettings(_Settings):
     valid_interval: int | None = _option(
         None, "validate every this many batches (default: at the end of each epoch)", check=_above_zero
     )
-    accelerator: str = _option("auto", "what to train on", choices=("auto", "cpu", "gpu"))
+    accelerator: Literal["auto", "cpu", "gpu"] = _option("auto", "what to train on")
     num_nodes: int = _option(1, "nodes", check=_above_zero)
     gpus: int | None = _option(
         None,
         f"GPUs per node (default: {DEFAULT_GPUS}); with --accelerator cpu, processes per node (default: 1)",
         check=_above_zero,
     )
-    precision: str = _option("32", "bits of the matrix products", recorded=True, choices=tuple(PRECISIONS))
-    plain: bool = _option(False, "take the plain paths: slower, the same numbers")
+    precision: Literal["32", "16", "bf16"] = _option("32", "bits of the matrix products", recorded=True)
     compile: bool = _option(
         False,
         "compile teacher, student and loss with torch.compile: the same numbers up to rounding, after some minutes of "
@@ -568,25 +519,32 @@ class MachineSettings(_Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         resumed = self.resume_checkpoint
-        if resumed not in (None, AUTO) and not Path(resumed).is_file():
+        if resumed not in (None, AUTO) and not Path(str(resumed)).is_file():
             raise UserError(f"--resume_checkpoint: {resumed} does not exist; give a .ckpt of a run, or {AUTO}")
-        if self.precision == "16" and self.devices[0] == "cpu":
+        if self.accelerator == "cpu":
+            self._check_precision()
+
+    def _check_precision(self) -> None:
+        if self.precision == "16":
             raise UserError(
                 "--precision 16 needs a GPU (its small gradients need a loss scaler); use 32 or bf16 on a CPU"
             )
-        if self.compile and self.plain:
-            raise UserError("--compile and --plain: the plain paths are there to be read and compared with; give one")
 
     @property
-    def devices(self) -> tuple[str, int]:
-        """The accelerator ("gpu" or "cpu") and the number of processes per node.
+    def devices(self) -> tuple[Literal["gpu", "cpu"], int]:
+        """The accelerator and the number of processes per node.
 
         Raises:
-            UserError: more GPUs are asked for than there are.
+            UserError: more GPUs are asked for than there are, or a precision that needs one.
         """
-        available = torch.cuda.device_count()
-        if self.accelerator == "cpu" or (self.accelerator == "auto" and not (available or self.gpus)):
+        if self.accelerator == "cpu":
             return "cpu", self.gpus or 1
+        import torch  # the only question here that takes it
+
+        available = torch.cuda.device_count()
+        if self.accelerator == "auto" and not (available or self.gpus):
+            self._check_precision()
+            return "cpu", 1
         wanted = self.gpus or DEFAULT_GPUS
         if wanted > available:
             advice = (
@@ -603,67 +561,94 @@ class MachineSettings(_Settings):
         return self.devices[1] * self.num_nodes
 
 
+# ---------------------------------------------------------------------------------------------------
+# All settings of a run
+# ---------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """All settings of a distillation.
+    """Base of all settings of a training: each field is a group of flags.
 
     Attributes:
-        stage: its name, for people.
-        objectives: None where equation 1 is all.
-        pruning, extractor: None in the final distillation.
+        stage: name of the training, for people.
     """
 
-    stage: str
+    stage: ClassVar[str]
+    optimisation: ScheduleSettings
+    machine: MachineSettings
+
+    @classmethod
+    def groups(cls) -> dict[str, type[_Settings]]:
+        """The groups of flags, by field; those of all trainings last."""
+        hints = typing.get_type_hints(cls)
+        names = [option.name for option in dataclasses.fields(cls)]
+        names.sort(key=lambda name: name in ("optimisation", "machine"))
+        return {name: (typing.get_args(hints[name]) or (hints[name],))[0] for name in names}  # X of X | None
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that decide what comes out of the run."""
+        groups = [getattr(self, option.name) for option in dataclasses.fields(self)]
+        settings = {name: value for group in groups if group is not None for name, value in group.recorded().items()}
+        # Four processes, or one with --accum_grad 4: the same updates.
+        num_batches = self.machine.num_processes * self.optimisation.accum_grad
+        return {"stage": self.stage, **settings, "gpus x accum_grad": num_batches}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings(RunSettings):
+    """All settings of either distillation."""
+
     data: DataSettings
     models: ModelSettings
     student: StudentSettings
-    optimisation: OptimisationSettings
-    machine: MachineSettings
-    task: TaskSettings = TaskSettings()
-    objectives: ObjectiveSettings | None = None
-    pruning: PruningSettings | None = None
-    extractor: ExtractorSettings | None = None
+    task: TaskSettings | None = None
 
     def __post_init__(self) -> None:
-        objectives, task = self.objectives, self.task
-        others = [name for name in ("star_weight", "unit_weight") if objectives and getattr(objectives, name)]
-        if task.is_on:
-            if others:
-                raise UserError(
-                    f"--{others[0]}: is not for batches with padding, which --task_tsv makes; leave one out"
-                )
+        if self.task is not None:
             if self.machine.compile:
-                raise UserError("--compile: is not for batches with padding, which --task_tsv makes; leave it out")
-        elif not (self.distils or others):
+                raise UserError(
+                    "--compile: batches of --task_tsv have padding, which it does not support; leave it out"
+                )
+            return
+        if not self.distils:
             raise UserError(
-                "--l2_weight, --l1_weight, --cos_weight, --star_weight and --unit_weight are all 0: nothing would be "
-                "distilled"
+                "--l2_weight, --l1_weight and --cos_weight are all 0: nothing would be distilled"
                 if self.models.distill_weight
                 else "--distill_weight 0: nothing would be learnt; give --task_tsv and --task_weight"
             )
 
     @property
     def distils(self) -> bool:
-        """Whether equation 1 has a weight."""
+        """True if equation 1 has a weight."""
         models = self.models
         return bool(models.distill_weight and (models.l2_weight or models.l1_weight or models.cos_weight))
 
     @property
-    def has_projections(self) -> bool:
-        """Whether there are layers to be matched: not if the task is all."""
-        return self.distils or not self.task.is_on
+    def layer_groups(self) -> list[list[int]]:
+        """The layers to be matched, by group; none if the task is all."""
+        return parse_distill_layers(self.models.distill_layers) if self.distils else []
 
     @property
-    def layer_groups(self) -> list[list[Layers]]:
-        """The layers to be matched, by group."""
-        return self.models.layer_groups if self.has_projections else []
+    def layers(self) -> list[int]:
+        """The layers to be matched, all groups together."""
+        return [layer for group in self.layer_groups for layer in group]
 
-    def recorded(self) -> dict[str, Any]:
-        """The settings that decide what comes out of the run."""
-        return _recorded(
-            *(self, self.data, self.models, self.student, self.task, self.objectives, self.optimisation),
-            *(self.machine, self.pruning, self.extractor),
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(DistillationSettings):
+    """All settings of the joint distillation and pruning."""
+
+    stage = "distill and prune"
+    pruning: PruningSettings
+    extractor: ExtractorSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalSettings(DistillationSettings):
+    """All settings of the final distillation."""
+
+    stage = "final distillation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -671,26 +656,27 @@ class FinetuneSettings(_Settings):
     """Model and head."""
 
     model: Path = _option(MISSING, "model file or folder: the encoder; a head for the same labels is trained further")
-    layers: str | None = _option(
+    layers: Literal["last", "weighted"] | None = _option(
         None,
-        "what the head reads: the last layer, or a learnt sum of all (default: as the model's head; else of text the "
-        "last, of others the sum)",
+        "what the head reads: the last layer, or a learnt sum of all (default: as the model's head; a new head reads "
+        "the last for a text, the sum for other labels)",
         recorded=True,
-        choices=HEAD_LAYERS,
     )
-    pooling: str | None = _option(
+    pooling: Literal["mean", "attentive"] | None = _option(
         None,
-        "over the frames of a clip with one label: the mean, or a mean with learnt weights (default: as the model's "
-        "head, or mean)",
+        "how the frames of a clip with one label are joined: their mean, or a mean with learnt weights (default: as "
+        "the model's head, or mean)",
         recorded=True,
-        choices=HEAD_POOLINGS,
     )
     freeze_updates: str = _option(
         "0", f"updates in which the head is trained alone, or '{ALWAYS}'; the extractor is never trained", recorded=True
     )
-    encoder_learning_rate: float = _option(1e-4, "of the encoder", recorded=True, check=_above_zero)
+    encoder_learning_rate: float = _option(1e-4, "learning rate of the encoder", recorded=True, check=_above_zero)
     mask_prob: float = _option(
-        0.05, "share of the encoder's frames to hide in spans, as wav2vec 2.0; 0: none", recorded=True, check=_share
+        0.05,
+        "share of the encoder's frames to hide in spans, as wav2vec 2.0; 0 hides none",
+        recorded=True,
+        check=_share,
     )
     mask_length: int = _option(10, "frames of such a span", recorded=True, check=_above_zero)
 
@@ -708,90 +694,55 @@ class FinetuneSettings(_Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneRunSettings:
-    """All settings of a fine-tuning.
+class FinetuneRunSettings(RunSettings):
+    """All settings of a fine-tuning."""
 
-    Attributes:
-        stage: its name, for people.
-    """
-
-    stage: str
+    stage = "fine-tuning"
     data: LabelSettings
     finetune: FinetuneSettings
-    optimisation: ScheduleSettings
-    machine: MachineSettings
-
-    def recorded(self) -> dict[str, Any]:
-        """The settings that decide what comes out of the run."""
-        return _recorded(self, self.data, self.finetune, self.optimisation, self.machine)
 
 
-def _recorded(run: RunSettings | FinetuneRunSettings, *groups: _Settings | None) -> dict[str, Any]:
-    settings = {name: value for group in groups if group for name, value in group.recorded().items()}
-    # Four processes, or one with --accum_grad 4: the same updates.
-    num_batches = run.machine.num_processes * run.optimisation.accum_grad
-    return {"stage": run.stage, **settings, "gpus x accum_grad": num_batches}
+def recorded_defaults() -> dict[str, Any]:
+    """The value of each recorded setting where a record has none: its flag's default, None for a required flag.
+
+    A record may be older than a setting, and need not have the settings of a group that was not used.
+    """
+    groups = {group for run in (DistillSettings, FinetuneRunSettings) for group in run.groups().values()}
+    options = [option for group in groups for option in dataclasses.fields(group) if option.metadata["recorded"]]
+    return {option.name: None if option.default is MISSING else option.default for option in options}
 
 
-_SHARED = {
-    "data": DataSettings,
-    "models": ModelSettings,
-    "student": StudentSettings,
-    "task": TaskSettings,
-    "objectives": ObjectiveSettings,
-    "optimisation": OptimisationSettings,
-    "machine": MachineSettings,
-}
-# Of the stage that trains masks.
-_JOINT = {"pruning": PruningSettings, "extractor": ExtractorSettings}
+def add_arguments(parser: argparse.ArgumentParser, run: type[RunSettings], **defaults: Any) -> None:
+    """Add the flags of a run.
 
-
-_FINETUNING = {
-    "data": LabelSettings,
-    "finetune": FinetuneSettings,
-    "optimisation": ScheduleSettings,
-    "machine": MachineSettings,
-}
-
-
-def _add_groups(parser: argparse.ArgumentParser, groups: dict[str, type[_Settings]], defaults: dict[str, Any]) -> None:
-    for group in groups.values():
+    Args:
+        parser: the script's parser.
+        run: the settings of its run.
+        defaults: defaults of the flags whose default is the stage's own.
+    """
+    for group in run.groups().values():
         group.add_to(parser)
+    # Whether these are given decides, see TaskSettings.if_given and PruningSettings.from_args.
+    defaults = {"task_tsv": None, "sparsity_control": None} | defaults
     for action in parser._actions:
         if action.dest in defaults:
             action.required = False
-    parser.set_defaults(**defaults)
+            action.default = defaults[action.dest]
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, prunes: bool, **defaults: Any) -> None:
-    """Add the flags of a distillation.
-
-    Args:
-        parser: of the script.
-        prunes: whether it trains masks.
-        defaults: of the flags whose default is the stage's own.
-    """
-    _add_groups(parser, _SHARED | (_JOINT if prunes else {}), defaults)
+_Run = TypeVar("_Run", bound=RunSettings)
 
 
-def read_arguments(args: argparse.Namespace, stage: str, *, prunes: bool) -> RunSettings:
-    """The settings that parsed flags give, checked as far as they can be without reading a file.
+def read_arguments(args: argparse.Namespace, run: type[_Run]) -> _Run:
+    """Make the settings that parsed flags give, checked as far as they can be without torch and any file but them.
 
     Raises:
         UserError: names the option, what was found and what is expected.
     """
-    groups = _SHARED | (_JOINT if prunes else {})
-    settings = RunSettings(stage=stage, **{name: group.from_args(args) for name, group in groups.items()})
-    if settings.data.tsv_dir is None and not settings.task.is_on:
-        raise UserError("--tsv_dir: is not given, expected the directory of the manifests from prepare_data.py")
+    values: dict[str, Any] = {}
+    for name, group in run.groups().items():
+        values[name] = group.if_given(args) if issubclass(group, TaskSettings) else group.from_args(args)
+    settings = run(**values)
+    if isinstance(settings, DistillationSettings) and settings.task is None:
+        _ = settings.data.manifest_dir  # it must be given
     return settings
-
-
-def add_finetune_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add the flags of a fine-tuning; ``defaults`` as of :func:`add_arguments`."""
-    _add_groups(parser, _FINETUNING, defaults)
-
-
-def read_finetune_arguments(args: argparse.Namespace, stage: str) -> FinetuneRunSettings:
-    """As :func:`read_arguments`, of a fine-tuning."""
-    return FinetuneRunSettings(stage=stage, **{name: group.from_args(args) for name, group in _FINETUNING.items()})
