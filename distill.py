@@ -8,8 +8,7 @@ With --task_tsv a head of the student learns labels beside distillation, or with
   python distill.py --task_tsv data/commands.tsv --task_weight 1 --distill_weight 1 --gpus 1 --exp_dir exp/commands \\
       --teacher_ckpt exp/teacher/finetuned.pth --student_ckpt exp/teacher/finetuned.pth
 
-With --student_extractor the student starts with another extractor, which first learns what its own makes; with
---student_config it is of another shape than --student_ckpt.
+A student of another shape than the teacher is a file of make_student.py, given as --student_ckpt.
 
 One GPU, keeping the published total batch of 4 x 160 s:
   python distill.py --tsv_dir data/librispeech --train_subset train960 --seconds_per_batch 160 \\
@@ -28,14 +27,11 @@ import torch
 
 import cli
 from training.arguments import DEFAULT_MODEL, PruningSettings, add_arguments, read_arguments
-from training.checkpoints import choose_checkpoint
 from training.data import SpeechDataModule
-from training.extractor import learn_extractor, with_extractor
 from training.objectives import with_layer_groups
-from training.student import student_of
 from training.task import with_task
 from training.trainer import new_projections, train
-from wav2vec2.files.checkpoint import build_model, load_model, load_state, read_model_file
+from wav2vec2.files.checkpoint import build_model, load_model, read_model_file
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import masked_model_with_its_head
 from wav2vec2.model import Wav2Vec2Model, with_masks
@@ -80,23 +76,13 @@ def main(args: argparse.Namespace) -> None:
     data = None if settings.task.is_on else SpeechDataModule(settings.data)
     pl.seed_everything(settings.data.seed, verbose=False)
     teacher = load_model(settings.models.teacher_ckpt)
-    original = read_model_file(settings.models.student_ckpt)
-    if args.student_config:
-        original = student_of(original, settings.student, args.student_ckpt)
+    contents = read_model_file(settings.models.student_ckpt)
     if settings.task.is_on:
-        original, data = with_task(original, settings)
+        contents, data = with_task(contents, settings)
     settings = with_layer_groups(settings, data, teacher)
-    contents = original
-    if args.student_extractor:
-        contents = with_extractor(original, settings.extractor, settings.models.student_ckpt)
     student = masked_model_with_its_head(contents, settings.pruning.units, settings.models.student_ckpt)
     projections = new_projections(settings, teacher, student)
     check_budgets(settings.pruning, teacher, student)
-    # What is continued has learnt its extractor.
-    if args.student_extractor and choose_checkpoint(args.resume_checkpoint, args.exp_dir) is None:
-        learnt = learn_extractor(settings, data, original, contents)
-        fresh = student.feature_extractor.state_dict()  # with the masks
-        load_state(student.feature_extractor, {**fresh, **learnt}, "--student_extractor")
     train(settings, data, teacher, student, projections)
 
 

@@ -11,8 +11,8 @@ Several GPUs, nodes, SLURM, CPU: as in distill.py.
 
 With --task_tsv the student's head learns labels beside distillation, or with --distill_weight 0 instead of it.
 
-With --student_config the student is of another shape and its projections are fresh; --student_ckpt, which it is a slice
-of, is any model. Methods without pruning are this stage alone (conf/distilhubert.conf).
+A student that make_student.py made has no projections yet and gets fresh ones. Methods without pruning are this stage
+alone (conf/distilhubert.conf).
 """
 
 import argparse
@@ -23,7 +23,6 @@ import cli
 from training.arguments import add_arguments, read_arguments
 from training.data import SpeechDataModule
 from training.objectives import with_layer_groups
-from training.student import student_of
 from training.task import with_task
 from training.trainer import new_projections, train
 from wav2vec2.files.checkpoint import load_model, load_state, read_model_file
@@ -43,12 +42,12 @@ def main(args: argparse.Namespace) -> None:
     pl.seed_everything(settings.data.seed, verbose=False)
     teacher = load_model(settings.models.teacher_ckpt)
     pruned = read_model_file(settings.models.student_ckpt)
-    if args.student_config:
-        pruned = student_of(pruned, settings.student, args.student_ckpt)
-    elif settings.has_projections and not isinstance(pruned.get("distill_linear_projs"), dict):
+    made_by = pruned.get("made_by")
+    is_new = isinstance(made_by, dict) and made_by.get("script") == "make_student.py"
+    if settings.has_projections and not is_new and not isinstance(pruned.get("distill_linear_projs"), dict):
         raise UserError(
-            f"{args.student_ckpt}: no distill_linear_projs in it; give the file that prune.py wrote, or "
-            "--student_config for a student that is not pruned"
+            f"{args.student_ckpt}: no distill_linear_projs in it; give the file that prune.py wrote, or make a student "
+            "that is not pruned with make_student.py"
         )
     if settings.task.is_on:
         pruned, data = with_task(pruned, settings)

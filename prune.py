@@ -81,21 +81,19 @@ def chosen_round_to(training: dict[str, Any], args: argparse.Namespace) -> int:
 
 
 def student_config(training: dict[str, Any], original: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The config that the student had: where it was made another than ``original``, what the checkpoint says."""
-    config, settings = training.get("student_config", {}), training.get("settings")
+    """The config of ``original``, or the recorded one in a checkpoint of when distill.py made students itself."""
+    settings, config = training.get("settings"), training.get("student_config")
+    if not isinstance(settings, dict) or not settings.keys() & {"student_config", "student_extractor"}:
+        return original
     if not isinstance(config, dict):
         raise UserError(f"{path}: distillation: student_config: expected a dict, found {short_repr(config)}")
-    if isinstance(settings, dict) and "student_config" in settings:
-        return config
-    key = "extractor_conv_layer_config"  # the only one that --student_extractor makes another
-    return original | ({key: config[key]} if key in config else {})
+    return config
 
 
 def fit_to_target(
     model: Wav2Vec2Model, training: dict[str, Any], args: argparse.Namespace, original: Size, round_to: int
 ) -> float:
     """Meet the targets of the checkpoint, or the sparsity of the user, and say what that took: the shift."""
-    original = Size(*(training.get(f"original_num_{name}") or size for name, size in original._asdict().items()))
     targets = Size(training.get("target_sparsity"), training.get("target_macs"))
     if args.target_sparsity is not None:
         targets = Size(args.target_sparsity, None)
@@ -186,7 +184,9 @@ def main(args: argparse.Namespace) -> None:
     check_weights(expected, published_state(student_state), source)
     model = build_with_head(masked, head, source)
     load_state(model, student_state, source)
-    original_size = size_of(build_model(with_masks(original["config"], ()), args.original_ckpt))
+    size = size_of(build_model(with_masks(original["config"], ()), args.original_ckpt))
+    # The teacher's, which the student need not have had; published checkpoints do not record it.
+    original_size = Size(*(training.get(f"original_num_{name}") or value for name, value in size._asdict().items()))
     num_original = original_size.params
     round_widths(model, round_to)
     shift = fit_to_target(model, training, args, original_size, round_to)

@@ -22,7 +22,7 @@ ROOMS = (
     "hardconcrete",
 )
 SCRIPTS = {path.stem for path in REPOSITORY.glob("*.py")} - {"lightning", "hardconcrete", "cli"}
-LIGHTNING_USERS = {"lightning", "training", "distill", "final_distill", "finetune"}
+LIGHTNING_USERS = {"lightning", "training", "distill", "final_distill", "finetune", "make_student"}
 
 
 def imports(path: Path) -> set[str]:

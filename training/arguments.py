@@ -438,84 +438,57 @@ class PruningSettings(_Settings):
         return settings
 
 
-# The named choice of --student_extractor.
-LIGHT = "light"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractorSettings(_Settings):
-    """Another extractor for the student."""
-
-    student_extractor: str | None = _option(
-        None,
-        f"'{LIGHT}', or JSON: [[channels, kernel, stride], ...]; the student gets an extractor of these layers, which "
-        "learns what its own makes before the masks are trained (default: it keeps its own)",
-        recorded=True,
-    )
-    extractor_updates: int = _option(4000, "updates in which it learns that", recorded=True, check=_above_zero)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.student_extractor not in (None, LIGHT) and not isinstance(self.layers, list):
-            raise UserError(
-                f"--student_extractor: expected {LIGHT}, or a list of layers in JSON such as "
-                f"[[128, 40, 40], [192, 6, 4], [128, 2, 2]], found {short_repr(self.student_extractor)}"
-            )
-
-    @property
-    def layers(self) -> Any:
-        """What the JSON says; None where it is none, or where there is a name."""
-        try:
-            return json.loads(self.student_extractor or "")
-        except (ValueError, RecursionError):
-            return None
-
-    def recorded(self) -> dict[str, Any]:
-        # Runs of before the option was there are continued as those without it.
-        return super().recorded() if self.student_extractor is not None else {}
-
-
 # The value of --freeze_updates for an encoder that is never trained.
 ALWAYS = "all"
-# The value of --init_layers for layers that start from nothing.
-RANDOM = "random"
+# The value of --init_layers for layers that start fresh, and the named choice of --extractor.
+RANDOM, LIGHT = "random", "light"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSettings(_Settings):
-    """A student of another shape."""
+    """Student."""
 
+    model: Path = _option(MISSING, "model file that the student is made from")
     student_config: Path | None = _option(
-        None,
-        "JSON of the config's keys in which the student differs from --student_ckpt, which it is a slice of where that "
-        "can be (default: the student has its shape)",
+        None, "JSON of the config's keys in which the student differs from the model; one number stands for all layers"
     )
     init_layers: str | None = _option(
         None,
-        f"the layers of --student_ckpt, from 1, that the student's layers start from, or '{RANDOM}' (default: spread "
-        "evenly over its depth)",
+        f"layers of the model, from 1, that the student's layers start from, or '{RANDOM}' (default: spread evenly "
+        "over the model's depth)",
+    )
+    extractor: str | None = _option(
+        None,
+        f"'{LIGHT}', or JSON [[channels, kernel, stride], ...]: give the student an extractor of these layers, and "
+        "train it to make the frames of the model's own",
+        recorded=True,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.student_config is None:
-            if self.init_layers is not None:
-                raise UserError(f"--init_layers {self.init_layers}: of a --student_config, which is not given")
-            return
+        if self.student_config is None and self.init_layers is None and self.extractor is None:
+            raise UserError("nothing to make: give --student_config, --init_layers or --extractor")
         self.recorded()  # a file that cannot be read is refused before all else
-        if self.init_layers not in (None, RANDOM) and not self.layers:
+        if self.init_layers not in (None, RANDOM) and self.layers is None:
             raise UserError(
                 f"--init_layers: expected {RANDOM}, or layers from 1 such as 1,2, found {short_repr(self.init_layers)}"
+            )
+        if self.extractor not in (None, LIGHT) and not isinstance(self.extractor_layers, list):
+            raise UserError(
+                f"--extractor: expected {LIGHT}, or a list of layers in JSON such as "
+                f"[[128, 40, 40], [192, 6, 4], [128, 2, 2]], found {short_repr(self.extractor)}"
             )
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What the JSON says.
+        """The config's keys in which the student differs.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the JSON file cannot be read.
         """
-        expected = "JSON of the config's keys in which the student differs from --student_ckpt"
+        if self.student_config is None:
+            return {}
+        expected = "JSON of the config's keys in which the student differs from the model"
         return read_json(self.student_config, expected, "give such JSON with --student_config")
 
     @property
@@ -524,11 +497,18 @@ class StudentSettings(_Settings):
         words = (self.init_layers or "").split(",")
         return [int(word) for word in words] if all(re.fullmatch("[1-9][0-9]{0,3}", word) for word in words) else None
 
+    @property
+    def extractor_layers(self) -> Any:
+        """The JSON value of --extractor; None where it is no JSON."""
+        try:
+            return json.loads(self.extractor or "")
+        except (ValueError, RecursionError):
+            return None
+
     def recorded(self) -> dict[str, Any]:
-        # Wherever the file lies. Runs of before the option was there are continued as those without it.
-        if self.student_config is None:
-            return {}
-        return {"student_config": json.dumps(self.changes, sort_keys=True), "init_layers": self.init_layers}
+        """The contents of the JSON file, wherever it lies, and the other options."""
+        changes = json.dumps(self.changes, sort_keys=True)
+        return super().recorded() | {"student_config": changes, "init_layers": self.init_layers}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -610,19 +590,17 @@ class RunSettings:
     Attributes:
         stage: its name, for people.
         objectives: None where equation 1 is all.
-        pruning, extractor: None in the final distillation.
+        pruning: None in the final distillation.
     """
 
     stage: str
     data: DataSettings
     models: ModelSettings
-    student: StudentSettings
     optimisation: OptimisationSettings
     machine: MachineSettings
     task: TaskSettings = TaskSettings()
     objectives: ObjectiveSettings | None = None
     pruning: PruningSettings | None = None
-    extractor: ExtractorSettings | None = None
 
     def __post_init__(self) -> None:
         objectives, task = self.objectives, self.task
@@ -661,9 +639,19 @@ class RunSettings:
     def recorded(self) -> dict[str, Any]:
         """The settings that decide what comes out of the run."""
         return _recorded(
-            *(self, self.data, self.models, self.student, self.task, self.objectives, self.optimisation),
-            *(self.machine, self.pruning, self.extractor),
+            *(self, self.data, self.models, self.task, self.objectives, self.optimisation),
+            *(self.machine, self.pruning),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRunSettings(RunSettings):
+    """All settings of make_student.py, which trains an extractor as a distillation of layer 0."""
+
+    student: StudentSettings
+
+    def recorded(self) -> dict[str, Any]:
+        return super().recorded() | self.student.recorded()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -736,14 +724,19 @@ def _recorded(run: RunSettings | FinetuneRunSettings, *groups: _Settings | None)
 _SHARED = {
     "data": DataSettings,
     "models": ModelSettings,
-    "student": StudentSettings,
     "task": TaskSettings,
     "objectives": ObjectiveSettings,
     "optimisation": OptimisationSettings,
     "machine": MachineSettings,
 }
 # Of the stage that trains masks.
-_JOINT = {"pruning": PruningSettings, "extractor": ExtractorSettings}
+_JOINT = {"pruning": PruningSettings}
+_STUDENT = {
+    "student": StudentSettings,
+    "data": DataSettings,
+    "optimisation": OptimisationSettings,
+    "machine": MachineSettings,
+}
 
 
 _FINETUNING = {
@@ -795,3 +788,23 @@ def add_finetune_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> 
 def read_finetune_arguments(args: argparse.Namespace, stage: str) -> FinetuneRunSettings:
     """As :func:`read_arguments`, of a fine-tuning."""
     return FinetuneRunSettings(stage=stage, **{name: group.from_args(args) for name, group in _FINETUNING.items()})
+
+
+def add_student_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add the flags of make_student.py; ``defaults`` as of :func:`add_arguments`."""
+    _add_groups(parser, _STUDENT, defaults)
+
+
+def read_student_arguments(args: argparse.Namespace) -> StudentRunSettings:
+    """As :func:`read_arguments`, of make_student.py.
+
+    The extractor learns by the mean squared error behind the projection, which it and the model's own share.
+    """
+    groups: dict[str, Any] = {name: group.from_args(args) for name, group in _STUDENT.items()}
+    model = groups["student"].model
+    losses = {"distill_layers": "0", "l2_weight": 1.0, "l1_weight": 0.0, "cos_weight": 0.0}
+    models = ModelSettings(teacher_ckpt=model, student_ckpt=model, **losses)
+    settings = StudentRunSettings(stage="extractor", models=models, **groups)
+    if settings.student.extractor is not None and settings.data.tsv_dir is None:
+        raise UserError("--tsv_dir: is not given, expected the directory of the manifests from prepare_data.py")
+    return settings

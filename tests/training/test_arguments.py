@@ -63,7 +63,7 @@ def test_published_flags_and_defaults(monkeypatch):
     assert {name: joint[name] for name in PUBLISHED} == PUBLISHED
     own = {"learning_rate": 1e-4, "warmup_updates": 5000, "max_updates": 25000}
     own_of_joint = {"pruning_units", "reg_learning_rate", "target_sparsity", "sparsity_warmup_updates", "round_to"}
-    own_of_joint |= {"sparsity_control", "target_macs", "student_extractor", "extractor_updates", "save_at_sparsity"}
+    own_of_joint |= {"sparsity_control", "target_macs", "save_at_sparsity"}
     assert final == {name: value for name, value in joint.items() if name not in own_of_joint} | own
 
 
@@ -73,8 +73,8 @@ def test_every_flag_arrives_in_a_typed_field(monkeypatch):
     assert settings.data.max_crop_seconds == 2.0 and settings.machine.plain and not settings.machine.compile
     assert settings.machine.devices == ("cpu", 2) and settings.models.layers == [(0,), (4,), (8,), (12,)]
     groups = (
-        *(settings.data, settings.models, settings.student, settings.task, settings.objectives),
-        *(settings.optimisation, settings.machine, settings.pruning, settings.extractor),
+        *(settings.data, settings.models, settings.task, settings.objectives),
+        *(settings.optimisation, settings.machine, settings.pruning),
     )
     fields = [name for group in groups for name in vars(group)]
     assert sorted(fields) == sorted(set(vars(args)) - {"debug"})
@@ -87,9 +87,6 @@ def test_only_what_decides_the_result_is_recorded(monkeypatch):
 
     same = ["--num_workers", "3", "--exp_dir", "x", "--compile", "--skip_nonfinite", "2", "--round_to", "8"]
     assert recorded(*same) == recorded()
-    extractor = ["--student_extractor", "light"]
-    assert recorded("--extractor_updates", "9") == recorded() != recorded(*extractor)
-    assert recorded(*extractor) != recorded(*extractor, "--extractor_updates", "9")
     exact = ["--sparsity_control", "exact"]
     assert recorded(*exact) != recorded(*exact, "--target_macs", "0.5") != recorded(*exact, "--target_macs", "0.6")
     assert recorded() != recorded("--student_dropout", "0")
