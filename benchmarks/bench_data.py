@@ -1,4 +1,4 @@
-"""How fast data is listed and loaded, each beside the bare library calls that it cannot do without.
+"""Time listing and loading data, each beside the bare library calls that it cannot do without.
 
     python -m benchmarks.bench_data --out results/bench_data.csv
 
@@ -6,8 +6,8 @@
     loader    batches of 87.5 s from FLAC files of 2 to 15 s, beside soundfile reading the same crops in the same number
               of processes
 
-Files are made for the purpose, and have been read once before anything is timed. What is compared takes turns; values
-are medians, and those of the loader leave out its start.
+The files are made for the purpose, and are read once before anything is timed. Variants take turns; values are medians,
+and those of the loader leave out its start.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from wav2vec2.audio import SAMPLE_RATE
 
 
 def make_corpus(folder: Path, num_files: int, shortest: float, longest: float) -> list[Path]:
-    """FLAC files of that many seconds: swelling tones and noise, which FLAC halves, as it does speech."""
+    """Write FLAC files of that many seconds: swelling tones and noise, which FLAC halves, as it does speech."""
     generator = np.random.default_rng(0)
     times = np.arange(round(longest * SAMPLE_RATE)) / SAMPLE_RATE
     paths = [folder / "train" / f"{number:05}.flac" for number in range(num_files)]
@@ -55,13 +55,13 @@ def prepare(corpus: Path, num_processes: int) -> None:
 
 
 def info_of_all(paths: list[Path], num_processes: int) -> None:
-    """The bare calls that listing cannot do without."""
+    """Make the bare calls that listing cannot do without."""
     with multiprocessing.Pool(num_processes) as pool:
         list(pool.imap(soundfile.info, paths, chunksize=64))
 
 
 class BareReads(Dataset):
-    """The same crops with soundfile and nothing else."""
+    """Reads the same crops with soundfile and nothing else."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -74,7 +74,7 @@ class BareReads(Dataset):
 
 
 def load_all(dataset: Dataset, crops: list[Crop], num_workers: int) -> float:
-    """Seconds for all batches but the first, which waits for the processes to start."""
+    """Return the seconds for all batches but the first, which waits for the processes to start."""
     batches = iter(DataLoader(dataset, sampler=crops, batch_size=None, num_workers=num_workers))
     next(batches)
     return seconds(lambda: list(map(type, batches)))
@@ -105,7 +105,7 @@ def bench_loader(args: argparse.Namespace, folder: Path) -> list[Result]:
     loaded = sum(len(crop.indices) * crop.num_samples for crop in crops[1:]) / SAMPLE_RATE
     results = []
     for workers in args.workers:
-        work = {
+        work: dict[str, Callable[[], float]] = {
             "soundfile.read": partial(load_all, BareReads(manifest), crops, workers),
             "SpeechDataset": partial(load_all, SpeechDataset(manifest), crops, workers),
         }

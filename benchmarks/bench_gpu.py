@@ -1,4 +1,4 @@
-"""What this project makes of one GPU: the published setting against ours, in about five minutes.
+"""Time updates on one GPU: the published setting against ours, in about five minutes.
 
     python -m benchmarks.bench_gpu --out results/bench_gpu.csv
 
@@ -9,6 +9,7 @@ are random; variants take turns; medians.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ VARIANTS = {"published": ("plain", "16"), "ours": ("fast", "bf16"), "ours compil
 
 
 def bench_updates(name: str, repetitions: int, device: str) -> list[Result]:
-    """Seconds of a teacher's updates; on a GPU their peak memory and share of the device's peak as well."""
-    results, updates = [], {}
+    """Measure the seconds of a teacher's updates; on a GPU their memory and share of the device's peak as well."""
+    results, updates, work = [], dict[str, Update](), dict[str, Callable[[], float]]()
     for variant, setting in VARIANTS.items():
-        update = updates[variant] = Update(name, "joint", *setting, SHAPE, device)
+        update = updates[variant] = work[variant] = Update(name, "joint", *setting, SHAPE, device)
         if "compiled" in variant:
             compile_steps(update.module)
         for _ in range(3):  # kernels are chosen, code is compiled, the optimiser's state is made
@@ -40,7 +41,7 @@ def bench_updates(name: str, repetitions: int, device: str) -> list[Result]:
             needed = (torch.cuda.max_memory_allocated() - held) / 1e6
             results.append(Result("memory", f"{name}, {variant}", needed, "MB", None, 1))
     peak = peak_flops(torch.cuda.get_device_name(), "bf16") if device == "cuda" else None
-    for variant, (seconds, ratio) in take_turns(updates, repetitions).items():
+    for variant, (seconds, ratio) in take_turns(work, repetitions).items():
         results.append(Result("update", f"{name}, {variant}", seconds, "s", ratio, repetitions))
         if peak is not None:
             share = SHAPE[0] * update_flops(updates[variant].module)(SHAPE[1]) / seconds / peak

@@ -1,4 +1,4 @@
-"""How fast the model trains and runs: the fast paths beside the plain ones, and beside transformers.
+"""Time training and inference: the fast paths beside the plain ones, and beside transformers.
 
     python -m benchmarks.bench_model --out results/bench_model.csv
     python -m benchmarks.bench_model --out results/bench_update.csv --sections update --threads 2
@@ -43,7 +43,7 @@ DTYPES = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compressed_config(name: str) -> dict[str, Any]:
-    """HuBERT Base at a quarter of its parameters, every kind of unit pruned alike: 23.6 M; WavLM's published 80%."""
+    """Return HuBERT Base with a quarter of its parameters, every kind of unit pruned alike; WavLM's published 80%."""
     if name == "WavLM Base":
         return json.loads(PUBLISHED_80.read_text())["config"]
     config = TEACHERS[name]().config
@@ -53,16 +53,21 @@ def compressed_config(name: str) -> dict[str, Any]:
 
 
 def precisions() -> list[str]:
-    """bfloat16 where the CPU multiplies it by itself; elsewhere it is emulated, and slow."""
+    """Return the precisions to compare: bfloat16 where the CPU multiplies it; elsewhere it is emulated, and slow."""
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return ["32", "bf16"] if has_bfloat16 else ["32"]
 
 
 class Update:
-    """Makes updates of a teacher's student with the published loss, on one batch of noise (B, T).
+    """Makes updates of a teacher's student with the published loss, on one batch of noise.
 
-    In the stage "joint" the student is the teacher's copy with masks, in "final" it is compressed. The path is "plain"
-    or "fast"; the precision "16" has a loss scaler.
+    Args:
+        name: name of the teacher.
+        stage: "joint" (the student is the teacher's copy with masks) or "final" (it is compressed).
+        path: "plain" or "fast".
+        precision: "32", "bf16", or "16", which has a loss scaler.
+        shape: (B, T) of the batch.
+        device: "cpu" or "cuda".
     """
 
     def __init__(self, name: str, stage: str, path: str, precision: str, shape: tuple[int, int], device: str) -> None:
@@ -83,9 +88,14 @@ class Update:
                 distill_layers=[layer for group in DISTILLED for layer in group],
                 distill_linear_projs=make_projections("layer2layer", DISTILLED, *widths),
                 distill_loss=DistillLoss(0, 1, 1, "raw"),
-                **{"learning_rate": 2e-4, "weight_decay": 0.0, "warmup_updates": 10, "max_updates": 100},
-                **{"use_reg": stage == "joint", "reg_learning_rate": 0.02},
-                **{"target_sparsity": 0.75, "sparsity_warmup_updates": 10},
+                learning_rate=2e-4,
+                weight_decay=0.0,
+                warmup_updates=10,
+                max_updates=100,
+                use_reg=stage == "joint",
+                reg_learning_rate=0.02,
+                target_sparsity=0.75,
+                sparsity_warmup_updates=10,
             ).to(device)
             self._optimizer = self.module.configure_optimizers()["optimizer"]
         if not self._plain:
@@ -98,7 +108,7 @@ class Update:
         self._batch = (torch.randn(shape, device=device), lengths)
 
     def __call__(self) -> float:
-        """Make one; returns the seconds that it took."""
+        """Make one update; returns the seconds that it took."""
         wait = torch.cuda.synchronize if self._device == "cuda" else lambda: None
         wait()
         start = time.perf_counter()
@@ -115,28 +125,35 @@ class Update:
         return time.perf_counter() - start
 
 
+# The update of a process that start_process has made one for it.
+_updates: list[Update] = []
+
+
 def start_process(threads: int, *setting: Any) -> None:
-    """Make this process one that updates: whether freed memory is kept is a setting of the whole process."""
-    global _update
+    """Prepare this process for its update: whether freed memory is kept is a setting of the whole process."""
     torch.set_num_threads(threads)
     if "fast" in setting:
         keep_freed_memory()
-    _update = Update(*setting)
+    _updates.append(Update(*setting))
 
 
 def run_update() -> float:
-    return _update()
+    return _updates[0]()
+
+
+def in_process(pool: ProcessPoolExecutor) -> float:
+    return pool.submit(run_update).result()
 
 
 def bench_update(args: argparse.Namespace) -> list[Result]:
-    """Seconds of one update, each variant in a process of its own."""
+    """Measure the seconds of one update, each variant in a process of its own."""
     results = []
     for name, stage in itertools.product(TEACHERS, ("joint", "final")):
-        pools, work = [], {}
+        pools, work = [], dict[str, Callable[[], float]]()
         for precision, path in itertools.product(precisions(), ("plain", "fast")):
             setting = (args.threads, name, stage, path, precision, (2, 8 * SAMPLE_RATE), "cpu")
             pools.append(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_process, setting))
-            work[f"{path} {precision}"] = lambda pool=pools[-1]: pool.submit(run_update).result()
+            work[f"{path} {precision}"] = partial(in_process, pools[-1])
             work[f"{path} {precision}"]()  # memory and kernels
         for variant, (seconds, ratio) in take_turns(work, args.repetitions).items():
             results.append(Result("update", f"{name}, {stage}, {variant}", seconds, "s", ratio, args.repetitions))
@@ -154,18 +171,21 @@ def timed(run: Callable[[Any], Any], waveforms: torch.Tensor, plain: bool = Fals
 
 
 def bench_inference(args: argparse.Namespace) -> list[Result]:
-    """Real-time factors: seconds of work per second of audio."""
+    """Measure real-time factors: seconds of work per second of audio."""
     import transformers
 
     torch.set_num_threads(args.threads)
-    theirs = {  # with fused attention where they have one
-        "HuBERT Base": transformers.HubertModel(transformers.HubertConfig(attn_implementation="sdpa")).eval(),
+    fused: dict[str, Any] = {"attn_implementation": "sdpa"}  # WavLM has none
+    theirs = {
+        "HuBERT Base": transformers.HubertModel(transformers.HubertConfig(**fused)).eval(),
         "WavLM Base": transformers.WavLMModel(transformers.WavLMConfig()).eval(),
     }
     results = []
     for name, seconds in itertools.product(TEACHERS, args.seconds):
         waveforms = torch.randn(1, round(seconds * SAMPLE_RATE))
-        work = {"transformers 32": partial(timed, partial(theirs[name], output_hidden_states=True), waveforms)}
+        work: dict[str, Callable[[], float]] = {
+            "transformers 32": partial(timed, partial(theirs[name], output_hidden_states=True), waveforms)
+        }
         for size, config in (("full", TEACHERS[name]().config), ("compressed", compressed_config(name))):
             for precision, path in itertools.product(precisions(), ("plain", "fast")):
                 model = wav2vec2_model(**config).eval().to(DTYPES[precision])

@@ -1,4 +1,4 @@
-"""One kind of result and one kind of file for all benchmarks."""
+"""The results of the benchmarks of speed, and their CSV file."""
 
 import csv
 from pathlib import Path
@@ -29,8 +29,8 @@ def write_results(path: Path, results: list[Result], device: str = "cpu") -> Non
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*(n if n != "ratio" else "ratio_to_baseline" for n in Result._fields), *about])
-        for result in results:
-            value, ratio = f"{result.value:.4g}", "" if result.ratio is None else f"{result.ratio:.3f}"
-            writer.writerow([*result._replace(value=value, ratio=ratio), *about.values()])
-            print(f"{result.section:9} {result.variant:{width}} {value:>10} {result.unit:10} {ratio}")
+        for section, variant, value, unit, ratio, repetitions in results:
+            number, ratio_text = f"{value:.4g}", "" if ratio is None else f"{ratio:.3f}"
+            writer.writerow([section, variant, number, unit, ratio_text, repetitions, *about.values()])
+            print(f"{section:9} {variant:{width}} {number:>10} {unit:10} {ratio_text}")
     print(f"written to {path}")
