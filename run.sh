@@ -17,17 +17,17 @@
 #   bash run.sh [conf/NAME.conf] [FLAGS]            anywhere else
 #   bash run.sh --print [conf/NAME.conf] [FLAGS]    show the commands, run nothing
 #
-# FLAGS (such as --gpus 1 --accum_grad 4) go to all training stages and win over the config file's. That file is bash. It
-# sets exp_dir, tsv_dir, teacher_ckpt, student_ckpt (default: the teacher) and the settings below. These four and python
-# may come from the environment, which wins:
+# FLAGS (such as --gpus 1 --accum_grad 4) go to all training stages and win over the config file's. The config file is
+# bash. It sets exp_dir, tsv_dir, teacher_ckpt, student_ckpt (default: the teacher) and the settings below. These four
+# and python may come from the environment, which wins:
 #   tsv_dir=data/mine bash run.sh conf/wavlm_base_plus.conf --train_subset train
 # A variant is a file that begins with `source conf/hubert_base.conf`, and sets or appends what differs. With
 # --save_at_sparsity S,... in `distill`, exp_dir/sparsity_S is finished as exp_dir is, for each S.
 #
 # Call it again with the same settings whenever it was stopped: complete stages say so and end at once, and training
-# continues from its newest checkpoint. On SLURM a job that is preempted, or comes within 300 s of its time limit, saves a
-# checkpoint and goes back to the queue by itself (so give it much more than 300 s). The script ends with the status of
-# the stage that stopped it: 143, 138 or 130 where SIGTERM, SIGUSR1 or Ctrl-C made training save and stop.
+# continues from its newest checkpoint. On SLURM a job that is preempted, or comes within 300 s of its time limit,
+# saves a checkpoint and goes back to the queue by itself (so give it much more than 300 s). The script ends with the
+# status of the stage that stopped it: 143, 138 or 130 where SIGTERM, SIGUSR1 or Ctrl-C made training save and stop.
 set -euo pipefail
 
 # sbatch runs a copy of this script from its spool directory; the job was submitted from the checkout.
@@ -56,7 +56,7 @@ distills_on=true  # false: the pruned model is not distilled further
 shared=()         # flags of both distillations
 distill=()        # flags of distill.py
 final=()          # flags of final_distill.py
-student=()        # flags of make_student.py, which makes the student from student_ckpt
+make_student=()   # flags of make_student.py, which makes the student from student_ckpt
 finetune_first=() # flags of finetune.py, which makes teacher and student from teacher_ckpt
 finetune=()       # flags of finetune.py for the compressed model
 known=$(compgen -v)
@@ -89,12 +89,13 @@ if ((${#finetune_first[@]})); then
     teacher_ckpt=$exp_dir/teacher/finetuned.pth student_ckpt=$teacher_ckpt
 fi
 student_ckpt=${student_ckpt:-$teacher_ckpt}
-if ((${#student[@]})); then
-    student+=(--model "$student_ckpt" --exp_dir "$exp_dir/student")
+if ((${#make_student[@]})); then
+    make_student+=(--model "$student_ckpt" --exp_dir "$exp_dir/student")
     student_ckpt=$exp_dir/student/student.pth
     # Without a new extractor nothing is trained.
-    [[ " ${student[*]}" != *" --extractor"* ]] || student+=(${tsv_dir:+--tsv_dir "$tsv_dir"} "${always[@]}")
+    [[ " ${make_student[*]}" != *" --extractor"* ]] || make_student+=(${tsv_dir:+--tsv_dir "$tsv_dir"} "${always[@]}")
 fi
+((!${#finetune[@]})) || finetune+=("${always[@]}")
 shared+=(${tsv_dir:+--tsv_dir "$tsv_dir"} --teacher_ckpt "$teacher_ckpt")
 distill=("${shared[@]}" "${distill[@]}" --student_ckpt "$student_ckpt" --exp_dir "$exp_dir" "${always[@]}")
 final=("${shared[@]}" "${final[@]}" "${always[@]}")
@@ -141,7 +142,7 @@ stage() {
     ! $print_only || return 0
     [[ -z $stopped_by ]] || return $((128 + $(kill -l "$stopped_by")))
     mkdir -p "$exp_dir"
-    # Stage and tee run in the background, where bash can pass signals on. tee outlives the stage, to show its last words.
+    # Both run in the background, where bash can pass signals on. tee outlives the stage, to show its last words.
     exec {output}> >(trap '' INT TERM USR1 && exec tee -a "$exp_dir/$name.log")
     tee=$!
     (trap - INT && exec "$@") >&"$output" 2>&1 &
@@ -175,7 +176,7 @@ train() { must "$1" "${launcher[@]}" "$python" "${@:2}"; } # a process for each 
 job() {
     local exp_dir=$exp_dir compressed # a stage's log goes to exp_dir
     ((!${#finetune_first[@]})) || train finetune_first finetune.py "${finetune_first[@]}"
-    ((!${#student[@]})) || train student make_student.py "${student[@]}"
+    ((!${#make_student[@]})) || train student make_student.py "${make_student[@]}"
     ! $prunes || train distill distill.py "${distill[@]}"
     for exp_dir in "${folders[@]}"; do
         compressed=$student_ckpt
@@ -189,7 +190,7 @@ job() {
             compressed=$exp_dir/final/ckpts/pruned_hubert_base.pth
         fi
         if ((${#finetune[@]})); then
-            train finetune finetune.py --model "$compressed" "${finetune[@]}" "${always[@]}" --exp_dir "$exp_dir/finetuned"
+            train finetune finetune.py --model "$compressed" "${finetune[@]}" --exp_dir "$exp_dir/finetuned"
             compressed=$exp_dir/finetuned/finetuned.pth
         fi
         stage report "$python" -m report "$exp_dir" || echo "warning: no report, see $exp_dir/report.log" >&2

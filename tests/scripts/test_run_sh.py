@@ -34,7 +34,7 @@ def test_every_shipped_config_gives_commands_that_parse(config, monkeypatch):
     text = (REPOSITORY / "conf" / config).read_text()
     prunes, finetunes = "prunes=false" not in text, "\nfinetune=(" in text
     scripts = ["finetune.py"] if "finetune_first=" in text else []
-    scripts += ["make_student.py"] if "\nstudent=(" in text else []
+    scripts += ["make_student.py"] if "\nmake_student=(" in text else []
     scripts += ["distill.py", "prune.py"] if prunes else []
     scripts += ["final_distill.py", "save_final_ckpt.py"] if "distills_on=false" not in text else []
     scripts += ["finetune.py"] if finetunes else []
@@ -113,14 +113,14 @@ def test_without_pruning(tmp_path):
 def test_a_student_is_made_first(tmp_path):
     """Of the student's model, or the teacher; the flags of a training are for one that learns an extractor."""
     config = tmp_path / "student.conf"
-    config.write_text("source conf/demo.conf\nstudent=(--init_layers 1,2)\n")
+    config.write_text("source conf/demo.conf\nmake_student=(--init_layers 1,2)\n")
     make, distill, prune, *_ = commands(config, "--seed", 5, exp_dir="exp")
     made = "exp/student/student.pth"
     model = "demo/out/mini-hubert.pth"
     assert make[1:] == ["make_student.py", "--init_layers", "1,2", "--model", model, "--exp_dir", "exp/student"]
     assert value(distill, "--student_ckpt") == value(prune, "--original_ckpt") == made
     assert value(distill, "--teacher_ckpt") == model
-    config.write_text("source conf/demo.conf\nprunes=false\nstudent=(--extractor=light)\n")
+    config.write_text("source conf/demo.conf\nprunes=false\nmake_student=(--extractor=light)\n")
     make, final, *_ = commands(config, "--seed", 5, exp_dir="exp", student_ckpt="other.pth")
     assert value(make, "--model") == "other.pth" and value(final, "--student_ckpt") == made
     assert value(make, "--tsv_dir") == "demo/out/data" and value(make, "--seed") == "5"
@@ -209,7 +209,7 @@ def test_a_run_that_is_stopped_and_called_again(manifests, small_teacher, tmp_pa
     flags = "--train_subset train100 --seconds_per_batch 4 --max_crop_seconds 0.2 --warmup_updates 2 --max_updates"
     config.write_text(
         f"prunes=false teacher_ckpt={small_teacher} tsv_dir={manifests} exp_dir={exp_dir}\n"
-        f"student=(--extractor '[[7,20,10],[9,5,4]]' {flags} 200 --save_interval 5)\n"
+        f"make_student=(--extractor '[[7,20,10],[9,5,4]]' {flags} 200 --save_interval 5)\n"
         f"final=({flags} 6 --distill_layers 0.1,3)\n"
     )
     command = ("bash", "run.sh", config, "--accelerator", "cpu")
@@ -234,7 +234,9 @@ def test_a_run_that_is_stopped_and_called_again(manifests, small_teacher, tmp_pa
 STAGE = """#!/bin/bash
 # Stands for Python in run.sh: distill.py trains until a signal makes it save; the other stages end at once.
 [[ $1 == distill.py ]] || exec cat >/dev/null # it reads the commands that are checked
-for name in TERM USR1 INT; do trap "kill \\$! 2>/dev/null; sleep 0.2; echo saved; exit $((128 + $(kill -l $name)))" $name; done
+for name in TERM USR1 INT; do
+    trap "kill \\$! 2>/dev/null; sleep 0.2; echo saved; exit $((128 + $(kill -l $name)))" $name
+done
 echo training
 sleep 30 &
 wait
