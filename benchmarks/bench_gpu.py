@@ -12,14 +12,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 import cli
-from benchmarks.bench_model import TEACHERS, Update
 from benchmarks.results import Result, write_results
-from evaluation.cost import take_turns
-from training.speed import compile_steps, peak_flops, update_flops
 from wav2vec2.files.errors import UserError
+
+# Torch is imported once the flags are known to be right: it takes seconds.
 
 SHAPE = (13, 196_923)  # 160 s
 VARIANTS = {"published": ("plain", "16"), "ours": ("fast", "bf16"), "ours compiled": ("fast", "bf16")}
@@ -27,6 +24,12 @@ VARIANTS = {"published": ("plain", "16"), "ours": ("fast", "bf16"), "ours compil
 
 def bench_updates(name: str, repetitions: int, device: str) -> list[Result]:
     """Measure the seconds of a teacher's updates; on a GPU their memory and share of the device's peak as well."""
+    import torch
+
+    from benchmarks.updates import Update
+    from evaluation.cost import take_turns
+    from training.speed import compile_steps, peak_flops, update_flops
+
     results, updates, work = [], dict[str, Update](), dict[str, Callable[[], float]]()
     for variant, setting in VARIANTS.items():
         update = updates[variant] = work[variant] = Update(name, "joint", *setting, SHAPE, device)
@@ -50,9 +53,13 @@ def bench_updates(name: str, repetitions: int, device: str) -> list[Result]:
 
 
 def main(args: argparse.Namespace) -> None:
+    import torch
+
+    from benchmarks import updates
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; --device cpu shows that this script runs, and takes long")
-    results = [result for name in TEACHERS for result in bench_updates(name, args.repetitions, args.device)]
+    results = [result for name in updates.TEACHERS for result in bench_updates(name, args.repetitions, args.device)]
     write_results(args.out, results, args.device)
 
 

@@ -4,9 +4,6 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from evaluation.cost import made_by
 from wav2vec2.files.storage import atomic_path
 
 
@@ -23,6 +20,10 @@ class Result(NamedTuple):
 
 def write_results(path: Path, results: list[Result], device: str = "cpu") -> None:
     """Print the results, and write them as CSV with the command, versions, device and threads that made them."""
+    import torch
+
+    from evaluation.cost import made_by
+
     about = made_by(torch.device(device))
     about["versions"] = " ".join(f"{name}={version}" for name, version in about["versions"].items())
     width = max(len(result.variant) for result in results)

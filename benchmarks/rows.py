@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import cli
 from benchmarks.students import DISTILHUBERT, FITHUBERT, METHODS, write_student
-from wav2vec2.files.checkpoint import read_model_file
 from wav2vec2.files.errors import UserError
 
 
@@ -106,6 +105,8 @@ def main(args: argparse.Namespace) -> None:
         for job in [*training, *measuring]:
             print(shlex.join([*(f"{name}={value}" for name, value in job.variables.items()), *job.command]))
         return
+    from wav2vec2.files.checkpoint import read_model_file
+
     config = read_model_file(args.teacher_ckpt)["config"]
     for row in set(args.rows) & set(METHODS):
         for size in args.sizes:

@@ -5,10 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wav2vec2.config import check_config
-from wav2vec2.files.checkpoint import build_model
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.storage import atomic_path
 
@@ -21,6 +18,10 @@ DISTILHUBERT_SHARE = 6  # DistilHuBERT keeps two layers of twelve
 
 def num_params(teacher: Mapping[str, Any], changes: Changes) -> int:
     """Count the parameters of the teacher's config with these changes."""
+    import torch
+
+    from wav2vec2.files.checkpoint import build_model
+
     num_layers = changes.get("encoder_num_layers", teacher["encoder_num_layers"])
     per_layer = check_config(teacher).of_layer(0)
     with torch.device("meta"):

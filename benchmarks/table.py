@@ -11,13 +11,15 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cli
 from evaluation.tables import read_results
-from report.pictures import Point, methods
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.storage import atomic_path
+
+if TYPE_CHECKING:
+    from report.pictures import Point
 
 NOTES = """
 Means over the seeds of training; in brackets the lowest and the highest. RTF: real-time factor, seconds of work per
@@ -139,8 +141,10 @@ def table(groups: Sequence[Sequence[Run]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + NOTES
 
 
-def points(groups: Iterable[Sequence[Run]], cost: Callable[[Run], float | None]) -> dict[str, list[Point]]:
+def points(groups: Iterable[Sequence[Run]], cost: Callable[[Run], float | None]) -> "dict[str, list[Point]]":
     """Return the line of each row in a picture: the cost of its sizes, and the quality that they reach."""
+    from report.pictures import Point
+
     lines: dict[str, list[Point]] = {}
     for group in groups:
         costs = [value for run in group if (value := cost(run)) is not None]
@@ -152,6 +156,8 @@ def points(groups: Iterable[Sequence[Run]], cost: Callable[[Run], float | None])
 
 
 def main(args: argparse.Namespace) -> None:
+    from report.pictures import methods
+
     groups = grouped(read_runs(args.out))
     text = table(groups)
     print(text)
