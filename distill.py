@@ -8,8 +8,7 @@ With --task_tsv a head of the student learns labels beside distillation, or with
   python distill.py --task_tsv data/commands.tsv --task_weight 1 --distill_weight 1 --gpus 1 --exp_dir exp/commands \\
       --teacher_ckpt exp/teacher/finetuned.pth --student_ckpt exp/teacher/finetuned.pth
 
-With --student_extractor the student starts with another extractor, which first learns what its own makes; with
---student_config it is of another shape than --student_ckpt.
+A student of another shape than the teacher is a file of make_student.py, given as --student_ckpt.
 
 One GPU, keeping the published total batch of 4 x 160 s:
   python distill.py --tsv_dir data/librispeech --train_subset train960 --seconds_per_batch 160 \\
@@ -37,25 +36,14 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     settings = read_arguments(args, DistillSettings)
     # These import torch and Lightning, for which wrong flags need not wait.
-    from training.checkpoints import choose_checkpoint
     from training.distillation import read_inputs, train
-    from training.extractor import learn_extractor, with_extractor
     from training.pairing import check_budgets, new_projections
-    from wav2vec2.files.checkpoint import load_state
     from wav2vec2.files.heads import masked_model_with_its_head
 
-    data, teacher, original = read_inputs(settings)
-    contents = original
-    if args.student_extractor:
-        contents = with_extractor(original, settings.extractor, settings.models.student_ckpt)
+    data, teacher, contents = read_inputs(settings)
     student = masked_model_with_its_head(contents, settings.pruning.units, settings.models.student_ckpt)
     projections = new_projections(settings, teacher, student)
     check_budgets(settings.pruning, teacher, student)
-    # What is continued has learnt its extractor.
-    if args.student_extractor and choose_checkpoint(args.resume_checkpoint, args.exp_dir) is None:
-        learnt = learn_extractor(settings, data, original, contents)
-        fresh = student.feature_extractor.state_dict()  # with the masks
-        load_state(student.feature_extractor, {**fresh, **learnt}, "--student_extractor")
     train(settings, data, teacher, student, projections)
 
 

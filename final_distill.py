@@ -11,8 +11,8 @@ Several GPUs, nodes, SLURM, CPU: as in distill.py.
 
 With --task_tsv the student's head learns labels beside distillation, or with --distill_weight 0 instead of it.
 
-With --student_config the student is of another shape and its projections are fresh; --student_ckpt, which it is a slice
-of, is any model. Methods without pruning are this stage alone (conf/distilhubert.conf).
+A student that make_student.py made has no projections yet and gets fresh ones. Methods without pruning are this stage
+alone (conf/distilhubert.conf).
 """
 
 import argparse
@@ -37,11 +37,12 @@ def main(args: argparse.Namespace) -> None:
     from wav2vec2.files.heads import model_with_its_head
 
     data, teacher, pruned = read_inputs(settings)
-    learnt = pruned.get("distill_linear_projs")
-    if settings.distils and not args.student_config and not isinstance(learnt, dict):
+    learnt, made_by = pruned.get("distill_linear_projs"), pruned.get("made_by")
+    is_new = isinstance(made_by, dict) and made_by.get("script") == "make_student.py"
+    if settings.distils and not is_new and not isinstance(learnt, dict):
         raise UserError(
-            f"{args.student_ckpt}: no distill_linear_projs in it; give the file that prune.py wrote, or "
-            "--student_config for a student that is not pruned"
+            f"{args.student_ckpt}: no distill_linear_projs in it; give the file that prune.py wrote, or make a student "
+            "that is not pruned with make_student.py"
         )
     student = model_with_its_head(pruned, settings.models.student_ckpt)
     projections = new_projections(settings, teacher, student)

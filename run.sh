@@ -10,26 +10,24 @@
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 #
-# The whole job: distil and prune, prune, final distillation, save, report; and fine-tuning with labels before or after.
+# The whole job: distil and prune, prune, final distillation, save, report. Options: a student of another shape before
+# them, and fine-tuning with labels before or after them.
 #
 #   sbatch run.sh [conf/NAME.conf] [FLAGS]          on SLURM, 4 GPUs of one node: one process for each task
 #   bash run.sh [conf/NAME.conf] [FLAGS]            anywhere else
 #   bash run.sh --print [conf/NAME.conf] [FLAGS]    show the commands, run nothing
 #
-# FLAGS (such as --gpus 1 --accum_grad 4) go to all training stages and win over the config file's. That is bash: it
-# sets exp_dir, tsv_dir, teacher_ckpt, student_ckpt (the teacher, if it does not) and the arrays of flags below. Those
-# four and python may come from the environment, which wins:
+# FLAGS (such as --gpus 1 --accum_grad 4) go to all training stages and win over the config file's. The config file is
+# bash. It sets exp_dir, tsv_dir, teacher_ckpt, student_ckpt (default: the teacher) and the settings below. These four
+# and python may come from the environment, which wins:
 #   tsv_dir=data/mine bash run.sh conf/wavlm_base_plus.conf --train_subset train
-# A variant is a file that begins with `source conf/hubert_base.conf`, and sets or appends what differs. One that sets
-# prunes=false trains student_ckpt (or what --student_config in `final` makes of it) in the final distillation alone.
-# With --save_at_sparsity S,... in `distill`, exp_dir/sparsity_S is finished as exp_dir is, for each S. Flags in
-# `finetune_first` fine-tune the teacher with labels before all else, and the result is teacher and student; flags in
-# `finetune` fine-tune the compressed model. With distills_on=false that is the pruned one, without a final distillation.
+# A variant is a file that begins with `source conf/hubert_base.conf`, and sets or appends what differs. With
+# --save_at_sparsity S,... in `distill`, exp_dir/sparsity_S is finished as exp_dir is, for each S.
 #
-# Call it again, with the same settings, whenever it was stopped: stages that are complete say so and end at once, and
-# training continues from its newest checkpoint. On SLURM a job that is preempted, or comes within 300 s of its time
-# limit, saves a checkpoint and goes back to the queue by itself (so give it much more than 300 s). The script ends with
-# the status of the stage that stopped it: 143, 138 or 130 where SIGTERM, SIGUSR1 or Ctrl-C made training save and stop.
+# Call it again with the same settings whenever it was stopped: complete stages say so and end at once, and training
+# continues from its newest checkpoint. On SLURM a job that is preempted, or comes within 300 s of its time limit,
+# saves a checkpoint and goes back to the queue by itself (so give it much more than 300 s). The script ends with the
+# status of the stage that stopped it: 143, 138 or 130 where SIGTERM, SIGUSR1 or Ctrl-C made training save and stop.
 set -euo pipefail
 
 # sbatch runs a copy of this script from its spool directory; the job was submitted from the checkout.
@@ -52,12 +50,15 @@ for flag in "$@"; do
 done
 
 environment=$(declare -p python exp_dir tsv_dir teacher_ckpt student_ckpt 2>/dev/null) || true
-python=python exp_dir='' tsv_dir='' teacher_ckpt='' student_ckpt='' prunes=true distills_on=true
+python=python exp_dir='' tsv_dir='' teacher_ckpt='' student_ckpt=''
+prunes=true       # false: the student is trained in the final distillation alone
+distills_on=true  # false: the pruned model is not distilled further
 shared=()         # flags of both distillations
-distill=()        # of distill.py
-final=()          # of final_distill.py
-finetune_first=() # of finetune.py, before the distillations
-finetune=()       # of finetune.py, after them
+distill=()        # flags of distill.py
+final=()          # flags of final_distill.py
+make_student=()   # flags of make_student.py, which makes the student from student_ckpt
+finetune_first=() # flags of finetune.py, which makes teacher and student from teacher_ckpt
+finetune=()       # flags of finetune.py for the compressed model
 known=$(compgen -v)
 source "$(realpath "$conf")"
 unknown=$(compgen -v | grep -vxF -e known -e _ -e PIPESTATUS -f <(echo "$known")) && fail "$conf: unknown:" $unknown
@@ -88,22 +89,25 @@ if ((${#finetune_first[@]})); then
     teacher_ckpt=$exp_dir/teacher/finetuned.pth student_ckpt=$teacher_ckpt
 fi
 student_ckpt=${student_ckpt:-$teacher_ckpt}
+if ((${#make_student[@]})); then
+    make_student+=(--model "$student_ckpt" --exp_dir "$exp_dir/student")
+    student_ckpt=$exp_dir/student/student.pth
+    # Without a new extractor nothing is trained.
+    [[ " ${make_student[*]}" != *" --extractor"* ]] || make_student+=(${tsv_dir:+--tsv_dir "$tsv_dir"} "${always[@]}")
+fi
+((!${#finetune[@]})) || finetune+=("${always[@]}")
 shared+=(${tsv_dir:+--tsv_dir "$tsv_dir"} --teacher_ckpt "$teacher_ckpt")
 distill=("${shared[@]}" "${distill[@]}" --student_ckpt "$student_ckpt" --exp_dir "$exp_dir" "${always[@]}")
 final=("${shared[@]}" "${final[@]}" "${always[@]}")
 
-# What joint training leaves to be finished: its end, and the sizes that it saves on its way.
+# Joint training leaves its end to be finished, and the sizes that it saves on its way.
 folders=("$exp_dir") sizes=()
-for i in "${!distill[@]}"; do
-    case ${distill[i]} in
-        --save_at_sparsity) IFS=, read -ra sizes <<<"${distill[i + 1]-}" ;;
-        --save_at_sparsity=*) IFS=, read -ra sizes <<<"${distill[i]#*=}" ;;
-    esac
-done
-$prunes || sizes=()
+if $prunes && [[ " ${distill[*]}" =~ .*\ --save_at_sparsity[=\ ]([^\ ]+) ]]; then # the last one counts
+    IFS=, read -ra sizes <<<"${BASH_REMATCH[1]}"
+fi
 for size in "${sizes[@]}"; do folders+=("$exp_dir/sparsity_$size"); done
 
-# What SLURM 22.05 does (measured with tests/slurm/cluster.sh). The warning before the time limit, and `scancel
+# SLURM 22.05 behaves like this (measured with tests/slurm/cluster.sh). The warning before the time limit, and `scancel
 # --signal=USR1`, reach the processes of srun alone. The end of a job (time limit, scancel, scontrol requeue, preemption
 # without a grace time) sends SIGTERM to them, to srun and to this script, and SIGKILL after KillWait. Preemption with a
 # grace time sends SIGTERM to the processes of srun alone first, and a job that ends within that time counts as ended.
@@ -120,7 +124,7 @@ on_signal() {
 }
 for name in TERM USR1 INT; do trap "on_signal $name" "$name"; done
 
-# Waits, again after each signal, until a process has ended; its status.
+# Waits, again after each signal, until a process has ended; returns its status.
 wait_for() {
     local before=-1 status=0
     while ((signals > before)); do
@@ -130,7 +134,7 @@ wait_for() {
     return "$status"
 }
 
-# Runs one stage and keeps its output in EXP_DIR/NAME.log; its status.
+# Shows a stage, or runs it and keeps its output in EXP_DIR/NAME.log; returns its status.
 stage() {
     local name=$1 output tee status=0
     shift
@@ -138,7 +142,7 @@ stage() {
     ! $print_only || return 0
     [[ -z $stopped_by ]] || return $((128 + $(kill -l "$stopped_by")))
     mkdir -p "$exp_dir"
-    # Both run in the background, where bash can pass signals on. tee outlives them, to show what the stage says last.
+    # Both run in the background, where bash can pass signals on. tee outlives the stage, to show its last words.
     exec {output}> >(trap '' INT TERM USR1 && exec tee -a "$exp_dir/$name.log")
     tee=$!
     (trap - INT && exec "$@") >&"$output" 2>&1 &
@@ -165,37 +169,45 @@ leave() {
     exit "$1"
 }
 
-# What only a later stage refuses must not wait for the end of the first: its flags, and a list of labels.
-check() { $print_only || "$python" -c "$@"; }
-read_list='import cli, finetune; from labels.lists import read_probe
-cli.run(lambda args: read_probe(args.tsv), finetune.parse_args())'
-! $distills_on || check 'import final_distill; final_distill.parse_args()' "${final[@]}" --student_ckpt "$student_ckpt"
-! ((${#finetune[@]})) || check "$read_list" --model "$student_ckpt" "${finetune[@]}" "${always[@]}"
-if ((${#finetune_first[@]})); then
-    ! $prunes || check 'import distill; distill.parse_args()' "${distill[@]}"
-    stage finetune_first "${launcher[@]}" "$python" finetune.py "${finetune_first[@]}" || leave $?
-fi
+must() { stage "$@" || leave $?; }
+train() { must "$1" "${launcher[@]}" "$python" "${@:2}"; } # a process for each GPU
 
-! $prunes || stage distill "${launcher[@]}" "$python" distill.py "${distill[@]}" || leave $?
-for exp_dir in "${folders[@]}"; do # its logs go there too
-    compressed=$student_ckpt config=()
-    if $prunes; then
-        compressed=$exp_dir/ckpts/pruned_hubert_base.pth config=(--config_path "$exp_dir/ckpts/pruned_hubert_base.pth")
-        stage prune "$python" prune.py \
-            --distilled_ckpt "$exp_dir/ckpts/last.ckpt" --original_ckpt "$student_ckpt" || leave $?
-    fi
-    if $distills_on; then
-        stage final_distill "${launcher[@]}" "$python" final_distill.py "${final[@]}" \
-            --student_ckpt "$compressed" --exp_dir "$exp_dir/final" || leave $?
-        stage save "$python" save_final_ckpt.py "${config[@]}" \
-            --ckpt_after_final_distill "$exp_dir/final/ckpts/last.ckpt" || leave $?
-        compressed=$exp_dir/final/ckpts/pruned_hubert_base.pth
-    fi
-    if ((${#finetune[@]})); then
-        stage finetune "${launcher[@]}" "$python" finetune.py --model "$compressed" "${finetune[@]}" "${always[@]}" \
-            --exp_dir "$exp_dir/finetuned" || leave $?
-        compressed=$exp_dir/finetuned/finetuned.pth
-    fi
-    stage report "$python" -m report "$exp_dir" || echo "warning: no report, see $exp_dir/report.log" >&2
-    $print_only || echo "the compressed model: $compressed"
-done
+# Runs all stages, or shows them.
+job() {
+    local exp_dir=$exp_dir compressed # a stage's log goes to exp_dir
+    ((!${#finetune_first[@]})) || train finetune_first finetune.py "${finetune_first[@]}"
+    ((!${#make_student[@]})) || train student make_student.py "${make_student[@]}"
+    ! $prunes || train distill distill.py "${distill[@]}"
+    for exp_dir in "${folders[@]}"; do
+        compressed=$student_ckpt
+        if $prunes; then
+            must prune "$python" prune.py --distilled_ckpt "$exp_dir/ckpts/last.ckpt" --original_ckpt "$student_ckpt"
+            compressed=$exp_dir/ckpts/pruned_hubert_base.pth
+        fi
+        if $distills_on; then
+            train final_distill final_distill.py "${final[@]}" --student_ckpt "$compressed" --exp_dir "$exp_dir/final"
+            must save "$python" save_final_ckpt.py --ckpt_after_final_distill "$exp_dir/final/ckpts/last.ckpt"
+            compressed=$exp_dir/final/ckpts/pruned_hubert_base.pth
+        fi
+        if ((${#finetune[@]})); then
+            train finetune finetune.py --model "$compressed" "${finetune[@]}" --exp_dir "$exp_dir/finetuned"
+            compressed=$exp_dir/finetuned/finetuned.pth
+        fi
+        stage report "$python" -m report "$exp_dir" || echo "warning: no report, see $exp_dir/report.log" >&2
+        $print_only || echo "the compressed model: $compressed"
+    done
+}
+
+# A wrong flag of a later stage, or a list of labels that cannot be read, must not wait for the end of the first stage.
+check='
+import importlib, shlex, sys, cli
+from labels.lists import read_probe
+for words in map(shlex.split, sys.stdin):
+    for script in {"make_student.py", "distill.py", "final_distill.py", "finetune.py"} & set(words):
+        sys.argv = words[words.index(script) :]
+        args = importlib.import_module(script.removesuffix(".py")).parse_args()
+        if script == "finetune.py":
+            cli.run(lambda args: read_probe(args.tsv), args)
+'
+$print_only || (print_only=true && job) | "$python" -c "$check"
+job

@@ -1,4 +1,4 @@
-"""How fast data is listed and loaded, each beside the bare library calls that it cannot do without.
+"""Time listing and loading data, each beside the bare library calls that it cannot do without.
 
     python -m benchmarks.bench_data --out results/bench_data.csv
 
@@ -6,8 +6,8 @@
     loader    batches of 87.5 s from FLAC files of 2 to 15 s, beside soundfile reading the same crops in the same number
               of processes
 
-Files are made for the purpose, and have been read once before anything is timed. What is compared takes turns; values
-are medians, and those of the loader leave out its start.
+The files are made for the purpose, and are read once before anything is timed. Variants take turns; values are medians,
+and those of the loader leave out its start.
 """
 
 import argparse
@@ -20,22 +20,24 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
-from torch.utils.data import DataLoader, Dataset
 
 import cli
 from benchmarks.results import Result, write_results
-from dataset.batches import BatchSampler, Crop, TrainingSampler, make_batches
-from dataset.manifest import Manifest, read_manifest
-from dataset.speech import SpeechDataset
-from evaluation.cost import take_turns
 from wav2vec2.audio import SAMPLE_RATE
+
+if TYPE_CHECKING:
+    from dataset.batches import Crop
+    from dataset.manifest import Manifest
+
+# Torch is imported once the flags are known to be right: it takes seconds.
 
 
 def make_corpus(folder: Path, num_files: int, shortest: float, longest: float) -> list[Path]:
-    """FLAC files of that many seconds: swelling tones and noise, which FLAC halves, as it does speech."""
+    """Write FLAC files of that many seconds: swelling tones and noise, which FLAC halves, as it does speech."""
     generator = np.random.default_rng(0)
     times = np.arange(round(longest * SAMPLE_RATE)) / SAMPLE_RATE
     paths = [folder / "train" / f"{number:05}.flac" for number in range(num_files)]
@@ -55,26 +57,28 @@ def prepare(corpus: Path, num_processes: int) -> None:
 
 
 def info_of_all(paths: list[Path], num_processes: int) -> None:
-    """The bare calls that listing cannot do without."""
+    """Make the bare calls that listing cannot do without."""
     with multiprocessing.Pool(num_processes) as pool:
         list(pool.imap(soundfile.info, paths, chunksize=64))
 
 
-class BareReads(Dataset):
-    """The same crops with soundfile and nothing else."""
+class BareReads:
+    """Reads the same crops with soundfile and nothing else."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: "Manifest") -> None:
         self.manifest = manifest
 
-    def __getitem__(self, crop: Crop) -> np.ndarray:
+    def __getitem__(self, crop: "Crop") -> np.ndarray:
         """(B, T) float32."""
         places = zip(crop.indices, crop.offsets, strict=True)
         read = ((self.manifest.full_path(i), crop.num_samples, offset) for i, offset in places)
         return np.stack([soundfile.read(*arguments, dtype="float32")[0] for arguments in read])
 
 
-def load_all(dataset: Dataset, crops: list[Crop], num_workers: int) -> float:
-    """Seconds for all batches but the first, which waits for the processes to start."""
+def load_all(dataset: Any, crops: "list[Crop]", num_workers: int) -> float:
+    """Return the seconds for all batches but the first, which waits for the processes to start."""
+    from torch.utils.data import DataLoader
+
     batches = iter(DataLoader(dataset, sampler=crops, batch_size=None, num_workers=num_workers))
     next(batches)
     return seconds(lambda: list(map(type, batches)))
@@ -87,6 +91,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def bench_prepare(args: argparse.Namespace, folder: Path) -> list[Result]:
+    from evaluation.cost import take_turns
+
     paths, processes = make_corpus(folder, args.num_files, 1, 2), args.num_processes
     work = {
         "soundfile.info": lambda: seconds(lambda: info_of_all(paths, processes)),
@@ -97,6 +103,11 @@ def bench_prepare(args: argparse.Namespace, folder: Path) -> list[Result]:
 
 
 def bench_loader(args: argparse.Namespace, folder: Path) -> list[Result]:
+    from dataset.batches import BatchSampler, TrainingSampler, make_batches
+    from dataset.manifest import read_manifest
+    from dataset.speech import SpeechDataset
+    from evaluation.cost import take_turns
+
     make_corpus(folder, max(16, args.num_files // 33), 2, 15)
     prepare(folder, args.num_processes)
     manifest = read_manifest(folder / "tsv" / "train.tsv")
@@ -105,7 +116,7 @@ def bench_loader(args: argparse.Namespace, folder: Path) -> list[Result]:
     loaded = sum(len(crop.indices) * crop.num_samples for crop in crops[1:]) / SAMPLE_RATE
     results = []
     for workers in args.workers:
-        work = {
+        work: dict[str, Callable[[], float]] = {
             "soundfile.read": partial(load_all, BareReads(manifest), crops, workers),
             "SpeechDataset": partial(load_all, SpeechDataset(manifest), crops, workers),
         }

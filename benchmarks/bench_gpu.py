@@ -1,4 +1,4 @@
-"""What this project makes of one GPU: the published setting against ours, in about five minutes.
+"""Time updates on one GPU: the published setting against ours, in about five minutes.
 
     python -m benchmarks.bench_gpu --out results/bench_gpu.csv
 
@@ -9,26 +9,30 @@ are random; variants take turns; medians.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 import cli
-from benchmarks.bench_model import TEACHERS, Update
 from benchmarks.results import Result, write_results
-from evaluation.cost import take_turns
-from training.speed import compile_steps, peak_flops, update_flops
 from wav2vec2.files.errors import UserError
+
+# Torch is imported once the flags are known to be right: it takes seconds.
 
 SHAPE = (13, 196_923)  # 160 s
 VARIANTS = {"published": ("plain", "16"), "ours": ("fast", "bf16"), "ours compiled": ("fast", "bf16")}
 
 
 def bench_updates(name: str, repetitions: int, device: str) -> list[Result]:
-    """Seconds of a teacher's updates; on a GPU their peak memory and share of the device's peak as well."""
-    results, updates = [], {}
+    """Measure the seconds of a teacher's updates; on a GPU their memory and share of the device's peak as well."""
+    import torch
+
+    from benchmarks.updates import Update
+    from evaluation.cost import take_turns
+    from training.speed import compile_steps, peak_flops, update_flops
+
+    results, updates, work = [], dict[str, Update](), dict[str, Callable[[], float]]()
     for variant, setting in VARIANTS.items():
-        update = updates[variant] = Update(name, "joint", *setting, SHAPE, device)
+        update = updates[variant] = work[variant] = Update(name, "joint", *setting, SHAPE, device)
         if "compiled" in variant:
             compile_steps(update.module)
         for _ in range(3):  # kernels are chosen, code is compiled, the optimiser's state is made
@@ -40,7 +44,7 @@ def bench_updates(name: str, repetitions: int, device: str) -> list[Result]:
             needed = (torch.cuda.max_memory_allocated() - held) / 1e6
             results.append(Result("memory", f"{name}, {variant}", needed, "MB", None, 1))
     peak = peak_flops(torch.cuda.get_device_name(), "bf16") if device == "cuda" else None
-    for variant, (seconds, ratio) in take_turns(updates, repetitions).items():
+    for variant, (seconds, ratio) in take_turns(work, repetitions).items():
         results.append(Result("update", f"{name}, {variant}", seconds, "s", ratio, repetitions))
         if peak is not None:
             share = SHAPE[0] * update_flops(updates[variant].module)(SHAPE[1]) / seconds / peak
@@ -49,9 +53,13 @@ def bench_updates(name: str, repetitions: int, device: str) -> list[Result]:
 
 
 def main(args: argparse.Namespace) -> None:
+    import torch
+
+    from benchmarks import updates
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; --device cpu shows that this script runs, and takes long")
-    results = [result for name in TEACHERS for result in bench_updates(name, args.repetitions, args.device)]
+    results = [result for name in updates.TEACHERS for result in bench_updates(name, args.repetitions, args.device)]
     write_results(args.out, results, args.device)
 
 

@@ -1,4 +1,4 @@
-"""How fast the model trains and runs: the fast paths beside the plain ones, and beside transformers.
+"""Time training and inference: the fast paths beside the plain ones, and beside transformers.
 
     python -m benchmarks.bench_model --out results/bench_model.csv
     python -m benchmarks.bench_model --out results/bench_update.csv --sections update --threads 2
@@ -12,7 +12,6 @@ Weights and waveforms are random; what is compared takes turns; values are media
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import time
@@ -22,121 +21,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import cli
 from benchmarks.results import Result, write_results
-from evaluation.cost import take_turns
-from lightning import DistillLoss, DistillModule, make_projections
-from training.speed import cast_products, keep_freed_memory
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.fast import plain_paths
-from wav2vec2.model import hubert_base, wav2vec2_model, wavlm_base, with_masks
 
-# The dropouts that converters write into a teacher's config, for every model: the published training's.
-DROPOUTS = dict.fromkeys(("encoder_projection_dropout", "encoder_attention_dropout", "encoder_dropout"), 0.1)
-DROPOUTS |= {"encoder_ff_interm_dropout": 0.0, "encoder_layer_drop": 0.05}
-TEACHERS = {"HuBERT Base": partial(hubert_base, **DROPOUTS), "WavLM Base": partial(wavlm_base, **DROPOUTS)}
-PUBLISHED_80 = Path(__file__).parents[1] / "tests" / "data" / "reference" / "published_wavlm_base_s80.json"
-DISTILLED = [[0], [4, 8, 12]]
-DTYPES = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
+# Torch is imported once the flags are known to be right: it takes seconds.
 
 
-def compressed_config(name: str) -> dict[str, Any]:
-    """HuBERT Base at a quarter of its parameters, every kind of unit pruned alike: 23.6 M; WavLM's published 80%."""
-    if name == "WavLM Base":
-        return json.loads(PUBLISHED_80.read_text())["config"]
-    config = TEACHERS[name]().config
-    channels = [(320, kernel, stride) for _, kernel, stride in config["extractor_conv_layer_config"]]
-    shape = {"encoder_num_heads": [4] * 12, "encoder_ff_interm_features": [410] * 12}
-    return {**config, "extractor_conv_layer_config": channels, **shape}
+def in_process(pool: ProcessPoolExecutor) -> float:
+    from benchmarks.updates import run_update
 
-
-def precisions() -> list[str]:
-    """bfloat16 where the CPU multiplies it by itself; elsewhere it is emulated, and slow."""
-    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return ["32", "bf16"] if has_bfloat16 else ["32"]
-
-
-class Update:
-    """Makes updates of a teacher's student with the published loss, on one batch of noise (B, T).
-
-    In the stage "joint" the student is the teacher's copy with masks, in "final" it is compressed. The path is "plain"
-    or "fast"; the precision "16" has a loss scaler.
-    """
-
-    def __init__(self, name: str, stage: str, path: str, precision: str, shape: tuple[int, int], device: str) -> None:
-        torch.manual_seed(0)
-        teacher = TEACHERS[name]()
-        if stage == "joint":
-            student = wav2vec2_model(**with_masks(teacher.config, ["conv", "head", "interm"]))
-            student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
-        else:
-            student = wav2vec2_model(**compressed_config(name))
-        widths = (model.config["encoder_embed_dim"] for model in (student, teacher))
-        self._plain, self._dtype, self._device = path == "plain", DTYPES[precision], device
-        with plain_paths(self._plain):
-            self.module = DistillModule(
-                teacher_model=teacher,
-                student_model=student,
-                distill_mode="layer2layer",
-                distill_layers=[layer for group in DISTILLED for layer in group],
-                distill_linear_projs=make_projections("layer2layer", DISTILLED, *widths),
-                distill_loss=DistillLoss(0, 1, 1, "raw"),
-                **{"learning_rate": 2e-4, "weight_decay": 0.0, "warmup_updates": 10, "max_updates": 100},
-                **{"use_reg": stage == "joint", "reg_learning_rate": 0.02},
-                **{"target_sparsity": 0.75, "sparsity_warmup_updates": 10},
-            ).to(device)
-            self._optimizer = self.module.configure_optimizers()["optimizer"]
-        if not self._plain:
-            teacher.fold_weight_norm()
-            if precision != "32":
-                cast_products(teacher, self._dtype)
-        self._scaler = torch.amp.GradScaler(device, enabled=precision == "16")
-        # Training knows that crops have no padding; the published program gives lengths all the same.
-        lengths = torch.full(shape[:1], shape[1], device=device) if self._plain else None
-        self._batch = (torch.randn(shape, device=device), lengths)
-
-    def __call__(self) -> float:
-        """Make one; returns the seconds that it took."""
-        wait = torch.cuda.synchronize if self._device == "cuda" else lambda: None
-        wait()
-        start = time.perf_counter()
-        with plain_paths(self._plain):
-            with torch.autocast(self._device, self._dtype, enabled=self._dtype != torch.float32):
-                loss, _ = self.module.loss(self._batch, "train")
-            self._scaler.scale(loss).backward()
-            self._scaler.unscale_(self._optimizer)
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), 10.0)
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-            self._optimizer.zero_grad()
-        wait()
-        return time.perf_counter() - start
-
-
-def start_process(threads: int, *setting: Any) -> None:
-    """Make this process one that updates: whether freed memory is kept is a setting of the whole process."""
-    global _update
-    torch.set_num_threads(threads)
-    if "fast" in setting:
-        keep_freed_memory()
-    _update = Update(*setting)
-
-
-def run_update() -> float:
-    return _update()
+    return pool.submit(run_update).result()
 
 
 def bench_update(args: argparse.Namespace) -> list[Result]:
-    """Seconds of one update, each variant in a process of its own."""
+    """Measure the seconds of one update, each variant in a process of its own."""
+    from benchmarks import updates
+    from evaluation.cost import take_turns
+
     results = []
-    for name, stage in itertools.product(TEACHERS, ("joint", "final")):
-        pools, work = [], {}
-        for precision, path in itertools.product(precisions(), ("plain", "fast")):
+    for name, stage in itertools.product(updates.TEACHERS, ("joint", "final")):
+        pools, work = [], dict[str, Callable[[], float]]()
+        for precision, path in itertools.product(updates.precisions(), ("plain", "fast")):
             setting = (args.threads, name, stage, path, precision, (2, 8 * SAMPLE_RATE), "cpu")
-            pools.append(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_process, setting))
-            work[f"{path} {precision}"] = lambda pool=pools[-1]: pool.submit(run_update).result()
+            pools.append(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), updates.start_process, setting))
+            work[f"{path} {precision}"] = partial(in_process, pools[-1])
             work[f"{path} {precision}"]()  # memory and kernels
         for variant, (seconds, ratio) in take_turns(work, args.repetitions).items():
             results.append(Result("update", f"{name}, {stage}, {variant}", seconds, "s", ratio, args.repetitions))
@@ -145,33 +54,47 @@ def bench_update(args: argparse.Namespace) -> list[Result]:
     return results
 
 
-@torch.inference_mode()
-def timed(run: Callable[[Any], Any], waveforms: torch.Tensor, plain: bool = False) -> float:
+def timed(run: Callable[[Any], Any], waveforms: Any, plain: bool = False) -> float:
+    import torch
+
+    from wav2vec2.fast import plain_paths
+
     start = time.perf_counter()
-    with plain_paths(plain):
+    with torch.inference_mode(), plain_paths(plain):
         run(waveforms)
     return time.perf_counter() - start
 
 
 def bench_inference(args: argparse.Namespace) -> list[Result]:
-    """Real-time factors: seconds of work per second of audio."""
+    """Measure real-time factors: seconds of work per second of audio."""
+    import torch
     import transformers
 
+    from benchmarks import updates
+    from evaluation.cost import take_turns
+    from wav2vec2.model import wav2vec2_model
+
     torch.set_num_threads(args.threads)
-    theirs = {  # with fused attention where they have one
-        "HuBERT Base": transformers.HubertModel(transformers.HubertConfig(attn_implementation="sdpa")).eval(),
+    fused: dict[str, Any] = {"attn_implementation": "sdpa"}  # WavLM has none
+    theirs = {
+        "HuBERT Base": transformers.HubertModel(transformers.HubertConfig(**fused)).eval(),
         "WavLM Base": transformers.WavLMModel(transformers.WavLMConfig()).eval(),
     }
     results = []
-    for name, seconds in itertools.product(TEACHERS, args.seconds):
+    for name, seconds in itertools.product(updates.TEACHERS, args.seconds):
         waveforms = torch.randn(1, round(seconds * SAMPLE_RATE))
-        work = {"transformers 32": partial(timed, partial(theirs[name], output_hidden_states=True), waveforms)}
-        for size, config in (("full", TEACHERS[name]().config), ("compressed", compressed_config(name))):
-            for precision, path in itertools.product(precisions(), ("plain", "fast")):
-                model = wav2vec2_model(**config).eval().to(DTYPES[precision])
+        work: dict[str, Callable[[], float]] = {
+            "transformers 32": partial(timed, partial(theirs[name], output_hidden_states=True), waveforms)
+        }
+        for size, config in (
+            ("full", updates.TEACHERS[name]().config),
+            ("compressed", updates.compressed_config(name)),
+        ):
+            for precision, path in itertools.product(updates.precisions(), ("plain", "fast")):
+                model = wav2vec2_model(**config).eval().to(updates.DTYPES[precision])
                 if path == "fast":
                     model.fold_weight_norm()
-                arguments = model.extract_features, waveforms.to(DTYPES[precision]), path == "plain"
+                arguments = model.extract_features, waveforms.to(updates.DTYPES[precision]), path == "plain"
                 work[f"{size}, {path} {precision}"] = partial(timed, *arguments)
         for run in work.values():
             run()

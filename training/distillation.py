@@ -13,7 +13,6 @@ from training.pairing import freeze_unreached
 from training.saving import SizeCheckpoints
 from training.settings import DistillationSettings, DistillSettings
 from training.speed import FastTeacher, update_flops
-from training.student import student_of
 from training.task import Task, TaskScore, ValidScores, train_head, with_task
 from training.trainer import check_settings, data_and_machine, fit
 from wav2vec2.fast import fast_paths
@@ -50,8 +49,6 @@ def read_inputs(settings: DistillationSettings) -> Inputs:
     pl.seed_everything(settings.data.seed, verbose=False)
     teacher = ckpt.load_model(models.teacher_ckpt)
     contents = ckpt.read_model_file(models.student_ckpt)
-    if settings.student.student_config:
-        contents = student_of(contents, settings.student, models.student_ckpt)
     if settings.task is not None:
         contents, data = with_task(contents, settings.task, settings.data, models.student_ckpt)
     return Inputs(data, teacher, contents)

@@ -392,82 +392,55 @@ class PruningSettings(_Settings):
         return self.pruning_units.split(",")
 
 
-# The named choice of --student_extractor.
-LIGHT = "light"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractorSettings(_Settings):
-    """Another extractor for the student."""
-
-    student_extractor: str | None = _option(
-        None,
-        f"'{LIGHT}', or JSON: [[channels, kernel, stride], ...]; the student gets an extractor of these layers, which "
-        "learns what its own makes before the masks are trained (default: it keeps its own)",
-        recorded=True,
-    )
-    extractor_updates: int = _option(4000, "updates in which it learns that", recorded=True, check=_above_zero)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.student_extractor not in (None, LIGHT) and not isinstance(self.layers, list):
-            raise UserError(
-                f"--student_extractor: expected {LIGHT}, or a list of layers in JSON such as "
-                f"[[128, 40, 40], [192, 6, 4], [128, 2, 2]], found {short_repr(self.student_extractor)}"
-            )
-
-    @property
-    def layers(self) -> Any:
-        """What the JSON says; None where it is none, or where there is a name."""
-        try:
-            return json.loads(self.student_extractor or "")
-        except (ValueError, RecursionError):
-            return None
-
-    def recorded(self) -> dict[str, Any]:
-        # Runs of before the option was there are continued as those without it.
-        return super().recorded() if self.student_extractor is not None else {}
-
-
-# The value of --init_layers for layers that start from nothing.
-RANDOM = "random"
+# The value of --init_layers for layers that start fresh, and the named choice of --extractor.
+RANDOM, LIGHT = "random", "light"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSettings(_Settings):
-    """A student of another shape."""
+    """Student."""
 
+    model: Path = _option(MISSING, "model file that the student is made from")
     student_config: Path | None = _option(
-        None,
-        "JSON of the config's keys in which the student differs from --student_ckpt, which it is a slice of where that "
-        "can be (default: the student has its shape)",
+        None, "JSON of the config's keys in which the student differs from the model; one number stands for all layers"
     )
     init_layers: str | None = _option(
         None,
-        f"the layers of --student_ckpt, from 1, that the student's layers start from, or '{RANDOM}' (default: spread "
-        "evenly over its depth)",
+        f"layers of the model, from 1, that the student's layers start from, or '{RANDOM}' (default: spread evenly "
+        "over the model's depth)",
+    )
+    extractor: str | None = _option(
+        None,
+        f"'{LIGHT}', or JSON [[channels, kernel, stride], ...]: give the student an extractor of these layers, and "
+        "train it to make the frames of the model's own",
+        recorded=True,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.student_config is None:
-            if self.init_layers is not None:
-                raise UserError(f"--init_layers {self.init_layers}: of a --student_config, which is not given")
-            return
+        if self.student_config is None and self.init_layers is None and self.extractor is None:
+            raise UserError("nothing to make: give --student_config, --init_layers or --extractor")
         self.recorded()  # a file that cannot be read is refused before all else
-        if self.init_layers not in (None, RANDOM) and not self.layers:
+        if self.init_layers not in (None, RANDOM) and self.layers is None:
             raise UserError(
                 f"--init_layers: expected {RANDOM}, or layers from 1 such as 1,2, found {short_repr(self.init_layers)}"
+            )
+        if self.extractor not in (None, LIGHT) and not isinstance(self.extractor_layers, list):
+            raise UserError(
+                f"--extractor: expected {LIGHT}, or a list of layers in JSON such as "
+                f"[[128, 40, 40], [192, 6, 4], [128, 2, 2]], found {short_repr(self.extractor)}"
             )
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What the JSON says.
+        """The config's keys in which the student differs.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the JSON file cannot be read.
         """
-        expected = "JSON of the config's keys in which the student differs from --student_ckpt"
+        if self.student_config is None:
+            return {}
+        expected = "JSON of the config's keys in which the student differs from the model"
         return read_json(self.student_config, expected, "give such JSON with --student_config")
 
     @property
@@ -476,11 +449,18 @@ class StudentSettings(_Settings):
         words = (self.init_layers or "").split(",")
         return [int(word) for word in words] if all(re.fullmatch("[1-9][0-9]{0,3}", word) for word in words) else None
 
+    @property
+    def extractor_layers(self) -> Any:
+        """The JSON value of --extractor; None where it is no JSON."""
+        try:
+            return json.loads(self.extractor or "")
+        except (ValueError, RecursionError):
+            return None
+
     def recorded(self) -> dict[str, Any]:
-        # Wherever the file lies. Runs of before the option was there are continued as those without it.
-        if self.student_config is None:
-            return {}
-        return {"student_config": json.dumps(self.changes, sort_keys=True), "init_layers": self.init_layers}
+        """The contents of the JSON file, wherever it lies, and the other options."""
+        changes = json.dumps(self.changes, sort_keys=True)
+        return super().recorded() | {"student_config": changes, "init_layers": self.init_layers}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -601,7 +581,6 @@ class DistillationSettings(RunSettings):
 
     data: DataSettings
     models: ModelSettings
-    student: StudentSettings
     task: TaskSettings | None = None
 
     def __post_init__(self) -> None:
@@ -617,6 +596,11 @@ class DistillationSettings(RunSettings):
                 if self.models.distill_weight
                 else "--distill_weight 0: nothing would be learnt; give --task_tsv and --task_weight"
             )
+
+    @property
+    def reads_manifests(self) -> bool:
+        """True if the batches are those of --tsv_dir."""
+        return self.task is None
 
     @property
     def distils(self) -> bool:
@@ -641,7 +625,6 @@ class DistillSettings(DistillationSettings):
 
     stage = "distill and prune"
     pruning: PruningSettings
-    extractor: ExtractorSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -649,6 +632,30 @@ class FinalSettings(DistillationSettings):
     """All settings of the final distillation."""
 
     stage = "final distillation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRunSettings(DistillationSettings):
+    """All settings of make_student.py, which trains an extractor as a distillation of layer 0."""
+
+    stage = "extractor"
+    student: StudentSettings
+    models: ModelSettings = field(init=False)
+
+    @classmethod
+    def groups(cls) -> dict[str, type[_Settings]]:
+        return {name: group for name, group in super().groups().items() if name not in ("models", "task")}
+
+    def __post_init__(self) -> None:
+        # The extractor learns by the mean squared error behind the projection, which it and the model's own share.
+        model = self.student.model
+        losses: dict[str, Any] = {"distill_layers": "0", "l2_weight": 1.0, "l1_weight": 0.0, "cos_weight": 0.0}
+        object.__setattr__(self, "models", ModelSettings(teacher_ckpt=model, student_ckpt=model, **losses))
+        super().__post_init__()
+
+    @property
+    def reads_manifests(self) -> bool:
+        return self.student.extractor is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -743,6 +750,6 @@ def read_arguments(args: argparse.Namespace, run: type[_Run]) -> _Run:
     for name, group in run.groups().items():
         values[name] = group.if_given(args) if issubclass(group, TaskSettings) else group.from_args(args)
     settings = run(**values)
-    if isinstance(settings, DistillationSettings) and settings.task is None:
+    if isinstance(settings, DistillationSettings) and settings.reads_manifests:
         _ = settings.data.manifest_dir  # it must be given
     return settings

@@ -7,8 +7,11 @@ import pytest
 import torch
 from helpers import error_line, one_layer_config, run_script, run_to_exit, small_config, start_script
 
-from benchmarks import bench_data, bench_gpu, bench_model
+from benchmarks import bench_data, bench_gpu, updates
 from benchmarks.results import Result, write_results
+from dataset.batches import BatchSampler
+from dataset.manifest import read_manifest
+from dataset.speech import SpeechDataset
 from training import speed
 from wav2vec2.model import wav2vec2_model
 
@@ -17,16 +20,16 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(bench_model, "DISTILLED", [[0], [1, 3]])
-    monkeypatch.setattr(bench_model, "TEACHERS", {"HuBERT Base": lambda: wav2vec2_model(**small_config("hubert"))})
-    monkeypatch.setattr(bench_model, "compressed_config", lambda name: small_config("hubert"))
+    monkeypatch.setattr(updates, "DISTILLED", [[0], [1, 3]])
+    monkeypatch.setattr(updates, "TEACHERS", {"HuBERT Base": lambda: wav2vec2_model(**small_config("hubert"))})
+    monkeypatch.setattr(updates, "compressed_config", lambda name: small_config("hubert"))
 
 
 @pytest.mark.parametrize("path", ["plain", "fast"])
 @pytest.mark.parametrize("stage", ["joint", "final"])
 def test_an_update_is_the_one_that_training_makes(tiny, stage, path):
     """Every mask and multiplier moves, and the projections, and the teacher does not."""
-    update = bench_model.Update("HuBERT Base", stage, path, "32", (2, 1600), "cpu")
+    update = updates.Update("HuBERT Base", stage, path, "32", (2, 1600), "cpu")
     update()  # the first has learning rate 1/10
     before = {name: value.clone() for name, value in update.module.state_dict().items()}
     assert update() > 0
@@ -40,8 +43,8 @@ def test_an_update_is_the_one_that_training_makes(tiny, stage, path):
 @pytest.mark.parametrize(("name", "sparsity"), [("HuBERT Base", 0.75), ("WavLM Base", 0.80)])
 def test_compressed_shapes(name, sparsity):
     with torch.device("meta"):
-        num_params = wav2vec2_model(**bench_model.compressed_config(name)).get_num_params()
-        teacher = bench_model.TEACHERS[name]()
+        num_params = wav2vec2_model(**updates.compressed_config(name)).get_num_params()
+        teacher = updates.TEACHERS[name]()
     assert abs(1 - num_params / teacher.get_num_params() - sparsity) < 0.01
 
 
@@ -67,7 +70,7 @@ def test_inference(tiny, tmp_path, monkeypatch):
     run_script(monkeypatch, "benchmarks.bench_model", *flags)
     rows = read_rows(tmp_path / "r.csv")
     assert rows[0]["variant"] == "HuBERT Base, transformers 32, 1 s" and rows[0]["ratio_to_baseline"] == "1.000"
-    assert len(rows) == 1 + 4 * len(bench_model.precisions()) and all(float(row["value"]) > 0 for row in rows)
+    assert len(rows) == 1 + 4 * len(updates.precisions()) and all(float(row["value"]) > 0 for row in rows)
 
 
 def test_data(tmp_path, monkeypatch):
@@ -83,20 +86,19 @@ def test_data(tmp_path, monkeypatch):
 def test_both_ways_to_load_read_the_same_crops(tmp_path):
     bench_data.make_corpus(tmp_path, 3, 0.5, 1)
     bench_data.prepare(tmp_path, 1)
-    manifest = bench_data.read_manifest(tmp_path / "tsv" / "train.tsv")
-    crop = next(iter(bench_data.BatchSampler(manifest.lengths, [[0, 2]], 1, 0, True, seed=0)))
-    ours = bench_data.SpeechDataset(manifest)[crop].waveforms
+    manifest = read_manifest(tmp_path / "tsv" / "train.tsv")
+    crop = next(iter(BatchSampler(manifest.lengths, [[0, 2]], 1, 0, True, seed=0)))
+    ours = SpeechDataset(manifest)[crop].waveforms
     torch.testing.assert_close(torch.from_numpy(bench_data.BareReads(manifest)[crop]), ours, rtol=0, atol=0)
 
 
 def test_gpu_code_on_a_cpu(monkeypatch, tmp_path, capsys):
     """It must not fail where a GPU costs money; CPUs have no loss scaler. One layer: compiling takes its time."""
-    monkeypatch.setattr(bench_model, "DISTILLED", [[0], [1]])
-    monkeypatch.setattr(bench_model, "TEACHERS", {"HuBERT Base": lambda: wav2vec2_model(**one_layer_config("hubert"))})
+    monkeypatch.setattr(updates, "DISTILLED", [[0], [1]])
+    monkeypatch.setattr(updates, "TEACHERS", {"HuBERT Base": lambda: wav2vec2_model(**one_layer_config("hubert"))})
     torch._dynamo.reset()
     monkeypatch.setattr(speed, "COMPILER", "eager")
     monkeypatch.setattr(bench_gpu, "SHAPE", (2, 1600))
-    monkeypatch.setattr(bench_gpu, "TEACHERS", bench_model.TEACHERS)
     monkeypatch.setitem(bench_gpu.VARIANTS, "published", ("plain", "32"))
     run_script(monkeypatch, "benchmarks.bench_gpu", "--device", "cpu", "--repetitions", 2, "--out", tmp_path / "r.csv")
     variants = [row["variant"] for row in read_rows(tmp_path / "r.csv")]

@@ -107,22 +107,21 @@ def test_prune_round_to(prune, manifests, tmp_path, monkeypatch) -> None:
     assert load_as_others_do(last.parent / "pruned_hubert_base.pth").config == pruned["config"]
 
 
-def test_extractor_of_the_checkpoint(prune, monkeypatch, capsys) -> None:
-    """Checkpoints of the published program do not say their student's config, and damaged ones say nonsense."""
-    config = prune()[1]["config"]
-    record(prune.checkpoint, student_config={})
+def test_student_that_distill_made(prune, monkeypatch, capsys) -> None:
+    """distill.py once changed the student itself; its checkpoints say so, and damaged ones say nonsense."""
+    config, flags = prune()[1]["config"], ("--distilled_ckpt", prune.checkpoint, "--original_ckpt", prune.teacher)
+    own = checkpoint.read_model_file(prune.teacher)["config"]
+    record(prune.checkpoint, settings={"student_extractor": "light"}, student_config=own)
     assert prune()[1]["config"] == config
-    record(prune.checkpoint, student_config=[1])
-    flags = ("--distilled_ckpt", prune.checkpoint, "--original_ckpt", prune.teacher)
-    assert run_to_exit(monkeypatch, "prune", *flags) == 1
-    assert "distillation: student_config: expected a dict, found [1]" in error_line(capsys)
     for layers, message in (
         ([[9, 60, 40]], "weights do not fit the model"),
         ([[2**20, 2**20, 1]] * 3, "weights do not fit the model"),
         ("[[9, 60, 40]]", "extractor_conv_layer_config: expected a list of 1 to 64 layers"),
+        (None, "distillation: student_config: expected a dict, found [1]"),
     ):
-        whole = checkpoint.read_model_file(prune.teacher)["config"]
-        record(prune.checkpoint, student_config={**whole, "extractor_conv_layer_config": layers})
+        record(
+            prune.checkpoint, student_config=[1] if layers is None else {**own, "extractor_conv_layer_config": layers}
+        )
         assert run_to_exit(monkeypatch, "prune", *flags) == 1
         assert message in error_line(capsys)
 

@@ -34,6 +34,7 @@ def test_every_shipped_config_gives_commands_that_parse(config, monkeypatch):
     text = (REPOSITORY / "conf" / config).read_text()
     prunes, finetunes = "prunes=false" not in text, "\nfinetune=(" in text
     scripts = ["finetune.py"] if "finetune_first=" in text else []
+    scripts += ["make_student.py"] if "\nmake_student=(" in text else []
     scripts += ["distill.py", "prune.py"] if prunes else []
     scripts += ["final_distill.py", "save_final_ckpt.py"] if "distills_on=false" not in text else []
     scripts += ["finetune.py"] if finetunes else []
@@ -41,8 +42,8 @@ def test_every_shipped_config_gives_commands_that_parse(config, monkeypatch):
     for command in stages:
         monkeypatch.setattr(sys, "argv", command[1:])
         importlib.import_module(command[1].removesuffix(".py")).parse_args()
-    exp_dir = re.sub("/(final|teacher)$", "", value(stages[0], "--exp_dir"))
-    assert report[1:] == ["-m", "report.__main__", exp_dir]
+    exp_dir = re.sub("/(final|teacher|student)$", "", value(stages[0], "--exp_dir"))
+    assert report[1:] == ["-m", "report", exp_dir]
 
 
 def test_defaults_are_the_published_experiment():
@@ -62,18 +63,18 @@ def test_config_environment_and_flags(tmp_path):
     config = tmp_path / "mine.conf"
     config.write_text(
         "source conf/demo.conf\nexp_dir=from/config\nstudent_ckpt='my student.pth'\n"
-        "shared+=(--precision bf16)\ndistill+=(--round_to 8 --max_updates 7)\n"
+        "shared+=(--precision bf16)\ndistill+=(--reg_learning_rate 1 --max_updates 7)\n"
     )
-    distill, prune, final, save, _ = commands(config, "--compile", "--accum_grad", 4, tsv_dir="mine", exp_dir="my exp")
+    distill, prune, final, _, _ = commands(config, "--compile", "--accum_grad", 4, tsv_dir="mine", exp_dir="my exp")
     for command, exp_dir in ((distill, "my exp"), (final, "my exp/final")):
         assert value(command, "--exp_dir") == exp_dir and value(command, "--tsv_dir") == "mine"
         assert value(command, "--precision") == "bf16" and value(command, "--accum_grad") == "4"
         assert value(command, "--teacher_ckpt") == "demo/out/mini-hubert.pth" and "--compile" in command
         assert value(command, "--resume_checkpoint") == "auto"
     assert value(distill, "--max_updates") == "7" and value(final, "--max_updates") == "200"
-    assert "--round_to" in distill and "--round_to" not in final
+    assert "--reg_learning_rate" in distill and "--reg_learning_rate" not in final
     assert value(distill, "--student_ckpt") == value(prune, "--original_ckpt") == "my student.pth"
-    assert value(final, "--student_ckpt") == value(save, "--config_path") == "my exp/ckpts/pruned_hubert_base.pth"
+    assert value(final, "--student_ckpt") == "my exp/ckpts/pruned_hubert_base.pth"
     assert value(commands(config, teacher_ckpt="other.pth")[0], "--teacher_ckpt") == "other.pth"
     distill, prune, *_ = commands(teacher_ckpt="other.pth")
     assert value(distill, "--student_ckpt") == value(prune, "--original_ckpt") == "other.pth"
@@ -88,14 +89,13 @@ def test_every_size_of_a_run_is_finished(tmp_path, flag):
     assert flag.replace("=", " ") in " ".join(distill).replace("=", " ") and len(stages) == 3 * 4
     for index, exp_dir in enumerate(("my exp", "my exp/sparsity_0.3", "my exp/sparsity_0.55")):
         prune, final, save, report = stages[4 * index : 4 * index + 4]
-        pruned = f"{exp_dir}/ckpts/pruned_hubert_base.pth"
         assert value(prune, "--distilled_ckpt") == f"{exp_dir}/ckpts/last.ckpt"
         assert value(prune, "--original_ckpt") == value(distill, "--student_ckpt")
-        assert value(final, "--student_ckpt") == value(save, "--config_path") == pruned
+        assert value(final, "--student_ckpt") == f"{exp_dir}/ckpts/pruned_hubert_base.pth"
         assert value(final, "--exp_dir") == f"{exp_dir}/final" and value(final, "--seed") == "5"
         assert value(final, "--max_updates") == "200" and flag not in " ".join(final)
         assert value(save, "--ckpt_after_final_distill") == f"{exp_dir}/final/ckpts/last.ckpt"
-        assert report[1:] == ["-m", "report.__main__", exp_dir]
+        assert report[1:] == ["-m", "report", exp_dir]
 
 
 def test_without_pruning(tmp_path):
@@ -106,11 +106,25 @@ def test_without_pruning(tmp_path):
     assert final[1] == "final_distill.py" and value(final, "--seed") == "4" and value(final, "--accum_grad") == "2"
     assert value(final, "--student_ckpt") == "student.pth" and value(final, "--exp_dir") == "exp/final"
     assert save[1:] == ["save_final_ckpt.py", "--ckpt_after_final_distill", "exp/final/ckpts/last.ckpt"]
-    assert report[1:] == ["-m", "report.__main__", "exp"]
+    assert report[1:] == ["-m", "report", "exp"]
     assert value(commands(config)[0], "--student_ckpt") == "demo/out/mini-hubert.pth"
-    result = run_command("bash", "run.sh", config, python="true", exp_dir=tmp_path / "exp")
-    assert result.returncode == 0, result.stderr
-    assert {path.name for path in (tmp_path / "exp").iterdir()} == {"final_distill.log", "save.log", "report.log"}
+
+
+def test_a_student_is_made_first(tmp_path):
+    """Of the student's model, or the teacher; the flags of a training are for one that learns an extractor."""
+    config = tmp_path / "student.conf"
+    config.write_text("source conf/demo.conf\nmake_student=(--init_layers 1,2)\n")
+    make, distill, prune, *_ = commands(config, "--seed", 5, exp_dir="exp")
+    made = "exp/student/student.pth"
+    model = "demo/out/mini-hubert.pth"
+    assert make[1:] == ["make_student.py", "--init_layers", "1,2", "--model", model, "--exp_dir", "exp/student"]
+    assert value(distill, "--student_ckpt") == value(prune, "--original_ckpt") == made
+    assert value(distill, "--teacher_ckpt") == model
+    config.write_text("source conf/demo.conf\nprunes=false\nmake_student=(--extractor=light)\n")
+    make, final, *_ = commands(config, "--seed", 5, exp_dir="exp", student_ckpt="other.pth")
+    assert value(make, "--model") == "other.pth" and value(final, "--student_ckpt") == made
+    assert value(make, "--tsv_dir") == "demo/out/data" and value(make, "--seed") == "5"
+    assert value(make, "--resume_checkpoint") == "auto"
 
 
 def test_fine_tuning_before_and_after(tmp_path):
@@ -164,45 +178,6 @@ def test_run_sh_refuses(tmp_path, contents, flags, message):
     assert message.format(config=config) in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("failing", "begun", "status"),
-    [
-        ("-c", [], 2),  # a flag that only step 2 refuses is refused before step 1
-        ("prune.py", ["distill", "prune"], 2),
-        ("-m", ["distill", "prune", "final_distill", "save", "report"], 0),
-    ],
-)
-def test_run_sh_stops_at_the_first_failure(tmp_path, failing, begun, status):
-    """The report is no part of the job."""
-    fails = f"#!/bin/bash\n[[ $1 == {failing} ]] || exit 0\necho $2 >&2\nexit 2\n"
-    python = write_command(tmp_path / "bin" / "python", fails)
-    result = run_command("bash", "run.sh", python=python, exp_dir=tmp_path / "exp")
-    assert result.returncode == status
-    assert {path.stem for path in (tmp_path / "exp").glob("*.log")} == set(begun)
-    assert ("the compressed model: " in result.stdout) == ("warning: no report, see" in result.stderr) == (status == 0)
-    if failing == "-c":
-        assert result.stderr == "import final_distill; final_distill.parse_args()\n"
-    else:
-        assert (tmp_path / "exp" / f"{begun[-1]}.log").read_text().startswith(("--distilled", "report.__main__"))
-
-
-STAGE = """#!{python}
-# Stands for Python in run.sh: distill.py trains until a signal makes it save; the other scripts end at once.
-import signal, sys, time
-
-def save(number, frame):
-    time.sleep(0.3)
-    print("saved", flush=True)
-    sys.exit(128 + number)
-
-for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-    signal.signal(getattr(signal, name), save)
-print("training" if sys.argv[1] == "distill.py" else "nothing to wait for", flush=True)
-if sys.argv[1] == "distill.py":
-    time.sleep(30)
-"""
-
-
 def write_command(path: Path, contents: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(contents)
@@ -210,12 +185,11 @@ def write_command(path: Path, contents: str) -> Path:
     return path
 
 
-def start_run_sh(tmp_path: Path, **environment: object) -> subprocess.Popen:
-    """run.sh, in a session of its own as a terminal would start it, once its first stage trains."""
-    settings = {"python": write_command(tmp_path / "bin" / "stage", STAGE.format(python=sys.executable))}
-    settings |= {"exp_dir": tmp_path / "exp", **environment}
+def start_run_sh(*arguments: object, until: str, **environment: object) -> subprocess.Popen:
+    """run.sh in a session of its own, as a terminal would start it, once it has printed a line that begins so."""
+    settings = {"python": sys.executable, **environment}
     process = subprocess.Popen(
-        ["bash", "run.sh"],
+        ["bash", "run.sh", *map(str, arguments)],
         cwd=REPOSITORY,
         env=os.environ | {name: str(value) for name, value in settings.items()},
         stdout=subprocess.PIPE,
@@ -224,29 +198,68 @@ def start_run_sh(tmp_path: Path, **environment: object) -> subprocess.Popen:
         start_new_session=True,
     )
     for line in process.stdout:
-        if line == "training\n":
+        if line.startswith(until):
             return process
-    raise AssertionError("run.sh ended before its first stage trained")
+    raise AssertionError(f"run.sh ended before it printed {until}")
+
+
+def test_a_run_that_is_stopped_and_called_again(manifests, small_teacher, tmp_path):
+    """A light extractor and the final distillation of a tiny model; a wrong flag of any stage is refused first."""
+    config, exp_dir = tmp_path / "tiny.conf", tmp_path / "exp"
+    flags = "--train_subset train100 --seconds_per_batch 4 --max_crop_seconds 0.2 --warmup_updates 2 --max_updates"
+    config.write_text(
+        f"prunes=false teacher_ckpt={small_teacher} tsv_dir={manifests} exp_dir={exp_dir}\n"
+        f"make_student=(--extractor '[[7,20,10],[9,5,4]]' {flags} 200 --save_interval 5)\n"
+        f"final=({flags} 6 --distill_layers 0.1,3)\n"
+    )
+    command = ("bash", "run.sh", config, "--accelerator", "cpu")
+    result = run_command(*command, "--l1_weight", 2)
+    assert "make_student.py: error: unrecognized arguments: --l1_weight 2" in result.stderr
+    assert result.returncode == 2 and not exp_dir.exists()
+    process = start_run_sh(*command[2:], until="extractor: teacher")
+    while not (exp_dir / "student/ckpts/last.ckpt").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "SIGTERM: saved update" in output.splitlines()[-1]
+    assert output.splitlines()[-1] in (exp_dir / "student.log").read_text()
+    result = run_command(*command)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "extractor: continuing" in result.stdout
+    assert result.stdout.endswith(f"the compressed model: {exp_dir}/final/ckpts/pruned_hubert_base.pth\n")
+    assert {path.stem for path in exp_dir.glob("*.log")} == {"student", "final_distill", "save", "report"}
+    assert (exp_dir / "report.html").is_file()
+
+
+STAGE = """#!/bin/bash
+# Stands for Python in run.sh: distill.py trains until a signal makes it save; the other stages end at once.
+[[ $1 == distill.py ]] || exec cat >/dev/null # it reads the commands that are checked
+for name in TERM USR1 INT; do
+    trap "kill \\$! 2>/dev/null; sleep 0.2; echo saved; exit $((128 + $(kill -l $name)))" $name
+done
+echo training
+sleep 30 &
+wait
+"""
 
 
 @pytest.mark.parametrize(
     ("name", "send", "status"),
     [
-        ("SIGTERM", os.kill, 143),
         ("SIGUSR1", os.kill, 138),
         ("SIGINT", os.killpg, 130),  # Ctrl-C: the terminal tells the whole group
         ("SIGTERM", os.killpg, 143),
     ],
 )
-def test_run_sh_lets_the_stage_save(tmp_path, name, send, status):
+def test_the_stage_may_save(tmp_path, name, send, status):
     """A signal to run.sh reaches the stage; run.sh shows what the stage still says and ends with its status."""
-    process = start_run_sh(tmp_path)
+    stage, exp_dir = write_command(tmp_path / "bin" / "stage", STAGE), tmp_path / "exp"
+    process = start_run_sh(until="training", python=stage, exp_dir=exp_dir)
     send(process.pid, getattr(signal, name))
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == status
-    assert output == "saved\n"
-    assert (tmp_path / "exp" / "distill.log").read_text() == "training\nsaved\n"
-    assert not (tmp_path / "exp" / "prune.log").exists()
+    assert (process.returncode, output) == (status, "saved\n")
+    assert (exp_dir / "distill.log").read_text() == "training\nsaved\n"
+    assert not (exp_dir / "prune.log").exists()
 
 
 def test_run_sh_starts_training_with_srun_in_a_slurm_job():
@@ -268,7 +281,6 @@ def test_run_sh_starts_training_with_srun_in_a_slurm_job():
     ("name", "script_too", "state", "array", "requeued"),
     [
         ("SIGTERM", False, "PreemptTime=None", {}, ""),  # scancel --signal=TERM
-        ("SIGTERM", False, "PreemptTime=2026-11-23T17:20:25", {}, "7\n"),
         ("SIGTERM", False, "PreemptTime=2026-11-23T17:20:25", {"JOB_ID": 5, "TASK_ID": 3}, "5_3\n"),
         ("SIGTERM", True, "PreemptTime=2026-11-23T17:20:25", {}, ""),  # SLURM requeues it itself
         ("SIGTERM", True, "PreemptTime=None", {}, ""),  # scancel
@@ -284,7 +296,9 @@ def test_run_sh_requeues_what_slurm_stopped(tmp_path, name, script_too, state, a
     answer = f'#!/bin/bash\n[[ $1 == show ]] && echo "   {state}" || echo "$2" >>{log}\n'
     write_command(tmp_path / "bin" / "scontrol", answer)
     slurm = {"SLURM_JOB_ID": 7, "SLURM_SUBMIT_DIR": REPOSITORY, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    process = start_run_sh(tmp_path, **slurm, **{f"SLURM_ARRAY_{key}": value for key, value in array.items()})
+    array = {f"SLURM_ARRAY_{key}": value for key, value in array.items()}
+    stage = write_command(tmp_path / "bin" / "stage", STAGE)
+    process = start_run_sh(until="training", python=stage, exp_dir=tmp_path / "exp", **slurm, **array)
     _, stage = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()  # tee is the first
     if script_too:
         process.send_signal(getattr(signal, name))

@@ -11,7 +11,6 @@ import torch
 from helpers import (
     PRUNING,
     REPOSITORY,
-    SMALL_LIGHT_LAYERS,
     as_words,
     error_line,
     largest_difference,
@@ -19,7 +18,6 @@ from helpers import (
     load_as_others_do,
     load_masked_model,
     logged,
-    random_waveforms,
     run_command,
     run_script,
     run_to_exit,
@@ -143,44 +141,6 @@ def test_joint_training_drives_the_expected_size_to_the_target(manifests, tmp_pa
     assert load_as_others_do(last.parent / "pruned_hubert_base.pth").get_num_params() == num_after
     run_script(monkeypatch, "report.__main__", size)
     assert (size / "report.html").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize(
-    ("family", "size", "units", "target"),
-    [("hubert", "base", "conv,head,interm", 0.4), ("wavlm", "large", "conv", 0.03)],
-)
-def test_another_extractor(manifests, tmp_path, monkeypatch, family, size, units, target):
-    """It learns, is pruned with the rest, and comes out of every stage; sizes stay relative to the teacher's."""
-    teacher = save_small_model(tmp_path / "teacher.pth", family, size, encoder_ff_interm_features=[200] * 3)
-    exp_dir = tmp_path / "exp"
-    flags = small_run(manifests, teacher, student_extractor=SMALL_LIGHT_LAYERS, extractor_updates=40)
-    pruning = ("--pruning_units", units, "--target_sparsity", target)
-    run_script(monkeypatch, "distill", *flags, *pruning, "--exp_dir", exp_dir)
-    losses = [float(row["train_loss"]) for row in logged(exp_dir / "extractor") if "train_loss" in row]
-    assert len(losses) == 40 and losses[-1] < 0.7 * losses[0]
-    assert (
-        last_checkpoint(exp_dir)["distillation"]["student_config"]["extractor_conv_layer_config"] == SMALL_LIGHT_LAYERS
-    )
-    run_script(monkeypatch, "prune", "--distilled_ckpt", exp_dir / "ckpts/last.ckpt", "--original_ckpt", teacher)
-    pruned = exp_dir / "ckpts" / "pruned_hubert_base.pth"
-    final = exp_dir / "final"
-    run_script(monkeypatch, "final_distill", *small_run(manifests, teacher, student_ckpt=pruned), "--exp_dir", final)
-    last = final / "ckpts" / "last.ckpt"
-    run_script(monkeypatch, "save_final_ckpt", "--config_path", pruned, "--ckpt_after_final_distill", last)
-    student = load_as_others_do(last.parent / "pruned_hubert_base.pth")
-    layers = student.config["extractor_conv_layer_config"]
-    assert [layer[1:] for layer in layers] == [[20, 10], [5, 4]]
-    assert (sum(layer[0] for layer in layers) < 16) == (units == "conv")  # else other units go
-    teacher_params = load_as_others_do(teacher).get_num_params()
-    assert abs(1 - student.get_num_params() / teacher_params - target) < 0.005
-    export = ("--formats", "hub", "--out", tmp_path / "export")
-    run_script(monkeypatch, "export", "--model", last.parent / "pruned_hubert_base.pth", *export)
-    exported = checkpoint.load_model(tmp_path / "export" / "hub").eval()
-    waveforms = random_waveforms(2000)[0]
-    with torch.no_grad():
-        torch.testing.assert_close(exported(waveforms)[0], student.eval()(waveforms)[0])
-    run_script(monkeypatch, "report.__main__", exp_dir)
-    assert (exp_dir / "report.html").is_file()
 
 
 @pytest.mark.parametrize(("family", "size"), [("wavlm", "base")])
@@ -321,10 +281,6 @@ def damaged(flags: dict[str, object], tmp_path: Path, case: str) -> dict[str, ob
     if case == "other frames":
         other = {"extractor_conv_layer_config": [[10, 10, 5], [12, 3, 2], [8, 3, 2]]}
         return {"student_ckpt": save_small_model(tmp_path / "other.pth", "hubert", "base", **other)}
-    if case == "no light layers":
-        odd = {"extractor_conv_layer_config": [[9, 10, 5]]}
-        model = save_small_model(tmp_path / "odd.pth", "hubert", "base", **odd)
-        return {"student_ckpt": model, "teacher_ckpt": model, "student_extractor": "light"}
     if case == "weights of another shape":
         contents = checkpoint.read_model_file(teacher)
         contents["config"]["encoder_ff_interm_features"] = [7, 20, 20]
@@ -377,16 +333,6 @@ BAD_FLAGS = [
     ({"l1_weight": 0, "cos_weight": 0}, "nothing would be distilled"),
     ({"teacher_ckpt": "no/such.pth"}, "no/such.pth: no such file"),
     ({"resume_checkpoint": "no/such.ckpt"}, "--resume_checkpoint: no/such.ckpt does not exist"),
-    ({"student_extractor": "heavy"}, "--student_extractor: expected light, or a list of layers in JSON such as"),
-    ({"student_extractor": "null"}, "--student_extractor: expected light, or a list of layers in JSON such as"),
-    ({"student_extractor": "[]"}, "--student_extractor []: extractor_conv_layer_config: expected a list of 1 to 64"),
-    ({"student_extractor": "[[9, 60.5, 40]]"}, "extractor_conv_layer_config: expected a list of 1 to 64 layers"),
-    ({"student_extractor": "[[7, 20, 10], [9, 5, 2]]"}, "every 40 samples, of 60 samples and 9 channels, as those of"),
-    ({"student_extractor": "[[7, 20, 10], [9, 6, 4]]"}, "; found every 40 samples, of 70 samples and 9 channels"),
-    ({"student_extractor": "[[7, 20, 10], [8, 5, 4]]"}, "; found every 40 samples, of 60 samples and 8 channels"),
-    ({"student_extractor": "light", "extractor_updates": 0}, "--extractor_updates: expected a number above 0"),
-    ({"student_extractor": "light", "target_sparsity": 0.9, "pruning_units": "head"}, "pruning head removes at most"),
-    ("no light layers", "--student_extractor light: made for frames of 400 samples every 320, --student_ckpt's are"),
     ("empty manifest", "train100.tsv: no utterance is listed"),
     ("missing manifest", "train460.tsv"),
     ("other frames", "the student's frames do not fit"),

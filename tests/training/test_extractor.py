@@ -1,19 +1,20 @@
-"""Another extractor for the student: its layers, and what training it leaves alone."""
+"""A light extractor: its layers, and what of the model it leaves alone."""
+
+import re
 
 import pytest
 import torch
 from helpers import SMALL_LIGHT_LAYERS, random_model, small_config
 
 from training.extractor import light_layers, with_extractor
-from training.settings import ExtractorSettings
 from wav2vec2.components import FeatureExtractor
-from wav2vec2.config import check_config
+from wav2vec2.config import ModelConfig, check_config
 from wav2vec2.files.checkpoint import model_of
 from wav2vec2.files.errors import UserError
 
 
-def extractor(layers: list) -> FeatureExtractor:
-    return FeatureExtractor(check_config(small_config("hubert", extractor_conv_layer_config=layers)))
+def config(layers: list) -> ModelConfig:
+    return check_config(small_config("hubert", extractor_conv_layer_config=layers))
 
 
 @pytest.mark.parametrize(
@@ -27,9 +28,8 @@ def extractor(layers: list) -> FeatureExtractor:
     ],
 )
 def test_light_layers(layers, expected):
-    own = extractor(layers)
-    assert light_layers(own) == expected
-    light = extractor(expected)
+    assert light_layers(config(layers)) == expected
+    own, light = (FeatureExtractor(config(each)) for each in (layers, expected))
     assert (light.stride, light.receptive_field) == (own.stride, own.receptive_field)
 
 
@@ -37,7 +37,7 @@ def test_layers_of_the_flag_take_the_place_of_the_students():
     """Everything but the extractor is the student's, whose own extractor may have been pruned."""
     model = random_model(small_config("wavlm", "large"))
     contents = {"config": model.config, "state_dict": model.state_dict()}
-    light = with_extractor(contents, ExtractorSettings(student_extractor=str(SMALL_LIGHT_LAYERS)), "student.pth")
+    light = with_extractor(contents, SMALL_LIGHT_LAYERS)
     student = model_of(light, "student.pth")
     assert student.config == {**model.config, "extractor_conv_layer_config": SMALL_LIGHT_LAYERS}
     assert torch.equal(student.feature_extractor.dummy_weight, torch.ones(9))
@@ -46,17 +46,27 @@ def test_layers_of_the_flag_take_the_place_of_the_students():
     assert contents["state_dict"].keys() == model.state_dict().keys()
 
 
-def test_layers_that_are_too_large_are_refused_without_memory_for_them():
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        # Refused without memory for them.
+        ([[2**20, 2**20, 1], [2**20, 2**20, 40]], "found every 40 samples, of 2097151 samples and 1048576"),
+        ([], "expected a list of 1 to 64"),
+        ([[9, 60.5, 40]], "expected a list of 1 to 64 layers"),
+        (
+            [[7, 20, 10], [9, 5, 2]],
+            "expected frames every 40 samples, of 60 samples and 9 channels, as the model's are",
+        ),
+        ([[7, 20, 10], [9, 6, 4]], "; found every 40 samples, of 70 samples and 9 channels"),
+        ([[7, 20, 10], [8, 5, 4]], "; found every 40 samples, of 60 samples and 8 channels"),
+        ("light", None),
+    ],
+)
+def test_layers_that_do_not_fit(layers, message):
     model = random_model(small_config("hubert"))
     contents = {"config": model.config, "state_dict": model.state_dict()}
-    huge = ExtractorSettings(student_extractor="[[1048576, 1048576, 1], [1048576, 1048576, 40]]")
-    with pytest.raises(
-        UserError, match=r"--student_extractor .* found every 40 samples, of 2097151 samples and 1048576"
-    ):
-        with_extractor(contents, huge, "student.pth")
-
-
-@pytest.mark.parametrize("text", ["", "Light", "{}", "7", "[[", "NaN", "[" * 100_000])
-def test_no_layers(text):
-    with pytest.raises(UserError, match="--student_extractor: expected light, or a list of layers in JSON"):
-        ExtractorSettings(student_extractor=text)
+    if message is None:
+        contents["config"] |= {"extractor_conv_layer_config": [[9, 10, 5]]}
+        message = "made for frames of 400 samples every 320, the model's are of 10 every 5; give the layers in JSON"
+    with pytest.raises(UserError, match=f"^--extractor.*: .*{re.escape(message)}"):
+        with_extractor(contents, layers)

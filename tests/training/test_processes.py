@@ -15,7 +15,6 @@ import torch
 from helpers import (
     PRUNING,
     REPOSITORY,
-    SMALL_LIGHT_LAYERS,
     error_line,
     finetuning_run,
     free_port,
@@ -100,20 +99,6 @@ def test_two_processes_train_as_one(
     compare(tmp_path / "one", tmp_path / "two")
     if "--save_at_sparsity" in control:
         compare_weights(tmp_path / "one" / "sparsity_0.2", tmp_path / "two" / "sparsity_0.2")
-
-
-def test_two_processes_train_an_extractor_and_what_follows_as_one(manifests, tmp_path, monkeypatch):
-    """The processes that were started for the first go on to the second."""
-    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "large")
-
-    def flags(name: str, **changes: object) -> list[object]:
-        run = {"seconds_per_batch": 0.6, "student_extractor": SMALL_LIGHT_LAYERS, "extractor_updates": 6, **changes}
-        return [*small_run(manifests, teacher, **run), *PRUNING, "--exp_dir", tmp_path / name]
-
-    run_script(monkeypatch, "distill", *flags("one", accum_grad=2))
-    run_two("distill", *flags("two", gpus=2), output=tmp_path / "output")
-    for phase in (Path("extractor"), Path()):
-        compare(tmp_path / "one" / phase, tmp_path / "two" / phase)
 
 
 def test_two_processes_fine_tune_as_one(labelled, tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ import torch
 from helpers import (
     PRUNING,
     REPOSITORY,
-    SMALL_LIGHT_LAYERS,
     assert_same_run,
     error_line,
     largest_difference,
@@ -104,77 +103,6 @@ def test_stopped_while_a_size_is_saved(manifests, small_teacher, tmp_path, monke
     assert (exp_dir / "sparsity_0.2" / "ckpts" / "last.ckpt").stat().st_mtime_ns == first
     assert_same_run(tmp_path / "whole", exp_dir)
     assert_same_sizes(tmp_path / "whole", exp_dir)
-
-
-def test_stopped_while_the_extractor_learns_and_behind_it(
-    manifests, small_teacher, tmp_path, monkeypatch, disturb, capsys
-):
-    """Either phase goes on where it was, and a complete one says so."""
-    extractor = {"student_extractor": SMALL_LIGHT_LAYERS, "extractor_updates": 8}
-    flags = (*small_run(manifests, small_teacher, max_updates=8, **extractor), *PRUNING)
-    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "whole")
-    exp_dir = tmp_path / "stopped"
-    flags = (*flags, "--exp_dir", exp_dir, "--resume_checkpoint", "auto")
-    disturb.at[3] = send(signal.SIGTERM)
-    assert run_to_exit(monkeypatch, "distill", *flags) == 143
-    assert last_checkpoint(exp_dir / "extractor")["global_step"] == 3 and not (exp_dir / "ckpts").exists()
-    with monkeypatch.context() as context:  # between the two
-        context.setattr("training.distillation.train", lambda *_: sys.exit(9))
-        assert run_to_exit(monkeypatch, "distill", *flags) == 9
-    capsys.readouterr()
-    disturb.at[5] = send(signal.SIGTERM)
-    assert run_to_exit(monkeypatch, "distill", *flags) == 143
-    assert "extractor: complete already, 8 updates done" in capsys.readouterr().out
-    assert last_checkpoint(exp_dir)["global_step"] == 5
-    shutil.rmtree(exp_dir / "extractor")  # not needed any more
-    run_script(monkeypatch, "distill", *flags)
-    assert not (exp_dir / "extractor").exists()
-    assert_same_run(tmp_path / "whole", exp_dir)
-    run_script(monkeypatch, "distill", *flags)
-    assert "distill and prune: complete already, 8 updates done" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("script", ["distill", "final_distill"])
-def test_stopped_with_a_student_of_another_shape(manifests, tmp_path, monkeypatch, disturb, capsys, script):
-    """Fresh layers, too; and another shape is another run."""
-    teacher = save_small_model(tmp_path / "teacher.pth", "hubert", "base")
-    student = {"student_config": tmp_path / "student.json", "init_layers": "random", "distill_mode": "predlayer"}
-    student["student_config"].write_text('{"encoder_num_layers": 2, "encoder_embed_dim": 8}')
-    flags = small_run(manifests, teacher, max_updates=8, seconds_per_batch=0.6, **student)
-    flags += ["--pruning_units", "conv,head", "--target_sparsity", 0.7] if script == "distill" else []
-    run_script(monkeypatch, script, *flags, "--exp_dir", tmp_path / "whole")
-    flags = (*flags, "--exp_dir", tmp_path / "stopped", "--resume_checkpoint", "auto")
-    for update in (1, 5):
-        disturb.at[update] = send(signal.SIGTERM)
-        assert run_to_exit(monkeypatch, script, *flags) == 143
-    student["student_config"].write_text('{"encoder_num_layers": 2, "encoder_embed_dim": 12}')
-    capsys.readouterr()
-    assert run_to_exit(monkeypatch, script, *flags) == 1
-    assert 'student_config: {"encoder_embed_dim": 8, "encoder_num_layers": 2} there' in error_line(capsys)
-    student["student_config"].write_text('{"encoder_embed_dim": 8, "encoder_num_layers": 2}')  # the same
-    run_script(monkeypatch, script, *flags)
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-
-
-def test_another_extractor_is_another_run(manifests, small_teacher, tmp_path, monkeypatch, capsys):
-    def flags(**changes: object) -> tuple[object, ...]:
-        run = small_run(manifests, small_teacher, max_updates=2, extractor_updates=2, **changes)
-        return (*run, *PRUNING, "--warmup_updates", 1, "--exp_dir", tmp_path / "exp")
-
-    light = {"student_extractor": SMALL_LIGHT_LAYERS}
-    run_script(monkeypatch, "distill", *flags(**light))
-    shutil.rmtree(tmp_path / "exp" / "ckpts")
-    other = {"student_extractor": "[[9, 60, 40]]"}
-    for changes, message in (
-        (light, "extractor: holds a run already"),
-        (
-            {**other, "resume_checkpoint": "auto"},
-            "student_extractor: [[7, 20, 10], [9, 5, 4]] there, [[9, 60, 40]] now",
-        ),
-    ):
-        capsys.readouterr()
-        assert run_to_exit(monkeypatch, "distill", *flags(**changes)) == 1
-        assert message in error_line(capsys)
 
 
 def test_killed_at_random_moments(manifests, small_teacher, tmp_path, monkeypatch):

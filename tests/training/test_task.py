@@ -1,13 +1,11 @@
 """Labels beside distillation: what is learnt of a batch, what stays of the head, and what there is without a task."""
 
-import json
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
-    SMALL_LIGHT_LAYERS,
     TASK_HEADS,
     assert_same_run,
     error_line,
@@ -120,16 +118,12 @@ def task_run(labelled: Path, name: str, teacher: Path, **changes: object) -> lis
 PRUNING = ("--pruning_units", "head,interm,embed", "--target_sparsity", 0.6, "--sparsity_warmup_updates", 2)
 
 
-# The extractor learns from padded batches, too.
-LIGHT = ("--student_extractor", json.dumps(SMALL_LIGHT_LAYERS), "--extractor_updates", 3)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "family", "size", "flags"),
     [
         ("text", "hubert", "large", ["--task_units", "characters"]),
-        ("segments", "wavlm", "base", ["--distill_weight", 0, "--sparsity_control=exact", "--accum_grad", 2, *LIGHT]),
+        ("segments", "wavlm", "base", ["--distill_weight", 0, "--sparsity_control=exact", "--accum_grad", 2]),
     ],
 )
 def test_a_task_through_all_stages(labelled, tmp_path, monkeypatch, disturb, capsys, name, family, size, flags):

@@ -1,0 +1,226 @@
+"""Slice a student out of a model: fewer or repeated layers, narrower frames, fewer units.
+
+A slice is a pruned model whose masks are chosen instead of learnt: the first units of each kind stay. What cannot be
+sliced, such as an extractor of other layers, starts fresh.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.settings import RANDOM
+from wav2vec2.config import MAX_LAYERS, PRUNING_UNITS, ModelConfig, check_config
+from wav2vec2.files.checkpoint import build_model, load_state
+from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.model import Wav2Vec2Model, with_masks
+
+_FRAMES = ["encoder_embed_dim", "encoder_pos_conv_groups"]
+# The parts of a model that start from the source, or fresh, as a whole: the prefix of their parameters, and the
+# config's keys in which slice and student must agree.
+_PARTS = {
+    "extractor": (
+        "feature_extractor.",
+        ["extractor_mode", "extractor_conv_bias", "extractor_conv_layer_config"],
+    ),
+    "projection": ("encoder.feature_projection.", [*_FRAMES, "encoder_feature_projection_layer_norm"]),
+    "positional convolution": ("encoder.transformer.pos_conv_embed.", [*_FRAMES, "encoder_pos_conv_kernel"]),
+    "encoder norm": ("encoder.transformer.layer_norm.", [*_FRAMES, "encoder_layer_norm_first"]),
+    "layers": (
+        "encoder.transformer.layers.",
+        [
+            *_FRAMES,
+            *("encoder_layer_norm_first", "encoder_head_dim", "encoder_num_buckets", "encoder_max_distance"),
+            *("encoder_use_attention", "encoder_num_heads", "encoder_total_num_heads", "encoder_remaining_heads"),
+            *("encoder_use_feed_forward", "encoder_ff_interm_features"),
+        ],
+    ),
+    "output layer": ("aux.", [*_FRAMES, "aux_num_out"]),
+}
+_LAYERS = _PARTS["layers"][0]
+_TABLE = "attention.rel_attn_embed.weight"  # WavLM's positions, which the first layer with attention holds for all
+
+
+def slice_model(
+    contents: Mapping[str, Any], changes: Mapping[str, Any], init_layers: Sequence[int] | str | None, source: str
+) -> tuple[dict[str, Any], str]:
+    """Slice a student of another shape out of a model.
+
+    Args:
+        contents: contents of the model file; its head is left out.
+        changes: the config's keys in which the student differs. Where they do not say otherwise, a layer has the shape
+            of the layer that it starts from.
+        init_layers: the model's layers, from 1, that the student's layers start from; ``RANDOM`` for fresh layers; None
+            spreads them evenly over the model's depth, the last one after its last.
+        source: the model file, named in errors.
+
+    Returns:
+        ``{"config", "state_dict"}`` of the student, and a line that says what starts from the model and what is fresh.
+
+    Raises:
+        UserError: no model can have this config, or its layers cannot start from the model's.
+    """
+    own = _checked(with_masks(contents["config"], ()), source)
+    starts = _starting_layers(own.encoder_num_layers, changes, init_layers, source)
+    wanted = _student_config(own, changes, starts)
+    student = build_model(wanted.to_dict(), "--student_config")
+    sliced = _sliced(contents["state_dict"], own, wanted, starts, whole_layers=init_layers == RANDOM)
+    obstacles = _obstacles(sliced, student)
+    if init_layers == RANDOM:
+        obstacles["layers"] = f"--init_layers {RANDOM}"
+    elif "layers" in obstacles:
+        key = obstacles["layers"]
+        found, nearest = (short_repr(getattr(check_config(model.config), key)) for model in (student, sliced))
+        raise UserError(
+            f"--student_config: its layers cannot start from those of {source}: {key}: found {found}, the nearest "
+            f"slice has {nearest}; change it, or let all layers start fresh with --init_layers {RANDOM}"
+        )
+    kept = tuple(prefix for name, (prefix, _) in _PARTS.items() if name not in obstacles)
+    weights = {key: value for key, value in sliced.state_dict().items() if key.startswith(kept)}
+    load_state(student, student.state_dict() | weights, "--student_config")
+    return {"config": student.config, "state_dict": student.state_dict()}, _origins(wanted, starts, obstacles)
+
+
+def _checked(config: Mapping[str, Any], source: str) -> ModelConfig:
+    try:
+        return check_config(config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: no model can have this config: {error}") from None
+
+
+def _starting_layers(
+    num_own: int, changes: Mapping[str, Any], init_layers: Sequence[int] | str | None, source: str
+) -> list[int]:
+    """The layer of the source, from 1, that each of the student's layers takes after."""
+    named = None if init_layers is None or isinstance(init_layers, str) else list(init_layers)
+    num_layers = changes.get("encoder_num_layers", num_own if named is None else len(named))
+    if type(num_layers) is not int or not 0 < num_layers <= MAX_LAYERS:
+        raise UserError(
+            f"--student_config: encoder_num_layers: expected a whole number from 1 to {MAX_LAYERS}, found "
+            f"{short_repr(num_layers)}"
+        )
+    if named is None:
+        return [-(-number * num_own // num_layers) for number in range(1, num_layers + 1)]
+    if len(named) != num_layers:
+        raise UserError(
+            f"--init_layers: expected {num_layers} layers, one for each of the student's, found {len(named)}"
+        )
+    if max(named) > num_own:
+        raise UserError(f"--init_layers: layer {max(named)} does not exist; {source} has layers 1 to {num_own}")
+    return named
+
+
+def _with_layers(own: ModelConfig, starts: Sequence[int]) -> dict[str, Any]:
+    """The source's config with its layers in the student's order."""
+    layers = [own.of_layer(start - 1) for start in starts]
+    per_layer = {key: [layer[key] for layer in layers] for key in own.of_layer(0)}
+    return asdict(own) | per_layer | {"encoder_num_layers": len(starts)}
+
+
+def _student_config(own: ModelConfig, changes: Mapping[str, Any], starts: Sequence[int]) -> ModelConfig:
+    config = _checked({**_with_layers(own, starts), **changes}, "--student_config")
+    if masked := [unit.switch for unit in PRUNING_UNITS.values() if getattr(config, unit.switch)]:
+        raise UserError(
+            f"--student_config: {masked[0]}: expected False, found True; distill.py --pruning_units puts masks on a "
+            "student"
+        )
+    return config
+
+
+def _sliced(
+    state_dict: Mapping[str, Tensor], own: ModelConfig, student: ModelConfig, starts: Sequence[int], whole_layers: bool
+) -> Wav2Vec2Model:
+    """The source with its layers in the student's order, pruned towards the student's shape as far as that goes."""
+    units = set(PRUNING_UNITS)
+    if student.encoder_embed_dim >= own.encoder_embed_dim:
+        units.remove("embed")  # its mask scales the positional convolution's weight, which would round it
+    reordered = check_config(_with_layers(own, starts))
+    model = build_model(with_masks(reordered.to_dict(), units))
+    kept = _kept_units(reordered, student, whole_layers)
+    masks = {}
+    for name, log_alpha in model.state_dict().items():
+        if name.endswith(".log_alpha"):
+            stays = kept.get(name.removesuffix(".log_alpha"), range(len(log_alpha)))
+            masks[name] = torch.tensor([math.inf if unit in stays else -math.inf for unit in range(len(log_alpha))])
+    model.load_state_dict(masks | _reordered(state_dict, starts, reordered.encoder_use_attention))
+    model.prune()
+    return model
+
+
+def _kept_units(own: ModelConfig, student: ModelConfig, whole_layers: bool) -> dict[str, Sequence[int]]:
+    """The units that stay, by the name of their mask; all units of other masks stay."""
+    kept: dict[str, Sequence[int]] = {}
+    windows, wanted_windows = ([conv[1:] for conv in config.extractor_conv_layer_config] for config in (own, student))
+    if windows == wanted_windows:
+        for number, conv in enumerate(student.extractor_conv_layer_config):
+            kept[f"feature_extractor.conv_layers.{number}.hard_concrete"] = range(conv[0])
+    num_dims = student.encoder_embed_dim * own.num_embed_units // own.encoder_embed_dim
+    kept["encoder.hard_concrete"] = range(max(1, num_dims))
+    # Taps go in rings, from the outside in.
+    kept["encoder.transformer.pos_conv_embed.hard_concrete"] = range((student.encoder_pos_conv_kernel + 1) // 2)
+    for number in range(0 if whole_layers else own.encoder_num_layers):
+        source, layer = own.of_layer(number), student.of_layer(number)
+        attention, feed_forward = (f"{_LAYERS}{number}.{block}" for block in ("attention", "feed_forward"))
+        if "encoder_remaining_heads" in layer:  # WavLM's mask is on the heads that are left
+            remaining, wanted = source["encoder_remaining_heads"], layer["encoder_remaining_heads"]
+            heads = [unit for unit, head in enumerate(remaining) if head in wanted]
+        else:
+            heads = list(range(layer["encoder_num_heads"]))
+        kept[f"{attention}.hard_concrete_for_heads"] = heads
+        kept[f"{attention}.hard_concrete_for_layer"] = range(int(layer["encoder_use_attention"]))
+        kept[f"{feed_forward}.hard_concrete_for_intermediate"] = range(layer["encoder_ff_interm_features"])
+        kept[f"{feed_forward}.hard_concrete_for_layer"] = range(int(layer["encoder_use_feed_forward"]))
+    return kept
+
+
+def _reordered(
+    state_dict: Mapping[str, Tensor], starts: Sequence[int], use_attention: Sequence[bool]
+) -> dict[str, Tensor]:
+    """A state dict with these layers, from 1, in this order; WavLM's table goes to the first that attends."""
+    reordered = {key: value for key, value in state_dict.items() if not key.startswith(_LAYERS)}
+    for number, start in enumerate(starts):
+        prefix = f"{_LAYERS}{start - 1}."
+        for key, value in state_dict.items():
+            if key.startswith(prefix) and not key.endswith(_TABLE):
+                reordered[f"{_LAYERS}{number}.{key.removeprefix(prefix)}"] = value
+    for key, table in state_dict.items():
+        if key.endswith(_TABLE) and True in use_attention:
+            reordered[f"{_LAYERS}{use_attention.index(True)}.{_TABLE}"] = table
+    return reordered
+
+
+def _obstacles(sliced: Wav2Vec2Model, student: Wav2Vec2Model) -> dict[str, str]:
+    """The parts of the student that cannot start from the slice, each with the first key in which the two differ."""
+    ours, theirs = (_shapes(check_config(model.config)) for model in (sliced, student))
+    differing = [key for key, value in theirs.items() if ours[key] != value]
+    obstacles = {}
+    for name, (_, keys) in _PARTS.items():
+        if found := [key for key in keys if key in differing]:
+            obstacles[name] = found[0]
+    # A projection may teach a fresh extractor the channels that it knows, but needs as many of them.
+    if ours["extractor_conv_layer_config"][-1][0] != theirs["extractor_conv_layer_config"][-1][0]:
+        obstacles.setdefault("projection", "extractor_conv_layer_config")
+    return obstacles
+
+
+def _shapes(config: ModelConfig) -> dict[str, Any]:
+    """The config's keys, without the sizes of blocks that are switched off."""
+    shapes = asdict(config)
+    for key in config.of_layer(0):
+        is_on = config.encoder_use_feed_forward if key.startswith("encoder_ff") else config.encoder_use_attention
+        if not key.startswith("encoder_use"):
+            shapes[key] = [size if block else None for size, block in zip(shapes[key], is_on, strict=True)]
+    return shapes
+
+
+def _origins(student: ModelConfig, starts: Sequence[int], obstacles: Mapping[str, str]) -> str:
+    """A line that says what starts from the model and what is fresh, with the key that is in the way."""
+    names = {part: part for part in _PARTS} | {"layers": f"layers {', '.join(map(str, starts))}"}
+    if student.aux_num_out is None:
+        del names["output layer"]
+    kept = [name for part, name in names.items() if part not in obstacles]
+    fresh = [f"{part} ({obstacles[part]})" for part in names if part in obstacles]
+    return f"from the model {', '.join(kept) or 'nothing'}; fresh {', '.join(fresh) or 'nothing'}"
