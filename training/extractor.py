@@ -18,10 +18,10 @@ _PREFIX = "feature_extractor."
 
 
 def light_layers(config: ModelConfig) -> list[list[int]]:
-    """Three layers that make the frames of a config's extractor: the first cuts the waveform into eighths of its hop.
+    """Choose three layers that make the frames of a config's extractor.
 
-    Its windows do not overlap, the second layer's do: that follows a teacher better than the reverse, at as many
-    multiply-adds (docs/results.md).
+    The first cuts the waveform into eighths of the hop. Its windows do not overlap, the second layer's do: that follows
+    a teacher better than the reverse, at as many multiply-adds (docs/results.md).
 
     Raises:
         UserError: no such layers make these frames.
@@ -39,7 +39,7 @@ def light_layers(config: ModelConfig) -> list[list[int]]:
 
 
 def with_extractor(contents: dict[str, Any], layers: Any) -> dict[str, Any]:
-    """A model file's contents with a fresh extractor.
+    """Give a model file's contents a fresh extractor.
 
     Args:
         contents: contents of the model file.
@@ -105,7 +105,7 @@ def train_extractor(settings: StudentRunSettings, data: SpeechDataModule, conten
 
 
 def _up_to_projection(contents: dict[str, Any]) -> Wav2Vec2Model:
-    """The model without dropout behind its projection, and without the blocks, which the loss does not reach."""
+    """Build the model without dropout behind its projection, and without the blocks, which the loss does not reach."""
     without = dict.fromkeys(("encoder_use_attention", "encoder_use_feed_forward"), False)
     config = {**contents["config"], **without, "encoder_projection_dropout": 0.0}
     state_dict = {

@@ -94,7 +94,7 @@ def _checked(config: Mapping[str, Any], source: str) -> ModelConfig:
 def _starting_layers(
     num_own: int, changes: Mapping[str, Any], init_layers: Sequence[int] | str | None, source: str
 ) -> list[int]:
-    """The layer of the source, from 1, that each of the student's layers takes after."""
+    """Choose the layer of the source, from 1, that each of the student's layers starts from."""
     named = None if init_layers is None or isinstance(init_layers, str) else list(init_layers)
     num_layers = changes.get("encoder_num_layers", num_own if named is None else len(named))
     if type(num_layers) is not int or not 0 < num_layers <= MAX_LAYERS:
@@ -114,7 +114,7 @@ def _starting_layers(
 
 
 def _with_layers(own: ModelConfig, starts: Sequence[int]) -> dict[str, Any]:
-    """The source's config with its layers in the student's order."""
+    """Put the layers of the source's config in the student's order."""
     layers = [own.of_layer(start - 1) for start in starts]
     per_layer = {key: [layer[key] for layer in layers] for key in own.of_layer(0)}
     return asdict(own) | per_layer | {"encoder_num_layers": len(starts)}
@@ -133,7 +133,7 @@ def _student_config(own: ModelConfig, changes: Mapping[str, Any], starts: Sequen
 def _sliced(
     state_dict: Mapping[str, Tensor], own: ModelConfig, student: ModelConfig, starts: Sequence[int], whole_layers: bool
 ) -> Wav2Vec2Model:
-    """The source with its layers in the student's order, pruned towards the student's shape as far as that goes."""
+    """Put the source's layers in the student's order, and prune towards the student's shape as far as that goes."""
     units = set(PRUNING_UNITS)
     if student.encoder_embed_dim >= own.encoder_embed_dim:
         units.remove("embed")  # its mask scales the positional convolution's weight, which would round it
@@ -151,7 +151,7 @@ def _sliced(
 
 
 def _kept_units(own: ModelConfig, student: ModelConfig, whole_layers: bool) -> dict[str, Sequence[int]]:
-    """The units that stay, by the name of their mask; all units of other masks stay."""
+    """List the units that stay, by the name of their mask; all units of other masks stay."""
     kept: dict[str, Sequence[int]] = {}
     windows, wanted_windows = ([conv[1:] for conv in config.extractor_conv_layer_config] for config in (own, student))
     if windows == wanted_windows:
@@ -179,7 +179,7 @@ def _kept_units(own: ModelConfig, student: ModelConfig, whole_layers: bool) -> d
 def _reordered(
     state_dict: Mapping[str, Tensor], starts: Sequence[int], use_attention: Sequence[bool]
 ) -> dict[str, Tensor]:
-    """A state dict with these layers, from 1, in this order; WavLM's table goes to the first that attends."""
+    """Put these layers, from 1, of a state dict in this order; WavLM's table goes to the first that attends."""
     reordered = {key: value for key, value in state_dict.items() if not key.startswith(_LAYERS)}
     for number, start in enumerate(starts):
         prefix = f"{_LAYERS}{start - 1}."
@@ -193,7 +193,7 @@ def _reordered(
 
 
 def _obstacles(sliced: Wav2Vec2Model, student: Wav2Vec2Model) -> dict[str, str]:
-    """The parts of the student that cannot start from the slice, each with the first key in which the two differ."""
+    """Find the parts that cannot start from the slice, each with the first key in which slice and student differ."""
     ours, theirs = (_shapes(check_config(model.config)) for model in (sliced, student))
     differing = [key for key, value in theirs.items() if ours[key] != value]
     obstacles = {}
@@ -207,7 +207,7 @@ def _obstacles(sliced: Wav2Vec2Model, student: Wav2Vec2Model) -> dict[str, str]:
 
 
 def _shapes(config: ModelConfig) -> dict[str, Any]:
-    """The config's keys, without the sizes of blocks that are switched off."""
+    """Return the config's keys without the sizes of blocks that are switched off."""
     shapes = asdict(config)
     for key in config.of_layer(0):
         is_on = config.encoder_use_feed_forward if key.startswith("encoder_ff") else config.encoder_use_attention
@@ -217,7 +217,7 @@ def _shapes(config: ModelConfig) -> dict[str, Any]:
 
 
 def _origins(student: ModelConfig, starts: Sequence[int], obstacles: Mapping[str, str]) -> str:
-    """A line that says what starts from the model and what is fresh, with the key that is in the way."""
+    """Say what starts from the model and what is fresh, with the key that is in the way."""
     names = {part: part for part in _PARTS} | {"layers": f"layers {', '.join(map(str, starts))}"}
     if student.aux_num_out is None:
         del names["output layer"]

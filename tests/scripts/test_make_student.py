@@ -152,7 +152,7 @@ def test_every_stage(manifests, tmp_path, monkeypatch, capsys, family, size):
 
 @pytest.mark.slow
 def test_whatever_takes_models_takes_it(manifests, tmp_path, monkeypatch):
-    """Of other depth and width and without the projection's norm: report, evaluation, export, extraction, s3prl."""
+    """A student of other depth and width, without the projection's norm: report, evaluation, export, s3prl."""
     source = random_model(small_config("hubert"))
     source.feature_extractor.dummy_weight.data.fill_(1)  # transformers' models have none
     teacher, saved = tmp_path / "teacher.pth", tmp_path / "exp/final/ckpts/pruned_hubert_base.pth"

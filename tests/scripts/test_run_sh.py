@@ -17,14 +17,14 @@ pytestmark = pytest.mark.slow
 
 
 def commands(*arguments: object, **environment: object) -> list[list[str]]:
-    """What run.sh would run, as words."""
+    """The commands that run.sh would run, as words."""
     result = run_command("bash", "run.sh", "--print", *arguments, **environment)
     assert result.returncode == 0, result.stderr
     return [shlex.split(line)[1:] for line in result.stdout.splitlines()]
 
 
 def value(command: list[str], flag: str) -> str:
-    """Of a flag, as argparse reads it: the last one counts."""
+    """The value of a flag as argparse reads it: the last one counts."""
     return command[len(command) - command[::-1].index(flag)]
 
 
@@ -82,7 +82,7 @@ def test_config_environment_and_flags(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--save_at_sparsity 0.3,0.55", "--save_at_sparsity=0.3,0.55"])
 def test_every_size_of_a_run_is_finished(tmp_path, flag):
-    """As the run's end is, with the same flags, in a folder of its own."""
+    """Each is finished as the run's end is, with the same flags, in a folder of its own."""
     config = tmp_path / "sizes.conf"
     config.write_text(f"source conf/demo.conf\nexp_dir='my exp'\ndistill+=({flag})\n")
     distill, *stages = commands(config, "--seed", 5)
@@ -111,7 +111,7 @@ def test_without_pruning(tmp_path):
 
 
 def test_a_student_is_made_first(tmp_path):
-    """Of the student's model, or the teacher; the flags of a training are for one that learns an extractor."""
+    """It starts from student_ckpt, or the teacher; only an extractor's training takes the flags of trainings."""
     config = tmp_path / "student.conf"
     config.write_text("source conf/demo.conf\nmake_student=(--init_layers 1,2)\n")
     make, distill, prune, *_ = commands(config, "--seed", 5, exp_dir="exp")
@@ -128,7 +128,7 @@ def test_a_student_is_made_first(tmp_path):
 
 
 def test_fine_tuning_before_and_after(tmp_path):
-    """Its result is teacher and student of what follows; flags behind the config go to all trainings."""
+    """The first one's result is teacher and student after it; flags behind the config go to all trainings."""
     config = tmp_path / "task.conf"
     first, last = "finetune_first=(--tsv a.tsv --max_updates 3)", "finetune=(--tsv b.tsv --max_updates 4)"
     config.write_text(f"source conf/demo.conf\n{first}\n{last}\ndistill+=(--save_at_sparsity 0.5)\n")
