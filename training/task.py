@@ -115,7 +115,7 @@ class Task(Objective):
         return task_loss(model.kind, model.logits(seen.student, self._output(seen), lengths), lengths, targets)
 
     def _output(self, seen: Seen) -> Tensor | None:
-        """What the encoder's ``forward`` gives (B, frames, D), if the head reads it."""
+        """Return the output of the encoder's ``forward`` (B, frames, D), if the head reads it."""
         encoder = seen.model.encoder
         if not self.reads_student:
             return encoder(seen.frames, seen.lengths)
