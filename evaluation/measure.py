@@ -156,12 +156,14 @@ def measure_quality(
     return figure_of_merit(scored, more_is_better, inputs.subjects[0].name, LOG_MEL)
 
 
+def _summaries(probed: dict[str, Probed]) -> dict[str, Any]:
+    return {name: found.summary() for name, found in probed.items()}
+
+
 def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str]) -> dict[str, Any]:
     """Measure what the flags of evaluate.py ask for; returns its results, see :mod:`evaluation.tables`.
 
-    Args:
-        args: the flags.
-        layers, backends: those of them that are lists in words.
+    ``layers`` and ``backends`` are the flags that are lists in words.
 
     Raises:
         UserError: a file or option cannot be used.
@@ -170,11 +172,10 @@ def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str
         torch.set_num_threads(args.threads)
     inputs = read_inputs(args, layers, backends)
     subjects, teacher = inputs.subjects, inputs.subjects[0]
-    fidelity: dict[str, dict[str, Any]] = {}
+    fidelity = {}
     if inputs.speech is not None:
         compared = measure_fidelity(teacher.model, inputs.students, layers, inputs.speech)
-        for student, found in zip(inputs.students, compared, strict=True):
-            fidelity[student.name] = {**found, "tsv": str(args.tsv)}
+        fidelity = {student.name: found for student, found in zip(inputs.students, compared, strict=True)}
     heads = {
         each.name: head_summary(each.model, inputs.probes, each.name)
         for each in subjects
@@ -204,16 +205,14 @@ def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str
                 "is_teacher": subject.is_teacher,
                 "config": subject.model.config,
                 "cost": {**cost(subject.model, subject.num_bytes), "speed": speed},
-                "fidelity": fidelity.get(subject.name),
-                "probes": {name: found.summary() for name, found in probed[subject.name].items()},
+                "fidelity": {**fidelity[subject.name], "tsv": str(args.tsv)} if subject.name in fidelity else None,
+                "probes": _summaries(probed[subject.name]),
                 "head": heads.get(subject.name),
                 "quality": merit.get(subject.name),
             }
             for subject, speed in zip(every, speeds, strict=True)
         ],
-        "controls": {
-            name: {probe: found.summary() for probe, found in control.items()} for name, control in controls.items()
-        },
+        "controls": {name: _summaries(control) for name, control in controls.items()},
         "probes": {probe.name: summary(probe) for probe in inputs.probes},
         "left_out": left_out,
         "macs_counted_on": counted_on(),

@@ -1,1 +1,1 @@
-"""What is below training and evaluation and knows a label: lists, batches, linear heads, scores, a task's loss."""
+"""Labelled audio, for training and evaluation: lists, batches, tasks with their heads and losses, scores."""

@@ -90,7 +90,7 @@ class _Row(NamedTuple):
 
 
 class _File(NamedTuple):
-    """What a list says of an audio file: its first row, its labels or units, and the times of segments."""
+    """An audio file in a list: its first row, its labels or units, and the times of segments."""
 
     row: _Row
     labels: list[str]

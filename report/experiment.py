@@ -27,7 +27,7 @@ from wav2vec2.model import Wav2Vec2Model, with_masks
 
 
 class _Place(NamedTuple):
-    """Where run.sh puts a training: its title, its kind, its folder, its model file, and the name of that model.
+    """A training where run.sh puts it: its title, its kind, its folder, its model file, and the name of that model.
 
     The teacher's has no model: it is as large as the original.
     """
@@ -85,7 +85,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What there is of a run so far.
+    """The files of a run so far.
 
     Attributes:
         stages: the trainings that have left a log or a checkpoint.

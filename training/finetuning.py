@@ -103,7 +103,7 @@ class FinetuneModule(ScheduledModule):
 
     @property
     def is_frozen(self) -> bool:
-        """Whether this update leaves the encoder as it is."""
+        """True if this update leaves the encoder as it is."""
         return self.global_step < self.num_frozen
 
     def hidden_states(
@@ -188,7 +188,7 @@ class BestModel(pl.Callback):
         self.score = state_dict["score"]
 
     def is_better(self, score: float) -> bool:
-        """Whether a score beats the best so far."""
+        """Return True if a score beats the best so far."""
         if self.score is None:
             return True
         return score > self.score if self.module.scores.more_is_better else score < self.score

@@ -125,7 +125,7 @@ class Task(Term):
         return task_loss(kind, self.logits(states.student, self._output(states), lengths), lengths, targets)
 
     def _output(self, states: States) -> Tensor | None:
-        """The output of the encoder's ``forward`` (B, frames, D), if the head reads it."""
+        """Return the output of the encoder's ``forward`` (B, frames, D), if the head reads it."""
         encoder = states.model.encoder
         if not self.reads_student:
             return encoder(states.frames, states.lengths)

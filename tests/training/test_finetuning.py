@@ -66,7 +66,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_each_kind_is_learnt(labelled, encoder, tmp_path, monkeypatch, capsys, name, changes, bound):
-    rates = {"max_updates": 100, "learning_rate": 0.01, "encoder_learning_rate": 0.003, "seconds_per_batch": 4}
+    rates = {"max_updates": 60, "learning_rate": 0.01, "encoder_learning_rate": 0.003, "seconds_per_batch": 4}
     flags = finetuning_run(labelled / f"{name}.tsv", encoder, **rates, **changes, log_interval=10)
     run_script(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path)
     printed = capsys.readouterr().out.splitlines()
