@@ -15,19 +15,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 import cli
 import wav2vec2
-from dataset.manifest import read_manifest
 from wav2vec2.audio import AUDIO_SUFFIXES
 from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.files.storage import atomic_path, read_json
-from wav2vec2.inference import BATCH_SECONDS, MAX_SECONDS
 
-DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16"}
 SETTINGS, FAILED = "settings.json", "failed.tsv"
 
 
@@ -41,8 +37,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="32", help="16 writes float16, others float32")
-    parser.add_argument("--batch_seconds", type=float, default=BATCH_SECONDS, help="audio to compute at once")
-    parser.add_argument("--max_seconds", type=float, default=MAX_SECONDS, help="longer audio is computed in chunks")
+    parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio to compute at once")
+    parser.add_argument("--max_seconds", type=float, default=60.0, help="longer audio is computed in chunks")
     return parser.parse_args()
 
 
@@ -71,6 +67,8 @@ def find_jobs(audio: list[Path], out: Path) -> dict[Path, Path]:
         found = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
         paths = [str(path.relative_to(root)) for path in found]
     elif len(audio) == 1 and audio[0].suffix == ".tsv":
+        from dataset.manifest import read_manifest  # needs numpy, which --help should not wait for
+
         manifest = read_manifest(audio[0])
         root, paths = manifest.root, [str(path) for path in manifest.paths]
     sources = [root / path for path in paths] if root.parts else audio
@@ -104,7 +102,10 @@ def check_settings(args: argparse.Namespace) -> None:
 
 def extract_all(args: argparse.Namespace, jobs: dict[Path, Path]) -> Iterator[tuple[Path, str]]:
     """Write the features of all jobs; yields each audio file that cannot be used, with the reason."""
-    model = wav2vec2.load(args.model, device=args.device, dtype=DTYPES[args.precision])
+    import numpy as np
+    import torch
+
+    model = wav2vec2.load(args.model, device=args.device, dtype=getattr(torch, DTYPES[args.precision]))
     reasons: dict[int, str] = {}
     results = wav2vec2.extract_iter(
         model,

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A task of SUPERB with s3prl: trained and tested on a model file of this project, with the learning rate that it needs.
+# Trains and tests a task of SUPERB with s3prl on a model file of this project, with a suitable learning rate.
 #
 #   bash s3prl_upstream/superb.sh TASK MODEL [--dry-run] [--lr RATE] [--layer N] [-o KEY=VALUE] [FLAGS]
 #
 # TASK is one of PR ASR KS IC SF SID ASV SD ER QbE. Call it in the folder s3prl/s3prl of a clone of s3prl, or set S3PRL to
 # that folder. --dry-run shows the commands and runs nothing. -o and FLAGS (--device cpu, -f) are run_downstream.py's; -o
-# is the way to say where a corpus is: -o config.downstream_expert.datarc.file_path=/corpora/VoxCeleb1. --layer is of QbE:
-# the layer that was the best on dev, to be tested. Results go to MODEL.superb/task, with the ending of MODEL left out;
-# the same call again continues a training that was stopped.
+# gives the path of a corpus: -o config.downstream_expert.datarc.file_path=/corpora/VoxCeleb1. --layer is for QbE: the
+# best layer on dev, to be tested. Results go to MODEL.superb/task, without the suffix of MODEL; the same call again
+# continues a stopped training.
 set -euo pipefail
 
 fail() {
@@ -34,8 +34,8 @@ done
 ((${#words[@]} == 2)) || fail "expected TASK MODEL, found ${#words[@]} words: ${words[*]-}"
 task=${words[0]} model=${words[1]}
 
-# s3prl's name for the task, its configuration, what it calls its best checkpoint, and the rate. The rates are those of
-# s3prl's configurations, but for SID: 1e-4 gives HuBERT Base 65 to 67%, 1e-1 the published 81% (s3prl's issues #268, #578).
+# s3prl's name of the task, its configuration, its name of the best checkpoint, and the rate. The rates are those of
+# s3prl's configurations, except for SID: 1e-4 gives HuBERT Base 65 to 67%, 1e-1 the published 81% (s3prl's issues #268, #578).
 case $task in
     PR) set ctc libriphone dev-best.ckpt 1e-2 ;;
     ASR) set asr config dev-clean-best.ckpt 1e-4 ;;
@@ -76,7 +76,7 @@ except (UserError, OSError) as error:
     sys.exit(f"error: {error}")
 ' "$model")
 
-# Shows a line of bash, and runs it.
+# Prints a line of bash and runs it.
 run() {
     printf '%s\n' "$*"
     $dry_run || eval "$*"
@@ -87,7 +87,7 @@ out=${model%.pth}.superb/${task,,}
 downstream_py="${python@Q} ${here@Q}"
 upstream="-u dphubert_local -k ${model@Q} -d $downstream -c $config ${flags[*]@Q}"
 
-# Trains into a folder, with more overrides, and tests the best checkpoint, or each where s3prl does not say which it is.
+# Trains into a folder, with more overrides, and tests the best checkpoint, or each if s3prl does not name the best.
 train_and_test() {
     local keys="config.optimizer.lr=$rate$2$override" test="$downstream_py -m evaluate"
     [[ $task != ASR ]] || test+=" -t test-clean"

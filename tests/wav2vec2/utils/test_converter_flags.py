@@ -25,6 +25,7 @@ finally:
         (("convert_hubert_from_hf.py", "--layer_drop", 1.5), "error: --layer_drop 1.5: expected a probability"),
         (("convert_wavlm_from_fairseq.py", "--ckpt", "x", "--dropout", "high"), "invalid float value: 'high'"),
         (("wav2vec2.prediction", "--help"), "usage:"),
+        (("examples.extract_features", "--help"), "usage:"),
         (("wav2vec2.prediction", "model.pth"), "the following arguments are required: AUDIO"),
     ],
 )
