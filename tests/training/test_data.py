@@ -42,6 +42,22 @@ def test_crops_of_less_than_a_frame(tsv_dir):
         check(tsv_dir, min_seconds=0.5, max_crop_seconds=0.0249)
 
 
+def test_manifests_that_make_no_batches(tsv_dir):
+    with pytest.raises(UserError, match=r"train\.tsv: none of 4 utterances lasts 2.* see --seconds_per_batch"):
+        check(tsv_dir)
+    (tsv_dir / "valid.tsv").rename(tsv_dir / "cv.tsv")
+    with pytest.raises(UserError, match=r"valid\.tsv: no such file.* beside it: cv, train\); write it with"):
+        check(tsv_dir, min_seconds=0.5)
+
+
+def test_bad_files_are_counted_over_both_manifests(tsv_dir):
+    for name in ("train0.wav", "valid0.wav"):
+        (tsv_dir / name).unlink()
+    check(tsv_dir, min_seconds=0.5, max_bad_files="2")
+    with pytest.raises(UserError, match=r"--max_bad_files: at most 1 .* found 2: .*train0\.wav.*valid0\.wav: no such"):
+        check(tsv_dir, min_seconds=0.5, max_bad_files="1")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("option", "changes"), [("min", {}), ("max_crop", {"max_crop_seconds": 0.002})])
 def test_a_run_with_such_crops_does_not_begin(tsv_dir, small_teacher, monkeypatch, capsys, option, changes):
