@@ -152,11 +152,12 @@ def fit_to_target(
 
 def warn_if_unfinished(distilled: dict[str, Any], path: Path, shift: float) -> None:
     """Warn where the run of a checkpoint has not come to its end; the published program's do not tell."""
+    from training.checkpoints import INTERMEDIATE
+
     training = distilled["distillation"]
     settings = training.get("settings")
     num_updates = settings.get("max_updates") if isinstance(settings, dict) else None
-    is_intermediate = training.get("intermediate")  # of --save_at_sparsity, on its target
-    if not is_intermediate and isinstance(num_updates, int) and distilled["global_step"] < num_updates:
+    if INTERMEDIATE not in training and isinstance(num_updates, int) and distilled["global_step"] < num_updates:
         print(
             f"warning: {path} is of update {distilled['global_step']} of {num_updates}, an unfinished run: its masks "
             f"were still on their way (threshold moved by {shift:+.4f}), and the model will be worse than its size "
