@@ -23,10 +23,7 @@ ROOMS = (
 )
 SCRIPTS = {path.stem for path in REPOSITORY.glob("*.py")} - {"lightning", "hardconcrete", "cli"}
 LIGHTNING_USERS = {"lightning", "training", "finetune", "make_student"}
-# Files that are still in a circle with others of their room, and functions of over 60 lines, to be emptied.
-CIRCLES_LEFT = {f"wav2vec2/files/{name}.py" for name in ("hub", "checkpoint", "heads")}
-LONG_FUNCTIONS_LEFT = {"evaluate.py: main", "dataset/batches.py: make_batches"}
-MAX_LINES = 60
+MAX_LINES = 60  # of a function: what fits on a screen
 
 
 def imports(path: Path) -> set[str]:
@@ -120,33 +117,21 @@ def test_light_imports(module, absent):
     assert not absent & set(result.stdout.split())
 
 
-def test_lists_of_what_is_left_are_not_stale():
-    assert set(scripts()) >= HEAVY_LEFT
-    assert set(map(str, files())) >= CIRCLES_LEFT
-
-
 @pytest.mark.parametrize("path", files(), ids=str)
 def test_no_circles_inside_a_room(path):
-    assert str(path) in CIRCLES_LEFT or not circle(path)
+    assert not circle(path)
 
 
 @pytest.mark.parametrize("path", files(), ids=str)
 def test_functions_fit_on_a_screen(path):
     tree = ast.parse((REPOSITORY / path).read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    long = {f"{path}: {each.name}" for each in functions if each.end_lineno - each.lineno + 1 > MAX_LINES}
-    assert not long - LONG_FUNCTIONS_LEFT
+    assert not [each.name for each in functions if each.end_lineno - each.lineno + 1 > MAX_LINES]
 
 
 # --- the first second ------------------------------------------------------------------------------
 
 HEAVY = {"torch", "pytorch_lightning", "torchaudio", "torchmetrics", "scipy", "transformers"}
-# Scripts that are not light yet.
-HEAVY_LEFT = {
-    *(f"benchmarks.{name}" for name in ("bench_data", "bench_gpu", "bench_model", "methods", "students", "tasks")),
-    *("convert_hubert_from_hf", "convert_wavlm_from_fairseq", "demo.report", "demo.synthesize_speech", "evaluate"),
-    *("examples.extract_features", "export", "finetune", "report.__main__", "wav2vec2.prediction"),
-}
 
 
 def scripts() -> list[str]:
@@ -162,9 +147,6 @@ def scripts() -> list[str]:
 @pytest.mark.parametrize("flags", [["--help"], ["--no_such_flag"]], ids=["help", "wrong flag"])
 @pytest.mark.parametrize("name", scripts())
 def test_flags_do_not_wait_for_torch(name, flags):
-    """Neither does what argparse cannot see, such as a number that is out of bounds."""
-    if name in HEAVY_LEFT:
-        pytest.xfail("not light yet")
     assert not run_flags(name, flags) & HEAVY
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import random_model, small_config
 
-from dataset.speech import load_audio
 from evaluation.fidelity import HeldOutSpeech, LinearCKA, hidden_states, make_student, measure_fidelity
 from lightning import DistillLoss, make_projections
+from wav2vec2.audio import read_audio
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
 
@@ -66,7 +66,7 @@ def test_fidelity_is_the_training_loss_and_cka(mode, corpus, save_student, tmp_p
     parts, states = [], []
     with torch.inference_mode():
         for number in range(4):
-            waveform = load_audio(corpus / f"{number}.wav")[None]
+            waveform = read_audio(corpus / f"{number}.wav")[None]
             (expected, _), (actual, _) = teacher.extract_features(waveform), student.extract_features(waveform)
             pairs = [(actual[source], expected[layer]) for source, layer in zip(sources, LAYERS, strict=True)]
             states.append([(x[0], y[0]) for x, y in pairs])

@@ -8,10 +8,10 @@ import soundfile
 import torch
 from helpers import random_model, small_config
 
-from dataset.speech import load_audio
 from evaluation import features, probes, scores
 from labels import lists
 from labels.scores import Scored, Share
+from wav2vec2.audio import read_audio
 from wav2vec2.files.errors import UserError
 
 
@@ -78,7 +78,7 @@ def test_features_of_clips(corpus):
     model = random_model(small_config("wavlm"))
     pooled = features.pooled_features(features.ModelFeatures(model, "model"), probe, probe.test)
     with torch.inference_mode():
-        expected, _ = model.extract_features(load_audio(probe.test[5].path)[None])
+        expected, _ = model.extract_features(read_audio(probe.test[5].path)[None])
     torch.testing.assert_close(pooled[5], torch.stack([state[0].mean(0) for state in expected]))
     assert pooled.shape == (8, 4, 16)
     assert features.pooled_features(features.LogMel(), probe, probe.test).shape == (8, 1, 160)
@@ -150,7 +150,7 @@ def test_frames_on_disk_are_those_in_memory(tones, name):
     with features.frames_on_disk(model, probe, clips) as frames:
         kept = []
         for clip in clips:
-            states = model.frames(load_audio(clip.path), "here").transpose(0, 1)
+            states = model.frames(read_audio(clip.path), "here").transpose(0, 1)
             times = (torch.arange(len(states)) * model.times.hop + model.times.window / 2) / 16_000
             if name == "segments":
                 states = states[[any(start <= time < end for start, end, _ in clip.target) for time in times]]

@@ -53,7 +53,7 @@ def test_layers_in_another_order(family, size):
             if "rel_attn_embed" not in name:
                 expected[f"{LAYERS}{number}.{name}"] = tensor
     if family == "wavlm":  # the first layer has the table for all
-        table = source.encoder.transformer.table_holder.rel_attn_embed.weight
+        table = source.encoder.transformer.bucket_table.weight
         expected[f"{LAYERS}0.attention.rel_attn_embed.weight"] = table
     assert_weights(student, expected)
 
@@ -120,10 +120,10 @@ def test_blocks_go(family):
     source = random_model(small_config(family))
     changes = {"encoder_use_attention": [False, True, True], "encoder_use_feed_forward": [True, False, True]}
     student, _ = sliced(source, changes)
-    table = source.encoder.transformer.table_holder
+    table = source.encoder.transformer.bucket_table
     source.encoder.transformer.layers[1].feed_forward = None
     if table is not None:
-        source.encoder.transformer.layers[1].attention.rel_attn_embed = table.rel_attn_embed
+        source.encoder.transformer.layers[1].attention.rel_attn_embed = table
     source.encoder.transformer.layers[0].attention = None
     waveforms, lengths = random_waveforms(900, 600)
     with torch.no_grad():
