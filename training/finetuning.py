@@ -83,7 +83,9 @@ class FinetuneModule(pl.LightningModule):
         super().__init__()
         chosen = settings.finetune
         self.model = model
-        self.optimisation = settings.optimisation
+        optimisation = settings.optimisation
+        self.learning_rate, self.weight_decay = optimisation.learning_rate, optimisation.weight_decay
+        self.warmup_updates, self.max_updates = optimisation.warmup_updates, optimisation.max_updates
         self.encoder_learning_rate = chosen.encoder_learning_rate
         self.num_frozen = chosen.num_frozen
         transformer = model.encoder.transformer
@@ -161,15 +163,16 @@ class FinetuneModule(pl.LightningModule):
         parts = [self.model.encoder, *([] if self.masking is None else [self.masking])]
         return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with a group for the head and one for the encoder, if it is trained, on one schedule."""
-        chosen = self.optimisation
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the head, and the encoder if it is trained."""
         head = [p for name, p in self.model.named_parameters() if name.startswith(("head.", "aux."))]
-        groups = [{"params": head, "lr": chosen.learning_rate, "name": "head"}]
+        groups = [{"params": head, "lr": self.learning_rate, "name": "head"}]
         if encoder := self._encoder_parameters():
             groups.append({"params": encoder, "lr": self.encoder_learning_rate, "name": "encoder"})
-        groups = [{**group, "weight_decay": chosen.weight_decay} for group in groups]
-        return scheduled_adamw(groups, chosen.warmup_updates, chosen.max_updates)
+        return [{**group, "weight_decay": self.weight_decay} for group in groups]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return scheduled_adamw(self.parameter_groups(), self.warmup_updates, self.max_updates)
 
 
 class BestModel(pl.Callback):
