@@ -15,15 +15,17 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import soundfile
-import torch
 
 import cli
 from wav2vec2.audio import SAMPLE_RATE, resample_to_16k
 from wav2vec2.files.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VALID_FRACTION = 0.15
 
@@ -180,8 +182,10 @@ class Espeak:
         self._library.espeak_SetParameter(self.PITCH, speaker.pitch, 0)
         self._library.espeak_SetParameter(self.RANGE, speaker.pitch_range, 0)
 
-    def say(self, text: str) -> torch.Tensor:
+    def say(self, text: str) -> "Tensor":
         """Speak: (T,) float32 at ``self.sample_rate``."""
+        import torch  # takes seconds, for which wrong flags need not wait
+
         self._chunks.clear()
         encoded = text.encode()
         self._library.espeak_Synth(
@@ -191,7 +195,7 @@ class Espeak:
         return torch.from_numpy(np.concatenate(self._chunks)).float() / 2**15
 
 
-def utterances(espeak: Espeak, texts: Iterator[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def utterances(espeak: Espeak, texts: Iterator[str]) -> Iterator[tuple[str, "Tensor"]]:
     """Yield the sentences that last 3 s to 9 s: text and speech (T,) at 16 kHz, at an even level."""
     for text in texts:
         speech = resample_to_16k(espeak.say(text), espeak.sample_rate)

@@ -15,6 +15,7 @@ import cli
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
+    parser.prog = "python -m report"
     parser.add_argument("exp_dir", type=Path, metavar="EXP_DIR", help="folder of distill.py, finetune.py or run.sh")
     parser.add_argument("--evaluation", type=Path, metavar="JSON", help="results of evaluate.py to show too")
     return parser.parse_args()

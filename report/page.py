@@ -64,7 +64,7 @@ def size_table(experiment: Experiment) -> Table | None:
     if not measured:
         return None
     original, target = experiment.original_num_params, experiment.target_sparsity
-    table = cost_table(measured, counted_on(), original)
+    table = cost_table(measured, counted_on(), original)._replace(title="Size")
     if target is not None:
         note = f"sparsity {target:.4f} wanted"
         if original and experiment.models:

@@ -83,8 +83,9 @@ class FinetuneModule(ScheduledModule):
         super().__init__()
         chosen = settings.finetune
         self.model = model
-        self.optimisation = settings.optimisation
-        self.warmup_updates, self.max_updates = self.optimisation.warmup_updates, self.optimisation.max_updates
+        optimisation = settings.optimisation
+        self.learning_rate, self.weight_decay = optimisation.learning_rate, optimisation.weight_decay
+        self.warmup_updates, self.max_updates = optimisation.warmup_updates, optimisation.max_updates
         self.encoder_learning_rate = chosen.encoder_learning_rate
         self.num_frozen = chosen.num_frozen
         transformer = model.encoder.transformer
@@ -164,12 +165,11 @@ class FinetuneModule(ScheduledModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return a group for the head, and one for the encoder if it is trained."""
-        chosen = self.optimisation
         head = [p for name, p in self.model.named_parameters() if name.startswith(("head.", "aux."))]
-        groups = [{"params": head, "lr": chosen.learning_rate, "name": "head"}]
+        groups = [{"params": head, "lr": self.learning_rate, "name": "head"}]
         if encoder := self._encoder_parameters():
             groups.append({"params": encoder, "lr": self.encoder_learning_rate, "name": "encoder"})
-        return [{**group, "weight_decay": chosen.weight_decay} for group in groups]
+        return [{**group, "weight_decay": self.weight_decay} for group in groups]
 
 
 class BestModel(pl.Callback):

@@ -188,7 +188,7 @@ def test_stopped_at_any_update(labelled, tmp_path, monkeypatch, disturb, name, s
     flags = finetuning_run(labelled / f"{name}.tsv", model, max_updates=14, **changes)
     run_script(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path / "whole")
     flags += ["--exp_dir", tmp_path / "stopped", "--resume_checkpoint", "auto"]
-    for update in (1, 6, 9, 13):
+    for update in (3, 10):  # at a validation, and elsewhere
         disturb.at[update] = send(signal.SIGTERM)
         assert run_to_exit(monkeypatch, "finetune", *flags) == 143
         assert last_checkpoint(tmp_path / "stopped")["global_step"] == update
@@ -337,15 +337,8 @@ def test_options_that_do_not_fit(labelled, small_teacher, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("text", "train\tab-0.wav\t" + "ab " * 60, "lists "),
-        ("text", "test\tnew.wav\tx", "its unit 1, 'x', is in no training text"),
         ("text", "train\tnew.wav\t" + "ab " * 60, "the text needs 119 frames (60 units, 59 blanks"),
-        ("text", "train\tnew.wav\t", "has no text"),
-        ("clips", "train\tnew.wav\tz", "one training clip has the label 'z'"),
-        ("clips", "test\tnew.wav\tz", "the label 'z', which no training clip has"),
         ("clips", "train\tgone.wav\ta", "does not exist"),
-        ("clips", "dev\tnew.wav\ta", "expected train, test, valid"),
-        ("segments", "train\tnew.wav\t0.1\t9\ta", "ends at 9 s"),
         ("segments", "valid\tnew.wav\t0\t0.1\tz", "has the label 'z', which no training segment has"),
     ],
 )
