@@ -14,28 +14,28 @@ alone. Paths start from the checkout; each process has one CPU thread.
 """
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import cli
-from benchmarks.students import DISTILHUBERT, FITHUBERT, METHODS, write_student
+from benchmarks.students import DISTILHUBERT, FITHUBERT, METHODS, student
 from wav2vec2.files.errors import UserError
+from wav2vec2.files.storage import atomic_path
 
 
 class Job(NamedTuple):
-    """A command, its name, the variables that it is given, and the file that it makes."""
-
     name: str
     command: list[str]
-    variables: Mapping[str, str]
-    result: Path
+    variables: dict[str, str]
+    result: Path  # the file that it makes
 
 
 def layers_of(row: str, layers: str) -> str:
@@ -50,40 +50,22 @@ def layers_of(row: str, layers: str) -> str:
 def training_job(args: argparse.Namespace, row: str, size: str, seed: int, labels: Path | None) -> Job:
     """Return the job that trains one run."""
     exp_dir = args.out / "-".join([row, *([labels.stem] if labels else []), size, str(seed)])
-    variables = {
-        "row": row,
-        "size": size,
-        "layers": layers_of(row, args.layers),
-        "labels": str(labels or ""),
-        "students": str(args.out / "students"),
-        "exp_dir": str(exp_dir),
-        "tsv_dir": str(args.tsv_dir),
-        "teacher_ckpt": str(args.teacher_ckpt),
-        "python": sys.executable,
-    }
+    variables = {"row": row, "size": size, "layers": layers_of(row, args.layers), "labels": labels or ""}
+    variables |= {"students": args.out / "students", "exp_dir": exp_dir, "tsv_dir": args.tsv_dir}
+    variables |= {"teacher_ckpt": args.teacher_ckpt, "python": sys.executable}
     command = ["bash", "run.sh", str(args.conf), "--seed", str(seed), *shlex.split(args.flags)]
     model = "finetuned/finetuned.pth" if labels else "final/ckpts/pruned_hubert_base.pth"
-    return Job(exp_dir.name, command, variables, exp_dir / model)
+    return Job(exp_dir.name, command, {name: str(value) for name, value in variables.items()}, exp_dir / model)
 
 
 def measuring_job(args: argparse.Namespace, row: str, models: Sequence[Job]) -> Job:
     """Return the job that measures the models of a row, beside the teacher."""
-    flags = {
-        "teacher": [args.teacher_ckpt],
-        "models": [model.result for model in models],
-        "names": [model.name for model in models],
-        "tsv": [args.tsv_dir / "valid.tsv"],
-        "max_seconds": [40],
-        "distill_layers": [layers_of(row, args.layers)],
-        "probes": args.probes,
-        "seeds": [0],
-        "speed_seconds": [10],
-        "threads": [1],
-        "device": ["cpu"],
-        "out": [args.out / f"{row}.json"],
-    }
-    words = [str(word) for name, values in flags.items() for word in (f"--{name}", *values)]
-    return Job(row, [sys.executable, "evaluate.py", *words], {}, args.out / f"{row}.json")
+    out = args.out / f"{row}.json"
+    paths, names = ([model.result for model in models], [model.name for model in models])
+    command = [sys.executable, "evaluate.py", "--teacher", args.teacher_ckpt, "--models", *paths, "--names", *names]
+    command += ["--tsv", args.tsv_dir / "valid.tsv", "--distill_layers", layers_of(row, args.layers), "--out", out]
+    command += ["--probes", *args.probes, *shlex.split("--seeds 0 --max_seconds 40 --speed_seconds 10")]
+    return Job(row, [*map(str, command), "--threads", "1", "--device", "cpu"], {}, out)
 
 
 def run(logs: Path, job: Job) -> str | None:
@@ -97,8 +79,8 @@ def run(logs: Path, job: Job) -> str | None:
 
 
 def main(args: argparse.Namespace) -> None:
-    runs = [(seed, size, labels) for seed in args.seeds for size in args.sizes for labels in args.labels or [None]]
-    trained = {row: [training_job(args, row, size, seed, labels) for seed, size, labels in runs] for row in args.rows}
+    runs = [(size, seed, labels) for seed in args.seeds for size in args.sizes for labels in args.labels or [None]]
+    trained = {row: [training_job(args, row, *each) for each in runs] for row in args.rows}
     training = [job for jobs in zip(*trained.values(), strict=True) for job in jobs]  # all rows of a seed first
     if args.dry_run:
         measuring = [measuring_job(args, row, jobs) for row, jobs in trained.items() if args.probes]
@@ -110,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
     config = read_model_file(args.teacher_ckpt)["config"]
     for row in set(args.rows) & set(METHODS):
         for size in args.sizes:
-            write_student(row, config, float(size), args.out / "students" / f"{row}-{size}.json")
+            with atomic_path(args.out / "students" / f"{row}-{size}.json") as temporary:
+                temporary.write_text(json.dumps(student(row, config, float(size))) + "\n", encoding="utf-8")
     waiting = [job for job in training if not job.result.is_file()]
     print(f"{len(training) - len(waiting)} of {len(training)} runs are complete", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -132,9 +115,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", required=True, help="shares of the teacher's parameters to remove")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of training")
     parser.add_argument("--teacher_ckpt", type=Path, required=True, help="model file of the teacher")
-    parser.add_argument(
-        "--layers", required=True, help="layers to distil, such as 0.2,4; the last is the teacher's last"
-    )
+    parser.add_argument("--layers", required=True, help="layers to distil, such as 0.2,4, up to the teacher's last")
     parser.add_argument("--tsv_dir", type=Path, required=True, help="directory of the manifests from prepare_data.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and their results")
     parser.add_argument("--probes", nargs="+", type=Path, help="lists of labelled clips to measure the models with")

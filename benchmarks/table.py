@@ -2,64 +2,62 @@
 
     python -m benchmarks.table results/small
 
-Reads OUT/ROW.json, the results of evaluate.py, and OUT/*/finetuned/finetuned.json, those of
-finetune.py. Writes OUT/table.md, methods-parameters.svg and methods-time.svg (quality against either).
+Reads OUT/ROW.json, the results of evaluate.py, and OUT/*/finetuned/finetuned.json, those of finetune.py. Writes
+OUT/table.md and, where the quality was measured, methods-parameters.svg and methods-time.svg (quality against either).
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import cli
 from evaluation.tables import read_results
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.storage import atomic_path
 
-if TYPE_CHECKING:
-    from report.pictures import Point
-
 NOTES = """
 Means over the seeds of training; in brackets the lowest and the highest. RTF: real-time factor, seconds of work per
 second of audio. Cosine and CKA: with the teacher's last distilled layer. Quality: where the scores lie between log-mel
 (0) and the teacher (100), a mean over the probes. Scores are test scores in per cent.
 """
+# The columns that are not scores: how their means are written.
+COSTS = {"parameters": ",.0f", "M MACs a second": ".0f", "RTF": ".4f", "cosine": ".3f", "CKA": ".3f"}
 
 
 class Run(NamedTuple):
-    """The measurements of one model, by name; None or no entry stands for what was not measured.
-
-    Attributes:
-        row, size: the method, and the share of the teacher that was to go; None for teacher and controls.
-        scores: of probes or lists, in per cent.
-        quality: from log-mel (0) to the teacher (100).
-    """
+    """The measurements of one model."""
 
     row: str
-    size: str | None
-    scores: Mapping[str, float]
-    quality: float | None = None
-    num_params: int | None = None
-    macs_per_second: float | None = None
-    real_time_factor: float | None = None
-    cosine: float | None = None
-    cka: float | None = None
+    size: str | None  # the share of the teacher to remove; None for teacher and controls
+    values: dict[str, float]  # by column, without those that were not measured
 
 
 def probed_runs(path: Path) -> list[Run]:
     """Read the runs of a row, the teacher and the controls, from a results file of evaluate.py."""
-    results, runs = read_results(path), []
-    for model in results["models"]:
-        row, size = ("teacher", None) if model["is_teacher"] else model["name"].rsplit("-", 2)[:2]
-        scores = {name: found["mean"] for name, found in model["probes"].items()}
-        quality, cost = model["quality"]["mean"] if model["quality"] else None, model["cost"]
-        costs = cost["num_params"], cost["macs_per_second"]["total"], cost["speed"][0]["real_time_factor"]
-        layer = model["fidelity"]["layers"][-1] if model["fidelity"] else {}
-        runs.append(Run(row, size, scores, quality, *costs, layer.get("cosine"), layer.get("cka")))
-    for name, probes in results["controls"].items():
-        runs.append(Run(name, None, {probe: found["mean"] for probe, found in probes.items()}))
+    results = read_results(path)
+    try:
+        runs = [
+            Run(name, None, {probe: found["mean"] for probe, found in probes.items()})
+            for name, probes in results["controls"].items()
+        ]
+        for model in results["models"]:
+            row, size, _ = ("teacher", None, None) if model["is_teacher"] else model["name"].rsplit("-", 2)
+            cost, fidelity = model["cost"], model["fidelity"] or {"layers": [{}]}
+            found = {
+                "parameters": cost["num_params"],
+                "M MACs a second": cost["macs_per_second"]["total"] / 1e6,
+                "RTF": cost["speed"][0]["real_time_factor"],
+                "cosine": fidelity["layers"][-1].get("cosine"),
+                "CKA": fidelity["layers"][-1].get("cka"),
+                "quality": model["quality"] and model["quality"]["mean"],
+                **{probe: probed["mean"] for probe, probed in model["probes"].items()},
+            }
+            runs.append(Run(row, size, {name: value for name, value in found.items() if value is not None}))
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not measured by benchmarks.rows ({type(error).__name__}: {error})") from error
     return runs
 
 
@@ -71,105 +69,68 @@ def finetuned_run(path: Path) -> Run:
     return Run(row, size, {f"{labels}: {test['metric']}": test["value"]})
 
 
-def read_runs(out: Path) -> list[Run]:
-    """Read all runs; teacher and controls, which every row has, once.
-
-    Raises:
-        UserError: there are none, or a file is not that of such a run.
-    """
-    runs: list[Run] = []
-    try:
-        for path in sorted(out.glob("*.json")):
-            runs += [run for run in probed_runs(path) if run.size or run.row not in {each.row for each in runs}]
-        runs += map(finetuned_run, sorted(out.glob("*/finetuned/finetuned.json")))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{out}: not the results of benchmarks.rows ({type(error).__name__}: {error})") from error
-    if not runs:
-        raise UserError(f"{out}: has neither ROW.json nor finetuned.json; run benchmarks.rows")
-    return runs
-
-
-def grouped(runs: Iterable[Run]) -> list[list[Run]]:
+def grouped(out: Path) -> list[list[Run]]:
     """Group runs that differ in their seed alone: the teacher, then by size with the best first, then the controls."""
     groups: dict[tuple[str, str | None], list[Run]] = {}
-    for run in runs:
+    for path in sorted(out.glob("*.json")):
+        for run in probed_runs(path):
+            group = groups.setdefault((run.row, run.size), [])
+            if run.size or not group:  # every row has teacher and controls
+                group.append(run)
+    for path in sorted(out.glob("*/finetuned/finetuned.json")):
+        run = finetuned_run(path)
         groups.setdefault((run.row, run.size), []).append(run)
+    if not groups:
+        raise UserError(f"{out}: has neither ROW.json nor finetuned.json; run benchmarks.rows")
 
     def place(group: Sequence[Run]) -> tuple[float, ...]:
         first = group[0]
         if first.size is None:
-            return (0,) if first.num_params else (2,)
-        return 1, float(first.size), -fmean(run.quality or 0 for run in group)
+            return (0,) if first.row == "teacher" else (2,)
+        return 1, float(first.size), -fmean(run.values.get("quality", 0) for run in group)
 
     return sorted(groups.values(), key=place)
 
 
-def averaged(values: Iterable[float | None], form: str, with_range: bool = False) -> str:
-    """Write a mean, with the lowest and highest of several values; nothing without a value."""
-    known = [value for value in values if value is not None]
-    if not known:
+def cell(values: Sequence[float], form: str | None) -> str:
+    """Write a cost's mean, or a score's with the lowest and highest of several."""
+    if not values:
         return ""
-    text = format(fmean(known), form)
-    return f"{text} [{min(known):{form}}, {max(known):{form}}]" if with_range and len(known) > 1 else text
-
-
-def cells(group: Sequence[Run], scores: Sequence[str]) -> list[str]:
-    """Make a line of the table, of the runs of a group."""
-    row, size, *_ = group[0]
-    found = [[run.scores[name] for run in group if name in run.scores] for name in scores]
-    return [
-        row,
-        size or "",
-        averaged((run.num_params for run in group), ",.0f"),
-        averaged((run.macs_per_second and run.macs_per_second / 1e6 for run in group), ".0f"),
-        averaged((run.real_time_factor for run in group), ".4f"),
-        averaged((run.cosine for run in group), ".3f"),
-        averaged((run.cka for run in group), ".3f"),
-        *(averaged(values, ".1f", with_range=True) for values in found),
-        averaged((run.quality for run in group), ".1f", with_range=True),
-        str(max(map(len, found))) if size else "",
-    ]
+    mean = format(fmean(values), form or ".1f")
+    return f"{mean} [{min(values):.1f}, {max(values):.1f}]" if form is None and len(values) > 1 else mean
 
 
 def table(groups: Sequence[Sequence[Run]]) -> str:
     """Make the table in Markdown: a line for each group."""
-    scores = list(dict.fromkeys(name for group in groups for run in group for name in run.scores))
-    header = ["", "off", "parameters", "M MACs a second", "RTF", "cosine", "CKA", *scores, "quality", "seeds"]
-    lines = [header, ["---"] * len(header), *(cells(group, scores) for group in groups)]
+    scores = dict.fromkeys(name for group in groups for run in group for name in run.values)
+    columns = [*COSTS, *(name for name in scores if name not in (*COSTS, "quality")), "quality"]
+    lines = [["", "off", *columns, "seeds"], ["---"] * (len(columns) + 3)]
+    for group in groups:
+        row, size, _ = group[0]
+        found = {name: [run.values[name] for run in group if name in run.values] for name in columns}
+        seeds = str(max(map(len, found.values()))) if size else ""
+        lines.append([row, size or "", *(cell(values, COSTS.get(name)) for name, values in found.items()), seeds])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + NOTES
 
 
-def points(groups: Iterable[Sequence[Run]], cost: Callable[[Run], float | None]) -> "dict[str, list[Point]]":
-    """Return the line of each row in a picture: the cost of its sizes, and the quality that they reach."""
-    from report.pictures import Point
-
-    lines: dict[str, list[Point]] = {}
-    for group in groups:
-        costs = [value for run in group if (value := cost(run)) is not None]
-        qualities = [run.quality for run in group if run.quality is not None]
-        if group[0].size is not None and len(costs) == len(qualities) == len(group):
-            point = Point(fmean(costs), fmean(qualities), min(qualities), max(qualities))
-            lines.setdefault(group[0].row, []).append(point)
-    return dict(sorted(lines.items()))  # a row looks the same in both pictures
-
-
 def main(args: argparse.Namespace) -> None:
-    from report.pictures import methods
+    from report.pictures import Point, methods
 
-    groups = grouped(read_runs(args.out))
+    groups = grouped(args.out)
     text = table(groups)
     print(text)
     with atomic_path(args.out / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    for name, title, lines in (
-        ("parameters", "parameters", points(groups, lambda run: run.num_params)),
-        ("time", "real-time factor", points(groups, lambda run: run.real_time_factor)),
-    ):
+    for name, column, title in (("parameters", "parameters", "parameters"), ("time", "RTF", "real-time factor")):
+        lines: dict[str, list[Point]] = {}
+        for group in sorted(groups, key=lambda group: group[0].row):  # a row looks the same in both pictures
+            if group[0].size and all("quality" in run.values for run in group):
+                quality = [run.values["quality"] for run in group]
+                point = Point(fmean(run.values[column] for run in group), fmean(quality), min(quality), max(quality))
+                lines.setdefault(group[0].row, []).append(point)
         if lines:
             methods(lines, title).write(args.out / f"methods-{name}.svg")
-    print(f"written to {args.out / 'table.md'} and, where the quality was measured, methods-*.svg")
+    print(f"written to {args.out}")
 
 
 def parse_args() -> argparse.Namespace:
