@@ -16,8 +16,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +24,7 @@ import numpy as np
 import soundfile
 
 import cli
-from benchmarks.results import Result, write_results
+from benchmarks.results import Result, compare, make_parser, seconds, write_results
 from wav2vec2.audio import SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -56,10 +54,18 @@ def prepare(corpus: Path, num_processes: int) -> None:
     subprocess.run([sys.executable, script, *map(str, flags)], check=True, stdout=subprocess.DEVNULL)
 
 
-def info_of_all(paths: list[Path], num_processes: int) -> None:
-    """Make the bare calls that listing cannot do without."""
-    with multiprocessing.Pool(num_processes) as pool:
-        list(pool.imap(soundfile.info, paths, chunksize=64))
+def bench_prepare(args: argparse.Namespace, folder: Path) -> list[Result]:
+    paths = make_corpus(folder, args.num_files, 1, 2)
+
+    def info_of_all() -> None:
+        with multiprocessing.Pool(args.num_processes) as pool:
+            list(pool.imap(soundfile.info, paths, chunksize=64))
+
+    work = {
+        "soundfile.info": partial(seconds, info_of_all),
+        "prepare_data.py": partial(seconds, partial(prepare, folder, args.num_processes)),
+    }
+    return compare("prepare", "{}", work, args.repetitions, "files/s", lambda taken: len(paths) / taken)
 
 
 class BareReads:
@@ -70,9 +76,8 @@ class BareReads:
 
     def __getitem__(self, crop: "Crop") -> np.ndarray:
         """(B, T) float32."""
-        places = zip(crop.indices, crop.offsets, strict=True)
-        read = ((self.manifest.full_path(i), crop.num_samples, offset) for i, offset in places)
-        return np.stack([soundfile.read(*arguments, dtype="float32")[0] for arguments in read])
+        places = zip(map(self.manifest.full_path, crop.indices), crop.offsets, strict=True)
+        return np.stack([soundfile.read(path, crop.num_samples, at, dtype="float32")[0] for path, at in places])
 
 
 def load_all(dataset: Any, crops: "list[Crop]", num_workers: int) -> float:
@@ -84,29 +89,10 @@ def load_all(dataset: Any, crops: "list[Crop]", num_workers: int) -> float:
     return seconds(lambda: list(map(type, batches)))
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def bench_prepare(args: argparse.Namespace, folder: Path) -> list[Result]:
-    from evaluation.cost import take_turns
-
-    paths, processes = make_corpus(folder, args.num_files, 1, 2), args.num_processes
-    work = {
-        "soundfile.info": lambda: seconds(lambda: info_of_all(paths, processes)),
-        "prepare_data.py": lambda: seconds(lambda: prepare(folder, processes)),
-    }
-    taken = take_turns(work, args.repetitions).items()
-    return [Result("prepare", name, len(paths) / t, "files/s", ratio, args.repetitions) for name, (t, ratio) in taken]
-
-
 def bench_loader(args: argparse.Namespace, folder: Path) -> list[Result]:
     from dataset.batches import BatchSampler, TrainingSampler, make_batches
     from dataset.manifest import read_manifest
     from dataset.speech import SpeechDataset
-    from evaluation.cost import take_turns
 
     make_corpus(folder, max(16, args.num_files // 33), 2, 15)
     prepare(folder, args.num_processes)
@@ -116,30 +102,26 @@ def bench_loader(args: argparse.Namespace, folder: Path) -> list[Result]:
     loaded = sum(len(crop.indices) * crop.num_samples for crop in crops[1:]) / SAMPLE_RATE
     results = []
     for workers in args.workers:
-        work: dict[str, Callable[[], float]] = {
+        work = {
             "soundfile.read": partial(load_all, BareReads(manifest), crops, workers),
             "SpeechDataset": partial(load_all, SpeechDataset(manifest), crops, workers),
         }
-        for name, (duration, ratio) in take_turns(work, args.repetitions).items():
-            label = f"{name}, {workers} workers"
-            results.append(Result("loader", label, loaded / duration, "audio s/s", ratio, args.repetitions))
+        label = f"{{}}, {workers} workers"
+        results += compare("loader", label, work, args.repetitions, "audio s/s", lambda taken: loaded / taken)
     return results
 
 
 def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
-        folders = Path(name) / "small", Path(name) / "long"
-        results = bench_prepare(args, folders[0]) + bench_loader(args, folders[1])
+        results = bench_prepare(args, Path(name) / "small") + bench_loader(args, Path(name) / "long")
     write_results(args.out, results)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__)
-    parser.add_argument("--out", required=True, type=Path, help="CSV file to write")
+    parser = make_parser(__doc__, repetitions=5)
     parser.add_argument("--num_files", type=int, default=20_000, help="to list; a 33rd of them to load, at least 16")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2], help="processes of the loader")
     parser.add_argument("--num_processes", type=int, default=os.cpu_count(), help="processes that list files")
-    parser.add_argument("--repetitions", type=int, default=5)
     return parser.parse_args()
 
 

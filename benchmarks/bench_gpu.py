@@ -9,11 +9,9 @@ are random; variants take turns; medians.
 """
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
 
 import cli
-from benchmarks.results import Result, write_results
+from benchmarks.results import Result, compare, make_parser, write_results
 from wav2vec2.files.errors import UserError
 
 # Torch is imported once the flags are known to be right: it takes seconds.
@@ -27,12 +25,11 @@ def bench_updates(name: str, repetitions: int, device: str) -> list[Result]:
     import torch
 
     from benchmarks.updates import Update
-    from evaluation.cost import take_turns
     from training.speed import compile_steps, peak_flops, update_flops
 
-    results, updates, work = [], dict[str, Update](), dict[str, Callable[[], float]]()
-    for variant, setting in VARIANTS.items():
-        update = updates[variant] = work[variant] = Update(name, "joint", *setting, SHAPE, device)
+    memory, label = [], f"{name}, {{}}"
+    updates = {variant: Update(name, "joint", *setting, SHAPE, device) for variant, setting in VARIANTS.items()}
+    for variant, update in updates.items():
         if "compiled" in variant:
             compile_steps(update.module)
         for _ in range(3):  # kernels are chosen, code is compiled, the optimiser's state is made
@@ -42,14 +39,15 @@ def bench_updates(name: str, repetitions: int, device: str) -> list[Result]:
             held = torch.cuda.memory_allocated()
             update()
             needed = (torch.cuda.max_memory_allocated() - held) / 1e6
-            results.append(Result("memory", f"{name}, {variant}", needed, "MB", None, 1))
+            memory.append(Result("memory", label.format(variant), needed, "MB", None, 1))
+    results = compare("update", label, updates, repetitions)
     peak = peak_flops(torch.cuda.get_device_name(), "bf16") if device == "cuda" else None
-    for variant, (seconds, ratio) in take_turns(work, repetitions).items():
-        results.append(Result("update", f"{name}, {variant}", seconds, "s", ratio, repetitions))
-        if peak is not None:
-            share = SHAPE[0] * update_flops(updates[variant].module)(SHAPE[1]) / seconds / peak
-            results.append(Result("update", f"{name}, {variant}", share, "of peak", None, repetitions))
-    return results
+    if peak is not None:
+        flops = SHAPE[0] * update_flops(updates["ours"].module)(SHAPE[1])
+        results += [
+            each._replace(value=flops / each.value / peak, unit="of peak", ratio_to_baseline=None) for each in results
+        ]
+    return memory + results
 
 
 def main(args: argparse.Namespace) -> None:
@@ -64,10 +62,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__)
-    parser.add_argument("--out", required=True, type=Path, help="CSV file to write")
+    parser = make_parser(__doc__, repetitions=10)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--repetitions", type=int, default=10)
     return parser.parse_args()
 
 

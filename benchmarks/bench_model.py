@@ -14,42 +14,34 @@ import argparse
 import itertools
 import multiprocessing
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
+from operator import mul
 from typing import Any
 
 import cli
-from benchmarks.results import Result, write_results
+from benchmarks.results import Result, compare, make_parser, seconds, write_results
 from wav2vec2.audio import SAMPLE_RATE
 
 # Torch is imported once the flags are known to be right: it takes seconds.
 
 
-def in_process(pool: ProcessPoolExecutor) -> float:
-    from benchmarks.updates import run_update
-
-    return pool.submit(run_update).result()
-
-
 def bench_update(args: argparse.Namespace) -> list[Result]:
     """Measure the seconds of one update, each variant in a process of its own."""
     from benchmarks import updates
-    from evaluation.cost import take_turns
 
     results = []
     for name, stage in itertools.product(updates.TEACHERS, ("joint", "final")):
-        pools, work = [], dict[str, Callable[[], float]]()
+        pools = {}
         for precision, path in itertools.product(updates.precisions(), ("plain", "fast")):
             setting = (args.threads, name, stage, path, precision, (2, 8 * SAMPLE_RATE), "cpu")
-            pools.append(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), updates.start_process, setting))
-            work[f"{path} {precision}"] = partial(in_process, pools[-1])
-            work[f"{path} {precision}"]()  # memory and kernels
-        for variant, (seconds, ratio) in take_turns(work, args.repetitions).items():
-            results.append(Result("update", f"{name}, {stage}, {variant}", seconds, "s", ratio, args.repetitions))
-        for pool in pools:
+            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), updates.start_process, setting)
+            pools[f"{path} {precision}"] = pool
+            pool.submit(updates.run_update).result()  # memory and kernels
+        work = {variant: lambda pool=pool: pool.submit(updates.run_update).result() for variant, pool in pools.items()}
+        results += compare("update", f"{name}, {stage}, {{}}", work, args.repetitions)
+        for pool in pools.values():
             pool.shutdown()
     return results
 
@@ -59,10 +51,8 @@ def timed(run: Callable[[Any], Any], waveforms: Any, plain: bool = False) -> flo
 
     from wav2vec2.fast import plain_paths
 
-    start = time.perf_counter()
     with torch.inference_mode(), plain_paths(plain):
-        run(waveforms)
-    return time.perf_counter() - start
+        return seconds(partial(run, waveforms))
 
 
 def bench_inference(args: argparse.Namespace) -> list[Result]:
@@ -71,7 +61,6 @@ def bench_inference(args: argparse.Namespace) -> list[Result]:
     import transformers
 
     from benchmarks import updates
-    from evaluation.cost import take_turns
     from wav2vec2.model import wav2vec2_model
 
     torch.set_num_threads(args.threads)
@@ -81,26 +70,21 @@ def bench_inference(args: argparse.Namespace) -> list[Result]:
         "WavLM Base": transformers.WavLMModel(transformers.WavLMConfig()).eval(),
     }
     results = []
-    for name, seconds in itertools.product(updates.TEACHERS, args.seconds):
-        waveforms = torch.randn(1, round(seconds * SAMPLE_RATE))
-        work: dict[str, Callable[[], float]] = {
-            "transformers 32": partial(timed, partial(theirs[name], output_hidden_states=True), waveforms)
-        }
-        for size, config in (
-            ("full", updates.TEACHERS[name]().config),
-            ("compressed", updates.compressed_config(name)),
-        ):
-            for precision, path in itertools.product(updates.precisions(), ("plain", "fast")):
-                model = wav2vec2_model(**config).eval().to(updates.DTYPES[precision])
-                if path == "fast":
-                    model.fold_weight_norm()
-                arguments = model.extract_features, waveforms.to(updates.DTYPES[precision]), path == "plain"
-                work[f"{size}, {path} {precision}"] = partial(timed, *arguments)
+    for name, length in itertools.product(updates.TEACHERS, args.seconds):
+        waveforms = torch.randn(1, round(length * SAMPLE_RATE))
+        work = {"transformers 32": partial(timed, partial(theirs[name], output_hidden_states=True), waveforms)}
+        configs = {"full": updates.TEACHERS[name]().config, "compressed": updates.compressed_config(name)}
+        for size, precision, path in itertools.product(configs, updates.precisions(), ("plain", "fast")):
+            dtype = updates.DTYPES[precision]
+            model = wav2vec2_model(**configs[size]).eval().to(dtype)
+            if path == "fast":
+                model.fold_weight_norm()
+            run = partial(timed, model.extract_features, waveforms.to(dtype), path == "plain")
+            work[f"{size}, {path} {precision}"] = run
         for run in work.values():
             run()
-        for variant, (duration, ratio) in take_turns(work, args.repetitions).items():
-            label = f"{name}, {variant}, {seconds:g} s"
-            results.append(Result("inference", label, duration / seconds, "RTF", ratio, args.repetitions))
+        label = f"{name}, {{}}, {length:g} s"
+        results += compare("inference", label, work, args.repetitions, "RTF", partial(mul, 1 / length))
     return results
 
 
@@ -108,11 +92,9 @@ SECTIONS = {"update": bench_update, "inference": bench_inference}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__)
-    parser.add_argument("--out", required=True, type=Path, help="CSV file to write")
+    parser = make_parser(__doc__, repetitions=5)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", nargs="+", type=float, default=[1, 10], help="lengths for inference")
     return parser.parse_args()
 

@@ -1,21 +1,62 @@
-"""The results of the benchmarks of speed, and their CSV file."""
+"""Shared by the benchmarks of speed: their flags, what takes turns, and their CSV file."""
 
+import argparse
 import csv
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import cli
 from wav2vec2.files.storage import atomic_path
 
 
 class Result(NamedTuple):
-    """One measurement; ``ratio`` is its speed in units of the baseline's, None without one."""
+    """One measurement, with its speed in units of the baseline's (None without one)."""
 
     section: str
     variant: str
     value: float
     unit: str
-    ratio: float | None
+    ratio_to_baseline: float | None
     repetitions: int
+
+
+def make_parser(description: str | None, repetitions: int) -> argparse.ArgumentParser:
+    parser = cli.make_parser(description)
+    parser.add_argument("--out", required=True, type=Path, help="CSV file to write")
+    parser.add_argument("--repetitions", type=int, default=repetitions)
+    return parser
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compare(
+    section: str,
+    label: str,
+    work: Mapping[str, Callable[[], float]],
+    repetitions: int,
+    unit: str = "s",
+    value: Callable[[float], float] = float,
+) -> list[Result]:
+    """Let variants take turns.
+
+    Args:
+        label: names a variant, whose name takes the place of ``{}``.
+        work: functions that return the seconds that they took; the first is the baseline.
+        value: turns the median of seconds into ``unit``.
+    """
+    from evaluation.cost import take_turns
+
+    return [
+        Result(section, label.format(name), value(median), unit, ratio, repetitions)
+        for name, (median, ratio) in take_turns(dict(work), repetitions).items()
+    ]
 
 
 def write_results(path: Path, results: list[Result], device: str = "cpu") -> None:
@@ -29,7 +70,7 @@ def write_results(path: Path, results: list[Result], device: str = "cpu") -> Non
     width = max(len(result.variant) for result in results)
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*(n if n != "ratio" else "ratio_to_baseline" for n in Result._fields), *about])
+        writer.writerow([*Result._fields, *about])
         for section, variant, value, unit, ratio, repetitions in results:
             number, ratio_text = f"{value:.4g}", "" if ratio is None else f"{ratio:.3f}"
             writer.writerow([section, variant, number, unit, ratio_text, repetitions, *about.values()])

@@ -42,7 +42,7 @@ class Update:
     """Makes updates of a teacher's student with the published loss, on one batch of noise.
 
     Args:
-        name: name of the teacher.
+        name: a key of ``TEACHERS``.
         stage: "joint" (the student is the teacher's copy with masks) or "final" (it is compressed).
         path: "plain" or "fast".
         precision: "32", "bf16", or "16", which has a loss scaler.
@@ -73,8 +73,6 @@ class Update:
                 warmup_updates=10,
                 max_updates=100,
                 use_reg=stage == "joint",
-                reg_learning_rate=0.02,
-                target_sparsity=0.75,
                 sparsity_warmup_updates=10,
             ).to(device)
             self._optimizer = self.module.configure_optimizers()["optimizer"]
