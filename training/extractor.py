@@ -26,14 +26,13 @@ def light_layers(config: ModelConfig) -> list[list[int]]:
     Raises:
         UserError: no such layers make these frames.
     """
-    with torch.device("meta"):
-        extractor = FeatureExtractor(config)
-    channels, stride = config.extractor_conv_layer_config[-1][0], extractor.stride // 8
-    kernel = extractor.receptive_field // max(stride, 1) - 4  # the last layer's second window begins 4 steps later
-    if extractor.stride % 8 or extractor.receptive_field % stride or kernel < 4:
+    hop, window, channels = _frames(config)
+    stride = hop // 8
+    kernel = window // max(stride, 1) - 4  # the last layer's second window begins 4 steps later
+    if hop % 8 or window % stride or kernel < 4:
         raise UserError(
-            f"--extractor {LIGHT}: made for frames of 400 samples every 320, the model's are of "
-            f"{extractor.receptive_field} every {extractor.stride}; give the layers in JSON"
+            f"--extractor {LIGHT}: made for frames of 400 samples every 320, the model's are of {window} every {hop}; "
+            "give the layers in JSON"
         )
     return [[channels, stride, stride], [channels * 3 // 2, kernel, 4], [channels, 2, 2]]
 
@@ -43,60 +42,45 @@ def with_extractor(contents: dict[str, Any], layers: Any) -> dict[str, Any]:
 
     Args:
         contents: contents of the model file.
-        layers: [[channels, kernel, stride], ...], or ``LIGHT``.
+        layers: [[channels, kernel, stride], ...]; None for the layers of :func:`light_layers`.
 
     Raises:
         UserError: no model can have these layers, or they do not make the frames and channels of the model's own.
     """
-    config = with_masks(contents["config"], ())
-
-    def checked(layers: Any) -> ModelConfig:
-        try:
-            return check_config({**config, "extractor_conv_layer_config": layers})
-        except ValueError as error:
-            raise UserError(f"--extractor: {error}") from None
-
-    def frames(config: ModelConfig) -> str:
-        with torch.device("meta"):  # a wrong number may ask for more memory than there is
-            extractor = FeatureExtractor(config)
-        channels = config.extractor_conv_layer_config[-1][0]
-        return f"every {extractor.stride} samples, of {extractor.receptive_field} samples and {channels} channels"
-
-    own = checked(config["extractor_conv_layer_config"])
-    layers = light_layers(own) if layers == LIGHT else layers
-    found, expected = frames(checked(layers)), frames(own)
+    own = check_config(with_masks(contents["config"], ()))
+    layers = light_layers(own) if layers is None else layers
+    try:
+        config = check_config({**own.to_dict(), "extractor_conv_layer_config": layers})
+    except ValueError as error:
+        raise UserError(f"--extractor: {error}") from None
+    expected, found = _frames(own), _frames(config)
     if found != expected:
         raise UserError(
-            f"--extractor: expected frames {expected}, as the model's are; found {found} (hop, receptive field, "
-            "channels of the last layer)"
+            f"--extractor: expected hop, receptive field and channels of the last layer {expected}, as the model's "
+            f"are; found {found}"
         )
-    fresh = {_PREFIX + key: value for key, value in FeatureExtractor(checked(layers)).state_dict().items()}
+    fresh = {_PREFIX + key: value for key, value in FeatureExtractor(config).state_dict().items()}
     kept = {key: value for key, value in contents["state_dict"].items() if not key.startswith(_PREFIX)}
-    return {
-        **contents,
-        "config": {**contents["config"], "extractor_conv_layer_config": layers},
-        "state_dict": {**kept, **fresh},
-    }
+    changed = {**contents["config"], "extractor_conv_layer_config": layers}
+    return {**contents, "config": changed, "state_dict": kept | fresh}
+
+
+def _frames(config: ModelConfig) -> tuple[int, int, int]:
+    """Return hop, receptive field and channels; without memory, of which a wrong number may ask for a lot."""
+    with torch.device("meta"):
+        extractor = FeatureExtractor(config)
+    return extractor.stride, extractor.receptive_field, config.extractor_conv_layer_config[-1][0]
 
 
 def train_extractor(settings: StudentRunSettings, data: SpeechDataModule, contents: dict[str, Any]) -> dict[str, Any]:
-    """Replace a model's extractor by a light one, which is trained to make what the model's own makes.
+    """Replace the extractor of a model file's contents by a light one, trained to make what the model's own makes.
 
     It learns by the mean squared error behind the projection, which both share and which stays as it is.
 
-    Args:
-        settings: settings of the run.
-        data: data of the run.
-        contents: contents of the model file.
-
-    Returns:
-        The contents with the trained extractor.
-
     Raises:
-        UserError, Interrupted: as :func:`training.trainer.train`.
+        UserError, Interrupted: as :func:`training.distillation.train`.
     """
-    chosen = LIGHT if settings.student.extractor == LIGHT else settings.student.extractor_layers
-    light = with_extractor(contents, chosen)
+    light = with_extractor(contents, settings.student.extractor_layers)
     teacher, student = _up_to_projection(contents), _up_to_projection(light)
     student.encoder.requires_grad_(False)
     train(settings, data, teacher, student, nn.ModuleList([nn.Identity()]))
@@ -108,9 +92,6 @@ def _up_to_projection(contents: dict[str, Any]) -> Wav2Vec2Model:
     """Build the model without dropout behind its projection, and without the blocks, which the loss does not reach."""
     without = dict.fromkeys(("encoder_use_attention", "encoder_use_feed_forward"), False)
     config = {**contents["config"], **without, "encoder_projection_dropout": 0.0}
-    state_dict = {
-        key: value
-        for key, value in contents["state_dict"].items()
-        if ".attention." not in key and ".feed_forward." not in key
-    }
+    blocks = (".attention.", ".feed_forward.")
+    state_dict = {key: value for key, value in contents["state_dict"].items() if not any(b in key for b in blocks)}
     return model_of({"config": config, "state_dict": state_dict}, "--model")

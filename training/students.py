@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.settings import RANDOM
 from wav2vec2.config import MAX_LAYERS, PRUNING_UNITS, ModelConfig, check_config
-from wav2vec2.files.checkpoint import build_model, load_state
+from wav2vec2.files.checkpoint import build_model
 from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.model import Wav2Vec2Model, with_masks
 
@@ -22,10 +22,7 @@ _FRAMES = ["encoder_embed_dim", "encoder_pos_conv_groups"]
 # The parts of a model that start from the source, or fresh, as a whole: the prefix of their parameters, and the
 # config's keys in which slice and student must agree.
 _PARTS = {
-    "extractor": (
-        "feature_extractor.",
-        ["extractor_mode", "extractor_conv_bias", "extractor_conv_layer_config"],
-    ),
+    "extractor": ("feature_extractor.", ["extractor_mode", "extractor_conv_bias", "extractor_conv_layer_config"]),
     "projection": ("encoder.feature_projection.", [*_FRAMES, "encoder_feature_projection_layer_norm"]),
     "positional convolution": ("encoder.transformer.pos_conv_embed.", [*_FRAMES, "encoder_pos_conv_kernel"]),
     "encoder norm": ("encoder.transformer.layer_norm.", [*_FRAMES, "encoder_layer_norm_first"]),
@@ -63,53 +60,49 @@ def slice_model(
     Raises:
         UserError: no model can have this config, or its layers cannot start from the model's.
     """
-    own = _checked(with_masks(contents["config"], ()), source)
-    starts = _starting_layers(own.encoder_num_layers, changes, init_layers, source)
-    wanted = _student_config(own, changes, starts)
-    student = build_model(wanted.to_dict(), "--student_config")
+    own = check_config(with_masks(contents["config"], ()))
+    starts = _starting_layers(own.encoder_num_layers, changes, init_layers)
+    student = build_model({**_with_layers(own, starts), **changes}, "--student_config")
+    wanted = check_config(student.config)
+    if any(getattr(wanted, unit.switch) for unit in PRUNING_UNITS.values()):
+        raise UserError("--student_config: has masks, expected none; distill.py --pruning_units puts them on a student")
     sliced = _sliced(contents["state_dict"], own, wanted, starts, whole_layers=init_layers == RANDOM)
-    obstacles = _obstacles(sliced, student)
+    obstacles = _obstacles(check_config(sliced.config), wanted)
     if init_layers == RANDOM:
         obstacles["layers"] = f"--init_layers {RANDOM}"
-    elif "layers" in obstacles:
-        key = obstacles["layers"]
-        found, nearest = (short_repr(getattr(check_config(model.config), key)) for model in (student, sliced))
+    elif key := obstacles.get("layers"):
+        found, nearest = (short_repr(getattr(config, key)) for config in (wanted, check_config(sliced.config)))
         raise UserError(
             f"--student_config: its layers cannot start from those of {source}: {key}: found {found}, the nearest "
             f"slice has {nearest}; change it, or let all layers start fresh with --init_layers {RANDOM}"
         )
     kept = tuple(prefix for name, (prefix, _) in _PARTS.items() if name not in obstacles)
     weights = {key: value for key, value in sliced.state_dict().items() if key.startswith(kept)}
-    load_state(student, student.state_dict() | weights, "--student_config")
-    return {"config": student.config, "state_dict": student.state_dict()}, _origins(wanted, starts, obstacles)
-
-
-def _checked(config: Mapping[str, Any], source: str) -> ModelConfig:
-    try:
-        return check_config(config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: no model can have this config: {error}") from None
+    student.load_state_dict(student.state_dict() | weights)
+    origins = {name: name for name in _PARTS if name != "output layer" or wanted.aux_num_out is not None}
+    origins["layers"] = f"layers {', '.join(map(str, starts))}"
+    same = ", ".join(words for part, words in origins.items() if part not in obstacles)
+    fresh = ", ".join(f"{part} ({obstacles[part]})" for part in origins if part in obstacles)
+    line = f"from the model {same or 'nothing'}; fresh {fresh or 'nothing'}"
+    return {"config": student.config, "state_dict": student.state_dict()}, line
 
 
 def _starting_layers(
-    num_own: int, changes: Mapping[str, Any], init_layers: Sequence[int] | str | None, source: str
-) -> list[int]:
+    num_own: int, changes: Mapping[str, Any], init_layers: Sequence[int] | str | None
+) -> Sequence[int]:
     """Choose the layer of the source, from 1, that each of the student's layers starts from."""
-    named = None if init_layers is None or isinstance(init_layers, str) else list(init_layers)
-    num_layers = changes.get("encoder_num_layers", num_own if named is None else len(named))
+    named = () if init_layers is None or isinstance(init_layers, str) else init_layers
+    num_layers = changes.get("encoder_num_layers", len(named) or num_own)
     if type(num_layers) is not int or not 0 < num_layers <= MAX_LAYERS:
-        raise UserError(
-            f"--student_config: encoder_num_layers: expected a whole number from 1 to {MAX_LAYERS}, found "
-            f"{short_repr(num_layers)}"
-        )
-    if named is None:
+        found = short_repr(num_layers)
+        raise UserError(f"--student_config: encoder_num_layers: expected 1 to {MAX_LAYERS}, found {found}")
+    if not named:
         return [-(-number * num_own // num_layers) for number in range(1, num_layers + 1)]
-    if len(named) != num_layers:
+    if len(named) != num_layers or max(named) > num_own:
         raise UserError(
-            f"--init_layers: expected {num_layers} layers, one for each of the student's, found {len(named)}"
+            f"--init_layers: expected {num_layers} layers, one for each of the student's, from 1 to {num_own}; found "
+            f"{', '.join(map(str, named))}"
         )
-    if max(named) > num_own:
-        raise UserError(f"--init_layers: layer {max(named)} does not exist; {source} has layers 1 to {num_own}")
     return named
 
 
@@ -118,16 +111,6 @@ def _with_layers(own: ModelConfig, starts: Sequence[int]) -> dict[str, Any]:
     layers = [own.of_layer(start - 1) for start in starts]
     per_layer = {key: [layer[key] for layer in layers] for key in own.of_layer(0)}
     return asdict(own) | per_layer | {"encoder_num_layers": len(starts)}
-
-
-def _student_config(own: ModelConfig, changes: Mapping[str, Any], starts: Sequence[int]) -> ModelConfig:
-    config = _checked({**_with_layers(own, starts), **changes}, "--student_config")
-    if masked := [unit.switch for unit in PRUNING_UNITS.values() if getattr(config, unit.switch)]:
-        raise UserError(
-            f"--student_config: {masked[0]}: expected False, found True; distill.py --pruning_units puts masks on a "
-            "student"
-        )
-    return config
 
 
 def _sliced(
@@ -163,16 +146,17 @@ def _kept_units(own: ModelConfig, student: ModelConfig, whole_layers: bool) -> d
     kept["encoder.transformer.pos_conv_embed.hard_concrete"] = range((student.encoder_pos_conv_kernel + 1) // 2)
     for number in range(0 if whole_layers else own.encoder_num_layers):
         source, layer = own.of_layer(number), student.of_layer(number)
-        attention, feed_forward = (f"{_LAYERS}{number}.{block}" for block in ("attention", "feed_forward"))
+        attention = f"{_LAYERS}{number}.attention.hard_concrete"
+        feed_forward = f"{_LAYERS}{number}.feed_forward.hard_concrete"
         if "encoder_remaining_heads" in layer:  # WavLM's mask is on the heads that are left
-            remaining, wanted = source["encoder_remaining_heads"], layer["encoder_remaining_heads"]
-            heads = [unit for unit, head in enumerate(remaining) if head in wanted]
+            wanted = layer["encoder_remaining_heads"]
+            heads = [unit for unit, head in enumerate(source["encoder_remaining_heads"]) if head in wanted]
         else:
             heads = list(range(layer["encoder_num_heads"]))
-        kept[f"{attention}.hard_concrete_for_heads"] = heads
-        kept[f"{attention}.hard_concrete_for_layer"] = range(int(layer["encoder_use_attention"]))
-        kept[f"{feed_forward}.hard_concrete_for_intermediate"] = range(layer["encoder_ff_interm_features"])
-        kept[f"{feed_forward}.hard_concrete_for_layer"] = range(int(layer["encoder_use_feed_forward"]))
+        kept[f"{attention}_for_heads"] = heads
+        kept[f"{attention}_for_layer"] = range(int(layer["encoder_use_attention"]))
+        kept[f"{feed_forward}_for_intermediate"] = range(layer["encoder_ff_interm_features"])
+        kept[f"{feed_forward}_for_layer"] = range(int(layer["encoder_use_feed_forward"]))
     return kept
 
 
@@ -181,27 +165,26 @@ def _reordered(
 ) -> dict[str, Tensor]:
     """Put these layers, from 1, of a state dict in this order; WavLM's table goes to the first that attends."""
     reordered = {key: value for key, value in state_dict.items() if not key.startswith(_LAYERS)}
-    for number, start in enumerate(starts):
-        prefix = f"{_LAYERS}{start - 1}."
-        for key, value in state_dict.items():
-            if key.startswith(prefix) and not key.endswith(_TABLE):
-                reordered[f"{_LAYERS}{number}.{key.removeprefix(prefix)}"] = value
-    for key, table in state_dict.items():
+    for key, value in state_dict.items():
         if key.endswith(_TABLE) and True in use_attention:
-            reordered[f"{_LAYERS}{use_attention.index(True)}.{_TABLE}"] = table
+            reordered[f"{_LAYERS}{use_attention.index(True)}.{_TABLE}"] = value
+        elif key.startswith(_LAYERS) and not key.endswith(_TABLE):
+            layer, _, name = key.removeprefix(_LAYERS).partition(".")
+            for number, start in enumerate(starts):
+                if start - 1 == int(layer):
+                    reordered[f"{_LAYERS}{number}.{name}"] = value
     return reordered
 
 
-def _obstacles(sliced: Wav2Vec2Model, student: Wav2Vec2Model) -> dict[str, str]:
+def _obstacles(sliced: ModelConfig, student: ModelConfig) -> dict[str, str]:
     """Find the parts that cannot start from the slice, each with the first key in which slice and student differ."""
-    ours, theirs = (_shapes(check_config(model.config)) for model in (sliced, student))
-    differing = [key for key, value in theirs.items() if ours[key] != value]
+    ours, theirs = _shapes(sliced), _shapes(student)
     obstacles = {}
     for name, (_, keys) in _PARTS.items():
-        if found := [key for key in keys if key in differing]:
-            obstacles[name] = found[0]
+        if differing := [key for key in keys if ours.get(key) != theirs.get(key)]:
+            obstacles[name] = differing[0]
     # A projection may teach a fresh extractor the channels that it knows, but needs as many of them.
-    if ours["extractor_conv_layer_config"][-1][0] != theirs["extractor_conv_layer_config"][-1][0]:
+    if sliced.extractor_conv_layer_config[-1][0] != student.extractor_conv_layer_config[-1][0]:
         obstacles.setdefault("projection", "extractor_conv_layer_config")
     return obstacles
 
@@ -214,13 +197,3 @@ def _shapes(config: ModelConfig) -> dict[str, Any]:
         if not key.startswith("encoder_use"):
             shapes[key] = [size if block else None for size, block in zip(shapes[key], is_on, strict=True)]
     return shapes
-
-
-def _origins(student: ModelConfig, starts: Sequence[int], obstacles: Mapping[str, str]) -> str:
-    """Say what starts from the model and what is fresh, with the key that is in the way."""
-    names = {part: part for part in _PARTS} | {"layers": f"layers {', '.join(map(str, starts))}"}
-    if student.aux_num_out is None:
-        del names["output layer"]
-    kept = [name for part, name in names.items() if part not in obstacles]
-    fresh = [f"{part} ({obstacles[part]})" for part in names if part in obstacles]
-    return f"from the model {', '.join(kept) or 'nothing'}; fresh {', '.join(fresh) or 'nothing'}"

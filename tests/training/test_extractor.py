@@ -50,16 +50,13 @@ def test_layers_of_the_flag_take_the_place_of_the_students():
     ("layers", "message"),
     [
         # Refused without memory for them.
-        ([[2**20, 2**20, 1], [2**20, 2**20, 40]], "found every 40 samples, of 2097151 samples and 1048576"),
+        ([[2**20, 2**20, 1], [2**20, 2**20, 40]], "found (40, 2097151, 1048576)"),
         ([], "expected a list of 1 to 64"),
         ([[9, 60.5, 40]], "expected a list of 1 to 64 layers"),
-        (
-            [[7, 20, 10], [9, 5, 2]],
-            "expected frames every 40 samples, of 60 samples and 9 channels, as the model's are",
-        ),
-        ([[7, 20, 10], [9, 6, 4]], "; found every 40 samples, of 70 samples and 9 channels"),
-        ([[7, 20, 10], [8, 5, 4]], "; found every 40 samples, of 60 samples and 8 channels"),
-        ("light", None),
+        ([[7, 20, 10], [9, 5, 2]], "channels of the last layer (40, 60, 9), as the model's are; found (20, 60, 9)"),
+        ([[7, 20, 10], [9, 6, 4]], "; found (40, 70, 9)"),
+        ([[7, 20, 10], [8, 5, 4]], "; found (40, 60, 8)"),
+        (None, None),
     ],
 )
 def test_layers_that_do_not_fit(layers, message):
