@@ -10,33 +10,27 @@
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 #
-# The whole job: distil and prune, prune, final distillation, save, report. Options: a student of another shape before
-# them, and fine-tuning with labels before or after them.
+# Distil and prune, prune, final distillation, save, report; with make_student, finetune_first or finetune in the config
+# file, a student of another shape before them, and fine-tuning with labels before or after them.
 #
 #   sbatch run.sh [conf/NAME.conf] [FLAGS]          on SLURM, 4 GPUs of one node: one process for each task
 #   bash run.sh [conf/NAME.conf] [FLAGS]            anywhere else
 #   bash run.sh --print [conf/NAME.conf] [FLAGS]    show the commands, run nothing
 #
-# FLAGS (such as --gpus 1 --accum_grad 4) go to all training stages and win over the config file's. The config file is
-# bash. It sets exp_dir, tsv_dir, teacher_ckpt, student_ckpt (default: the teacher) and the settings below. These four
-# and python may come from the environment, which wins:
-#   tsv_dir=data/mine bash run.sh conf/wavlm_base_plus.conf --train_subset train
-# A variant is a file that begins with `source conf/hubert_base.conf`, and sets or appends what differs. With
-# --save_at_sparsity S,... in `distill`, exp_dir/sparsity_S is finished as exp_dir is, for each S.
+# FLAGS (such as --gpus 1 --accum_grad 4) go to all training stages and win over the config file's. That is bash, and
+# sets exp_dir, tsv_dir, teacher_ckpt, student_ckpt (default: the teacher), python and the settings below; the
+# environment wins over these five. With --save_at_sparsity S,... in `distill`, exp_dir/sparsity_S is finished as
+# exp_dir is, for each S.
 #
-# Call it again with the same settings whenever it was stopped: complete stages say so and end at once, and training
-# continues from its newest checkpoint. On SLURM a job that is preempted, or comes within 300 s of its time limit,
-# saves a checkpoint and goes back to the queue by itself (so give it much more than 300 s). The script ends with the
-# status of the stage that stopped it: 143, 138 or 130 where SIGTERM, SIGUSR1 or Ctrl-C made training save and stop.
+# Call it again with the same settings whenever it was stopped: it continues. On SLURM a job that is preempted, or comes
+# within 300 s of its time limit (give it much more), saves a checkpoint and goes back to the queue by itself. The
+# status is that of the stage that stopped it: 143, 138 or 130 where SIGTERM, SIGUSR1 or Ctrl-C made training stop.
 set -euo pipefail
 
 # sbatch runs a copy of this script from its spool directory; the job was submitted from the checkout.
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}"
 
-fail() {
-    echo "error: $*" >&2
-    exit 1
-}
+fail() { echo "error: $*" >&2 && exit 1; }
 
 print_only=false conf=conf/hubert_base.conf
 if [[ ${1-} == --print ]]; then print_only=true && shift; fi
@@ -66,10 +60,8 @@ eval "$environment"
 : "${exp_dir:?$conf does not set it}"
 [[ " ${shared[*]} ${distill[*]} ${final[*]}" == *" --task_tsv"* ]] || : "${tsv_dir:?$conf does not set it}"
 : "${teacher_ckpt:?$conf does not set it}"
-for switch in prunes distills_on; do
-    [[ ${!switch} =~ ^(true|false)$ ]] || fail "$conf: $switch: expected true or false, found ${!switch}"
-done
-$prunes || $distills_on || fail "$conf: prunes and distills_on are both false: nothing would be compressed"
+[[ "$prunes $distills_on" =~ ^(true (true|false)|false true)$ ]] ||
+    fail "$conf: expected true or false, and one of them true, found prunes=$prunes distills_on=$distills_on"
 
 # One process per GPU comes from srun inside a SLURM job; elsewhere Lightning starts them itself. srun also brings them
 # SLURM's signals, and does not hand on the job's --cpus-per-task unless told to.
@@ -83,7 +75,7 @@ if [[ -n ${SLURM_JOB_ID-} ]]; then
     allocated=(--gpus "$tasks" --num_nodes "$nodes")
 fi
 
-always=("${allocated[@]}" --resume_checkpoint auto "$@")
+always=("${allocated[@]}" --resume_checkpoint auto "$@") # flags of every training
 if ((${#finetune_first[@]})); then
     finetune_first+=(--model "$teacher_ckpt" --exp_dir "$exp_dir/teacher" "${always[@]}")
     teacher_ckpt=$exp_dir/teacher/finetuned.pth student_ckpt=$teacher_ckpt
@@ -101,17 +93,16 @@ distill=("${shared[@]}" "${distill[@]}" --student_ckpt "$student_ckpt" --exp_dir
 final=("${shared[@]}" "${final[@]}" "${always[@]}")
 
 # Joint training leaves its end to be finished, and the sizes that it saves on its way.
-folders=("$exp_dir") sizes=()
+folders=("$exp_dir")
 if $prunes && [[ " ${distill[*]}" =~ .*\ --save_at_sparsity[=\ ]([^\ ]+) ]]; then # the last one counts
     IFS=, read -ra sizes <<<"${BASH_REMATCH[1]}"
+    for size in "${sizes[@]}"; do folders+=("$exp_dir/sparsity_$size"); done
 fi
-for size in "${sizes[@]}"; do folders+=("$exp_dir/sparsity_$size"); done
 
 # SLURM 22.05 behaves like this (measured with tests/slurm/cluster.sh). The warning before the time limit, and `scancel
 # --signal=USR1`, reach the processes of srun alone. The end of a job (time limit, scancel, scontrol requeue, preemption
 # without a grace time) sends SIGTERM to them, to srun and to this script, and SIGKILL after KillWait. Preemption with a
 # grace time sends SIGTERM to the processes of srun alone first, and a job that ends within that time counts as ended.
-
 stage_process='' signals=0 stopped_by=''
 
 # Passes a signal on to the stage. Not Ctrl-C, which the terminal sends to the stage as well, and not SIGTERM to srun,
