@@ -1,5 +1,6 @@
 # make demo   the whole job on two CPU cores, offline after installation
-# make test   linter, tests, end-to-end tests
+# make test   lint, all tests
+# make lint   style and types
 # make test-fast   the tests that take no time, for the daily loop
 # make bench   speed beside the plain paths, transformers and bare library calls (docs/performance.md)
 # make test-slurm   jobs that a SLURM cluster of its own preempts and requeues; root, slurm-wlm and munge
@@ -12,11 +13,8 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed $(VENV)/installed-demo
 	PYTHON=$(BIN)/python bash demo/run.sh
 
-test: $(VENV)/installed $(addprefix $(VENV)/installed-,demo dev export s3prl) lint
-	$(BIN)/python -m pytest -q -n auto --dist worksteal
-
-test-fast: $(VENV)/installed $(addprefix $(VENV)/installed-,demo dev export s3prl) lint
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow'
+test test-fast: $(VENV)/installed $(addprefix $(VENV)/installed-,demo dev export s3prl) lint
+	$(BIN)/python -m pytest -q -n auto --dist worksteal $(if $(filter test-fast,$@),-m 'not slow')
 
 test-slurm: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -rs tests/slurm
@@ -26,9 +24,10 @@ bench: $(VENV)/installed $(VENV)/installed-demo $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.bench_model --out results/bench_inference.csv --sections inference
 	$(BIN)/python -m benchmarks.bench_data --out results/bench_data.csv
 
-lint: $(VENV)/installed-dev
+lint: $(VENV)/installed $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) demo/out
