@@ -90,10 +90,11 @@ def test_every_command_is_covered():
 
 def test_paths_exist():
     folders = "|".join([*ROOMS, "conf", "demo", "tests", "examples", "s3prl_upstream", "docs"])
-    for path in re.findall(rf"`((?:{folders})/[\w./-]*|[\w-]+\.(?:py|sh))`", TEXT):
-        if "NAME" in path:  # stands for a file that is to be written
-            continue
-        assert (REPOSITORY / path).exists() or list(REPOSITORY.glob(f"*/{path}")), path
+    # published_names.md names the released program's files too, and has a test of its own.
+    text = "".join(text for page, text in PAGES.items() if page.name != "published_names.md")
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*|[\w-]+\.(?:py|sh))`", text):
+        is_placeholder = "NAME" in path
+        assert is_placeholder or (REPOSITORY / path).exists() or list(REPOSITORY.glob(f"*/{path}")), path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
