@@ -3,11 +3,9 @@
     python -m benchmarks.bench_data --out results/bench_data.csv
 
     prepare   prepare_data.py, with its start, on FLAC files of 1 to 2 s, beside parallel calls of soundfile.info
-    loader    batches of 87.5 s from FLAC files of 2 to 15 s, beside soundfile reading the same crops in the same number
-              of processes
+    loader    batches of 87.5 s from FLAC files of 2 to 15 s, beside soundfile reading the same crops
 
-The files are made for the purpose, and are read once before anything is timed. Variants take turns; values are medians,
-and those of the loader leave out its start.
+The files are made first. Variants take turns; values are medians, and those of the loader leave out its start.
 """
 
 import argparse
@@ -39,7 +37,7 @@ def make_corpus(folder: Path, num_files: int, shortest: float, longest: float) -
     generator = np.random.default_rng(0)
     times = np.arange(round(longest * SAMPLE_RATE)) / SAMPLE_RATE
     paths = [folder / "train" / f"{number:05}.flac" for number in range(num_files)]
-    paths[0].parent.mkdir(parents=True)
+    (folder / "train").mkdir(parents=True)
     for path in paths:
         length = int(generator.integers(round(shortest * SAMPLE_RATE), len(times)))
         tone = np.sin(2 * np.pi * generator.uniform(100, 300) * times[:length]) * np.sin(6 * np.pi * times[:length])
@@ -101,11 +99,9 @@ def bench_loader(args: argparse.Namespace, folder: Path) -> list[Result]:
     crops = list(TrainingSampler(BatchSampler(manifest.lengths, batches, 1, 0, True, seed=0), end=2 * len(batches)))
     loaded = sum(len(crop.indices) * crop.num_samples for crop in crops[1:]) / SAMPLE_RATE
     results = []
+    datasets = {"soundfile.read": BareReads(manifest), "SpeechDataset": SpeechDataset(manifest)}
     for workers in args.workers:
-        work = {
-            "soundfile.read": partial(load_all, BareReads(manifest), crops, workers),
-            "SpeechDataset": partial(load_all, SpeechDataset(manifest), crops, workers),
-        }
+        work = {name: partial(load_all, dataset, crops, workers) for name, dataset in datasets.items()}
         label = f"{{}}, {workers} workers"
         results += compare("loader", label, work, args.repetitions, "audio s/s", lambda taken: loaded / taken)
     return results

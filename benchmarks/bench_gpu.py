@@ -4,8 +4,7 @@
 
 An update of joint distillation and pruning, 160 s of audio in 13 utterances, HuBERT Base and WavLM Base+: the plain
 paths in float16 with a loss scaler (published, the baseline), the fast paths in bfloat16 (ours), and these compiled;
-with the memory that each needs beside what is always held, and the share of the device's peak. Weights and waveforms
-are random; variants take turns; medians.
+with the memory that each needs beside what is always held, and the share of the device's peak.
 """
 
 import argparse
