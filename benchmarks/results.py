@@ -44,12 +44,9 @@ def compare(
     unit: str = "s",
     value: Callable[[float], float] = float,
 ) -> list[Result]:
-    """Let variants take turns.
+    """Let functions that return the seconds that they took take turns; the first is the baseline.
 
-    Args:
-        label: names a variant, whose name takes the place of ``{}``.
-        work: functions that return the seconds that they took; the first is the baseline.
-        value: turns the median of seconds into ``unit``.
+    Each is called by ``label`` with its name in place of ``{}``; ``value`` turns the median of seconds into ``unit``.
     """
     from evaluation.cost import take_turns
 

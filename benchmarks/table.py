@@ -61,14 +61,6 @@ def probed_runs(path: Path) -> list[Run]:
     return runs
 
 
-def finetuned_run(path: Path) -> Run:
-    """Read the run ``ROW-LIST-SIZE-SEED`` of a finetuned.json."""
-    row, rest = path.parent.parent.name.split("-", 1)
-    labels, size, _ = rest.rsplit("-", 2)
-    test = json.loads(path.read_text(encoding="utf-8"))["test"]
-    return Run(row, size, {f"{labels}: {test['metric']}": test["value"]})
-
-
 def grouped(out: Path) -> list[list[Run]]:
     """Group runs that differ in their seed alone: the teacher, then by size with the best first, then the controls."""
     groups: dict[tuple[str, str | None], list[Run]] = {}
@@ -78,8 +70,10 @@ def grouped(out: Path) -> list[list[Run]]:
             if run.size or not group:  # every row has teacher and controls
                 group.append(run)
     for path in sorted(out.glob("*/finetuned/finetuned.json")):
-        run = finetuned_run(path)
-        groups.setdefault((run.row, run.size), []).append(run)
+        row, rest = path.parent.parent.name.split("-", 1)  # ROW-LIST-SIZE-SEED
+        labels, size, _ = rest.rsplit("-", 2)
+        test = json.loads(path.read_text(encoding="utf-8"))["test"]
+        groups.setdefault((row, size), []).append(Run(row, size, {f"{labels}: {test['metric']}": test["value"]}))
     if not groups:
         raise UserError(f"{out}: has neither ROW.json nor finetuned.json; run benchmarks.rows")
 

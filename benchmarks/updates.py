@@ -39,15 +39,10 @@ def precisions() -> list[str]:
 
 
 class Update:
-    """Makes updates of a teacher's student with the published loss, on one batch of noise.
+    """Makes updates of a teacher's student with the published loss, on one batch of noise of shape (B, T).
 
-    Args:
-        name: a key of ``TEACHERS``.
-        stage: "joint" (the student is the teacher's copy with masks) or "final" (it is compressed).
-        path: "plain" or "fast".
-        precision: "32", "bf16", or "16", which has a loss scaler.
-        shape: (B, T) of the batch.
-        device: "cpu" or "cuda".
+    In the stage "joint" the student is the teacher's copy with masks, in "final" it is compressed; the path is "plain"
+    or "fast"; a precision of "16" has a loss scaler.
     """
 
     def __init__(self, name: str, stage: str, path: str, precision: str, shape: tuple[int, int], device: str) -> None:
