@@ -42,13 +42,13 @@ def with_extractor(contents: dict[str, Any], layers: Any) -> dict[str, Any]:
 
     Args:
         contents: contents of the model file.
-        layers: [[channels, kernel, stride], ...]; None for the layers of :func:`light_layers`.
+        layers: [[channels, kernel, stride], ...], or ``LIGHT`` for those of :func:`light_layers`.
 
     Raises:
         UserError: no model can have these layers, or they do not make the frames and channels of the model's own.
     """
     own = check_config(with_masks(contents["config"], ()))
-    layers = light_layers(own) if layers is None else layers
+    layers = light_layers(own) if layers == LIGHT else layers
     try:
         config = check_config({**own.to_dict(), "extractor_conv_layer_config": layers})
     except ValueError as error:
@@ -80,7 +80,8 @@ def train_extractor(settings: StudentRunSettings, data: SpeechDataModule, conten
     Raises:
         UserError, Interrupted: as :func:`training.distillation.train`.
     """
-    light = with_extractor(contents, settings.student.extractor_layers)
+    chosen = settings.student
+    light = with_extractor(contents, LIGHT if chosen.extractor == LIGHT else chosen.extractor_layers)
     teacher, student = _up_to_projection(contents), _up_to_projection(light)
     student.encoder.requires_grad_(False)
     train(settings, data, teacher, student, nn.ModuleList([nn.Identity()]))

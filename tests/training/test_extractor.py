@@ -56,7 +56,7 @@ def test_layers_of_the_flag_take_the_place_of_the_students():
         ([[7, 20, 10], [9, 5, 2]], "channels of the last layer (40, 60, 9), as the model's are; found (20, 60, 9)"),
         ([[7, 20, 10], [9, 6, 4]], "; found (40, 70, 9)"),
         ([[7, 20, 10], [8, 5, 4]], "; found (40, 60, 8)"),
-        (None, None),
+        ("light", None),
     ],
 )
 def test_layers_that_do_not_fit(layers, message):
