@@ -56,15 +56,11 @@ class HardConcrete(nn.Module):
         if not 0 < init_mean < 1:
             raise ValueError(f"init_mean is the initial drop rate, between 0 and 1; found {init_mean}")
         self.n_in = n_in
-        self.init_mean = init_mean
-        self.init_std = init_std
+        self.init_mean, self.init_std = init_mean, init_std
         self.temperature = temperature
-        self.limit_low = -stretch
-        self.limit_high = 1.0 + stretch
+        self.limit_low, self.limit_high = -stretch, 1.0 + stretch
         self.eps = eps
-        self.min_kept = min_kept
-        self.nested = nested
-        self.binary = binary
+        self.min_kept, self.nested, self.binary = min_kept, nested, binary
         self.multiple = 1
         self.shift = 0.0
         # P(mask > 0) = sigmoid(log_alpha + bias)

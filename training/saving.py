@@ -32,15 +32,12 @@ from wav2vec2.files.errors import UserError
 class CheckpointIO(TorchCheckpointIO):
     """Writes checkpoints whole or not at all; reads plain data only.
 
-    The run's own checkpoint is written again and again: the one before is kept, and one that cannot be written (a full
-    disk) must not cost the run, so ``error`` says what happened. Others are written once, or the run ends.
-
-    Args:
-        last: path of the run's own checkpoint.
-        loaded: path and contents of a checkpoint that has been read already, so that it is not read twice.
+    The run's own checkpoint ``last`` is written again and again: the one before is kept, and one that cannot be written
+    (a full disk) must not cost the run, so ``error`` says what happened. Others are written once, or the run ends.
+    ``loaded`` is the path and contents of a checkpoint that has been read already, so that it is not read twice.
     """
 
-    def __init__(self, last: Path, loaded: tuple[Path, dict[str, Any]] | None = None) -> None:
+    def __init__(self, last: Path, loaded: tuple[Path, dict[str, Any]] | None) -> None:
         super().__init__()
         self._last = last
         self._loaded = loaded
@@ -100,11 +97,7 @@ def _keep_as(path: Path, name: Path) -> None:
 
 
 class RunRecord(pl.Callback):
-    """Adds to every checkpoint what it says of its run, before other callbacks look at it.
-
-    Args:
-        record: the entries, beside Lightning's.
-    """
+    """Adds to every checkpoint what it says of its run, before other callbacks look at it."""
 
     def __init__(self, record: Callable[[], dict[str, Any]]) -> None:
         self._record = record
@@ -135,13 +128,10 @@ class RunCheckpoints(pl.Callback):
     """
 
     def __init__(
-        self, path: Path, guard: UpdateGuard, io: CheckpointIO, *, save_interval: int, updates_per_epoch: int
+        self, path: Path, guard: UpdateGuard, io: CheckpointIO, save_interval: int, updates_per_epoch: int
     ) -> None:
-        self.path = path
-        self._guard = guard
-        self._io = io
-        self._save_interval = save_interval
-        self._updates_per_epoch = updates_per_epoch
+        self._path, self._guard, self._io = path, guard, io
+        self._save_interval, self._updates_per_epoch = save_interval, updates_per_epoch
         self._updates_done = 0
         self._last_saved: int | None = None
         self._save_after_validation = False
@@ -153,7 +143,7 @@ class RunCheckpoints(pl.Callback):
         if len(set(starts)) > 1:
             raise AllProcessesError(
                 f"the processes would continue from different updates ({starts}): they do not see the same "
-                f"{self.path}; give its path to --resume_checkpoint on a file system that all nodes share"
+                f"{self._path}; give its path to --resume_checkpoint on a file system that all nodes share"
             )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -168,17 +158,12 @@ class RunCheckpoints(pl.Callback):
         if trainer.global_step == self._updates_done:
             return  # in the middle of an update
         self._updates_done = trainer.global_step
-        is_due = (
-            self._guard.signum
-            or trainer.global_step % self._save_interval == 0
-            or trainer.global_step % self._updates_per_epoch == 0
-            or trainer.global_step == trainer.max_steps
-        )
-        is_validated = (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
-        # A run continued from before a validation would not make up for it.
-        self._save_after_validation = bool(is_due) and is_validated
-        if is_due and not self._save_after_validation:
-            self._save(trainer)
+        step, intervals = trainer.global_step, (self._save_interval, self._updates_per_epoch, trainer.max_steps)
+        if self._guard.signum or any(step % interval == 0 for interval in intervals):
+            # A run continued from before a validation would not make up for it.
+            self._save_after_validation = (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
+            if not self._save_after_validation:
+                self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._save_after_validation:
@@ -189,12 +174,12 @@ class RunCheckpoints(pl.Callback):
         pl_module.log("epoch", float(max(trainer.global_step - 1, 0) // self._updates_per_epoch))
 
     def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(self.path, weights_only=False)
+        trainer.save_checkpoint(self._path, weights_only=False)
         if self._io.error is None:
             self._last_saved = trainer.global_step
             return
         kept = f"that of update {self._last_saved} stays" if self._last_saved is not None else "there is none before it"
-        message = f"{self.path}: update {trainer.global_step} could not be saved ({self._io.error}); {kept}"
+        message = f"{self._path}: update {trainer.global_step} could not be saved ({self._io.error}); {kept}"
         if self._guard.signum or trainer.global_step == trainer.max_steps:
             raise UserError(f"{message}; make room, then {CONTINUE}")
         print_line(f"warning: {message}; training goes on")
@@ -204,28 +189,21 @@ class RunCheckpoints(pl.Callback):
         then = CONTINUE
         if signum == signal.SIGUSR1 and trainer.is_global_zero:
             then = f"{requeue_slurm_job()}; {then}"
-        raise Interrupted(signum, f"{signum.name}: saved update {trainer.global_step} in {self.path}; {then}")
+        raise Interrupted(signum, f"{signum.name}: saved update {trainer.global_step} in {self._path}; {then}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.path.with_name(PREVIOUS_CHECKPOINT).unlink(missing_ok=True)
+            self._path.with_name(PREVIOUS_CHECKPOINT).unlink(missing_ok=True)
 
 
 class SizeCheckpoints(pl.Callback):
     """Saves ``sparsity_SIZE/ckpts/last.ckpt`` where the target of the masks reaches a size.
 
     It stands before :class:`RunCheckpoints`: a run continued from behind such an update would not make up for it.
-
-    Args:
-        module: what is trained.
-        exp_dir: of the run.
-        sizes: sparsities.
     """
 
     def __init__(self, module: DistillModule, exp_dir: Path, sizes: Sequence[str]) -> None:
-        self._budgets = module.budgets
-        self._exp_dir = exp_dir
-        self._sizes = sizes
+        self._budgets, self._exp_dir, self._sizes = module.budgets, exp_dir, sizes
         self._updates_done = 0
         self._saving: str | None = None
 
@@ -240,7 +218,12 @@ class SizeCheckpoints(pl.Callback):
         budget = self._budgets["sparsity"]
         for size in self._sizes:
             if budget.target(step - 1) < float(size) <= budget.target(step):
-                self._save(trainer, size)
+                path = self._exp_dir / f"{SIZE_FOLDER}{size}" / CHECKPOINTS / LAST_CHECKPOINT
+                self._saving = size
+                trainer.save_checkpoint(path, weights_only=False)
+                self._saving = None
+                if trainer.is_global_zero:
+                    print_line(f"sparsity {size}: saved update {step} in {path}")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -251,11 +234,3 @@ class SizeCheckpoints(pl.Callback):
             if "macs" in self._budgets:
                 entries["target_macs"] = self._budgets["macs"].target(trainer.global_step)
             checkpoint[DISTILLATION] |= entries
-
-    def _save(self, trainer: pl.Trainer, size: str) -> None:
-        path = self._exp_dir / f"{SIZE_FOLDER}{size}" / CHECKPOINTS / LAST_CHECKPOINT
-        self._saving = size
-        trainer.save_checkpoint(path, weights_only=False)
-        self._saving = None
-        if trainer.is_global_zero:
-            print_line(f"sparsity {size}: saved update {trainer.global_step} in {path}")

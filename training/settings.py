@@ -651,9 +651,7 @@ def read_arguments(args: argparse.Namespace, run: type[_Run]) -> _Run:
     Raises:
         UserError: names the option, what was found and what is expected.
     """
-    return run(
-        **{
-            name: group.if_given(args) if issubclass(group, TaskSettings) else group.from_args(args)
-            for name, group in run.groups().items()
-        }
-    )
+    values: dict[str, Any] = {}
+    for name, group in run.groups().items():
+        values[name] = group.if_given(args) if issubclass(group, TaskSettings) else group.from_args(args)
+    return run(**values)

@@ -14,13 +14,13 @@ from pytorch_lightning.profilers import Profiler
 from torch import nn
 
 from lightning import DistillModule, ScheduledModule
+from training.settings import MachineSettings
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.errors import UserError
 from wav2vec2.flops import count_flops
 from wav2vec2.model import Wav2Vec2Model
 
-# glibc's names in <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 
 
 def keep_freed_memory() -> bool:
@@ -28,9 +28,7 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives large blocks back to the system at once and asks for them anew, page by page: a training
     update of HuBERT Base on 2 x 8 s spends almost half of its time on that. The process stays as large as it once was.
-
-    Returns:
-        Whether the C library can do it (glibc).
+    Returns False if the C library cannot do it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -47,11 +45,7 @@ def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class FastTeacher(pl.Callback):
-    """Computes once what a frozen teacher needs at every step: weights in autocast's precision, folded weight norm.
-
-    Args:
-        teacher: the frozen model.
-    """
+    """Computes once what a frozen teacher needs at every step: weights in autocast's precision, folded weight norm."""
 
     def __init__(self, teacher: Wav2Vec2Model) -> None:
         self._teacher = teacher
@@ -65,18 +59,11 @@ class FastTeacher(pl.Callback):
         self._teacher.fold_weight_norm()  # here, as loading a checkpoint undoes it
 
 
-# ---------------------------------------------------------------------------------------------------
-# torch.compile
-# ---------------------------------------------------------------------------------------------------
-
 COMPILER = "inductor"
 
 
 def check_compiler(accelerator: str) -> None:
-    """Check that the machine has what Inductor needs, which would otherwise fail in the first update.
-
-    Args:
-        accelerator: "gpu" or "cpu".
+    """Check that the "gpu" or "cpu" has what Inductor needs, which would otherwise fail in the first update.
 
     Raises:
         UserError: it has not.
@@ -114,10 +101,6 @@ def compile_steps(module: ScheduledModule) -> None:
         step = torch.compile(getattr(module, name), fullgraph=True, dynamic=True, backend=COMPILER, **compiling)
         setattr(module, name, step)
 
-
-# ---------------------------------------------------------------------------------------------------
-# Throughput
-# ---------------------------------------------------------------------------------------------------
 
 # Dense matrix products, 1e12 operations a second, from the makers' data sheets: (16 bit, 32 bit without TF32). The
 # first name that is part of the device's is taken.
@@ -195,29 +178,16 @@ class FetchTimer(Profiler):
 
 
 class Throughput(pl.Callback):
-    """Logs :data:`COLUMNS` of this process, each over the updates since they were logged last.
+    """Logs :data:`COLUMNS` of this process, each over the updates since they were logged last; validation is left out.
 
-    ``data_wait`` is the share of the time that training waited for a batch; ``tflops_per_second`` counts the teacher's
-    forward pass once and the student's three times (its backward pass is about two); ``share_of_peak`` is that of the
-    device's data sheet, and missing for devices that are not in :data:`PEAK_TFLOPS`; ``compiled_graphs`` ends its rise
-    when no new kind of batch comes. Validation is left out.
-
-    Args:
-        timer: the trainer's profiler.
-        flops: operations of one update's share of one waveform, by its samples.
-        precision: "32", "16" or "bf16".
-        log_interval: updates between the rows of the log.
-        compiled: count graphs.
+    ``data_wait`` is the share of the time that training waited for a batch; ``tflops_per_second`` counts ``flops``, the
+    operations of one waveform's share of an update, by its samples; ``share_of_peak`` is that of the device's data
+    sheet, and missing for devices that are not in :data:`PEAK_TFLOPS`; ``compiled_graphs`` ends its rise when no new
+    kind of batch comes.
     """
 
-    def __init__(
-        self, timer: FetchTimer, flops: Callable[[int], float], precision: str, log_interval: int, compiled: bool
-    ) -> None:
-        self._timer = timer
-        self._flops = flops
-        self._precision = precision
-        self._log_interval = log_interval
-        self._compiled = compiled
+    def __init__(self, timer: FetchTimer, flops: Callable[[int], float], machine: MachineSettings) -> None:
+        self._timer, self._flops, self._machine = timer, flops, machine
         self._restart(0)
         self._validation_since = 0.0
 
@@ -242,7 +212,7 @@ class Throughput(pl.Callback):
         self._audio_seconds += num_rows * num_samples / SAMPLE_RATE
         self._operations += num_rows * self._flops(num_samples)
         updates = trainer.global_step - self._first_update
-        if not updates or trainer.global_step % self._log_interval:
+        if not updates or trainer.global_step % self._machine.log_interval:
             return
         seconds = time.perf_counter() - self._since - self._left_out
         values = {
@@ -251,11 +221,11 @@ class Throughput(pl.Callback):
             "data_wait": self._timer.seconds / seconds,
             "tflops_per_second": self._operations / seconds / 1e12,
         }
-        if self._compiled:
+        if self._machine.compile:
             values["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         device = trainer.strategy.root_device
         if device.type == "cuda":
-            peak = peak_flops(torch.cuda.get_device_name(device), self._precision)
+            peak = peak_flops(torch.cuda.get_device_name(device), self._machine.precision)
             if peak is not None:
                 values["share_of_peak"] = self._operations / seconds / peak
             values["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9

@@ -7,16 +7,11 @@ from tqdm import tqdm
 
 from cli import progress
 
+_SHOWN = {"loss": "train_loss", "valid": "valid_score", "sparsity": "sparsity_expected", "target": "sparsity_target"}
+
 
 class UpdateProgressBar(pl.Callback):
     """Shows one bar over all updates: loss, the last score, expected sparsity and its target, time left."""
-
-    _SHOWN = (
-        ("loss", "train_loss"),
-        ("valid", "valid_score"),
-        ("sparsity", "sparsity_expected"),
-        ("target", "sparsity_target"),
-    )
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -24,14 +19,13 @@ class UpdateProgressBar(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            self._bar = progress(
-                None, self._stage, total=trainer.max_steps, initial=trainer.global_step, unit="update", delay=0
-            )
+            total, done = trainer.max_steps, trainer.global_step
+            self._bar = progress(None, self._stage, total=total, initial=done, unit="update", delay=0)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self._bar is not None and self._bar.n < trainer.global_step:
             metrics = trainer.callback_metrics
-            shown = {label: f"{metrics[name]:.3f}" for label, name in self._SHOWN if name in metrics}
+            shown = {label: f"{metrics[name]:.3f}" for label, name in _SHOWN.items() if name in metrics}
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(trainer.global_step - self._bar.n)
 

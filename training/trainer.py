@@ -37,12 +37,9 @@ from training.updates import UpdateGuard
 from wav2vec2.fast import fast_paths
 from wav2vec2.files.errors import UserError, one_line
 
+_Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 # Lightning's names of --precision.
-PRECISIONS: dict[str, Literal["32-true", "16-mixed", "bf16-mixed"]] = {
-    "32": "32-true",
-    "16": "16-mixed",
-    "bf16": "bf16-mixed",
-}
+PRECISIONS: dict[str, _Precision] = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 def fit(
@@ -74,31 +71,35 @@ def fit(
     """
     machine, optimisation, accum_grad = settings.machine, settings.optimisation, settings.optimisation.accum_grad
     last = machine.exp_dir / CHECKPOINTS / LAST_CHECKPOINT
-    _prepare(machine, module)
+    _quiet_lightning()
+    if fast_paths() and machine.devices[0] == "cpu":
+        keep_freed_memory()
+    if machine.compile:
+        check_compiler(machine.devices[0])
+        compile_steps(module)
     batches_per_epoch = len(data.sampler(data.train_subset, machine.num_processes, 0, accum_grad))
     io, timer = CheckpointIO(last, resumed), FetchTimer()
+    start = resumed[1]["global_step"] if resumed is not None else 0
     with StopRequest() as stop, contextlib.ExitStack() as stack:
         guard = UpdateGuard(module, stop, clip_norm=optimisation.clip_norm, max_bad_files=data.max_bad_files)
         watching = [
             RunRecord(record),
             LearningRateMonitor(logging_interval="step"),
             guard,
-            Throughput(timer, flops, machine.precision, machine.log_interval, machine.compile),
+            Throughput(timer, flops, machine),
             UpdateProgressBar(settings.stage),
             *([LastValidation()] if validates_last else []),
             *callbacks,
-            RunCheckpoints(
-                last, guard, io, save_interval=machine.save_interval, updates_per_epoch=batches_per_epoch // accum_grad
-            ),
+            RunCheckpoints(last, guard, io, machine.save_interval, batches_per_epoch // accum_grad),
         ]
-        trainer = make_trainer(settings, batches_per_epoch, watching, io, timer, resumed)
+        trainer = _make_trainer(settings, batches_per_epoch, start, callbacks=watching, plugins=[io], profiler=timer)
         stop.launcher = trainer.strategy.launcher
         if trainer.is_global_zero:
             stack.enter_context(exclusive(machine.exp_dir))
             print(title, flush=True)
         if resumed is not None:
             if trainer.is_global_zero:
-                print(f"{settings.stage}: continuing {resumed[0]} after update {resumed[1]['global_step']}", flush=True)
+                print(f"{settings.stage}: continuing {resumed[0]} after update {start}", flush=True)
             _adapt(resumed[1], module, accum_grad)
         with refusals_of_lightning(MisconfigurationException), failures_of_machines():
             trainer.fit(module, datamodule=data, ckpt_path=resumed[0] if resumed else None, weights_only=True)
@@ -107,53 +108,25 @@ def fit(
     return trainer
 
 
-def _prepare(machine: MachineSettings, module: ScheduledModule) -> None:
-    """Set up this process, and compile the module if the settings ask for it."""
-    _quiet_lightning()
-    if fast_paths() and machine.devices[0] == "cpu":
-        keep_freed_memory()
-    if machine.compile:
-        check_compiler(machine.devices[0])
-        compile_steps(module)
-
-
-def make_trainer(
-    settings: RunSettings,
-    batches_per_epoch: int,
-    callbacks: list[pl.Callback],
-    io: CheckpointIO,
-    timer: FetchTimer,
-    resumed: tuple[Path, dict[str, Any]] | None,
+def _make_trainer(
+    settings: RunSettings, batches_per_epoch: int, start: int, *, plugins: list[Any], **options: Any
 ) -> pl.Trainer:
-    """Make the trainer of a run.
-
-    Args:
-        settings: of the run.
-        batches_per_epoch: batches of one process.
-        callbacks: all of them.
-        io: writes the checkpoints.
-        timer: measures the wait for batches.
-        resumed: the checkpoint to continue from, if any.
-
-    Raises:
-        UserError: Lightning refuses the machine's settings.
-    """
+    """Make the trainer of a run that starts from update ``start``; the batches are those of one process."""
     machine, optimisation = settings.machine, settings.optimisation
     accelerator, devices = machine.devices
-    start = resumed[1]["global_step"] if resumed is not None else 0
     with refusals_of_lightning(MisconfigurationException, ValueError, RuntimeError):
         environment = cluster_environment(devices, machine.num_nodes)
         if environment is not None:
             environment.validate_settings(devices, machine.num_nodes)
+            plugins = [*plugins, environment]
+        # No process needs another's buffers: they are constants.
+        strategy = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
         trainer = pl.Trainer(
             default_root_dir=machine.exp_dir,
             accelerator=accelerator,
             devices=devices,
             num_nodes=machine.num_nodes,
-            # No process needs another's buffers: they are constants.
-            strategy=DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
-            if machine.num_processes > 1
-            else "auto",
+            strategy=strategy if machine.num_processes > 1 else "auto",
             precision=PRECISIONS[machine.precision],
             max_steps=optimisation.max_updates,
             max_epochs=-1,
@@ -166,14 +139,13 @@ def make_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,  # RunCheckpoints does it
-            plugins=[io, *([environment] if environment else [])],
+            plugins=plugins,
             logger=[
                 TensorBoardLogger(machine.exp_dir, name="tensorboard", version=0, purge_step=start),
                 # A version for each start of the run.
                 CSVLogger(machine.exp_dir, name="csv", flush_logs_every_n_steps=machine.log_interval),
             ],
-            profiler=timer,
-            callbacks=callbacks,
+            **options,
         )
     leave_signals_alone(trainer)
     return trainer
@@ -181,11 +153,7 @@ def make_trainer(
 
 @contextlib.contextmanager
 def refusals_of_lightning(*kinds: type[Exception]) -> Iterator[None]:
-    """Say in one line what Lightning refuses.
-
-    Raises:
-        UserError: in the place of errors of these kinds.
-    """
+    """Raise a UserError of one line in the place of Lightning's errors of these kinds."""
     try:
         yield
     except UserError:
@@ -198,11 +166,7 @@ def refusals_of_lightning(*kinds: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def failures_of_machines() -> Iterator[None]:
-    """Say in one line that processes do not reach each other, or that a GPU's memory is too small.
-
-    Raises:
-        UserError: in the place of torch's errors.
-    """
+    """Raise a UserError where processes do not reach each other, or a GPU's memory is too small."""
     try:
         yield
     except (DistNetworkError, DistStoreError) as error:
@@ -218,21 +182,19 @@ def failures_of_machines() -> Iterator[None]:
 
 
 def check_settings(path: Path, about: dict[str, Any], recorded: dict[str, Any], machine: MachineSettings) -> None:
-    """Check that a checkpoint is continued with the settings that it was made with.
-
-    Args:
-        path: of the checkpoint.
-        about: what it says of its run.
-        recorded: settings of this run.
-        machine: of this run; says whether the user has named the checkpoint.
+    """Check that the checkpoint at ``path``, which is ``about`` a run, is continued with the settings of that run.
 
     Raises:
         UserError: names the settings that differ; a checkpoint that the user has named goes on with a warning.
     """
     before = about.get("settings")
-    if isinstance(before, dict) and (removed := [name for name in REMOVED_SETTINGS if name in before]):
+    gone = set(REMOVED_SETTINGS) - recorded.keys()
+    if isinstance(before, dict) and (removed := sorted(gone & before.keys())):
         given = ", ".join(f"--{name} {before[name]}" for name in removed)
-        raise UserError(f"{path}: made with {given}, which this version does not have; continue it with the one before")
+        raise UserError(
+            f"{path}: made with {given}, which this version does not have; continue it with the version before "
+            "(students of another shape, or with a light extractor, are made by make_student.py now)"
+        )
     changes = changed_settings(before, recorded)
     if changes and machine.resume_checkpoint == AUTO:
         raise UserError(
@@ -244,10 +206,7 @@ def check_settings(path: Path, about: dict[str, Any], recorded: dict[str, Any], 
 
 
 def _adapt(checkpoint: dict[str, Any], module: ScheduledModule, accum_grad: int) -> None:
-    """Count the batches of a checkpoint by this run's ``accum_grad``, and start from this run's learning rates.
-
-    With the settings that the checkpoint was made with, this changes nothing.
-    """
+    """Take this run's ``accum_grad`` and learning rates; with those of the checkpoint, this changes nothing."""
     step = checkpoint["global_step"]
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):

@@ -1,5 +1,6 @@
 """Judging an update before it changes a weight: loss and gradient, audio files that were replaced, signals."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -19,20 +20,13 @@ SCALER_SKIPS = 20
 
 
 class Exchange(NamedTuple):
-    """The notes of all processes on an update, summed or averaged.
+    """The notes of all processes on an update, summed or averaged."""
 
-    Attributes:
-        bad_losses, bad_gradients: processes whose loss or gradient is not finite.
-        bad_files: audio files that processes have newly found to be bad.
-        signum: a signal that a process has noted; 0 for none.
-        means: of the scalars of all batches.
-    """
-
-    bad_losses: float
+    bad_losses: float  # processes whose loss is not finite
     bad_gradients: float
-    bad_files: float
-    signum: int
-    means: dict[str, Tensor]
+    bad_files: float  # audio files that processes have newly found to be bad
+    signum: int  # a signal that a process has noted; 0 for none
+    means: dict[str, Tensor]  # of the scalars of all batches
 
 
 def exchange(is_bad: Tensor, num_bad_files: int, signum: int, batches: list[dict[str, Tensor]]) -> Exchange:
@@ -44,9 +38,8 @@ def exchange(is_bad: Tensor, num_bad_files: int, signum: int, batches: list[dict
         signum: noted by this process.
         batches: the scalars of this process's batches.
     """
-    means = torch.stack(
-        [torch.stack(values).float().mean() for values in zip(*(s.values() for s in batches), strict=True)]
-    )
+    columns = zip(*(scalars.values() for scalars in batches), strict=True)
+    means = torch.stack([torch.stack(values).float().mean() for values in columns])
     noted = [signum == each for each in StopRequest.SIGNALS]
     notes = torch.tensor([num_bad_files, *noted], dtype=means.dtype, device=means.device)
     exchanged = torch.cat([is_bad.to(notes), notes, means])
@@ -61,20 +54,12 @@ def exchange(is_bad: Tensor, num_bad_files: int, signum: int, batches: list[dict
 
 
 class BadFiles:
-    """Counts the audio files that had to be replaced by others, over all processes.
-
-    Args:
-        limit: how many there may be before the run ends.
-
-    Attributes:
-        found: path to reason.
-        new: those of this process that the others do not know of.
-    """
+    """Counts the audio files that had to be replaced by others, over all processes; too many end the run."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self.found: dict[str, str] = {}
-        self.new: dict[str, str] = {}
+        self.found: dict[str, str] = {}  # path to reason
+        self.new: dict[str, str] = {}  # those of this process that the others do not know of
 
     def note(self, batch: Any) -> None:
         """Note the files that were replaced in a batch."""
@@ -87,13 +72,11 @@ class BadFiles:
         Raises:
             AllProcessesError: there are too many.
         """
-        for new in gather(self.new):
-            for path, reason in new.items():
-                if path not in self.found:
-                    self.found[path] = reason
-                    if prints:
-                        count = f"bad file {len(self.found)} (at most {self._limit})"
-                        print_line(f"{count}, replaced by another: {reason}")
+        for path, reason in itertools.chain.from_iterable(new.items() for new in gather(self.new)):
+            if path not in self.found:
+                self.found[path] = reason
+                if prints:
+                    print_line(f"bad file {len(self.found)} (at most {self._limit}), replaced by another: {reason}")
         self.new = {}
         if len(self.found) > self._limit:
             raise AllProcessesError(too_many_bad_files(self.found, self._limit))
@@ -118,25 +101,12 @@ class UpdateGuard(pl.Callback):
     All processes decide alike, after one exchange per update. A loss or gradient that is not finite ends the run. With
     a loss scaler (--precision 16) such an update is skipped, as the published program does, until there are
     ``SCALER_SKIPS`` in a row; a gradient that overflows is how the scaler finds its scale, and is not counted.
-
-    Args:
-        module: what is trained.
-        stop: noted signals.
-        clip_norm: the largest norm of the gradient; 0 switches clipping off.
-        max_bad_files: audio files to replace before the run ends.
-
-    Attributes:
-        signum: the signal that all processes have agreed to stop for; 0 for none.
-        skipped: updates that were skipped because of their loss.
-        bad_files: the audio files that were replaced.
     """
 
     def __init__(self, module: ScheduledModule, stop: StopRequest, *, clip_norm: float, max_bad_files: int) -> None:
-        self._module = module
-        self._stop = stop
-        self._clip_norm = clip_norm
-        self.signum = 0
-        self.skipped = 0
+        self._module, self._stop, self._clip_norm = module, stop, clip_norm
+        self.signum = 0  # the signal that all processes have agreed to stop for; 0 for none
+        self.skipped = 0  # updates that were skipped because of their loss
         self._scaler_skips = 0  # in a row
         self.bad_files = BadFiles(max_bad_files)
         self._batches: list[dict[str, Tensor]] = []  # the scalars of each batch since the last update
@@ -150,15 +120,12 @@ class UpdateGuard(pl.Callback):
         self.bad_files.found = state_dict["bad_files"]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
-        self._begin(batch)
+        self.on_validation_batch_start(trainer, pl_module, batch)
         self._paths += getattr(batch, "paths", [])
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any
     ) -> None:
-        self._begin(batch)
-
-    def _begin(self, batch: Any) -> None:
         self._stop.note_batch()
         # The noise of a batch (masks, dropout, hidden frames) is its own, wherever and whenever it runs.
         if (seed := getattr(batch, "seed", None)) is not None:
@@ -181,8 +148,7 @@ class UpdateGuard(pl.Callback):
         losses = torch.stack([scalars["train_loss"] for scalars in self._batches])
         is_bad = torch.stack([~losses.isfinite().all(), ~norm.isfinite()])
         found = exchange(is_bad, len(self.bad_files.new), self._stop.signum, self._batches)
-        paths = self._paths
-        self._batches, self._paths = [], []
+        paths, self._batches, self._paths = self._paths, [], []
         self.signum = found.signum
         self._stop.is_agreed = bool(self.signum)
         pl_module.log("grad_norm", norm)
@@ -208,27 +174,24 @@ class UpdateGuard(pl.Callback):
             return
         self.skipped += 1
         message = f"update {trainer.global_step}: {_described(losses, norm, paths)}"
-        if not has_scaler:
-            raise AllProcessesError(f"{message}; look at these files, or lower --learning_rate; then {CONTINUE}")
         if is_last:
-            raise AllProcessesError(
-                f"{message}; the loss scaler has skipped {SCALER_SKIPS} updates in a row before; look at these "
-                f"files, lower --learning_rate, or give --precision bf16; then {CONTINUE}"
-            )
+            advice = "look at these files, or lower --learning_rate"
+            if has_scaler:
+                message += f"; the loss scaler has skipped {SCALER_SKIPS} updates in a row before"
+                advice += ", or give --precision bf16"
+            raise AllProcessesError(f"{message}; {advice}; then {CONTINUE}")
         if trainer.is_global_zero:
-            print_line(
-                f"skipped by the loss scaler, {self._scaler_skips} in a row of at most {SCALER_SKIPS}: {message}"
-            )
+            count = f"{self._scaler_skips} in a row of at most {SCALER_SKIPS}"
+            print_line(f"skipped by the loss scaler, {count}: {message}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self.skipped:
             pl_module.log("skipped_updates", float(self.skipped))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and self.bad_files.found:
-            print_line(
-                f"{len(self.bad_files.found)} bad files were replaced by others; prepare_data.py leaves such files out"
-            )
+        count = len(self.bad_files.found)
+        if trainer.is_global_zero and count:
+            print_line(f"{count} bad files were replaced by others; prepare_data.py leaves such files out")
         if trainer.is_global_zero and self.skipped:
             print_line(f"{self.skipped} updates were skipped because the loss was not finite")
 
