@@ -31,13 +31,10 @@ class HardConcrete(nn.Module):
         binary: the deterministic mask has 1 for every unit that it keeps.
 
     Attributes:
-        multiple: the deterministic mask keeps a multiple of this many units, or none, or all: the
-            strongest of the units that would go are kept as well.
-        shift: moves the threshold of the deterministic mask as if it were added to every ``log_alpha``:
-            above zero more units are kept, below zero fewer. Below zero the kept units have the values
-            that they were trained with; above zero all values rise with it, so that units that come back
-            count for more than training left of them. ``multiple`` and ``shift`` do not change samples
-            and ``l0_norm``.
+        multiple: the deterministic mask keeps a multiple of this many units, or none, or all: the strongest of the
+            units that would go are kept as well.
+        shift: moves the threshold of the deterministic mask as if it were added to every ``log_alpha``: above zero more
+            units are kept, and all values rise with it; below zero fewer, with the values that they were trained with.
     """
 
     def __init__(

@@ -177,19 +177,15 @@ class DistillModule(ScheduledModule):
     Args:
         teacher_model: frozen, kept in eval mode, not stored in checkpoints.
         student_model: trained; has masks if ``use_reg``.
-        distill_mode: "layer2layer" (student layer k learns teacher layer k) or "predlayer" (all teacher
-            layers are predicted from the student's last output, as DistilHuBERT).
+        distill_mode: "layer2layer" (student layer k learns teacher layer k) or "predlayer" (all teacher layers are
+            predicted from the student's last output, as DistilHuBERT).
         distill_layers: the teacher's layers, indices into the list of ``extract_features``.
         distill_linear_projs: one per entry of ``distill_layers``, see :func:`make_projections`.
-        distill_loss: distance between the hidden states of a layer.
-        learning_rate, weight_decay: for student weights and projections.
-        warmup_updates, max_updates: of the schedule that all parameter groups follow.
-        reg_learning_rate: for log_alpha (descent) and for λ1, λ2 (ascent).
-        target_sparsity, sparsity_warmup_updates: see :class:`SparsityBudget`; None for no target of parameters.
+        reg_learning_rate: for log_alpha (descent) and for λ1, λ2 (ascent); ``learning_rate`` is for all other weights.
+        target_sparsity, target_macs: shares of parameters and multiply-adds to remove, see :class:`SparsityBudget`.
         sparsity_control: "lagrangian" (paper, section 2.3) adds λ1·(s − t) + λ2·(s − t)² and trains the multipliers.
-            "exact" keeps s = t: after every update the masks are moved to the next step's target, and their gradients
-            count that in (:mod:`wav2vec2.sparsity`).
-        target_macs: target share of multiply-adds to remove, beside or instead of parameters; needs "exact".
+            "exact", which ``target_macs`` needs, keeps s = t: after every update the masks are moved to the next step's
+            target, and their gradients count that in (:mod:`wav2vec2.sparsity`).
         term: a loss beside equation 1.
     """
 
@@ -266,8 +262,6 @@ class DistillModule(ScheduledModule):
         super().train(mode)
         self.teacher_model.eval()
         return self
-
-    # --- from a batch to its loss --------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch, whose first two entries are waveforms (B, T) and lengths (B,) or None."""
@@ -356,8 +350,6 @@ class DistillModule(ScheduledModule):
         penalty = self.lambda1 * excess + self.lambda2 * excess**2
         return penalty, scalars | {"lambda1": self.lambda1.clone(), "lambda2": self.lambda2.clone()}
 
-    # --- exact control -------------------------------------------------------------------------------
-
     def meet_target(self, step: int) -> None:
         """Move the masks to the expected size that is the target of an optimiser step."""
         wanted = [self.budgets[name].size(step) if name in self.budgets else None for name in ("sparsity", "macs")]
@@ -379,8 +371,6 @@ class DistillModule(ScheduledModule):
         if self.controls_exactly:
             self.meet_target(self.global_step + 1)
 
-    # --- optimisation --------------------------------------------------------------------------------
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The published parameter groups: student weights and projections, masks, multipliers."""
         weights: list[nn.Parameter] = []
@@ -401,8 +391,6 @@ class DistillModule(ScheduledModule):
             # The multipliers climb: they raise the price of being away from the target.
             groups.append({"params": [self.lambda1, self.lambda2], "name": "lambda", "maximize": True, **regularised})
         return groups
-
-    # --- checkpoints ---------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the teacher out: it never changes."""

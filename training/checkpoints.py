@@ -71,7 +71,7 @@ def read_training_checkpoint(path: str | os.PathLike, kind: str = DISTILLATION) 
     The dict under ``kind`` is what the checkpoint says of its run; it is empty for the published program's.
 
     Raises:
-        UserError: it is something else; a model file is named as such.
+        UserError: it is something else, or damaged.
     """
     contents = ckpt.read(path)
     prefix, scripts = _TRAINED[kind]
@@ -99,10 +99,7 @@ def choose_checkpoint(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Choose the checkpoint that a run continues from, and read it; None starts afresh.
 
-    Args:
-        choice: a path; "auto" for the newest whole checkpoint of ``exp_dir`` if there is one; None for a fresh run.
-        exp_dir: of the run.
-        kind: of the run.
+    ``choice`` is a path, "auto" for the newest whole checkpoint of ``exp_dir`` if there is one, or None.
 
     Raises:
         UserError: no such file, or not a training checkpoint; with "auto", all that there are are damaged;

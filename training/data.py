@@ -33,13 +33,8 @@ WORKER_TIMEOUT = 600
 class BatchDataModule(pl.LightningDataModule):
     """Makes the batches of a training and a validation subset, and deals them to processes.
 
-    Args:
-        settings: of the batches.
-        train_subset: the name of the subset to train on.
-        datasets: the subsets by name.
-        max_crop: the longest crop in samples; None for no limit.
-        whole: do not crop.
-        limits: ``min_len`` and ``max_len`` of :func:`make_batches`.
+    ``datasets`` are the subsets by name. Crops have at most ``max_crop`` samples; there are none if ``whole``.
+    ``limits`` are ``min_len`` and ``max_len`` of :func:`make_batches`.
 
     Raises:
         UserError: the utterances of a subset do not make batches.
@@ -78,11 +73,7 @@ class BatchDataModule(pl.LightningDataModule):
         raise NotImplementedError
 
     def check_crops(self, num_samples: int) -> None:
-        """Check that no crop is shorter than ``num_samples``, which the models need for one frame.
-
-        Raises:
-            UserError: one is; names the option that lets it in.
-        """
+        """Raise a UserError if a crop is shorter than ``num_samples``, which the models need for one frame."""
 
     def sampler(self, subset: str, num_replicas: int, rank: int, accum_grad: int = 1) -> BatchSampler:
         """The batches of one process; those of the training subset are shuffled and cropped at random."""
@@ -213,11 +204,7 @@ class LabelledDataModule(BatchDataModule):
 
 
 def held_out(probe: Probe, seed: int) -> tuple[tuple[Clip, ...], tuple[Clip, ...]]:
-    """Split a list's training clips into nine tenths and a tenth, the latter with at least one clip of each label.
-
-    Raises:
-        UserError: there is only one clip.
-    """
+    """Split a list's training clips into nine tenths and a tenth, the latter with at least one clip of each label."""
     groups: dict[Any, list[int]] = {}
     for index, clip in enumerate(probe.train):
         groups.setdefault(None if probe.kind in (TEXT, SEGMENTS) else clip.target, []).append(index)

@@ -81,6 +81,8 @@ def train(
         callbacks.append(SizeCheckpoints(module, machine.exp_dir, sizes))
     if isinstance(data, LabelledDataModule) and isinstance(student, TaskModel):
         callbacks.append(TaskScore(student, ValidScores(data.probe, data.clips[VALID_SUBSET])))
+    num_params = [sum(p.numel() for p in model.parameters()) for model in (teacher, student)]
+    layers = f"layers {settings.models.distill_layers}" if settings.distils else "the task alone"
     fit(
         settings,
         data,
@@ -88,7 +90,8 @@ def train(
         resumed,
         flops=update_flops(module),
         record=lambda: {DISTILLATION: _record(recorded, module)},
-        title=_title(settings, data, module),
+        title=f"{settings.stage}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; {layers}; "
+        f"{data_and_machine(data, machine)}",
         callbacks=callbacks,
         validates_last=settings.task is not None,
     )
@@ -174,12 +177,3 @@ def _check_resumed(
     student, projections = split_state_dict(contents)
     ckpt.load_state(module.student_model, student, f"{path} in the model of --student_ckpt")
     ckpt.load_state(module.distill_linear_projs, projections, f"{path} (projections; see --distill_layers)")
-
-
-def _title(settings: DistillationSettings, data: BatchDataModule, module: DistillModule) -> str:
-    num_params = [sum(p.numel() for p in model.parameters()) for model in (module.teacher_model, module.student_model)]
-    layers = f"layers {settings.models.distill_layers}" if settings.distils else "the task alone"
-    return (
-        f"{settings.stage}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; {layers}; "
-        f"{data_and_machine(data, settings.machine)}"
-    )

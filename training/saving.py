@@ -74,11 +74,7 @@ def _reason(error: OSError | RuntimeError) -> str:
 
 
 def save_or_end(path: Path, contents: dict[str, Any]) -> None:
-    """Write a file that the run cannot go on without.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write a file that the run cannot go on without; a UserError if it cannot be written."""
     try:
         ckpt.save(path, contents)
     except (OSError, RuntimeError) as error:
@@ -117,15 +113,7 @@ class LastValidation(pl.Callback):
 
 
 class RunCheckpoints(pl.Callback):
-    """Saves ``ckpts/last.ckpt``, and ends the run where a signal asks for it.
-
-    Args:
-        path: of the checkpoint.
-        guard: knows of signals.
-        io: the trainer's checkpoint writer.
-        save_interval: updates between checkpoints.
-        updates_per_epoch: an epoch's end is saved too.
-    """
+    """Saves ``ckpts/last.ckpt`` every ``save_interval`` updates and each epoch, and ends the run at a signal."""
 
     def __init__(
         self, path: Path, guard: UpdateGuard, io: CheckpointIO, save_interval: int, updates_per_epoch: int
@@ -149,7 +137,11 @@ class RunCheckpoints(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         # Not at the end of the batch before: its row of the log is written in between.
         if self._guard.signum:
-            self._leave(trainer)
+            signum = signal.Signals(self._guard.signum)
+            then = CONTINUE
+            if signum == signal.SIGUSR1 and trainer.is_global_zero:
+                then = f"{requeue_slurm_job()}; {then}"
+            raise Interrupted(signum, f"{signum.name}: saved update {trainer.global_step} in {self._path}; {then}")
         pl_module.log("epoch", float(trainer.global_step // self._updates_per_epoch))
 
     def on_train_batch_end(
@@ -183,13 +175,6 @@ class RunCheckpoints(pl.Callback):
         if self._guard.signum or trainer.global_step == trainer.max_steps:
             raise UserError(f"{message}; make room, then {CONTINUE}")
         print_line(f"warning: {message}; training goes on")
-
-    def _leave(self, trainer: pl.Trainer) -> None:
-        signum = signal.Signals(self._guard.signum)
-        then = CONTINUE
-        if signum == signal.SIGUSR1 and trainer.is_global_zero:
-            then = f"{requeue_slurm_job()}; {then}"
-        raise Interrupted(signum, f"{signum.name}: saved update {trainer.global_step} in {self._path}; {then}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:

@@ -98,11 +98,7 @@ class _Settings:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self:
-        """Make the settings that parsed flags give.
-
-        Raises:
-            UserError: names the option, what was found and what is expected.
-        """
+        """Make the settings that parsed flags give; a UserError names an option that is wrong."""
         return cls(**{option.name: getattr(args, option.name) for option in dataclasses.fields(cls)})
 
     def __post_init__(self) -> None:
@@ -129,11 +125,7 @@ class BatchSettings(_Settings):
     seed: int = _recorded(2022, "seed of batches, crops and noise", _NOT_NEGATIVE)
 
     def max_bad_files_of(self, num_files: int) -> int:
-        """``"5"`` is 5 files, ``"1%"`` that share of ``num_files``, rounded down.
-
-        Raises:
-            UserError: neither a whole number nor a share of 0% to 100%.
-        """
+        """``"5"`` is 5 files, ``"1%"`` that share of ``num_files``, rounded down; a UserError if it is neither."""
         match = re.fullmatch(r"([0-9]{1,18})|([0-9]{1,3}(?:\.[0-9]{1,9})?)%", self.max_bad_files)
         if match and match[1]:
             return int(match[1])
@@ -149,23 +141,15 @@ class BatchSettings(_Settings):
 class DataSettings(BatchSettings):
     """Data. With --task_tsv only --seconds_per_batch, --num_workers, --max_bad_files and --seed apply."""
 
-    tsv_dir: Path | None = _option(
-        None, "directory of the manifests from prepare_data.py (required without --task_tsv)"
-    )
+    tsv_dir: Path | None = _option(None, "directory of prepare_data.py's manifests (required without --task_tsv)")
     train_subset: str = _option("train100", "train on TSV_DIR/NAME.tsv")
     min_seconds: float = _recorded(MIN_SECONDS, "leave out shorter utterances")
     max_seconds: float = _recorded(MAX_SECONDS, "leave out longer utterances")
-    max_crop_seconds: float | None = _recorded(
-        None, "crop utterances to at most this length (default: only to the shortest of their batch)", _POSITIVE
-    )
+    max_crop_seconds: float | None = _recorded(None, "crop to this length (default: the batch's shortest)", _POSITIVE)
 
     @property
     def manifest_dir(self) -> Path:
-        """``--tsv_dir``.
-
-        Raises:
-            UserError: it is not given.
-        """
+        """``--tsv_dir``; a UserError if it is not given."""
         if self.tsv_dir is None:
             raise UserError("--tsv_dir: is not given, expected the directory of the manifests from prepare_data.py")
         return self.tsv_dir
@@ -177,9 +161,7 @@ class LabelSettings(BatchSettings):
 
     tsv: Path = _option(MISSING, "list of labelled audio: split (train, valid, test), path, and text, or label")
     units: str | None = _recorded(
-        None,
-        f"units of a text to recognise (default: those of the model's head, or {UNITS[0]})",
-        choices=UNITS,
+        None, f"units of a text to recognise (default: those of the model's head, or {UNITS[0]})", choices=UNITS
     )
 
 
@@ -189,16 +171,12 @@ class ModelSettings(_Settings):
 
     teacher_ckpt: Path = _option(DEFAULT_MODEL, "teacher .pth from a converter")
     student_ckpt: Path = _option(MISSING, ".pth that the student starts from")
-    student_dropout: float | None = _recorded(
-        None, "dropout of the student in this training (default: that of its file, which the result keeps)", _SHARE
-    )
+    student_dropout: float | None = _recorded(None, "dropout of the student (default: that of its file)", _SHARE)
     distill_layers: str = _recorded(
-        "0.4,8,12",
-        "the teacher's layers to distil: a period separates groups, which share a projection, a comma their layers",
+        "0.4,8,12", "the teacher's layers to distil: a period separates groups with a projection each, a comma layers"
     )
     distill_mode: Literal["layer2layer", "predlayer"] = _recorded(
-        "layer2layer",
-        "match layers of equal relative depth, or predict all from the student's last layer as DistilHuBERT",
+        "layer2layer", "match layers of equal relative depth, or predict all from the student's last (DistilHuBERT)"
     )
     l2_weight: float = _recorded(0.0, "weight of the mean squared error")
     l1_weight: float = _recorded(1.0, "weight of the mean absolute error")
@@ -206,8 +184,7 @@ class ModelSettings(_Settings):
     cos_type: Literal["raw", "log_sig"] = _recorded("raw", "the cosine, or the log of its sigmoid")
     distill_weight: float = _recorded(
         1.0,
-        "weight of these together, beside --task_weight; with 0 no teacher is needed, and sparsity counts from the "
-        "student's size",
+        "weight of these together; with 0 no teacher is needed, and sparsity counts from the student's size",
         _NOT_NEGATIVE,
     )
 
@@ -238,11 +215,7 @@ class TaskSettings(_Settings):
 
     @classmethod
     def if_given(cls, args: argparse.Namespace) -> Self | None:
-        """Make the settings that parsed flags give; None where no labels are to be learnt.
-
-        Raises:
-            UserError: an option is given without --task_tsv, or is wrong.
-        """
+        """Make the settings that parsed flags give; None where no labels are to be learnt."""
         if args.task_tsv is not None:
             settings = cls.from_args(args)
             return settings if settings.task_weight else None
@@ -280,26 +253,19 @@ class PruningSettings(_Settings):
     )
     reg_learning_rate: float = _recorded(0.02, "learning rate of masks and multipliers", _NOT_NEGATIVE)
     target_sparsity: float | None = _recorded(
-        None,
-        f"share of the parameters to remove (default: {TARGET_SPARSITY}, or any where --target_macs is given)",
-        _FRACTION,
+        None, f"share of parameters to remove (default: {TARGET_SPARSITY}, or any with --target_macs)", _FRACTION
     )
     target_macs: float | None = _recorded(
-        None,
-        "share of the multiply-adds of an average utterance to remove, instead of --target_sparsity or as well; needs "
-        "the exact control",
-        _FRACTION,
+        None, "share of multiply-adds of an average utterance to remove, instead of parameters or as well", _FRACTION
     )
     sparsity_warmup_updates: int = _recorded(5000, "updates over which the target rises", _NOT_NEGATIVE)
     sparsity_control: Literal["lagrangian", "exact"] = _recorded(
         "lagrangian",
         "learn the multipliers of a Lagrangian, as published, or move the masks to the target at every update "
-        "(default: lagrangian, or exact where --target_macs is given)",
+        "(default: lagrangian, or exact with --target_macs)",
     )
     save_at_sparsity: str | None = _recorded(
-        None,
-        "sparsities below the target, such as 0.5,0.65: where the target reaches one, a checkpoint for "
-        "prune.py is saved in EXP_DIR/sparsity_0.5 and so on",
+        None, "save EXP_DIR/sparsity_0.5 and so on for prune.py where the target reaches these, such as 0.5,0.65"
     )
 
     @classmethod
@@ -347,55 +313,52 @@ class StudentSettings(_Settings):
         None, "JSON of the config's keys in which the student differs from the model; one number stands for all layers"
     )
     init_layers: str | None = _option(
-        None,
-        f"layers of the model, from 1, that the student's layers start from, or '{RANDOM}' (default: spread evenly "
-        "over the model's depth)",
+        None, f"the model's layers, from 1, that the student's start from, or '{RANDOM}' (default: spread evenly)"
     )
     extractor: str | None = _recorded(
-        None,
-        f"'{LIGHT}', or JSON [[channels, kernel, stride], ...]: give the student an extractor of these layers, and "
-        "train it to make the frames of the model's own",
+        None, f"train an extractor, '{LIGHT}' or JSON [[channels, kernel, stride], ...], to make the model's frames"
     )
 
     def __post_init__(self) -> None:
         if self.student_config is None and self.init_layers is None and self.extractor is None:
             raise UserError("nothing to make: give --student_config, --init_layers or --extractor")
-        _ = self.changes  # a file that cannot be read is refused before all else
-        if self.init_layers not in (None, RANDOM) and self.layers is None:
-            raise UserError(
-                f"--init_layers: expected {RANDOM}, or layers from 1 such as 1,2, found {short_repr(self.init_layers)}"
-            )
-        if self.extractor not in (None, LIGHT) and not isinstance(self.extractor_layers, list):
-            raise UserError(
-                f"--extractor: expected {LIGHT}, or a list of layers in JSON such as "
-                f"[[128, 40, 40], [192, 6, 4], [128, 2, 2]], found {short_repr(self.extractor)}"
-            )
+        _ = self.changes, self.layers, self.extractor_layers  # what is wrong is refused before all else
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The config's keys in which the student differs.
-
-        Raises:
-            UserError: the JSON file cannot be read.
-        """
+        """The config's keys in which the student differs; a UserError if the file cannot be read."""
         if self.student_config is None:
             return {}
         expected = "JSON of the config's keys in which the student differs from the model"
         return read_json(self.student_config, expected, "give such JSON with --student_config")
 
     @property
-    def layers(self) -> list[int] | None:
-        """The layers that --init_layers names; None where it names none."""
-        words = (self.init_layers or "").split(",")
-        return [int(word) for word in words] if all(re.fullmatch("[1-9][0-9]{0,3}", word) for word in words) else None
+    def layers(self) -> Sequence[int] | str | None:
+        """--init_layers as a list of layers, ``RANDOM`` or None; a UserError if it is none of these."""
+        if self.init_layers in (None, RANDOM):
+            return self.init_layers
+        words = str(self.init_layers).split(",")
+        if not all(re.fullmatch("[1-9][0-9]{0,3}", word) for word in words):
+            raise UserError(
+                f"--init_layers: expected {RANDOM}, or layers from 1 such as 1,2, found {short_repr(self.init_layers)}"
+            )
+        return [int(word) for word in words]
 
     @property
     def extractor_layers(self) -> Any:
-        """The JSON value of --extractor; None where it is no JSON."""
+        """--extractor as a list from JSON, ``LIGHT`` or None; a UserError if it is none of these."""
+        if self.extractor in (None, LIGHT):
+            return self.extractor
         try:
-            return json.loads(self.extractor or "")
+            layers = json.loads(str(self.extractor))
         except (ValueError, RecursionError):
-            return None
+            layers = None
+        if not isinstance(layers, list):
+            raise UserError(
+                f"--extractor: expected {LIGHT}, or a list of layers in JSON such as "
+                f"[[128, 40, 40], [192, 6, 4], [128, 2, 2]], found {short_repr(self.extractor)}"
+            )
+        return layers
 
     def recorded(self) -> dict[str, Any]:
         """The contents of the JSON file, wherever it lies, and the other options."""
@@ -409,31 +372,20 @@ class MachineSettings(_Settings):
 
     exp_dir: Path = _option(Path("./exp"), "where checkpoints and logs go")
     resume_checkpoint: str | None = _option(
-        None,
-        f"a .ckpt to continue from, or '{AUTO}': the newest whole one of --exp_dir, a fresh start if there is none",
+        None, f"a .ckpt to continue from, or '{AUTO}': the newest whole one of --exp_dir, if there is one"
     )
     save_interval: int = _option(500, "save every this many updates, and each epoch", _POSITIVE)
     log_interval: int = _option(50, "log every this many updates", _POSITIVE)
-    valid_interval: int | None = _option(
-        None, "validate every this many batches (default: at the end of each epoch)", _POSITIVE
-    )
+    valid_interval: int | None = _option(None, "validate every this many batches (default: each epoch)", _POSITIVE)
     accelerator: Literal["auto", "cpu", "gpu"] = _option("auto", "what to train on")
     num_nodes: int = _option(1, "nodes", _POSITIVE)
     gpus: int | None = _option(
-        None,
-        f"GPUs per node (default: {DEFAULT_GPUS}); with --accelerator cpu, processes per node (default: 1)",
-        _POSITIVE,
+        None, f"GPUs per node (default: {DEFAULT_GPUS}); with --accelerator cpu, processes (default: 1)", _POSITIVE
     )
     precision: Literal["32", "16", "bf16"] = _recorded("32", "bits of the matrix products")
-    compile: bool = _option(
-        False,
-        "compile teacher, student and loss with torch.compile: the same numbers up to rounding, after some minutes of "
-        "compiling",
-    )
+    compile: bool = _option(False, "compile models and loss with torch.compile: the same numbers up to rounding")
     checkpoint_activations: bool = _option(
-        False,
-        "keep only the input of each of the student's layers and run the layer again for the backward pass: far less "
-        "memory, about a quarter more time, the same numbers",
+        False, "run each layer again for the backward pass: far less memory, a quarter more time, the same numbers"
     )
 
     def __post_init__(self) -> None:
@@ -586,8 +538,7 @@ class FinetuneSettings(_Settings):
     )
     pooling: Literal["mean", "attentive"] | None = _recorded(
         None,
-        "how the frames of a clip with one label are joined: their mean, or a mean with learnt weights (default: as "
-        "the model's head, or mean)",
+        "join the frames of a clip by their mean, or one with learnt weights (default: as the model's head, or mean)",
     )
     freeze_updates: str = _recorded(
         "0", f"updates in which the head is trained alone, or '{ALWAYS}'; the extractor is never trained"

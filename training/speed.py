@@ -63,11 +63,7 @@ COMPILER = "inductor"
 
 
 def check_compiler(accelerator: str) -> None:
-    """Check that the "gpu" or "cpu" has what Inductor needs, which would otherwise fail in the first update.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Raise a UserError if the "gpu" or "cpu" has not what Inductor needs, which would fail in the first update."""
     if accelerator == "gpu":
         from torch.utils._triton import has_triton
 

@@ -101,7 +101,7 @@ def fit(
             if trainer.is_global_zero:
                 print(f"{settings.stage}: continuing {resumed[0]} after update {start}", flush=True)
             _adapt(resumed[1], module, accum_grad)
-        with refusals_of_lightning(MisconfigurationException), failures_of_machines():
+        with errors_in_one_line(MisconfigurationException):
             trainer.fit(module, datamodule=data, ckpt_path=resumed[0] if resumed else None, weights_only=True)
     if trainer.is_global_zero:
         print(f"{settings.stage}: {trainer.global_step} updates done: {last}")
@@ -114,7 +114,7 @@ def _make_trainer(
     """Make the trainer of a run that starts from update ``start``; the batches are those of one process."""
     machine, optimisation = settings.machine, settings.optimisation
     accelerator, devices = machine.devices
-    with refusals_of_lightning(MisconfigurationException, ValueError, RuntimeError):
+    with errors_in_one_line(MisconfigurationException, ValueError, RuntimeError):
         environment = cluster_environment(devices, machine.num_nodes)
         if environment is not None:
             environment.validate_settings(devices, machine.num_nodes)
@@ -152,23 +152,12 @@ def _make_trainer(
 
 
 @contextlib.contextmanager
-def refusals_of_lightning(*kinds: type[Exception]) -> Iterator[None]:
-    """Raise a UserError of one line in the place of Lightning's errors of these kinds."""
+def errors_in_one_line(*refusals: type[Exception]) -> Iterator[None]:
+    """Raise a UserError for these refusals of Lightning, processes out of reach, and a GPU's memory that is full."""
     try:
         yield
     except UserError:
         raise
-    except kinds as error:
-        raise UserError(
-            f"{one_line(error)} (see --accelerator, --gpus, --num_nodes and --precision; --debug shows where)"
-        ) from error
-
-
-@contextlib.contextmanager
-def failures_of_machines() -> Iterator[None]:
-    """Raise a UserError where processes do not reach each other, or a GPU's memory is too small."""
-    try:
-        yield
     except (DistNetworkError, DistStoreError) as error:
         raise UserError(
             f"the processes of this run do not reach each other: {one_line(error)}; look at the others' output, "
@@ -178,6 +167,10 @@ def failures_of_machines() -> Iterator[None]:
         raise UserError(
             f"out of GPU memory ({str(error).splitlines()[0][:200]}); lower --seconds_per_batch (--accum_grad "
             f"keeps the total batch), or add --checkpoint_activations, then {CONTINUE}"
+        ) from error
+    except refusals as error:
+        raise UserError(
+            f"{one_line(error)} (see --accelerator, --gpus, --num_nodes and --precision; --debug shows where)"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Judging an update before it changes a weight: loss and gradient, audio files that were replaced, signals."""
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -19,29 +19,17 @@ _LISTED_FILES = 20
 SCALER_SKIPS = 20
 
 
-class Exchange(NamedTuple):
-    """The notes of all processes on an update, summed or averaged."""
-
-    bad_losses: float  # processes whose loss is not finite
-    bad_gradients: float
-    bad_files: float  # audio files that processes have newly found to be bad
-    signum: int  # a signal that a process has noted; 0 for none
-    means: dict[str, Tensor]  # of the scalars of all batches
-
-
-def exchange(is_bad: Tensor, num_bad_files: int, signum: int, batches: list[dict[str, Tensor]]) -> Exchange:
+def exchange(
+    is_bad: Tensor, num_bad_files: int, signum: int, batches: list[dict[str, Tensor]]
+) -> tuple[float, float, float, int, dict[str, Tensor]]:
     """Sum the notes of all processes, in one small collective.
 
-    Args:
-        is_bad: (2,) whether this process's loss and gradient are not finite.
-        num_bad_files: new ones of this process.
-        signum: noted by this process.
-        batches: the scalars of this process's batches.
+    Takes of this process, and returns of all: whether loss and gradient are not finite (2,), new bad files, a signal or
+    0, and the scalars of the batches, of which it returns the means.
     """
     columns = zip(*(scalars.values() for scalars in batches), strict=True)
     means = torch.stack([torch.stack(values).float().mean() for values in columns])
-    noted = [signum == each for each in StopRequest.SIGNALS]
-    notes = torch.tensor([num_bad_files, *noted], dtype=means.dtype, device=means.device)
+    notes = means.new_tensor([num_bad_files, *(signum == each for each in StopRequest.SIGNALS)])
     exchanged = torch.cat([is_bad.to(notes), notes, means])
     num_processes = 1
     if distributed.is_initialized():
@@ -50,7 +38,7 @@ def exchange(is_bad: Tensor, num_bad_files: int, signum: int, batches: list[dict
     bad_losses, bad_gradients, bad_files, *counts = exchanged[: -len(means)].tolist()
     agreed = max((each for each, count in zip(StopRequest.SIGNALS, counts, strict=True) if count), default=0)
     named = dict(zip(batches[0], exchanged[-len(means) :] / num_processes, strict=True))
-    return Exchange(bad_losses, bad_gradients, bad_files, agreed, named)
+    return bad_losses, bad_gradients, bad_files, agreed, named
 
 
 class BadFiles:
@@ -67,11 +55,7 @@ class BadFiles:
         self.new |= {path: reason for path, reason in replaced.items() if path not in self.found}
 
     def share(self, prints: bool) -> None:
-        """Tell the other processes, and name each new file if ``prints``.
-
-        Raises:
-            AllProcessesError: there are too many.
-        """
+        """Tell the other processes, name each new file if ``prints``, and end all if there are too many."""
         for path, reason in itertools.chain.from_iterable(new.items() for new in gather(self.new)):
             if path not in self.found:
                 self.found[path] = reason
@@ -147,30 +131,29 @@ class UpdateGuard(pl.Callback):
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         losses = torch.stack([scalars["train_loss"] for scalars in self._batches])
         is_bad = torch.stack([~losses.isfinite().all(), ~norm.isfinite()])
-        found = exchange(is_bad, len(self.bad_files.new), self._stop.signum, self._batches)
+        bad_losses, bad_gradients, bad_files, self.signum, means = exchange(
+            is_bad, len(self.bad_files.new), self._stop.signum, self._batches
+        )
         paths, self._batches, self._paths = self._paths, [], []
-        self.signum = found.signum
         self._stop.is_agreed = bool(self.signum)
         pl_module.log("grad_norm", norm)
-        pl_module.log_dict(dict(found.means))
-        if found.bad_files:
+        pl_module.log_dict(dict(means))
+        if bad_files:
             self.bad_files.share(trainer.is_global_zero)
-        if found.bad_losses or found.bad_gradients:
-            self._skip_or_end(trainer, found, losses, norm, paths)
+        if bad_losses or bad_gradients:
+            self._skip_or_end(trainer, bool(bad_losses), losses, norm, paths)
             optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser changes nothing
             return
         self._scaler_skips = 0
         if self._clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
 
-    def _skip_or_end(
-        self, trainer: pl.Trainer, found: Exchange, losses: Tensor, norm: Tensor, paths: list[str]
-    ) -> None:
+    def _skip_or_end(self, trainer: pl.Trainer, is_loss: bool, losses: Tensor, norm: Tensor, paths: list[str]) -> None:
         """Count an update that the loss scaler skips, or end the run with all that is known about the update."""
         has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._scaler_skips += has_scaler
         is_last = not has_scaler or self._scaler_skips > SCALER_SKIPS
-        if not (found.bad_losses or is_last):
+        if not (is_loss or is_last):
             return
         self.skipped += 1
         message = f"update {trainer.global_step}: {_described(losses, norm, paths)}"
