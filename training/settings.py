@@ -9,14 +9,13 @@ import dataclasses
 import json
 import math
 import re
-import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from labels.lists import UNITS
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
@@ -37,11 +36,7 @@ RANDOM, LIGHT = "random", "light"
 
 
 def parse_distill_layers(text: str) -> list[list[int]]:
-    """``"0.4,8"`` -> ``[[0], [4, 8]]``: a period separates groups, a comma the layers of a group.
-
-    Raises:
-        UserError: not of this form.
-    """
+    """``"0.4,8"`` -> ``[[0], [4, 8]]``: a period separates groups, a comma the layers of a group."""
     try:
         groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
     except ValueError:
@@ -52,19 +47,17 @@ def parse_distill_layers(text: str) -> list[list[int]]:
     return groups
 
 
-class _Check(NamedTuple):
-    is_right: Callable[[Any], bool]
-    expected: str
-
-
-_POSITIVE = _Check(lambda value: value > 0, "a number above 0")
-_NOT_NEGATIVE = _Check(lambda value: value >= 0, "0 or more")
-_FRACTION = _Check(lambda value: 0 < value < 1, "a number between 0 and 1")
-_SHARE = _Check(lambda value: 0 <= value < 1, "a number from 0 to below 1")
+# Checks of a value: a condition, and what is expected.
+_Check = tuple[Callable[[Any], bool], str]
+_ANY: _Check = (lambda value: True, "")
+_POSITIVE: _Check = (lambda value: value > 0, "a number above 0")
+_NOT_NEGATIVE: _Check = (lambda value: value >= 0, "0 or more")
+_FRACTION: _Check = (lambda value: 0 < value < 1, "a number between 0 and 1")
+_SHARE: _Check = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
 def _option(
-    default: Any, help: str, check: _Check | None = None, *, choices: Sequence[str] = (), recorded: bool = False
+    default: Any, help: str, check: _Check = _ANY, *, choices: Sequence[str] = (), recorded: bool = False
 ) -> Any:
     """Declare a field that is a flag; with the default MISSING the flag is required."""
     return field(default=default, metadata={"help": help, "check": check, "choices": choices, "recorded": recorded})
@@ -85,7 +78,7 @@ class _Settings:
         hints = typing.get_type_hints(cls)
         for option in dataclasses.fields(cls):
             kind, choices = hints[option.name], option.metadata["choices"]
-            if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+            if type(None) in typing.get_args(kind):  # X | None
                 kind = typing.get_args(kind)[0]
             if typing.get_origin(kind) is Literal:
                 kind, choices = str, typing.get_args(kind)
@@ -103,9 +96,10 @@ class _Settings:
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
-            value, check = getattr(self, option.name), option.metadata["check"]
-            if check is not None and value is not None and not check.is_right(value):
-                raise UserError(f"--{option.name}: expected {check.expected}, found {value}")
+            value = getattr(self, option.name)
+            is_right, expected = option.metadata["check"]
+            if value is not None and not is_right(value):
+                raise UserError(f"--{option.name}: expected {expected}, found {value}")
 
     def recorded(self) -> dict[str, Any]:
         """The values that decide what comes out of a run."""
@@ -589,19 +583,14 @@ def add_arguments(parser: argparse.ArgumentParser, run: type[RunSettings], **def
     defaults = {"task_tsv": None, "sparsity_control": None} | defaults
     for action in parser._actions:
         if action.dest in defaults:
-            action.required = False
-            action.default = defaults[action.dest]
+            action.required, action.default = False, defaults[action.dest]
 
 
 _Run = TypeVar("_Run", bound=RunSettings)
 
 
 def read_arguments(args: argparse.Namespace, run: type[_Run]) -> _Run:
-    """Make the settings that parsed flags give, checked as far as they can be without torch and any file but them.
-
-    Raises:
-        UserError: names the option, what was found and what is expected.
-    """
+    """Make the settings that parsed flags give, checked as far as they can be without torch and any file but them."""
     values: dict[str, Any] = {}
     for name, group in run.groups().items():
         values[name] = group.if_given(args) if issubclass(group, TaskSettings) else group.from_args(args)

@@ -64,24 +64,18 @@ COMPILER = "inductor"
 
 def check_compiler(accelerator: str) -> None:
     """Raise a UserError if the "gpu" or "cpu" has not what Inductor needs, which would fail in the first update."""
-    if accelerator == "gpu":
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            raise UserError(
-                "--compile: torch.compile needs Triton and a GPU that it supports (compute capability 7.0 or above), "
-                "which this installation has not; leave out --compile"
-            )
-        return
     from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch.utils._triton import has_triton
 
+    needed = "a C++ compiler (install g++, or name one in CXX)"
+    if accelerator == "gpu":
+        needed = "Triton and a GPU that it supports (compute capability 7.0 or above)"
     try:
-        get_cpp_compiler()
-    except Exception as error:  # of several kinds, none of them public
-        raise UserError(
-            f"--compile: torch.compile needs a C++ compiler, which is not found ({type(error).__name__}); install g++, "
-            "name one in CXX, or leave out --compile"
-        ) from error
+        found = has_triton() if accelerator == "gpu" else get_cpp_compiler()
+    except Exception:  # of several kinds, none of them public
+        found = None
+    if not found:
+        raise UserError(f"--compile: torch.compile needs {needed}, which is not found; leave out --compile")
 
 
 def compile_steps(module: ScheduledModule) -> None:
