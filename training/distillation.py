@@ -23,11 +23,7 @@ from wav2vec2.model import Wav2Vec2Model
 
 
 def read_inputs(settings: DistillationSettings) -> tuple[BatchDataModule, Wav2Vec2Model, dict[str, Any]]:
-    """Read the data and models of a run, and seed it.
-
-    Returns:
-        The batches of --tsv_dir, or of --task_tsv; the model of --teacher_ckpt; the contents of --student_ckpt, with a
-        head for --task_tsv.
+    """Seed a run, and read its batches, its teacher, and its student's contents, with a head for --task_tsv.
 
     Raises:
         UserError: one of them cannot be used.

@@ -27,12 +27,7 @@ from wav2vec2.sparsity import (
 def prune(
     distilled: dict[str, Any], original_config: dict[str, Any], args: argparse.Namespace
 ) -> tuple[dict[str, Any], str]:
-    """Prune the student of a checkpoint of distill.py.
-
-    Args:
-        distilled: contents of the checkpoint.
-        original_config: config of --original_ckpt.
-        args: the flags of prune.py.
+    """Prune the student of a checkpoint of distill.py, as the flags of prune.py say.
 
     Returns:
         The contents of the pruned model's file, with ``distill_linear_projs``; what came of it, in words.
@@ -44,10 +39,13 @@ def prune(
     units = masked_units(state)
     if not units:
         raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")
-    model = _masked_model(distilled["distillation"], state, original_config, args)
-    original = size_of(build_model(with_masks(original_config, ()), args.original_ckpt))
+    training = distilled["distillation"]
+    model = _masked_model(training, state, original_config, args)
+    before = size_of(build_model(with_masks(original_config, ()), args.original_ckpt))
+    # Sparsity counts from the teacher, which may be larger; checkpoints of the published program do not say its size.
+    original = Size(*(training.get(f"original_num_{name}") or size for name, size in before._asdict().items()))
     round_widths(model, args.round_to)
-    shift = _meet_targets(model, distilled["distillation"], original, args)
+    shift = _meet_targets(model, training, original, args)
     _warn_if_unfinished(distilled, shift, args)
 
     num_unrounded = num_params_without_rounding(model) if args.round_to > 1 else 0  # it takes a copy of the model
@@ -89,7 +87,6 @@ def _masked_model(
 
 def _meet_targets(model: Wav2Vec2Model, training: dict[str, Any], original: Size, args: argparse.Namespace) -> float:
     """Meet the targets of the checkpoint, or the sparsity of the user, and say what that took: the shift."""
-    original = Size(*(training.get(f"original_num_{name}") or size for name, size in original._asdict().items()))
     targets = Size(training.get("target_sparsity"), training.get("target_macs"))
     if args.target_sparsity is not None:
         targets = Size(args.target_sparsity, None)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from cli import AllProcessesError, Interrupted, print_line
@@ -92,27 +92,25 @@ def _keep_as(path: Path, name: Path) -> None:
         os.replace(temporary, name)
 
 
-class RunRecord(pl.Callback):
+class RunRecord(Callback):
     """Adds to every checkpoint what it says of its run, before other callbacks look at it."""
 
     def __init__(self, record: Callable[[], dict[str, Any]]) -> None:
         self._record = record
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint.update(self._record())
 
 
-class LastValidation(pl.Callback):
+class LastValidation(Callback):
     """Validates the last update, wherever it falls."""
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == trainer.max_steps:
             trainer.val_check_batch = 1
 
 
-class RunCheckpoints(pl.Callback):
+class RunCheckpoints(Callback):
     """Saves ``ckpts/last.ckpt`` every ``save_interval`` updates and each epoch, and ends the run at a signal."""
 
     def __init__(
@@ -124,7 +122,7 @@ class RunCheckpoints(pl.Callback):
         self._last_saved: int | None = None
         self._save_after_validation = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._updates_done = trainer.global_step
         self._last_saved = trainer.global_step if trainer.ckpt_path else None
         starts = gather(trainer.global_step)
@@ -134,7 +132,7 @@ class RunCheckpoints(pl.Callback):
                 f"{self._path}; give its path to --resume_checkpoint on a file system that all nodes share"
             )
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # Not at the end of the batch before: its row of the log is written in between.
         if self._guard.signum:
             signum = signal.Signals(self._guard.signum)
@@ -145,7 +143,7 @@ class RunCheckpoints(pl.Callback):
         pl_module.log("epoch", float(trainer.global_step // self._updates_per_epoch))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self._updates_done:
             return  # in the middle of an update
@@ -157,15 +155,15 @@ class RunCheckpoints(pl.Callback):
             if not self._save_after_validation:
                 self._save(trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._save_after_validation:
             self._save_after_validation = False
             self._save(trainer)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log("epoch", float(max(trainer.global_step - 1, 0) // self._updates_per_epoch))
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self._path, weights_only=False)
         if self._io.error is None:
             self._last_saved = trainer.global_step
@@ -176,12 +174,12 @@ class RunCheckpoints(pl.Callback):
             raise UserError(f"{message}; make room, then {CONTINUE}")
         print_line(f"warning: {message}; training goes on")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             self._path.with_name(PREVIOUS_CHECKPOINT).unlink(missing_ok=True)
 
 
-class SizeCheckpoints(pl.Callback):
+class SizeCheckpoints(Callback):
     """Saves ``sparsity_SIZE/ckpts/last.ckpt`` where the target of the masks reaches a size.
 
     It stands before :class:`RunCheckpoints`: a run continued from behind such an update would not make up for it.
@@ -192,10 +190,10 @@ class SizeCheckpoints(pl.Callback):
         self._updates_done = 0
         self._saving: str | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._updates_done = trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self._updates_done:
             return  # in the middle of an update
@@ -210,9 +208,7 @@ class SizeCheckpoints(pl.Callback):
                 if trainer.is_global_zero:
                     print_line(f"sparsity {size}: saved update {step} in {path}")
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make the targets of an intermediate size this update's: prune.py turns it into a model of that size."""
         if self._saving is not None:
             entries = {INTERMEDIATE: True, "target_sparsity": float(self._saving)}

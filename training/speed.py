@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.profilers import Profiler
 from torch import nn
 
@@ -44,18 +44,18 @@ def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-class FastTeacher(pl.Callback):
+class FastTeacher(Callback):
     """Computes once what a frozen teacher needs at every step: weights in autocast's precision, folded weight norm."""
 
     def __init__(self, teacher: Wav2Vec2Model) -> None:
         self._teacher = teacher
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(trainer.precision))
         if dtype is not None:
             cast_products(self._teacher, dtype)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._teacher.fold_weight_norm()  # here, as loading a checkpoint undoes it
 
 
@@ -167,7 +167,7 @@ class FetchTimer(Profiler):
             self._since = None
 
 
-class Throughput(pl.Callback):
+class Throughput(Callback):
     """Logs :data:`COLUMNS` of this process, each over the updates since they were logged last; validation is left out.
 
     ``data_wait`` is the share of the time that training waited for a batch; ``tflops_per_second`` counts ``flops``, the
@@ -186,17 +186,17 @@ class Throughput(pl.Callback):
         self._timer.seconds = 0.0
         self._audio_seconds, self._operations, self._left_out = 0.0, 0.0, 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart(trainer.global_step)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_since = time.perf_counter()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._left_out += time.perf_counter() - self._validation_since
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         num_rows, num_samples = batch[0].shape
         self._audio_seconds += num_rows * num_samples / SAMPLE_RATE

@@ -57,7 +57,6 @@ def fit(
     """Train a module for ``--max_updates``, and say where its last checkpoint is.
 
     Args:
-        settings, data, module: of the run.
         resumed: path and contents of the checkpoint to continue from, if any; it is known to fit.
         flops: operations of one waveform's share of an update, by its samples.
         record: what a checkpoint says of the run.
@@ -71,12 +70,7 @@ def fit(
     """
     machine, optimisation, accum_grad = settings.machine, settings.optimisation, settings.optimisation.accum_grad
     last = machine.exp_dir / CHECKPOINTS / LAST_CHECKPOINT
-    _quiet_lightning()
-    if fast_paths() and machine.devices[0] == "cpu":
-        keep_freed_memory()
-    if machine.compile:
-        check_compiler(machine.devices[0])
-        compile_steps(module)
+    _prepare(machine, module)
     batches_per_epoch = len(data.sampler(data.train_subset, machine.num_processes, 0, accum_grad))
     io, timer = CheckpointIO(last, resumed), FetchTimer()
     start = resumed[1]["global_step"] if resumed is not None else 0
@@ -223,8 +217,13 @@ def data_and_machine(data: BatchDataModule, machine: MachineSettings) -> str:
     )
 
 
-def _quiet_lightning() -> None:
-    """Keep Lightning's hints that do not concern users of this program off their terminal."""
+def _prepare(machine: MachineSettings, module: ScheduledModule) -> None:
+    """Set up this process, compile the module, and keep hints for developers off the user's terminal."""
+    if fast_paths() and machine.devices[0] == "cpu":
+        keep_freed_memory()
+    if machine.compile:
+        check_compiler(machine.devices[0])
+        compile_steps(module)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
         "does not have many workers",

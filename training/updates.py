@@ -3,8 +3,8 @@
 import itertools
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 
 from cli import AllProcessesError, print_line
@@ -79,7 +79,7 @@ def _listed(items: list[str]) -> str:
     return ", ".join(items[:_LISTED_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
-class UpdateGuard(pl.Callback):
+class UpdateGuard(Callback):
     """Judges every update before it changes a weight, clips its gradient, and logs it.
 
     All processes decide alike, after one exchange per update. A loss or gradient that is not finite ends the run. With
@@ -103,24 +103,22 @@ class UpdateGuard(pl.Callback):
         self.skipped = state_dict["skipped"]
         self.bad_files.found = state_dict["bad_files"]
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
         self.on_validation_batch_start(trainer, pl_module, batch)
         self._paths += getattr(batch, "paths", [])
 
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
         self._stop.note_batch()
         # The noise of a batch (masks, dropout, hidden frames) is its own, wherever and whenever it runs.
         if (seed := getattr(batch, "seed", None)) is not None:
             torch.manual_seed(seed)
         self.bad_files.note(batch)
 
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches.append(self._module.scalars)
 
     def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Judge the gradient of the whole update, unscaled.
 
@@ -148,7 +146,7 @@ class UpdateGuard(pl.Callback):
         if self._clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
 
-    def _skip_or_end(self, trainer: pl.Trainer, is_loss: bool, losses: Tensor, norm: Tensor, paths: list[str]) -> None:
+    def _skip_or_end(self, trainer: Trainer, is_loss: bool, losses: Tensor, norm: Tensor, paths: list[str]) -> None:
         """Count an update that the loss scaler skips, or end the run with all that is known about the update."""
         has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._scaler_skips += has_scaler
@@ -167,11 +165,11 @@ class UpdateGuard(pl.Callback):
             count = f"{self._scaler_skips} in a row of at most {SCALER_SKIPS}"
             print_line(f"skipped by the loss scaler, {count}: {message}")
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.skipped:
             pl_module.log("skipped_updates", float(self.skipped))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         count = len(self.bad_files.found)
         if trainer.is_global_zero and count:
             print_line(f"{count} bad files were replaced by others; prepare_data.py leaves such files out")
