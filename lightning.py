@@ -234,8 +234,7 @@ class DistillModule(ScheduledModule):
                     begin = float(1 - size / original)
                     self.budgets[name] = SparsityBudget(int(original), target, sparsity_warmup_updates, begin)
         if use_reg and not self.controls_exactly:
-            self.lambda1 = nn.Parameter(torch.tensor(0.0))
-            self.lambda2 = nn.Parameter(torch.tensor(0.0))
+            self.lambda1, self.lambda2 = (nn.Parameter(torch.tensor(0.0)) for _ in range(2))
         self._choose_layers(distill_mode)
         if not distill_loss.is_on:
             distill_linear_projs.requires_grad_(False)
@@ -301,9 +300,8 @@ class DistillModule(ScheduledModule):
 
     def targets(self, waveforms: Tensor, lengths: Tensor | None) -> list[Tensor]:
         """The teacher's hidden states of ``teacher_layers``: (B, frames, D) each."""
-        if not self.teacher_layers:
+        if not (layers := self.teacher_layers):
             return []
-        layers = self.teacher_layers
         hidden_states, _ = self.teacher_model.extract_features(waveforms, lengths, self.teacher_depth, kept=layers)
         return [hidden_states[layer] for layer in layers]
 

@@ -74,14 +74,9 @@ def check_budgets(pruning: PruningSettings, teacher: Wav2Vec2Model, student: Wav
     original, smallest = size_of(teacher), smallest_size(student)
     with torch.device("meta"):
         largest = size_of(build_model(with_masks(student.config, ())))
-    rows = zip(
-        ("--target_sparsity", "--target_macs"),
-        (pruning.target_sparsity, pruning.target_macs),
-        ("parameters", "multiply-adds"),
-        *(original, smallest, largest),
-        strict=True,
-    )
-    for option, target, thing, before, after, start in rows:
+    targets = {"--target_sparsity": pruning.target_sparsity, "--target_macs": pruning.target_macs}
+    rows = zip(targets.items(), ("parameters", "multiply-adds"), original, smallest, largest, strict=True)
+    for (option, target), thing, before, after, start in rows:
         if target is None:
             continue
         lowest, highest = 1 - start / before, 1 - after / before

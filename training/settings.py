@@ -82,11 +82,11 @@ class _Settings:
                 kind = typing.get_args(kind)[0]
             if typing.get_origin(kind) is Literal:
                 kind, choices = str, typing.get_args(kind)
-            options: dict[str, Any] = {"type": kind, "choices": choices or None, "required": option.default is MISSING}
+            is_required = option.default is MISSING
+            default = None if is_required else option.default
+            options = {"type": kind, "choices": choices or None, "required": is_required, "default": default}
             if kind is bool:
                 options = {"action": "store_true"}
-            elif option.default is not MISSING:
-                options["default"] = option.default
             group.add_argument(f"--{option.name}", help=option.metadata["help"], **options)
 
     @classmethod
@@ -392,11 +392,7 @@ class MachineSettings(_Settings):
 
     @property
     def devices(self) -> tuple[Literal["gpu", "cpu"], int]:
-        """The accelerator and the number of processes per node.
-
-        Raises:
-            UserError: more GPUs are asked for than there are, or a precision that needs one.
-        """
+        """The accelerator and the number of processes per node; a UserError if the machine lacks them."""
         available = 0
         if self.accelerator != "cpu":
             import torch  # the only question here that takes it

@@ -63,7 +63,7 @@ COMPILER = "inductor"
 
 
 def check_compiler(accelerator: str) -> None:
-    """Raise a UserError if the "gpu" or "cpu" has not what Inductor needs, which would fail in the first update."""
+    """Raise a UserError if the "gpu" or "cpu" lacks what Inductor needs and would miss in the first update."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch.utils._triton import has_triton
 

@@ -147,7 +147,7 @@ def _make_trainer(
 
 @contextlib.contextmanager
 def errors_in_one_line(*refusals: type[Exception]) -> Iterator[None]:
-    """Raise a UserError for these refusals of Lightning, processes out of reach, and a GPU's memory that is full."""
+    """Turn Lightning's refusals, unreachable processes and a full GPU into a UserError of one line."""
     try:
         yield
     except UserError:
