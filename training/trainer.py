@@ -31,8 +31,7 @@ from training.processes import cluster_environment
 from training.saving import CheckpointIO, LastValidation, RunCheckpoints, RunRecord
 from training.settings import AUTO, MachineSettings, RunSettings
 from training.signals import StopRequest, leave_signals_alone
-from training.speed import FetchTimer, Throughput, check_compiler, compile_steps, keep_freed_memory
-from training.terminal import UpdateProgressBar
+from training.speed import FetchTimer, Throughput, UpdateProgressBar, check_compiler, compile_steps, keep_freed_memory
 from training.updates import UpdateGuard
 from wav2vec2.fast import fast_paths
 from wav2vec2.files.errors import UserError, one_line
