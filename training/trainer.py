@@ -18,14 +18,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 
 from cli import print_line
 from lightning import ScheduledModule, linear_warmup_decay
-from training.checkpoints import (
-    CHECKPOINTS,
-    CONTINUE,
-    LAST_CHECKPOINT,
-    REMOVED_SETTINGS,
-    changed_settings,
-    exclusive,
-)
+from training.checkpoints import CHECKPOINTS, CONTINUE, LAST_CHECKPOINT, REMOVED_SETTINGS, changed_settings, exclusive
 from training.data import BatchDataModule
 from training.processes import cluster_environment
 from training.saving import CheckpointIO, LastValidation, RunCheckpoints, RunRecord
