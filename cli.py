@@ -17,12 +17,7 @@ LOG_SECONDS = 30.0
 
 
 class Interrupted(Exception):
-    """A run stopped because a signal asked for it; all its processes raise this together.
-
-    Args:
-        signum: the signal.
-        message: one line for the user.
-    """
+    """A run stopped because the signal ``signum`` asked for it; all its processes raise this together."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -95,10 +90,7 @@ def print_line(message: str) -> None:
 def progress(items: Iterable | None, desc: str, **options: Any) -> tqdm:
     """Make a bar on stderr: it moves on a terminal; a log file gets a line now and then, and nothing of a short wait.
 
-    Args:
-        items: what the bar goes over; None if it is moved by hand.
-        desc: what is being done.
-        options: other options of ``tqdm``.
+    The bar goes over ``items``; with None it is moved by hand. ``options`` are those of ``tqdm``.
     """
     if sys.stderr.isatty():
         return tqdm(items, desc, dynamic_ncols=True, **options)

@@ -90,10 +90,7 @@ def main(args: argparse.Namespace) -> None:
     from evaluation.tables import evaluation_tables
     from training.settings import parse_distill_layers
 
-    try:
-        layers = [layer for group in parse_distill_layers(args.distill_layers) for layer in group]
-    except UserError as error:
-        raise UserError(f"--distill_layers: {error}") from None
+    layers = [layer for group in parse_distill_layers(args.distill_layers) for layer in group]
     results = evaluate(args, layers, args.backends.split(","))
     if args.out:
         with atomic_path(args.out) as temporary:

@@ -31,13 +31,10 @@ class HardConcrete(nn.Module):
         binary: the deterministic mask has 1 for every unit that it keeps.
 
     Attributes:
-        multiple: the deterministic mask keeps a multiple of this many units, or none, or all: the
-            strongest of the units that would go are kept as well.
-        shift: moves the threshold of the deterministic mask as if it were added to every ``log_alpha``:
-            above zero more units are kept, below zero fewer. Below zero the kept units have the values
-            that they were trained with; above zero all values rise with it, so that units that come back
-            count for more than training left of them. ``multiple`` and ``shift`` do not change samples
-            and ``l0_norm``.
+        multiple: the deterministic mask keeps a multiple of this many units, or none, or all: the strongest of the
+            units that would go are kept as well.
+        shift: moves the threshold of the deterministic mask as if it were added to every ``log_alpha``: above zero more
+            units are kept, and all values rise with it; below zero fewer, with the values that they were trained with.
     """
 
     def __init__(
@@ -56,15 +53,11 @@ class HardConcrete(nn.Module):
         if not 0 < init_mean < 1:
             raise ValueError(f"init_mean is the initial drop rate, between 0 and 1; found {init_mean}")
         self.n_in = n_in
-        self.init_mean = init_mean
-        self.init_std = init_std
+        self.init_mean, self.init_std = init_mean, init_std
         self.temperature = temperature
-        self.limit_low = -stretch
-        self.limit_high = 1.0 + stretch
+        self.limit_low, self.limit_high = -stretch, 1.0 + stretch
         self.eps = eps
-        self.min_kept = min_kept
-        self.nested = nested
-        self.binary = binary
+        self.min_kept, self.nested, self.binary = min_kept, nested, binary
         self.multiple = 1
         self.shift = 0.0
         # P(mask > 0) = sigmoid(log_alpha + bias)

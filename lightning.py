@@ -1,11 +1,12 @@
 """The paper's training: projections, loss (equation 1), sparsity budget and Lagrangian, schedule, module.
 
-The exact control of the size is not in the paper. The name is that of the published program. The file shadows the
-``lightning`` package: this project imports ``pytorch_lightning``, and never installs this file.
+The exact control of the size is not in the paper. The file has its published name, which shadows the ``lightning``
+package: this project imports ``pytorch_lightning``, and never installs this file.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
@@ -22,9 +23,6 @@ from wav2vec2.sparsity import Size, compete, initial_size, meet_expected_size, s
 DistillMode = Literal["layer2layer", "predlayer"]
 CosType = Literal["raw", "log_sig"]
 SparsityControl = Literal["lagrangian", "exact"]
-
-
-# --- projections -----------------------------------------------------------------------------------
 
 
 def student_layer(layer: int, num_teacher_layers: int, num_student_layers: int) -> int:
@@ -51,12 +49,11 @@ def make_projections(
     layer2layer: a Linear per group, shared in the group (the entry repeats) and initialised to identity.
     predlayer: a Linear and a GELU of its own for each layer.
     """
-    if mode == "predlayer":
-        return nn.ModuleList(
-            nn.Sequential(nn.Linear(student_dim, teacher_dim), nn.GELU()) for group in groups for _ in group
-        )
     projections = nn.ModuleList()
     for group in groups:
+        if mode == "predlayer":
+            projections.extend(nn.Sequential(nn.Linear(student_dim, teacher_dim), nn.GELU()) for _ in group)
+            continue
         linear = nn.Linear(student_dim, teacher_dim)
         nn.init.eye_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -64,29 +61,19 @@ def make_projections(
     return projections
 
 
-# --- loss ------------------------------------------------------------------------------------------
-
-
 class DistillLoss(nn.Module):
-    """Distance between student and teacher hidden states (paper, equation 1).
+    """Distance between student and teacher hidden states (paper, equation 1): mean squared and absolute error, cosine.
 
-    Args:
-        l2_weight: weight of the mean squared error.
-        l1_weight: weight of the mean absolute error.
-        cos_weight: weight of the cosine term, over the feature dimension.
-        cos_type: "raw" (-mean cos) or "log_sig" (-mean log sigmoid(cos), as DistilHuBERT).
-        weight: weight of the whole distance beside a :class:`Term`.
+    The cosine is over the feature dimension, ``cos_type`` "raw" (-mean cos) or "log_sig" (-mean log sigmoid(cos), as
+    DistilHuBERT). ``weight`` is that of the whole distance beside a :class:`Term`.
     """
 
     def __init__(
         self, l2_weight: float, l1_weight: float, cos_weight: float, cos_type: CosType, weight: float = 1.0
     ) -> None:
         super().__init__()
-        self.l2_weight = l2_weight
-        self.l1_weight = l1_weight
-        self.cos_weight = cos_weight
-        self.cos_type = cos_type
-        self.weight = weight
+        self.l2_weight, self.l1_weight, self.cos_weight = l2_weight, l1_weight, cos_weight
+        self.cos_type, self.weight = cos_type, weight
 
     @property
     def is_on(self) -> bool:
@@ -94,10 +81,7 @@ class DistillLoss(nn.Module):
         return bool(self.weight and (self.l2_weight or self.l1_weight or self.cos_weight))
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Return the weighted sum, and its parts (mse, l1, cos), for two tensors (..., D).
-
-        A part with weight zero is not computed and is zero.
-        """
+        """Return the weighted sum for two tensors (..., D), and its parts (mse, l1, cos), 0 where the weight is."""
         if student.dtype in (torch.float16, torch.bfloat16):  # as CUDA's autocast does
             student, teacher = student.float(), teacher.float()
         zero = student.new_zeros(())
@@ -134,24 +118,14 @@ class Term(nn.Module):
     reads_student: bool = True  # if False, the student's hidden states may be missing
 
 
-# --- size and schedule -----------------------------------------------------------------------------
-
-
+@dataclass(frozen=True)
 class SparsityBudget:
-    """The target sparsity at step k (paper, section 2.3).
+    """The target sparsity at step k (paper, section 2.3), which rises linearly from zero."""
 
-    Args:
-        original_size: the teacher's parameters, or multiply-adds.
-        target_sparsity: final target, 0 to 1.
-        warmup_updates: optimiser steps over which the target rises linearly from zero.
-        start: the target is never below this, unless the final one is.
-    """
-
-    def __init__(self, original_size: int, target_sparsity: float, warmup_updates: int, start: float = 0.0) -> None:
-        self.original_size = original_size
-        self.target_sparsity = target_sparsity
-        self.warmup_updates = warmup_updates
-        self.start = start
+    original_size: int  # the teacher's parameters, or multiply-adds
+    target_sparsity: float  # the final target, 0 to 1
+    warmup_updates: int  # optimiser steps over which the target rises
+    start: float = 0.0  # the target is never below this, unless the final one is
 
     def target(self, step: int) -> float:
         """Target sparsity at optimiser step ``step``."""
@@ -173,9 +147,6 @@ def linear_warmup_decay(warmup_updates: int, max_updates: int) -> Callable[[int]
         return max(0.0, (max_updates - update) / max(1, max_updates - warmup_updates))
 
     return factor
-
-
-# --- the module ------------------------------------------------------------------------------------
 
 
 class ScheduledModule(pl.LightningModule):
@@ -206,27 +177,16 @@ class DistillModule(ScheduledModule):
     Args:
         teacher_model: frozen, kept in eval mode, not stored in checkpoints.
         student_model: trained; has masks if ``use_reg``.
-        distill_mode: "layer2layer" (student layer k learns teacher layer k) or "predlayer" (all teacher
-            layers are predicted from the student's last output, as DistilHuBERT).
+        distill_mode: "layer2layer" (student layer k learns teacher layer k) or "predlayer" (all teacher layers are
+            predicted from the student's last output, as DistilHuBERT).
         distill_layers: the teacher's layers, indices into the list of ``extract_features``.
         distill_linear_projs: one per entry of ``distill_layers``, see :func:`make_projections`.
-        distill_loss: distance between the hidden states of a layer.
-        learning_rate, weight_decay: for student weights and projections.
-        warmup_updates, max_updates: of the schedule that all parameter groups follow.
-        reg_learning_rate: for log_alpha (descent) and for λ1, λ2 (ascent).
-        target_sparsity, sparsity_warmup_updates: see :class:`SparsityBudget`; None for no target of parameters.
+        reg_learning_rate: for log_alpha (descent) and for λ1, λ2 (ascent); ``learning_rate`` is for all other weights.
+        target_sparsity, target_macs: shares of parameters and multiply-adds to remove, see :class:`SparsityBudget`.
         sparsity_control: "lagrangian" (paper, section 2.3) adds λ1·(s − t) + λ2·(s − t)² and trains the multipliers.
-            "exact" keeps s = t: after every update the masks are moved to the next step's target, and their gradients
-            count that in (:mod:`wav2vec2.sparsity`).
-        target_macs: target share of multiply-adds to remove, beside or instead of parameters; needs "exact".
+            "exact", which ``target_macs`` needs, keeps s = t: after every update the masks are moved to the next step's
+            target, and their gradients count that in (:mod:`wav2vec2.sparsity`).
         term: a loss beside equation 1.
-
-    Attributes:
-        original_size: parameters and multiply-adds of the teacher.
-        budgets: by name, "sparsity" (of parameters) and "macs"; empty without ``use_reg``.
-        teacher_layers, teacher_depth: the layers that are read, and the number of layers that run for them.
-        student_depth: the number of the student's layers that run.
-        scalars: by the published names: ``train_loss`` and its parts, and the state of the Lagrangian.
     """
 
     compiled_steps = ("targets", "distillation")
@@ -255,10 +215,8 @@ class DistillModule(ScheduledModule):
         super().__init__()
         self.teacher_model = teacher_model.requires_grad_(False)
         self.student_model = student_model
-        self.distill_layers = distill_layers
-        self.distill_linear_projs = distill_linear_projs
-        self.distill_loss = distill_loss
-        self.term = term
+        self.distill_layers, self.distill_linear_projs = distill_layers, distill_linear_projs
+        self.distill_loss, self.term = distill_loss, term
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.reg_learning_rate = reg_learning_rate
         self.warmup_updates, self.max_updates = warmup_updates, max_updates
@@ -266,19 +224,17 @@ class DistillModule(ScheduledModule):
         self.use_reg = use_reg
         self.controls_exactly = use_reg and sparsity_control == "exact"
         self.original_size = size_of(teacher_model)
-        self.budgets: dict[str, SparsityBudget] = {}
+        self.budgets: dict[str, SparsityBudget] = {}  # "sparsity" (of parameters) and "macs"
         if use_reg:
             # The exact control starts from the sparsity that masks begin with.
             start = initial_size(student_model) if self.controls_exactly else self.original_size
             targets = {"sparsity": target_sparsity, "macs": target_macs}
             for (name, target), original, size in zip(targets.items(), self.original_size, start, strict=True):
                 if target is not None:
-                    self.budgets[name] = SparsityBudget(
-                        int(original), target, sparsity_warmup_updates, float(1 - size / original)
-                    )
+                    begin = float(1 - size / original)
+                    self.budgets[name] = SparsityBudget(int(original), target, sparsity_warmup_updates, begin)
         if use_reg and not self.controls_exactly:
-            self.lambda1 = nn.Parameter(torch.tensor(0.0))
-            self.lambda2 = nn.Parameter(torch.tensor(0.0))
+            self.lambda1, self.lambda2 = (nn.Parameter(torch.tensor(0.0)) for _ in range(2))
         self._choose_layers(distill_mode)
         if not distill_loss.is_on:
             distill_linear_projs.requires_grad_(False)
@@ -286,30 +242,25 @@ class DistillModule(ScheduledModule):
 
     def _choose_layers(self, mode: DistillMode) -> None:
         """Say which layers of both models the losses read, and how far the models must run for them."""
-        num_layers, num_student_layers = (
-            len(model.encoder.transformer.layers) for model in (self.teacher_model, self.student_model)
-        )
-        self.source_layers = [
-            student_layer(layer, num_layers, num_student_layers) if mode == "layer2layer" else num_student_layers
-            for layer in self.distill_layers
-        ]
-        is_on, term = self.distill_loss.is_on, self.term
-        self.teacher_layers = sorted(
-            {*(self.distill_layers if is_on else ()), *(term.teacher_layers if term is not None else ())}
-        )
-        self.reads_student = is_on or (term is not None and term.reads_student)
+        models, layers = (self.teacher_model, self.student_model), self.distill_layers
+        depth, student_depth = (len(model.encoder.transformer.layers) for model in models)
+        sources = [student_layer(k, depth, student_depth) if mode == "layer2layer" else student_depth for k in layers]
+        self.source_layers = sources  # the student's, for each distilled layer
+        self.reads_student = self.distill_loss.is_on
+        self.teacher_layers, self.student_depth = [], 0
+        if self.distill_loss.is_on:
+            self.teacher_layers, self.student_depth = sorted(layers), max(sources)
+        if self.term is not None:
+            self.teacher_layers = sorted({*self.teacher_layers, *self.term.teacher_layers})
+            self.student_depth = max(self.student_depth, self.term.student_depth)
+            self.reads_student = self.reads_student or self.term.reads_student
         self.teacher_depth = max([1, *self.teacher_layers])  # extract_features runs at least one layer
-        self.student_depth = max(
-            *(self.source_layers if is_on else ()), term.student_depth if term is not None else 0, 0
-        )
 
     def train(self, mode: bool = True) -> "DistillModule":
         """Set the student's mode; the teacher stays in eval mode."""
         super().train(mode)
         self.teacher_model.eval()
         return self
-
-    # --- from a batch to its loss --------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch, whose first two entries are waveforms (B, T) and lengths (B,) or None."""
@@ -344,17 +295,15 @@ class DistillModule(ScheduledModule):
             loss = loss + penalty
             if not self.controls_exactly:
                 losses["loss_reg"] = penalty
-        scalars = {**{f"{mode}_{name}": value for name, value in {"loss": loss, **losses}.items()}, **control}
+        scalars = {f"{mode}_{name}": value for name, value in {"loss": loss, **losses}.items()} | control
         return loss, {name: value.detach() for name, value in scalars.items()}
 
     def targets(self, waveforms: Tensor, lengths: Tensor | None) -> list[Tensor]:
         """The teacher's hidden states of ``teacher_layers``: (B, frames, D) each."""
-        if not self.teacher_layers:
+        if not (layers := self.teacher_layers):
             return []
-        hidden_states, _ = self.teacher_model.extract_features(
-            waveforms, lengths, self.teacher_depth, kept=self.teacher_layers
-        )
-        return [hidden_states[layer] for layer in self.teacher_layers]
+        hidden_states, _ = self.teacher_model.extract_features(waveforms, lengths, self.teacher_depth, kept=layers)
+        return [hidden_states[layer] for layer in layers]
 
     def distillation(
         self, waveforms: Tensor, lengths: Tensor | None, targets: list[Tensor], labels: Tensor | None = None
@@ -399,8 +348,6 @@ class DistillModule(ScheduledModule):
         penalty = self.lambda1 * excess + self.lambda2 * excess**2
         return penalty, scalars | {"lambda1": self.lambda1.clone(), "lambda2": self.lambda2.clone()}
 
-    # --- exact control -------------------------------------------------------------------------------
-
     def meet_target(self, step: int) -> None:
         """Move the masks to the expected size that is the target of an optimiser step."""
         wanted = [self.budgets[name].size(step) if name in self.budgets else None for name in ("sparsity", "macs")]
@@ -422,8 +369,6 @@ class DistillModule(ScheduledModule):
         if self.controls_exactly:
             self.meet_target(self.global_step + 1)
 
-    # --- optimisation --------------------------------------------------------------------------------
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The published parameter groups: student weights and projections, masks, multipliers."""
         weights: list[nn.Parameter] = []
@@ -435,24 +380,20 @@ class DistillModule(ScheduledModule):
             if module is not None:
                 weights += [parameter for parameter in module.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [
-            {"params": weights, "lr": self.learning_rate, "weight_decay": self.weight_decay, "name": "main_params"},
+            {"params": weights, "name": "main_params", "lr": self.learning_rate, "weight_decay": self.weight_decay}
         ]
+        regularised = {"lr": self.reg_learning_rate, "weight_decay": 0.0}
         if self.use_reg:
-            regularised = {"lr": self.reg_learning_rate, "weight_decay": 0.0}
             groups.append({"params": log_alphas, "name": "log_alpha", **regularised})
-            if not self.controls_exactly:
-                # The multipliers climb: they raise the price of being away from the target.
-                multipliers = [self.lambda1, self.lambda2]
-                groups.append({"params": multipliers, "name": "lambda", "maximize": True, **regularised})
+        if self.use_reg and not self.controls_exactly:
+            # The multipliers climb: they raise the price of being away from the target.
+            groups.append({"params": [self.lambda1, self.lambda2], "name": "lambda", "maximize": True, **regularised})
         return groups
-
-    # --- checkpoints ---------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the teacher out: it never changes."""
-        checkpoint["state_dict"] = {
-            key: value for key, value in checkpoint["state_dict"].items() if not key.startswith("teacher_model.")
-        }
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: state[key] for key in state if not key.startswith("teacher_model.")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the teacher back, so that the load is strict."""

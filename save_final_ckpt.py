@@ -11,7 +11,6 @@ Without --config_path the model has the config that the checkpoint records.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import cli
 from wav2vec2.files.errors import UserError, short_repr
@@ -26,57 +25,40 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def recorded_config(trained: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The config of the student in a checkpoint.
-
-    Raises:
-        UserError: the checkpoint does not say it; those of the published program do not.
-    """
-    config = trained["distillation"].get("student_config")
-    if not isinstance(config, dict):
-        raise UserError(
-            f"{path}: does not say its student's config (distillation: student_config: expected a dict, found "
-            f"{short_repr(config)}); give the model that prune.py wrote with --config_path"
-        )
-    return config
-
-
 def main(args: argparse.Namespace) -> None:
     # These import torch, for which wrong flags and --help need not wait.
-    from training.checkpoints import (
-        PRUNED_MODEL,
-        fingerprint,
-        made_before,
-        read_training_checkpoint,
-        recorded_head,
-        split_state_dict,
-    )
+    from training import checkpoints
     from wav2vec2.files.checkpoint import load_state, read_model_file, save
     from wav2vec2.files.heads import build_with_head, contents_of, with_outputs
     from wav2vec2.model import with_masks
 
+    path = args.ckpt_after_final_distill
     config = read_model_file(args.config_path)["config"] if args.config_path else None
-    trained = read_training_checkpoint(args.ckpt_after_final_distill)
-    source = args.config_path or args.ckpt_after_final_distill
+    trained = checkpoints.read_training_checkpoint(path)
     if config is None:
-        config = with_masks(recorded_config(trained, source), ())
-    out = args.ckpt_after_final_distill.parent / PRUNED_MODEL
+        config = trained["distillation"].get("student_config")
+        if not isinstance(config, dict):  # the published program's checkpoints do not say it
+            raise UserError(
+                f"{path}: does not say its student's config (distillation: student_config: expected a dict, found "
+                f"{short_repr(config)}); give the model that prune.py wrote with --config_path"
+            )
+        config = with_masks(config, ())
+    out = path.parent / checkpoints.PRUNED_MODEL
     made_by = {
         "script": "save_final_ckpt.py",
-        "config_path": fingerprint(args.config_path) if args.config_path else None,
-        "ckpt_after_final_distill": fingerprint(args.ckpt_after_final_distill),
+        "config_path": checkpoints.fingerprint(args.config_path) if args.config_path else None,
+        "ckpt_after_final_distill": checkpoints.fingerprint(path),
     }
-    if made_before(out, made_by) is not None:
+    if checkpoints.made_before(out, made_by) is not None:
         print(f"made already, from the same files: {out}")
         return
 
-    student_state, projections = split_state_dict(trained)
-    head = recorded_head(trained["distillation"], args.ckpt_after_final_distill)
+    student_state, projections = checkpoints.split_state_dict(trained)
+    head, source = checkpoints.recorded_head(trained["distillation"], path), args.config_path or path
     config = with_outputs(config, head)
     model = build_with_head(config, head, source)
-    load_state(model, student_state, f"{args.ckpt_after_final_distill} in the model of {source}")
-    contents = {**contents_of(model), "config": config, "distill_linear_projs": projections}
-    save(out, {**contents, "made_by": made_by})
+    load_state(model, student_state, f"{path} in the model of {source}")
+    save(out, {**contents_of(model), "config": config, "distill_linear_projs": projections, "made_by": made_by})
     print(f"{model.get_num_params():,} parameters: {out}")
 
 

@@ -35,8 +35,11 @@ _TRAINED = {DISTILLATION: ("student_model.", "distill.py or final_distill.py"), 
 INTERMEDIATE = "intermediate"
 # Weights that an earlier version averaged over the updates (--ema), for the stages that follow.
 AVERAGED = "averaged_state_dict"
-# Settings of earlier versions that made another training of it.
-REMOVED_SETTINGS = ("star_weight", "unit_weight", "unit_layer", "num_units", "ema")
+# Settings of the version before that made another training, or another student, of it.
+REMOVED_SETTINGS = (
+    *("star_weight", "unit_weight", "unit_layer", "num_units", "ema"),
+    *("student_extractor", "extractor_updates", "student_config", "init_layers"),
+)
 # What messages advise.
 CONTINUE = f"continue with --resume_checkpoint {AUTO}"
 
@@ -68,7 +71,7 @@ def read_training_checkpoint(path: str | os.PathLike, kind: str = DISTILLATION) 
     The dict under ``kind`` is what the checkpoint says of its run; it is empty for the published program's.
 
     Raises:
-        UserError: it is something else; a model file is named as such.
+        UserError: it is something else, or damaged.
     """
     contents = ckpt.read(path)
     prefix, scripts = _TRAINED[kind]
@@ -79,13 +82,10 @@ def read_training_checkpoint(path: str | os.PathLike, kind: str = DISTILLATION) 
             if other in contents:
                 found = f"a training checkpoint of {makers}"
         raise UserError(f"{path}: {found} where a training checkpoint (.ckpt) of {scripts} is wanted")
-    contents.setdefault(kind, {})
-    contents.setdefault(AVERAGED, {})
+    contents = {kind: {}, AVERAGED: {}, **contents}
     for name, wanted in {"global_step": int, kind: dict, AVERAGED: dict}.items():
-        if type(contents.get(name)) is not wanted:
-            raise UserError(
-                f"{path}: {name}: expected {wanted.__name__}, found {contents.get(name)!r:.80}; it is damaged"
-            )
+        if type(value := contents.get(name)) is not wanted:
+            raise UserError(f"{path}: {name}: expected {wanted.__name__}, found {value!r:.80}; it is damaged")
     for name in ("state_dict", AVERAGED):
         for key, value in contents[name].items():
             is_named = isinstance(key, str) and isinstance(value, Tensor)
@@ -99,22 +99,16 @@ def choose_checkpoint(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Choose the checkpoint that a run continues from, and read it; None starts afresh.
 
-    Args:
-        choice: a path; "auto" for the newest whole checkpoint of ``exp_dir`` if there is one; None for a fresh run.
-        exp_dir: of the run.
-        kind: of the run.
+    ``choice`` is a path, "auto" for the newest whole checkpoint of ``exp_dir`` if there is one, or None.
 
     Raises:
         UserError: no such file, or not a training checkpoint; with "auto", all that there are are damaged;
             with None or a path from elsewhere, ``exp_dir`` has a checkpoint, which would be overwritten.
     """
-    found = [
-        path for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT) if (path := exp_dir / CHECKPOINTS / name).is_file()
-    ]
+    folder = exp_dir / CHECKPOINTS
+    found = [path for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT) if (path := folder / name).is_file()]
     # A checkpoint from elsewhere would start another run here, as none does.
-    is_own = choice == AUTO or (
-        choice is not None and Path(choice).resolve().parent == (exp_dir / CHECKPOINTS).resolve()
-    )
+    is_own = choice == AUTO or (choice is not None and Path(choice).resolve().parent == folder.resolve())
     if found and not is_own:
         raise UserError(
             f"--exp_dir {exp_dir}: holds a run already ({found[0]}), which would be overwritten; add "
@@ -129,11 +123,11 @@ def choose_checkpoint(
         try:
             return path, read_training_checkpoint(path, kind)
         except UserError as error:
-            damaged.append(str(error))
+            damaged.append(error)
             print_line(f"passed over: {error}")
     if damaged:
         raise UserError(
-            f"--resume_checkpoint auto: no checkpoint of {exp_dir / CHECKPOINTS} can be read ({damaged[0]}); "
+            f"--resume_checkpoint auto: no checkpoint of {folder} can be read ({damaged[0]}); "
             "move them away to start afresh"
         )
     return None
@@ -155,14 +149,10 @@ def split_state_dict(contents: dict[str, Any]) -> tuple[dict[str, Tensor], dict[
 
 
 def recorded_head(distillation: dict[str, Any], path: str | os.PathLike) -> Head | None:
-    """The head of the student in a training checkpoint; None if it has none.
-
-    Args:
-        distillation: what the checkpoint says of its run.
-        path: its path, named in errors.
+    """The head of the student in a training checkpoint, from what that says of its run; None if it has none.
 
     Raises:
-        UserError: the entry is no head.
+        UserError: the entry is no head; names ``path``.
     """
     entry = distillation.get("head")
     if entry is None:
@@ -178,20 +168,16 @@ def part_of(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def made_before(out: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
     """The contents of a model file if it is whole and was made by the same script from the same input; else None."""
-    if not out.is_file():
-        return None
     try:
         contents = ckpt.read_model_file(out)
-    except UserError:
+    except (UserError, OSError):
         return None
     return contents if contents.get("made_by") == made_by else None
 
 
 @contextmanager
 def exclusive(exp_dir: Path) -> Iterator[None]:
-    """Hold ``exp_dir`` for this run: two runs that write the same checkpoints would destroy each other's.
-
-    The lock goes with the process, however it ends. Where the file system has no locks, there is none.
+    """Hold ``exp_dir`` for this run, whose process keeps the lock; a file system without locks has none.
 
     Raises:
         UserError: another run holds it.

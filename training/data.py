@@ -1,6 +1,7 @@
 """The data of a run: its training and validation subsets, their batches, and each process's share."""
 
 import hashlib
+import itertools
 import math
 import os
 from typing import Any
@@ -32,17 +33,8 @@ WORKER_TIMEOUT = 600
 class BatchDataModule(pl.LightningDataModule):
     """Makes the batches of a training and a validation subset, and deals them to processes.
 
-    Args:
-        settings: of the batches.
-        train_subset: the name of the subset to train on.
-        datasets: the subsets by name.
-        max_crop: the longest crop in samples; None for no limit.
-        whole: do not crop.
-        limits: ``min_len`` and ``max_len`` of :func:`make_batches`.
-
-    Attributes:
-        batches: indices into each dataset, one list per batch, of the training and the validation subset.
-        max_bad_files: number of audio files that may be bad.
+    ``datasets`` are the subsets by name. Crops have at most ``max_crop`` samples; there are none if ``whole``.
+    ``limits`` are ``min_len`` and ``max_len`` of :func:`make_batches`.
 
     Raises:
         UserError: the utterances of a subset do not make batches.
@@ -61,35 +53,27 @@ class BatchDataModule(pl.LightningDataModule):
         **limits: int,
     ) -> None:
         super().__init__()
-        self.settings = settings
-        self.train_subset = train_subset
-        self.datasets = datasets
+        self.settings, self.train_subset, self.datasets = settings, train_subset, datasets
         self.max_bad_files = settings.max_bad_files_of(len(datasets[train_subset]))
-        self._max_crop = max_crop
-        self._whole = whole
-        self.batches: dict[str, list[list[int]]] = {}
+        self._max_crop, self._whole = max_crop, whole
+        self.batches: dict[str, list[list[int]]] = {}  # by subset: indices into its dataset, one list per batch
+        max_tokens = settings.seconds_per_batch * SAMPLE_RATE
         for subset in (train_subset, VALID_SUBSET):
             generator = torch.Generator().manual_seed(settings.seed) if subset == train_subset else None
-            max_tokens = settings.seconds_per_batch * SAMPLE_RATE
             try:
                 self.batches[subset] = make_batches(
                     datasets[subset].lengths, max_tokens=max_tokens, generator=generator, max_crop=max_crop, **limits
                 )
             except UserError as error:
-                raise UserError(
-                    f"{subset}.tsv: {error}; see --seconds_per_batch, --min_seconds and --max_seconds"
-                ) from error
+                options = "--seconds_per_batch, --min_seconds and --max_seconds"
+                raise UserError(f"{subset}.tsv: {error}; see {options}") from error
 
     def fingerprint(self) -> str:
         """A digest of the training data, wherever they lie."""
         raise NotImplementedError
 
     def check_crops(self, num_samples: int) -> None:
-        """Check that no crop is shorter than ``num_samples``, which the models need for one frame.
-
-        Raises:
-            UserError: one is; names the option that lets it in.
-        """
+        """Raise a UserError if a crop is shorter than ``num_samples``, which the models need for one frame."""
 
     def sampler(self, subset: str, num_replicas: int, rank: int, accum_grad: int = 1) -> BatchSampler:
         """The batches of one process; those of the training subset are shuffled and cropped at random."""
@@ -138,8 +122,6 @@ class BatchDataModule(pl.LightningDataModule):
 class SpeechDataModule(BatchDataModule):
     """Batches of ``TSV_DIR/TRAIN_SUBSET.tsv`` and ``TSV_DIR/valid.tsv``, bucketed and cropped.
 
-    The constructor reads the manifests and makes the batches, so that bad input ends the run before a model is built.
-
     Raises:
         UserError: a manifest is wrong, its utterances do not make batches, or too many of its files are bad.
     """
@@ -177,12 +159,11 @@ class SpeechDataModule(BatchDataModule):
             raise UserError(f"--max_crop_seconds {settings.max_crop_seconds:g}: {max_crop} samples at 16 kHz, {needed}")
         for subset, batches in self.batches.items():
             manifest = self.datasets[subset].manifest
-            shortest = min((index for batch in batches for index in batch), key=manifest.lengths.__getitem__)
-            if manifest.lengths[shortest] < num_samples:
-                raise UserError(
-                    f"--min_seconds {settings.min_seconds:g} lets in {manifest.full_path(shortest)}, which has "
-                    f"{manifest.lengths[shortest]} samples at 16 kHz; {needed}"
-                )
+            shortest = min(itertools.chain(*batches), key=manifest.lengths.__getitem__)
+            if (length := manifest.lengths[shortest]) < num_samples:
+                path = manifest.full_path(shortest)
+                found = f"--min_seconds {settings.min_seconds:g} lets in {path}, which has {length} samples at 16 kHz"
+                raise UserError(f"{found}; {needed}")
 
 
 class LabelledDataModule(BatchDataModule):
@@ -190,15 +171,6 @@ class LabelledDataModule(BatchDataModule):
 
     If the list has no clips for validation, a tenth of the training clips is held out, drawn by the seed: a tenth of
     each label of clips with labels.
-
-    Args:
-        settings: of the batches.
-        probe: the list.
-        frames: of the model.
-
-    Attributes:
-        probe: the list.
-        clips: of each split.
 
     Raises:
         UserError: a clip cannot be used (see :func:`labels.batches.checked_lengths`), or there are too few.
@@ -213,8 +185,7 @@ class LabelledDataModule(BatchDataModule):
         lengths = {split: checked_lengths(probe, clips[split], frames, max_samples) for split in clips}
         datasets = {split: LabelledDataset(probe.kind, clips[split], lengths[split], frames) for split in clips}
         super().__init__(settings, TRAIN_SUBSET, datasets, whole=True)
-        self.probe = probe
-        self.clips = clips
+        self.probe, self.clips = probe, clips
         for split, dataset in datasets.items():
             if probe.kind == SEGMENTS and not any((dataset.target(i) >= 0).any() for i in range(len(dataset))):
                 raise UserError(
@@ -233,11 +204,7 @@ class LabelledDataModule(BatchDataModule):
 
 
 def held_out(probe: Probe, seed: int) -> tuple[tuple[Clip, ...], tuple[Clip, ...]]:
-    """Split a list's training clips into nine tenths and a tenth, the latter with at least one clip of each label.
-
-    Raises:
-        UserError: there is only one clip.
-    """
+    """Split a list's training clips into nine tenths and a tenth, the latter with at least one clip of each label."""
     groups: dict[Any, list[int]] = {}
     for index, clip in enumerate(probe.train):
         groups.setdefault(None if probe.kind in (TEXT, SEGMENTS) else clip.target, []).append(index)
@@ -251,5 +218,4 @@ def held_out(probe: Probe, seed: int) -> tuple[tuple[Clip, ...], tuple[Clip, ...
         count = max(1, round(VALID_SHARE * len(group)))
         chosen.update(group[i] for i in torch.randperm(len(group), generator=generator)[:count].tolist())
     train = tuple(clip for index, clip in enumerate(probe.train) if index not in chosen)
-    valid = tuple(probe.train[index] for index in sorted(chosen))
-    return train, valid
+    return train, tuple(probe.train[index] for index in sorted(chosen))

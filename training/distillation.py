@@ -1,7 +1,7 @@
 """A run of either distillation: its models, its module, and what its checkpoints say of it."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
@@ -11,7 +11,7 @@ from training.checkpoints import DISTILLATION, choose_checkpoint, fingerprint, s
 from training.data import VALID_SUBSET, BatchDataModule, LabelledDataModule, SpeechDataModule
 from training.pairing import freeze_unreached
 from training.saving import SizeCheckpoints
-from training.settings import DistillationSettings, DistillSettings
+from training.settings import DistillationSettings, DistillSettings, MachineSettings
 from training.speed import FastTeacher, update_flops
 from training.task import Task, TaskScore, ValidScores, train_head, with_task
 from training.trainer import check_settings, data_and_machine, fit
@@ -22,22 +22,8 @@ from wav2vec2.files.heads import TaskModel
 from wav2vec2.model import Wav2Vec2Model
 
 
-class Inputs(NamedTuple):
-    """The inputs of a distillation.
-
-    Attributes:
-        data: the batches of --tsv_dir, or of --task_tsv.
-        teacher: the model of --teacher_ckpt.
-        contents: the contents of --student_ckpt, with a head for --task_tsv.
-    """
-
-    data: BatchDataModule
-    teacher: Wav2Vec2Model
-    contents: dict[str, Any]
-
-
-def read_inputs(settings: DistillationSettings) -> Inputs:
-    """Read the data and models of a run, and seed it.
+def read_inputs(settings: DistillationSettings) -> tuple[BatchDataModule, Wav2Vec2Model, dict[str, Any]]:
+    """Seed a run, and read its batches, its teacher, and its student's contents, with a head for --task_tsv.
 
     Raises:
         UserError: one of them cannot be used.
@@ -51,7 +37,7 @@ def read_inputs(settings: DistillationSettings) -> Inputs:
     contents = ckpt.read_model_file(models.student_ckpt)
     if settings.task is not None:
         contents, data = with_task(contents, settings.task, settings.data, models.student_ckpt)
-    return Inputs(data, teacher, contents)
+    return data, teacher, contents
 
 
 def train(
@@ -63,10 +49,6 @@ def train(
 ) -> None:
     """Train ``student`` for ``--max_updates`` and say where the result is.
 
-    Args:
-        settings, data: of the run.
-        teacher, student, projections: as for :class:`lightning.DistillModule`.
-
     Raises:
         UserError: a crop is too short for a frame, the checkpoint to continue from is not of this run, or the run
             cannot go on.
@@ -75,28 +57,37 @@ def train(
     machine = settings.machine
     data.check_crops(teacher.feature_extractor.receptive_field)
     module = make_module(settings, teacher, student, projections)
-    check_sizes(settings, module)
-    recorded = {**settings.recorded(), **_fingerprints(settings, data)}
+    sizes = _checked_sizes(settings, module)
+    recorded = settings.recorded() | {
+        "task_tsv" if settings.task is not None else "train_subset": data.fingerprint(),
+        "teacher_ckpt": fingerprint(settings.models.teacher_ckpt),
+        "student_ckpt": fingerprint(settings.models.student_ckpt),
+    }
     resumed = choose_checkpoint(machine.resume_checkpoint, machine.exp_dir)
-    if resumed is not None and check_resumed(*resumed, settings, recorded, module) >= module.max_updates:
-        print(f"{settings.stage}: complete already, {resumed[1]['global_step']} updates done: {resumed[0]}")
-        return
+    if resumed is not None:
+        _check_resumed(*resumed, recorded, module, machine)
+        if (done := resumed[1]["global_step"]) >= module.max_updates:
+            print(f"{settings.stage}: complete already, {done} updates done: {resumed[0]}")
+            return
     student.recompute_activations(machine.checkpoint_activations)
     if settings.models.student_dropout is not None:
         student.set_dropout(settings.models.student_dropout)
     callbacks: list[pl.Callback] = [FastTeacher(teacher)] if fast_paths() else []
-    if sizes := _sizes(settings):
+    if sizes:
         callbacks.append(SizeCheckpoints(module, machine.exp_dir, sizes))
     if isinstance(data, LabelledDataModule) and isinstance(student, TaskModel):
         callbacks.append(TaskScore(student, ValidScores(data.probe, data.clips[VALID_SUBSET])))
+    num_params = [sum(p.numel() for p in model.parameters()) for model in (teacher, student)]
+    layers = f"layers {settings.models.distill_layers}" if settings.distils else "the task alone"
     fit(
         settings,
         data,
         module,
         resumed,
         flops=update_flops(module),
-        record=lambda: {DISTILLATION: distillation_record(recorded, module)},
-        title=_title(settings, data, module),
+        record=lambda: {DISTILLATION: _record(recorded, module)},
+        title=f"{settings.stage}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; {layers}; "
+        f"{data_and_machine(data, machine)}",
         callbacks=callbacks,
         validates_last=settings.task is not None,
     )
@@ -109,27 +100,19 @@ def make_module(
     models, optimisation = settings.models, settings.optimisation
     sparsity: dict[str, Any] = {}
     if isinstance(settings, DistillSettings):
-        pruning = settings.pruning
-        sparsity = {
-            "use_reg": True,
-            "reg_learning_rate": pruning.reg_learning_rate,
-            "target_sparsity": pruning.target_sparsity,
-            "sparsity_warmup_updates": pruning.sparsity_warmup_updates,
-            "sparsity_control": pruning.sparsity_control,
-            "target_macs": pruning.target_macs,
-        }
+        names = ("reg_learning_rate", "target_sparsity", "sparsity_warmup_updates", "sparsity_control", "target_macs")
+        sparsity = {"use_reg": True} | {name: getattr(settings.pruning, name) for name in names}
     term = None
     if isinstance(student, TaskModel) and settings.task is not None:
         term = Task(settings.task.task_weight, student)
+    weights = models.l2_weight, models.l1_weight, models.cos_weight
     module = DistillModule(
         teacher_model=teacher,
         student_model=student,
         distill_mode=models.distill_mode,
         distill_layers=settings.layers,
         distill_linear_projs=projections,
-        distill_loss=DistillLoss(
-            models.l2_weight, models.l1_weight, models.cos_weight, models.cos_type, models.distill_weight
-        ),
+        distill_loss=DistillLoss(*weights, models.cos_type, models.distill_weight),
         learning_rate=optimisation.learning_rate,
         weight_decay=optimisation.weight_decay,
         warmup_updates=optimisation.warmup_updates,
@@ -146,26 +129,20 @@ def make_module(
     return module
 
 
-def _sizes(settings: DistillationSettings) -> list[str]:
-    return settings.pruning.sizes if isinstance(settings, DistillSettings) else []
-
-
-def check_sizes(settings: DistillationSettings, module: DistillModule) -> None:
-    """Check that the target reaches every ``--save_at_sparsity`` on its way up.
-
-    Raises:
-        UserError: names one that it does not reach.
-    """
-    for size in _sizes(settings):
+def _checked_sizes(settings: DistillationSettings, module: DistillModule) -> list[str]:
+    """The ``--save_at_sparsity``, which the target must reach on its way up."""
+    sizes = settings.pruning.sizes if isinstance(settings, DistillSettings) else []
+    for size in sizes:
         first, last = (module.budgets["sparsity"].target(step) for step in (0, module.max_updates))
         if not first < float(size) <= last:
             raise UserError(
                 f"--save_at_sparsity {size}: the target rises from {first:.4f} to {last:.4f} in this run (see "
                 "--sparsity_warmup_updates, --max_updates); give sparsities between them"
             )
+    return sizes
 
 
-def distillation_record(recorded: dict[str, Any], module: DistillModule) -> dict[str, Any]:
+def _record(recorded: dict[str, Any], module: DistillModule) -> dict[str, Any]:
     """Describe a distillation in its checkpoints; prune.py and the report read it."""
     sparsity, macs = module.budgets.get("sparsity"), module.budgets.get("macs")
     record = {
@@ -182,47 +159,17 @@ def distillation_record(recorded: dict[str, Any], module: DistillModule) -> dict
     return record
 
 
-def _fingerprints(settings: DistillationSettings, data: BatchDataModule) -> dict[str, str]:
-    """Digests of the files of a run, wherever they lie."""
-    return {
-        "task_tsv" if settings.task is not None else "train_subset": data.fingerprint(),
-        "teacher_ckpt": fingerprint(settings.models.teacher_ckpt),
-        "student_ckpt": fingerprint(settings.models.student_ckpt),
-    }
-
-
-def check_resumed(
-    path: Path,
-    contents: dict[str, Any],
-    settings: DistillationSettings,
-    recorded: dict[str, Any],
-    module: DistillModule,
-) -> int:
-    """Check that a checkpoint can be continued with these settings; returns the updates done in it.
-
-    ``auto`` continues the same run only; a path given by the user may be continued with other settings, which are
-    printed.
-
-    Raises:
-        UserError: it is of another stage or model, or (with ``auto``) of a run with other settings.
-    """
+def _check_resumed(
+    path: Path, contents: dict[str, Any], recorded: dict[str, Any], module: DistillModule, machine: MachineSettings
+) -> None:
+    """Check that the checkpoint at ``path`` can be continued: that it is of this stage, its models and settings."""
     if not contents["distillation"]:
         raise UserError(
             f"--resume_checkpoint {path}: a checkpoint of the published program, which does not record the settings "
             "and the data of its run, cannot be continued; prune.py and save_final_ckpt.py take it, and all "
             "scripts take the published models"
         )
-    check_settings(path, contents["distillation"], recorded, settings.machine)
+    check_settings(path, contents["distillation"], recorded, machine)
     student, projections = split_state_dict(contents)
     ckpt.load_state(module.student_model, student, f"{path} in the model of --student_ckpt")
     ckpt.load_state(module.distill_linear_projs, projections, f"{path} (projections; see --distill_layers)")
-    return contents["global_step"]
-
-
-def _title(settings: DistillationSettings, data: BatchDataModule, module: DistillModule) -> str:
-    num_params = [sum(p.numel() for p in model.parameters()) for model in (module.teacher_model, module.student_model)]
-    layers = f"layers {settings.models.distill_layers}" if settings.distils else "the task alone"
-    return (
-        f"{settings.stage}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; {layers}; "
-        f"{data_and_machine(data, settings.machine)}"
-    )

@@ -11,7 +11,7 @@ from training.settings import DistillationSettings, PruningSettings
 from wav2vec2.files.checkpoint import build_model
 from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, with_masks
-from wav2vec2.sparsity import Size, size_of, smallest_size
+from wav2vec2.sparsity import size_of, smallest_size
 
 
 def check_pair(teacher: Wav2Vec2Model, student: Wav2Vec2Model, layers: Sequence[int], mode: DistillMode) -> None:
@@ -37,17 +37,15 @@ def check_pair(teacher: Wav2Vec2Model, student: Wav2Vec2Model, layers: Sequence[
             f"the student's frames do not fit the teacher's: {found}, the teacher's {expected}; give a student whose "
             "extractor makes the teacher's frames"
         )
-    if teacher.normalize_waveform != student.normalize_waveform:
-        difference = (
-            f"the student's normalize_waveform is {student.normalize_waveform}, the teacher's "
-            f"{teacher.normalize_waveform}"
-        )
+    theirs, ours = teacher.normalize_waveform, student.normalize_waveform
+    if ours != theirs:
+        difference = f"the student's normalize_waveform is {ours}, the teacher's {theirs}"
         if {model.config["extractor_mode"] for model in (teacher, student)} != {"group_norm"}:
             raise UserError(f"{difference}; give models that take the same input")
         rank_zero_warn(
             f"{difference}: each normalises its own input as it says. Behind a group_norm extractor this moves the "
             "features little (their cosine is 0.9996 on average); to have both the same, convert the teacher with "
-            f"--normalize_waveform {str(student.normalize_waveform).lower()}"
+            f"--normalize_waveform {str(ours).lower()}"
         )
 
 
@@ -61,9 +59,8 @@ def new_projections(settings: DistillationSettings, teacher: Wav2Vec2Model, stud
     try:
         check_pair(teacher, student, settings.layers, models.distill_mode)
     except UserError as error:
-        raise UserError(
-            f"--student_ckpt {models.student_ckpt}, --distill_layers {models.distill_layers}: {error}"
-        ) from None
+        options = f"--student_ckpt {models.student_ckpt}, --distill_layers {models.distill_layers}"
+        raise UserError(f"{options}: {error}") from None
     dims = [model.config["encoder_embed_dim"] for model in (student, teacher)]
     return make_projections(models.distill_mode, settings.layer_groups, *dims)
 
@@ -77,16 +74,17 @@ def check_budgets(pruning: PruningSettings, teacher: Wav2Vec2Model, student: Wav
     original, smallest = size_of(teacher), smallest_size(student)
     with torch.device("meta"):
         largest = size_of(build_model(with_masks(student.config, ())))
-    targets = Size(pruning.target_sparsity, pruning.target_macs)
-    options = Size("--target_sparsity", "--target_macs")
-    things = Size("parameters", "multiply-adds")
-    rows = zip(options, targets, original, smallest, largest, things, strict=True)
-    for option, target, before, after, start, thing in rows:
-        if target is not None and target < (lowest := 1 - start / before):
+    targets = {"--target_sparsity": pruning.target_sparsity, "--target_macs": pruning.target_macs}
+    rows = zip(targets.items(), ("parameters", "multiply-adds"), original, smallest, largest, strict=True)
+    for (option, target), thing, before, after, start in rows:
+        if target is None:
+            continue
+        lowest, highest = 1 - start / before, 1 - after / before
+        if target < lowest:
             raise UserError(
                 f"{option} {target}: the student starts without {lowest:.4f} of the teacher's {thing}; raise the target"
             )
-        if target is not None and target > (highest := 1 - after / before):
+        if target > highest:
             raise UserError(
                 f"{option} {target}: pruning {pruning.pruning_units} removes at most {highest:.4f} of the teacher's "
                 f"{thing}; lower the target or add --pruning_units"
@@ -96,12 +94,8 @@ def check_budgets(pruning: PruningSettings, teacher: Wav2Vec2Model, student: Wav
 def freeze_unreached(student: Wav2Vec2Model, depth: int) -> None:
     """Freeze what the loss cannot reach: DDP waits for the gradient of every parameter that requires one.
 
-    These never had a gradient, so training is the same. Masks above ``depth`` still get theirs from
-    the sparsity penalty.
-
-    Args:
-        student: the student.
-        depth: the highest layer that is distilled.
+    These never had a gradient, so training is the same. ``depth`` is the highest layer that is distilled; masks above
+    it still get their gradient from the sparsity penalty.
     """
     transformer = student.encoder.transformer
     unreached: list[nn.Module] = list(transformer.layers[depth:])

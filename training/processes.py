@@ -25,12 +25,13 @@ def cluster_environment(processes_per_node: int, num_nodes: int) -> ClusterEnvir
         AllProcessesError: srun is missing, or there are other processes than ``--gpus`` and ``--num_nodes`` say.
     """
     wanted = f"{processes_per_node}(x{num_nodes})" if num_nodes > 1 else f"{processes_per_node}"
+    options = f"--gpus {processes_per_node} --num_nodes {num_nodes}"
     if TorchElasticEnvironment.detect():
         environment = TorchElasticEnvironment()
         if environment.world_size() != processes_per_node * num_nodes:
             raise AllProcessesError(
-                f"--gpus {processes_per_node} --num_nodes {num_nodes}: torchrun has started {environment.world_size()} "
-                f"processes; start it with --nnodes {num_nodes} --nproc_per_node {processes_per_node}"
+                f"{options}: torchrun has started {environment.world_size()} processes; start it with --nnodes "
+                f"{num_nodes} --nproc_per_node {processes_per_node}"
             )
         return environment
     if not SLURMEnvironment.detect():
@@ -42,9 +43,9 @@ def cluster_environment(processes_per_node: int, num_nodes: int) -> ClusterEnvir
         return LightningEnvironment()
     if started != wanted:
         raise AllProcessesError(
-            f"--gpus {processes_per_node} --num_nodes {num_nodes}: this SLURM job has started {started} of these "
-            f"processes per node; put srun --nodes={num_nodes} --ntasks-per-node={processes_per_node} in front of the "
-            "command, or change --gpus and --num_nodes"
+            f"{options}: this SLURM job has started {started} of these processes per node; put srun "
+            f"--nodes={num_nodes} --ntasks-per-node={processes_per_node} in front of the command, or change --gpus and "
+            "--num_nodes"
         )
     os.environ["SLURM_NTASKS_PER_NODE"] = started.partition("(")[0]  # Lightning wants it, and srun -n does not set it
     return SLURMEnvironment(auto_requeue=False)  # RunCheckpoints requeues at the end of an update

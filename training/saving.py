@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from cli import AllProcessesError, Interrupted, print_line
@@ -32,15 +32,12 @@ from wav2vec2.files.errors import UserError
 class CheckpointIO(TorchCheckpointIO):
     """Writes checkpoints whole or not at all; reads plain data only.
 
-    The run's own checkpoint is written again and again: the one before is kept, and one that cannot be written (a full
-    disk) must not cost the run, so ``error`` says what happened. Others are written once, or the run ends.
-
-    Args:
-        last: path of the run's own checkpoint.
-        loaded: path and contents of a checkpoint that has been read already, so that it is not read twice.
+    The run's own checkpoint ``last`` is written again and again: the one before is kept, and one that cannot be written
+    (a full disk) must not cost the run, so ``error`` says what happened. Others are written once, or the run ends.
+    ``loaded`` is the path and contents of a checkpoint that has been read already, so that it is not read twice.
     """
 
-    def __init__(self, last: Path, loaded: tuple[Path, dict[str, Any]] | None = None) -> None:
+    def __init__(self, last: Path, loaded: tuple[Path, dict[str, Any]] | None) -> None:
         super().__init__()
         self._last = last
         self._loaded = loaded
@@ -77,11 +74,7 @@ def _reason(error: OSError | RuntimeError) -> str:
 
 
 def save_or_end(path: Path, contents: dict[str, Any]) -> None:
-    """Write a file that the run cannot go on without.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write a file that the run cannot go on without; a UserError if it cannot be written."""
     try:
         ckpt.save(path, contents)
     except (OSError, RuntimeError) as error:
@@ -99,140 +92,108 @@ def _keep_as(path: Path, name: Path) -> None:
         os.replace(temporary, name)
 
 
-class RunRecord(pl.Callback):
-    """Adds to every checkpoint what it says of its run, before other callbacks look at it.
-
-    Args:
-        record: the entries, beside Lightning's.
-    """
+class RunRecord(Callback):
+    """Adds to every checkpoint what it says of its run, before other callbacks look at it."""
 
     def __init__(self, record: Callable[[], dict[str, Any]]) -> None:
         self._record = record
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint.update(self._record())
 
 
-class LastValidation(pl.Callback):
+class LastValidation(Callback):
     """Validates the last update, wherever it falls."""
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == trainer.max_steps:
             trainer.val_check_batch = 1
 
 
-class RunCheckpoints(pl.Callback):
-    """Saves ``ckpts/last.ckpt``, and ends the run where a signal asks for it.
-
-    Args:
-        path: of the checkpoint.
-        guard: knows of signals.
-        io: the trainer's checkpoint writer.
-        save_interval: updates between checkpoints.
-        updates_per_epoch: an epoch's end is saved too.
-    """
+class RunCheckpoints(Callback):
+    """Saves ``ckpts/last.ckpt`` every ``save_interval`` updates and each epoch, and ends the run at a signal."""
 
     def __init__(
-        self, path: Path, guard: UpdateGuard, io: CheckpointIO, *, save_interval: int, updates_per_epoch: int
+        self, path: Path, guard: UpdateGuard, io: CheckpointIO, save_interval: int, updates_per_epoch: int
     ) -> None:
-        self.path = path
-        self._guard = guard
-        self._io = io
-        self._save_interval = save_interval
-        self._updates_per_epoch = updates_per_epoch
+        self._path, self._guard, self._io = path, guard, io
+        self._save_interval, self._updates_per_epoch = save_interval, updates_per_epoch
         self._updates_done = 0
         self._last_saved: int | None = None
         self._save_after_validation = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._updates_done = trainer.global_step
         self._last_saved = trainer.global_step if trainer.ckpt_path else None
         starts = gather(trainer.global_step)
         if len(set(starts)) > 1:
             raise AllProcessesError(
                 f"the processes would continue from different updates ({starts}): they do not see the same "
-                f"{self.path}; give its path to --resume_checkpoint on a file system that all nodes share"
+                f"{self._path}; give its path to --resume_checkpoint on a file system that all nodes share"
             )
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # Not at the end of the batch before: its row of the log is written in between.
         if self._guard.signum:
-            self._leave(trainer)
+            signum = signal.Signals(self._guard.signum)
+            then = CONTINUE
+            if signum == signal.SIGUSR1 and trainer.is_global_zero:
+                then = f"{requeue_slurm_job()}; {then}"
+            raise Interrupted(signum, f"{signum.name}: saved update {trainer.global_step} in {self._path}; {then}")
         pl_module.log("epoch", float(trainer.global_step // self._updates_per_epoch))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self._updates_done:
             return  # in the middle of an update
         self._updates_done = trainer.global_step
-        is_due = (
-            self._guard.signum
-            or trainer.global_step % self._save_interval == 0
-            or trainer.global_step % self._updates_per_epoch == 0
-            or trainer.global_step == trainer.max_steps
-        )
-        is_validated = (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
-        # A run continued from before a validation would not make up for it.
-        self._save_after_validation = bool(is_due) and is_validated
-        if is_due and not self._save_after_validation:
-            self._save(trainer)
+        step, intervals = trainer.global_step, (self._save_interval, self._updates_per_epoch, trainer.max_steps)
+        if self._guard.signum or any(step % interval == 0 for interval in intervals):
+            # A run continued from before a validation would not make up for it.
+            self._save_after_validation = (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
+            if not self._save_after_validation:
+                self._save(trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._save_after_validation:
             self._save_after_validation = False
             self._save(trainer)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log("epoch", float(max(trainer.global_step - 1, 0) // self._updates_per_epoch))
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(self.path, weights_only=False)
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self._path, weights_only=False)
         if self._io.error is None:
             self._last_saved = trainer.global_step
             return
         kept = f"that of update {self._last_saved} stays" if self._last_saved is not None else "there is none before it"
-        message = f"{self.path}: update {trainer.global_step} could not be saved ({self._io.error}); {kept}"
+        message = f"{self._path}: update {trainer.global_step} could not be saved ({self._io.error}); {kept}"
         if self._guard.signum or trainer.global_step == trainer.max_steps:
             raise UserError(f"{message}; make room, then {CONTINUE}")
         print_line(f"warning: {message}; training goes on")
 
-    def _leave(self, trainer: pl.Trainer) -> None:
-        signum = signal.Signals(self._guard.signum)
-        then = CONTINUE
-        if signum == signal.SIGUSR1 and trainer.is_global_zero:
-            then = f"{requeue_slurm_job()}; {then}"
-        raise Interrupted(signum, f"{signum.name}: saved update {trainer.global_step} in {self.path}; {then}")
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self.path.with_name(PREVIOUS_CHECKPOINT).unlink(missing_ok=True)
+            self._path.with_name(PREVIOUS_CHECKPOINT).unlink(missing_ok=True)
 
 
-class SizeCheckpoints(pl.Callback):
+class SizeCheckpoints(Callback):
     """Saves ``sparsity_SIZE/ckpts/last.ckpt`` where the target of the masks reaches a size.
 
     It stands before :class:`RunCheckpoints`: a run continued from behind such an update would not make up for it.
-
-    Args:
-        module: what is trained.
-        exp_dir: of the run.
-        sizes: sparsities.
     """
 
     def __init__(self, module: DistillModule, exp_dir: Path, sizes: Sequence[str]) -> None:
-        self._budgets = module.budgets
-        self._exp_dir = exp_dir
-        self._sizes = sizes
+        self._budgets, self._exp_dir, self._sizes = module.budgets, exp_dir, sizes
         self._updates_done = 0
         self._saving: str | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._updates_done = trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self._updates_done:
             return  # in the middle of an update
@@ -240,22 +201,17 @@ class SizeCheckpoints(pl.Callback):
         budget = self._budgets["sparsity"]
         for size in self._sizes:
             if budget.target(step - 1) < float(size) <= budget.target(step):
-                self._save(trainer, size)
+                path = self._exp_dir / f"{SIZE_FOLDER}{size}" / CHECKPOINTS / LAST_CHECKPOINT
+                self._saving = size
+                trainer.save_checkpoint(path, weights_only=False)
+                self._saving = None
+                if trainer.is_global_zero:
+                    print_line(f"sparsity {size}: saved update {step} in {path}")
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make the targets of an intermediate size this update's: prune.py turns it into a model of that size."""
         if self._saving is not None:
             entries = {INTERMEDIATE: True, "target_sparsity": float(self._saving)}
             if "macs" in self._budgets:
                 entries["target_macs"] = self._budgets["macs"].target(trainer.global_step)
             checkpoint[DISTILLATION] |= entries
-
-    def _save(self, trainer: pl.Trainer, size: str) -> None:
-        path = self._exp_dir / f"{SIZE_FOLDER}{size}" / CHECKPOINTS / LAST_CHECKPOINT
-        self._saving = size
-        trainer.save_checkpoint(path, weights_only=False)
-        self._saving = None
-        if trainer.is_global_zero:
-            print_line(f"sparsity {size}: saved update {trainer.global_step} in {path}")

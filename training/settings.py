@@ -1,8 +1,7 @@
-"""Typed settings of the three trainings, each documented and checked where it is declared.
+"""Typed settings of the trainings, each documented and checked where it is declared; the flags are made from them.
 
-The flags are made from the fields below. A field says with ``recorded`` whether it decides what comes out of a run:
-checkpoints record these, and a run is continued only with the same. Nothing here needs torch, so that wrong flags are
-refused at once.
+Checkpoints record the settings that decide what comes out of a run, and a run is continued only with the same. Nothing
+here needs torch, so that wrong flags are refused at once.
 """
 
 import argparse
@@ -10,11 +9,11 @@ import dataclasses
 import json
 import math
 import re
-import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -24,68 +23,48 @@ from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.files.storage import read_json
 
-# The published number of GPUs of one node (run.sh).
+# The published number of GPUs of one node (run.sh), place of the teacher and sparsity.
 DEFAULT_GPUS = 4
-# The published place of the teacher, which the student starts from.
 DEFAULT_MODEL = Path("pretrained_ckpts/hubert-base-ls960.pth")
-# Published.
 TARGET_SPARSITY = 0.75
 # The value of --resume_checkpoint that finds the checkpoint by itself.
 AUTO = "auto"
 # The value of --freeze_updates for an encoder that is never trained.
 ALWAYS = "all"
+# The value of --init_layers for layers that start fresh, and the named choice of --extractor.
+RANDOM, LIGHT = "random", "light"
 
 
 def parse_distill_layers(text: str) -> list[list[int]]:
-    """``"0.4,8"`` -> ``[[0], [4, 8]]``: a period separates groups, a comma the layers of a group.
-
-    Raises:
-        UserError: not of this form.
-    """
+    """``"0.4,8"`` -> ``[[0], [4, 8]]``: a period separates groups, a comma the layers of a group."""
     try:
         groups = [[int(layer) for layer in group.split(",")] for group in text.split(".")]
     except ValueError:
-        raise UserError(f"expected layers and groups such as 0.4,8,12, found {text!r}") from None
+        raise UserError(f"--distill_layers: expected layers and groups such as 0.4,8,12, found {text!r}") from None
     layers = [layer for group in groups for layer in group]
     if min(layers) < 0 or len(set(layers)) < len(layers):
-        raise UserError(f"expected every layer once and none below 0, found {text!r}")
+        raise UserError(f"--distill_layers: expected every layer once and none below 0, found {text!r}")
     return groups
 
 
-def _above_zero(value: float) -> str | None:
-    return None if value > 0 else "a number above 0"
-
-
-def _not_negative(value: float) -> str | None:
-    return None if value >= 0 else "0 or more"
-
-
-def _between_zero_and_one(value: float) -> str | None:
-    return None if 0 < value < 1 else "a number between 0 and 1"
-
-
-def _share(value: float) -> str | None:
-    return None if 0 <= value < 1 else "a number from 0 to below 1"
+# Checks of a value: a condition, and what is expected.
+_Check = tuple[Callable[[Any], bool], str]
+_ANY: _Check = (lambda value: True, "")
+_POSITIVE: _Check = (lambda value: value > 0, "a number above 0")
+_NOT_NEGATIVE: _Check = (lambda value: value >= 0, "0 or more")
+_FRACTION: _Check = (lambda value: 0 < value < 1, "a number between 0 and 1")
+_SHARE: _Check = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
 def _option(
-    default: Any,
-    help: str,
-    *,
-    recorded: bool = False,
-    check: Callable[[Any], str | None] = lambda value: None,
-    choices: Sequence[str] | None = None,
+    default: Any, help: str, check: _Check = _ANY, *, choices: Sequence[str] = (), recorded: bool = False
 ) -> Any:
-    """Declare a field that is a flag.
+    """Declare a field that is a flag; with the default MISSING the flag is required."""
+    return field(default=default, metadata={"help": help, "check": check, "choices": choices, "recorded": recorded})
 
-    Args:
-        default: MISSING makes the flag required.
-        help: help text of the flag.
-        recorded: whether it decides what comes out of a run.
-        check: says what is expected where a value other than None is wrong, else None.
-        choices: the only values, where the type does not say them.
-    """
-    return field(default=default, metadata={"help": help, "recorded": recorded, "check": check, "choices": choices})
+
+# A setting that decides what comes out of a run.
+_recorded = partial(_option, recorded=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,61 +78,48 @@ class _Settings:
         hints = typing.get_type_hints(cls)
         for option in dataclasses.fields(cls):
             kind, choices = hints[option.name], option.metadata["choices"]
-            if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+            if type(None) in typing.get_args(kind):  # X | None
                 kind = typing.get_args(kind)[0]
             if typing.get_origin(kind) is Literal:
                 kind, choices = str, typing.get_args(kind)
-            options: dict[str, Any] = {"type": kind, "choices": choices}
+            is_required = option.default is MISSING
+            default = None if is_required else option.default
+            options = {"type": kind, "choices": choices or None, "required": is_required, "default": default}
             if kind is bool:
                 options = {"action": "store_true"}
-            elif option.default is MISSING:
-                options["required"] = True
-            else:
-                options["default"] = option.default
             group.add_argument(f"--{option.name}", help=option.metadata["help"], **options)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self:
-        """Make the settings that parsed flags give.
-
-        Raises:
-            UserError: names the option, what was found and what is expected.
-        """
+        """Make the settings that parsed flags give; a UserError names an option that is wrong."""
         return cls(**{option.name: getattr(args, option.name) for option in dataclasses.fields(cls)})
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
-            if value is not None and (expected := option.metadata["check"](value)):
+            is_right, expected = option.metadata["check"]
+            if value is not None and not is_right(value):
                 raise UserError(f"--{option.name}: expected {expected}, found {value}")
 
     def recorded(self) -> dict[str, Any]:
         """The values that decide what comes out of a run."""
-        return {
-            option.name: getattr(self, option.name)
-            for option in dataclasses.fields(self)
-            if option.metadata["recorded"]
-        }
+        options = dataclasses.fields(self)
+        return {option.name: getattr(self, option.name) for option in options if option.metadata["recorded"]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings(_Settings):
     """Batches."""
 
-    seconds_per_batch: float = _option(87.5, "seconds of audio per batch and process", recorded=True, check=_above_zero)
-    num_workers: int = _option(1, "data loading processes per training process", check=_not_negative)
+    seconds_per_batch: float = _recorded(87.5, "seconds of audio per batch and process", _POSITIVE)
+    num_workers: int = _option(1, "data loading processes per training process", _NOT_NEGATIVE)
     max_bad_files: str = _option(
-        "1%",
-        "number or share of the training files that may be unreadable; each is replaced by another",
+        "1%", "number or share of the training files that may be unreadable; each is replaced by another"
     )
-    seed: int = _option(2022, "seed of batches, crops and noise", recorded=True, check=_not_negative)
+    seed: int = _recorded(2022, "seed of batches, crops and noise", _NOT_NEGATIVE)
 
     def max_bad_files_of(self, num_files: int) -> int:
-        """``"5"`` is 5 files, ``"1%"`` that share of ``num_files``, rounded down.
-
-        Raises:
-            UserError: neither a whole number nor a share of 0% to 100%.
-        """
+        """``"5"`` is 5 files, ``"1%"`` that share of ``num_files``, rounded down; a UserError if it is neither."""
         match = re.fullmatch(r"([0-9]{1,18})|([0-9]{1,3}(?:\.[0-9]{1,9})?)%", self.max_bad_files)
         if match and match[1]:
             return int(match[1])
@@ -169,26 +135,15 @@ class BatchSettings(_Settings):
 class DataSettings(BatchSettings):
     """Data. With --task_tsv only --seconds_per_batch, --num_workers, --max_bad_files and --seed apply."""
 
-    tsv_dir: Path | None = _option(
-        None, "directory of the manifests from prepare_data.py (required without --task_tsv)"
-    )
+    tsv_dir: Path | None = _option(None, "directory of prepare_data.py's manifests (required without --task_tsv)")
     train_subset: str = _option("train100", "train on TSV_DIR/NAME.tsv")
-    min_seconds: float = _option(MIN_SECONDS, "leave out shorter utterances", recorded=True)
-    max_seconds: float = _option(MAX_SECONDS, "leave out longer utterances", recorded=True)
-    max_crop_seconds: float | None = _option(
-        None,
-        "crop utterances to at most this length (default: only to the shortest of their batch)",
-        recorded=True,
-        check=_above_zero,
-    )
+    min_seconds: float = _recorded(MIN_SECONDS, "leave out shorter utterances")
+    max_seconds: float = _recorded(MAX_SECONDS, "leave out longer utterances")
+    max_crop_seconds: float | None = _recorded(None, "crop to this length (default: the batch's shortest)", _POSITIVE)
 
     @property
     def manifest_dir(self) -> Path:
-        """``--tsv_dir``.
-
-        Raises:
-            UserError: it is not given.
-        """
+        """``--tsv_dir``; a UserError if it is not given."""
         if self.tsv_dir is None:
             raise UserError("--tsv_dir: is not given, expected the directory of the manifests from prepare_data.py")
         return self.tsv_dir
@@ -199,11 +154,8 @@ class LabelSettings(BatchSettings):
     """Labelled audio."""
 
     tsv: Path = _option(MISSING, "list of labelled audio: split (train, valid, test), path, and text, or label")
-    units: str | None = _option(
-        None,
-        f"units of a text to recognise (default: those of the model's head, or {UNITS[0]})",
-        recorded=True,
-        choices=UNITS,
+    units: str | None = _recorded(
+        None, f"units of a text to recognise (default: those of the model's head, or {UNITS[0]})", choices=UNITS
     )
 
 
@@ -213,32 +165,21 @@ class ModelSettings(_Settings):
 
     teacher_ckpt: Path = _option(DEFAULT_MODEL, "teacher .pth from a converter")
     student_ckpt: Path = _option(MISSING, ".pth that the student starts from")
-    student_dropout: float | None = _option(
-        None,
-        "dropout of the student in this training (default: that of its file, which the result keeps in any case)",
-        recorded=True,
-        check=_share,
+    student_dropout: float | None = _recorded(None, "dropout of the student (default: that of its file)", _SHARE)
+    distill_layers: str = _recorded(
+        "0.4,8,12", "the teacher's layers to distil: a period separates groups with a projection each, a comma layers"
     )
-    distill_layers: str = _option(
-        "0.4,8,12",
-        "the teacher's layers to distil: a period separates groups, which share a projection, a comma their layers",
-        recorded=True,
+    distill_mode: Literal["layer2layer", "predlayer"] = _recorded(
+        "layer2layer", "match layers of equal relative depth, or predict all from the student's last (DistilHuBERT)"
     )
-    distill_mode: Literal["layer2layer", "predlayer"] = _option(
-        "layer2layer",
-        "match layers of equal relative depth, or predict all from the student's last layer as DistilHuBERT",
-        recorded=True,
-    )
-    l2_weight: float = _option(0.0, "weight of the mean squared error", recorded=True)
-    l1_weight: float = _option(1.0, "weight of the mean absolute error", recorded=True)
-    cos_weight: float = _option(1.0, "weight of the cosine term", recorded=True)
-    cos_type: Literal["raw", "log_sig"] = _option("raw", "the cosine, or the log of its sigmoid", recorded=True)
-    distill_weight: float = _option(
+    l2_weight: float = _recorded(0.0, "weight of the mean squared error")
+    l1_weight: float = _recorded(1.0, "weight of the mean absolute error")
+    cos_weight: float = _recorded(1.0, "weight of the cosine term")
+    cos_type: Literal["raw", "log_sig"] = _recorded("raw", "the cosine, or the log of its sigmoid")
+    distill_weight: float = _recorded(
         1.0,
-        "weight of these together, beside --task_weight; with 0 no teacher is needed, and sparsity counts from the "
-        "student's size",
-        recorded=True,
-        check=_not_negative,
+        "weight of these together; with 0 no teacher is needed, and sparsity counts from the student's size",
+        _NOT_NEGATIVE,
     )
 
     def __post_init__(self) -> None:
@@ -251,10 +192,7 @@ class ModelSettings(_Settings):
                     f"--{option}: {DEFAULT_MODEL}, the default, does not exist; make it with "
                     f"python convert_hubert_from_hf.py --out {DEFAULT_MODEL}, or give another file"
                 )
-        try:
-            parse_distill_layers(self.distill_layers)
-        except UserError as error:
-            raise UserError(f"--distill_layers: {error}") from None
+        parse_distill_layers(self.distill_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,22 +200,16 @@ class TaskSettings(_Settings):
     """A task, learnt beside distillation or instead of it."""
 
     task_tsv: Path = _option(MISSING, "list of labelled audio, as for finetune.py; the batches are whole clips of it")
-    task_weight: float = _option(
-        1.0, "weight of the loss on these labels; 0 switches it off", recorded=True, check=_not_negative
+    task_weight: float = _recorded(1.0, "weight of the loss on these labels; 0 switches it off", _NOT_NEGATIVE)
+    task_units: str | None = _recorded(
+        None, "as --units of finetune.py, if the student has no head for the labels", choices=UNITS
     )
-    task_units: str | None = _option(
-        None, "as --units of finetune.py, if the student has no head for the labels", recorded=True, choices=UNITS
-    )
-    task_layers: Literal["last", "weighted"] | None = _option(None, "as --layers of finetune.py", recorded=True)
-    task_pooling: Literal["mean", "attentive"] | None = _option(None, "as --pooling of finetune.py", recorded=True)
+    task_layers: Literal["last", "weighted"] | None = _recorded(None, "as --layers of finetune.py")
+    task_pooling: Literal["mean", "attentive"] | None = _recorded(None, "as --pooling of finetune.py")
 
     @classmethod
     def if_given(cls, args: argparse.Namespace) -> Self | None:
-        """Make the settings that parsed flags give; None where no labels are to be learnt.
-
-        Raises:
-            UserError: an option is given without --task_tsv, or is wrong.
-        """
+        """Make the settings that parsed flags give; None where no labels are to be learnt."""
         if args.task_tsv is not None:
             settings = cls.from_args(args)
             return settings if settings.task_weight else None
@@ -292,16 +224,12 @@ class TaskSettings(_Settings):
 class ScheduleSettings(_Settings):
     """Optimisation."""
 
-    learning_rate: float = _option(
-        MISSING, "learning rate of weights and projections", recorded=True, check=_above_zero
-    )
-    weight_decay: float = _option(0.0, "weight decay of weights and projections", recorded=True, check=_not_negative)
-    warmup_updates: int = _option(
-        MISSING, "updates over which the learning rate rises", recorded=True, check=_not_negative
-    )
-    max_updates: int = _option(MISSING, "updates of the whole run", recorded=True, check=_above_zero)
-    clip_norm: float = _option(10.0, "clip the gradient's norm; 0 switches it off", recorded=True, check=_not_negative)
-    accum_grad: int = _option(1, "batches per update", check=_above_zero)  # recorded times the processes
+    learning_rate: float = _recorded(MISSING, "learning rate of weights and projections", _POSITIVE)
+    weight_decay: float = _recorded(0.0, "weight decay of weights and projections", _NOT_NEGATIVE)
+    warmup_updates: int = _recorded(MISSING, "updates over which the learning rate rises", _NOT_NEGATIVE)
+    max_updates: int = _recorded(MISSING, "updates of the whole run", _POSITIVE)
+    clip_norm: float = _recorded(10.0, "clip the gradient's norm; 0 switches it off", _NOT_NEGATIVE)
+    accum_grad: int = _option(1, "batches per update", _POSITIVE)  # recorded times the processes
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -313,49 +241,31 @@ class ScheduleSettings(_Settings):
 class PruningSettings(_Settings):
     """Pruning."""
 
-    pruning_units: str = _option(
+    pruning_units: str = _recorded(
         ",".join(name for name, unit in PRUNING_UNITS.items() if unit.is_published),
         f"units to put masks on, of {', '.join(PRUNING_UNITS)}",
-        recorded=True,
     )
-    reg_learning_rate: float = _option(
-        0.02, "learning rate of masks and multipliers", recorded=True, check=_not_negative
+    reg_learning_rate: float = _recorded(0.02, "learning rate of masks and multipliers", _NOT_NEGATIVE)
+    target_sparsity: float | None = _recorded(
+        None, f"share of parameters to remove (default: {TARGET_SPARSITY}, or any with --target_macs)", _FRACTION
     )
-    target_sparsity: float | None = _option(
-        None,
-        f"share of the parameters to remove (default: {TARGET_SPARSITY}, or any where --target_macs is given)",
-        recorded=True,
-        check=_between_zero_and_one,
+    target_macs: float | None = _recorded(
+        None, "share of multiply-adds of an average utterance to remove, instead of parameters or as well", _FRACTION
     )
-    target_macs: float | None = _option(
-        None,
-        "share of the multiply-adds of an average utterance to remove, instead of --target_sparsity or as well; needs "
-        "the exact control",
-        recorded=True,
-        check=_between_zero_and_one,
-    )
-    sparsity_warmup_updates: int = _option(
-        5000, "updates over which the target rises", recorded=True, check=_not_negative
-    )
-    sparsity_control: Literal["lagrangian", "exact"] = _option(
+    sparsity_warmup_updates: int = _recorded(5000, "updates over which the target rises", _NOT_NEGATIVE)
+    sparsity_control: Literal["lagrangian", "exact"] = _recorded(
         "lagrangian",
         "learn the multipliers of a Lagrangian, as published, or move the masks to the target at every update "
-        "(default: lagrangian, or exact where --target_macs is given)",
-        recorded=True,
+        "(default: lagrangian, or exact with --target_macs)",
     )
-    save_at_sparsity: str | None = _option(
-        None,
-        "sparsities below the target, such as 0.5,0.65: where the target reaches one, a checkpoint for "
-        "prune.py is saved in EXP_DIR/sparsity_0.5 and so on",
-        recorded=True,
+    save_at_sparsity: str | None = _recorded(
+        None, "save EXP_DIR/sparsity_0.5 and so on for prune.py where the target reaches these, such as 0.5,0.65"
     )
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self:
-        values = {option.name: getattr(args, option.name) for option in dataclasses.fields(cls)}
-        if values["sparsity_control"] is None:
-            values["sparsity_control"] = "lagrangian" if args.target_macs is None else "exact"
-        return cls(**values)
+        control = args.sparsity_control or ("lagrangian" if args.target_macs is None else "exact")
+        return super().from_args(argparse.Namespace(**{**vars(args), "sparsity_control": control}))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -370,16 +280,12 @@ class PruningSettings(_Settings):
                 f"--target_macs {self.target_macs}: the {self.sparsity_control} knows parameters only; leave out "
                 "--sparsity_control, or give exact"
             )
-        below = self.target_sparsity
-        if self.save_at_sparsity is not None and not (
-            below is not None
-            and all(re.fullmatch(r"0\.[0-9]{1,6}", text) and 0 < float(text) < below for text in self.sizes)
-            and len(set(map(float, self.sizes))) == len(self.sizes)
-        ):
+        target, sizes = self.target_sparsity, self.sizes
+        are_right = all(re.fullmatch(r"0\.[0-9]{1,6}", size) and 0 < float(size) < (target or 0) for size in sizes)
+        if not are_right or len({float(size) for size in sizes}) < len(sizes):
             raise UserError(
-                "--save_at_sparsity: expected different numbers between 0 and --target_sparsity "
-                f"({'not given' if below is None else below}), such as 0.5,0.65; found "
-                f"{short_repr(self.save_at_sparsity)}"
+                f"--save_at_sparsity: expected different numbers between 0 and --target_sparsity "
+                f"({target or 'not given'}), such as 0.5,0.65; found {short_repr(self.save_at_sparsity)}"
             )
 
     @property
@@ -392,10 +298,6 @@ class PruningSettings(_Settings):
         return self.pruning_units.split(",")
 
 
-# The value of --init_layers for layers that start fresh, and the named choice of --extractor.
-RANDOM, LIGHT = "random", "light"
-
-
 @dataclass(frozen=True, kw_only=True)
 class StudentSettings(_Settings):
     """Student."""
@@ -405,57 +307,52 @@ class StudentSettings(_Settings):
         None, "JSON of the config's keys in which the student differs from the model; one number stands for all layers"
     )
     init_layers: str | None = _option(
-        None,
-        f"layers of the model, from 1, that the student's layers start from, or '{RANDOM}' (default: spread evenly "
-        "over the model's depth)",
+        None, f"the model's layers, from 1, that the student's start from, or '{RANDOM}' (default: spread evenly)"
     )
-    extractor: str | None = _option(
-        None,
-        f"'{LIGHT}', or JSON [[channels, kernel, stride], ...]: give the student an extractor of these layers, and "
-        "train it to make the frames of the model's own",
-        recorded=True,
+    extractor: str | None = _recorded(
+        None, f"train an extractor, '{LIGHT}' or JSON [[channels, kernel, stride], ...], to make the model's frames"
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.student_config is None and self.init_layers is None and self.extractor is None:
             raise UserError("nothing to make: give --student_config, --init_layers or --extractor")
-        self.recorded()  # a file that cannot be read is refused before all else
-        if self.init_layers not in (None, RANDOM) and self.layers is None:
-            raise UserError(
-                f"--init_layers: expected {RANDOM}, or layers from 1 such as 1,2, found {short_repr(self.init_layers)}"
-            )
-        if self.extractor not in (None, LIGHT) and not isinstance(self.extractor_layers, list):
-            raise UserError(
-                f"--extractor: expected {LIGHT}, or a list of layers in JSON such as "
-                f"[[128, 40, 40], [192, 6, 4], [128, 2, 2]], found {short_repr(self.extractor)}"
-            )
+        _ = self.changes, self.layers, self.extractor_layers  # what is wrong is refused before all else
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The config's keys in which the student differs.
-
-        Raises:
-            UserError: the JSON file cannot be read.
-        """
+        """The config's keys in which the student differs; a UserError if the file cannot be read."""
         if self.student_config is None:
             return {}
         expected = "JSON of the config's keys in which the student differs from the model"
         return read_json(self.student_config, expected, "give such JSON with --student_config")
 
     @property
-    def layers(self) -> list[int] | None:
-        """The layers that --init_layers names; None where it names none."""
-        words = (self.init_layers or "").split(",")
-        return [int(word) for word in words] if all(re.fullmatch("[1-9][0-9]{0,3}", word) for word in words) else None
+    def layers(self) -> Sequence[int] | str | None:
+        """--init_layers as a list of layers, ``RANDOM`` or None; a UserError if it is none of these."""
+        if self.init_layers in (None, RANDOM):
+            return self.init_layers
+        words = str(self.init_layers).split(",")
+        if not all(re.fullmatch("[1-9][0-9]{0,3}", word) for word in words):
+            raise UserError(
+                f"--init_layers: expected {RANDOM}, or layers from 1 such as 1,2, found {short_repr(self.init_layers)}"
+            )
+        return [int(word) for word in words]
 
     @property
     def extractor_layers(self) -> Any:
-        """The JSON value of --extractor; None where it is no JSON."""
+        """--extractor as a list from JSON, ``LIGHT`` or None; a UserError if it is none of these."""
+        if self.extractor in (None, LIGHT):
+            return self.extractor
         try:
-            return json.loads(self.extractor or "")
+            layers = json.loads(str(self.extractor))
         except (ValueError, RecursionError):
-            return None
+            layers = None
+        if not isinstance(layers, list):
+            raise UserError(
+                f"--extractor: expected {LIGHT}, or a list of layers in JSON such as "
+                f"[[128, 40, 40], [192, 6, 4], [128, 2, 2]], found {short_repr(self.extractor)}"
+            )
+        return layers
 
     def recorded(self) -> dict[str, Any]:
         """The contents of the JSON file, wherever it lies, and the other options."""
@@ -469,31 +366,20 @@ class MachineSettings(_Settings):
 
     exp_dir: Path = _option(Path("./exp"), "where checkpoints and logs go")
     resume_checkpoint: str | None = _option(
-        None,
-        f"a .ckpt to continue from, or '{AUTO}': the newest whole one of --exp_dir, a fresh start if there is none",
+        None, f"a .ckpt to continue from, or '{AUTO}': the newest whole one of --exp_dir, if there is one"
     )
-    save_interval: int = _option(500, "save every this many updates, and each epoch", check=_above_zero)
-    log_interval: int = _option(50, "log every this many updates", check=_above_zero)
-    valid_interval: int | None = _option(
-        None, "validate every this many batches (default: at the end of each epoch)", check=_above_zero
-    )
+    save_interval: int = _option(500, "save every this many updates, and each epoch", _POSITIVE)
+    log_interval: int = _option(50, "log every this many updates", _POSITIVE)
+    valid_interval: int | None = _option(None, "validate every this many batches (default: each epoch)", _POSITIVE)
     accelerator: Literal["auto", "cpu", "gpu"] = _option("auto", "what to train on")
-    num_nodes: int = _option(1, "nodes", check=_above_zero)
+    num_nodes: int = _option(1, "nodes", _POSITIVE)
     gpus: int | None = _option(
-        None,
-        f"GPUs per node (default: {DEFAULT_GPUS}); with --accelerator cpu, processes per node (default: 1)",
-        check=_above_zero,
+        None, f"GPUs per node (default: {DEFAULT_GPUS}); with --accelerator cpu, processes (default: 1)", _POSITIVE
     )
-    precision: Literal["32", "16", "bf16"] = _option("32", "bits of the matrix products", recorded=True)
-    compile: bool = _option(
-        False,
-        "compile teacher, student and loss with torch.compile: the same numbers up to rounding, after some minutes of "
-        "compiling",
-    )
+    precision: Literal["32", "16", "bf16"] = _recorded("32", "bits of the matrix products")
+    compile: bool = _option(False, "compile models and loss with torch.compile: the same numbers up to rounding")
     checkpoint_activations: bool = _option(
-        False,
-        "keep only the input of each of the student's layers and run the layer again for the backward pass: far less "
-        "memory, about a quarter more time, the same numbers",
+        False, "run each layer again for the backward pass: far less memory, a quarter more time, the same numbers"
     )
 
     def __post_init__(self) -> None:
@@ -502,36 +388,27 @@ class MachineSettings(_Settings):
         if resumed not in (None, AUTO) and not Path(str(resumed)).is_file():
             raise UserError(f"--resume_checkpoint: {resumed} does not exist; give a .ckpt of a run, or {AUTO}")
         if self.accelerator == "cpu":
-            self._check_precision()
-
-    def _check_precision(self) -> None:
-        if self.precision == "16":
-            raise UserError(
-                "--precision 16 needs a GPU (its small gradients need a loss scaler); use 32 or bf16 on a CPU"
-            )
+            _ = self.devices  # a precision that it has not
 
     @property
     def devices(self) -> tuple[Literal["gpu", "cpu"], int]:
-        """The accelerator and the number of processes per node.
+        """The accelerator and the number of processes per node; a UserError if the machine lacks them."""
+        available = 0
+        if self.accelerator != "cpu":
+            import torch  # the only question here that takes it
 
-        Raises:
-            UserError: more GPUs are asked for than there are, or a precision that needs one.
-        """
-        if self.accelerator == "cpu":
+            available = torch.cuda.device_count()
+        if self.accelerator == "cpu" or (self.accelerator == "auto" and not (available or self.gpus)):
+            if self.precision == "16":
+                raise UserError(
+                    "--precision 16 needs a GPU (its small gradients need a loss scaler); use 32 or bf16 on a CPU"
+                )
             return "cpu", self.gpus or 1
-        import torch  # the only question here that takes it
-
-        available = torch.cuda.device_count()
-        if self.accelerator == "auto" and not (available or self.gpus):
-            self._check_precision()
-            return "cpu", 1
         wanted = self.gpus or DEFAULT_GPUS
         if wanted > available:
-            advice = (
-                f"give --gpus {available} (and --accum_grad to keep the total batch)"
-                if available
-                else "use --accelerator cpu to train without one"
-            )
+            advice = "use --accelerator cpu to train without one"
+            if available:
+                advice = f"give --gpus {available} (and --accum_grad to keep the total batch)"
             given = "asked for" if self.gpus else "are the default"
             raise UserError(f"--gpus: {wanted} GPUs {given}, {available} found on this machine; {advice}")
         return "gpu", wanted
@@ -541,20 +418,14 @@ class MachineSettings(_Settings):
         return self.devices[1] * self.num_nodes
 
 
-# ---------------------------------------------------------------------------------------------------
-# All settings of a run
-# ---------------------------------------------------------------------------------------------------
+# --- all settings of a run -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Base of all settings of a training: each field is a group of flags.
+    """Base of all settings of a training: each field is a group of flags."""
 
-    Attributes:
-        stage: name of the training, for people.
-    """
-
-    stage: ClassVar[str]
+    stage: ClassVar[str]  # the name of the training, for people
     optimisation: ScheduleSettings
     machine: MachineSettings
 
@@ -562,7 +433,7 @@ class RunSettings:
     def groups(cls) -> dict[str, type[_Settings]]:
         """The groups of flags, by field; those of all trainings last."""
         hints = typing.get_type_hints(cls)
-        names = [option.name for option in dataclasses.fields(cls)]
+        names = [option.name for option in dataclasses.fields(cls) if option.init]
         names.sort(key=lambda name: name in ("optimisation", "machine"))
         return {name: (typing.get_args(hints[name]) or (hints[name],))[0] for name in names}  # X of X | None
 
@@ -584,23 +455,16 @@ class DistillationSettings(RunSettings):
     task: TaskSettings | None = None
 
     def __post_init__(self) -> None:
-        if self.task is not None:
-            if self.machine.compile:
+        if self.task is None:
+            if not self.distils:
                 raise UserError(
-                    "--compile: batches of --task_tsv have padding, which it does not support; leave it out"
+                    "--l2_weight, --l1_weight and --cos_weight are all 0: nothing would be distilled"
+                    if self.models.distill_weight
+                    else "--distill_weight 0: nothing would be learnt; give --task_tsv and --task_weight"
                 )
-            return
-        if not self.distils:
-            raise UserError(
-                "--l2_weight, --l1_weight and --cos_weight are all 0: nothing would be distilled"
-                if self.models.distill_weight
-                else "--distill_weight 0: nothing would be learnt; give --task_tsv and --task_weight"
-            )
-
-    @property
-    def reads_manifests(self) -> bool:
-        """True if the batches are those of --tsv_dir."""
-        return self.task is None
+            _ = self.data.manifest_dir  # it must be given
+        elif self.machine.compile:
+            raise UserError("--compile: batches of --task_tsv have padding, which it does not support; leave it out")
 
     @property
     def distils(self) -> bool:
@@ -641,21 +505,15 @@ class StudentRunSettings(DistillationSettings):
     stage = "extractor"
     student: StudentSettings
     models: ModelSettings = field(init=False)
-
-    @classmethod
-    def groups(cls) -> dict[str, type[_Settings]]:
-        return {name: group for name, group in super().groups().items() if name not in ("models", "task")}
+    task: TaskSettings | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         # The extractor learns by the mean squared error behind the projection, which it and the model's own share.
         model = self.student.model
         losses: dict[str, Any] = {"distill_layers": "0", "l2_weight": 1.0, "l1_weight": 0.0, "cos_weight": 0.0}
         object.__setattr__(self, "models", ModelSettings(teacher_ckpt=model, student_ckpt=model, **losses))
-        super().__post_init__()
-
-    @property
-    def reads_manifests(self) -> bool:
-        return self.student.extractor is not None
+        if self.student.extractor is not None:
+            super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -663,29 +521,23 @@ class FinetuneSettings(_Settings):
     """Model and head."""
 
     model: Path = _option(MISSING, "model file or folder: the encoder; a head for the same labels is trained further")
-    layers: Literal["last", "weighted"] | None = _option(
+    layers: Literal["last", "weighted"] | None = _recorded(
         None,
         "what the head reads: the last layer, or a learnt sum of all (default: as the model's head; a new head reads "
         "the last for a text, the sum for other labels)",
-        recorded=True,
     )
-    pooling: Literal["mean", "attentive"] | None = _option(
+    pooling: Literal["mean", "attentive"] | None = _recorded(
         None,
-        "how the frames of a clip with one label are joined: their mean, or a mean with learnt weights (default: as "
-        "the model's head, or mean)",
-        recorded=True,
+        "join the frames of a clip by their mean, or one with learnt weights (default: as the model's head, or mean)",
     )
-    freeze_updates: str = _option(
-        "0", f"updates in which the head is trained alone, or '{ALWAYS}'; the extractor is never trained", recorded=True
+    freeze_updates: str = _recorded(
+        "0", f"updates in which the head is trained alone, or '{ALWAYS}'; the extractor is never trained"
     )
-    encoder_learning_rate: float = _option(1e-4, "learning rate of the encoder", recorded=True, check=_above_zero)
-    mask_prob: float = _option(
-        0.05,
-        "share of the encoder's frames to hide in spans, as wav2vec 2.0; 0 hides none",
-        recorded=True,
-        check=_share,
+    encoder_learning_rate: float = _recorded(1e-4, "learning rate of the encoder", _POSITIVE)
+    mask_prob: float = _recorded(
+        0.05, "share of the encoder's frames to hide in spans, as wav2vec 2.0; 0 hides none", _SHARE
     )
-    mask_length: int = _option(10, "frames of such a span", recorded=True, check=_above_zero)
+    mask_length: int = _recorded(10, "frames of such a span", _POSITIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -720,36 +572,22 @@ def recorded_defaults() -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, run: type[RunSettings], **defaults: Any) -> None:
-    """Add the flags of a run.
-
-    Args:
-        parser: the script's parser.
-        run: the settings of its run.
-        defaults: defaults of the flags whose default is the stage's own.
-    """
+    """Add the flags of a run; ``defaults`` are those that are the stage's own."""
     for group in run.groups().values():
         group.add_to(parser)
     # Whether these are given decides, see TaskSettings.if_given and PruningSettings.from_args.
     defaults = {"task_tsv": None, "sparsity_control": None} | defaults
     for action in parser._actions:
         if action.dest in defaults:
-            action.required = False
-            action.default = defaults[action.dest]
+            action.required, action.default = False, defaults[action.dest]
 
 
 _Run = TypeVar("_Run", bound=RunSettings)
 
 
 def read_arguments(args: argparse.Namespace, run: type[_Run]) -> _Run:
-    """Make the settings that parsed flags give, checked as far as they can be without torch and any file but them.
-
-    Raises:
-        UserError: names the option, what was found and what is expected.
-    """
+    """Make the settings that parsed flags give, checked as far as they can be without torch and any file but them."""
     values: dict[str, Any] = {}
     for name, group in run.groups().items():
         values[name] = group.if_given(args) if issubclass(group, TaskSettings) else group.from_args(args)
-    settings = run(**values)
-    if isinstance(settings, DistillationSettings) and settings.reads_manifests:
-        _ = settings.data.manifest_dir  # it must be given
-    return settings
+    return run(**values)

@@ -27,11 +27,6 @@ class StopRequest:
     training; at a second Ctrl-C; and where several processes train and this one has begun no batch for
     ``PATIENCE_SECONDS``, because it waits for one that is gone. No Python handler runs while a process waits for
     others outside Python, so a thread does this; the interpreter wakes it by writing the signal to a pipe.
-
-    Attributes:
-        signum: the last signal; 0 for none.
-        is_agreed: whether all processes will stop after this update, once the run is saved.
-        launcher: Lightning's launcher, which knows the processes that this one has started.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -40,9 +35,9 @@ class StopRequest:
     _ECHO_SECONDS = 1.0
 
     def __init__(self) -> None:
-        self.signum = 0
-        self.launcher: Any = None
-        self.is_agreed = False
+        self.signum = 0  # the last signal; 0 for none
+        self.launcher: Any = None  # Lightning's, which knows the processes that this one has started
+        self.is_agreed = False  # True if all processes will stop after this update, once the run is saved
         self._alive_at = math.inf  # when the last batch began; training has not begun yet
         self._undo = ExitStack()
 
@@ -76,22 +71,16 @@ class StopRequest:
         while True:
             ready, _, _ = select.select([reader], [], [], 1.0 if last else None)
             now = time.monotonic()
-            for signum in os.read(reader, 1) if ready else ():
-                if signum == 0:
-                    return
-                if signum not in self.SIGNALS:
-                    continue
-                if self._alive_at == math.inf or (
-                    signum == signal.SIGINT == last and now - noted_at > self._ECHO_SECONDS
-                ):
+            signum = os.read(reader, 1)[0] if ready else None
+            if signum == 0:
+                return
+            if signum in self.SIGNALS:
+                is_second = signum == signal.SIGINT == last and now - noted_at > self._ECHO_SECONDS
+                if self._alive_at == math.inf or is_second:
                     self._end(signum, "")
                 last, noted_at = signum, now
-            if (
-                last
-                and not self.is_agreed
-                and distributed.is_initialized()
-                and now - max(noted_at, self._alive_at) > self.PATIENCE_SECONDS
-            ):
+            is_late = now - max(noted_at, self._alive_at) > self.PATIENCE_SECONDS
+            if last and is_late and not self.is_agreed and distributed.is_initialized():
                 self._end(last, f"no batch for {self.PATIENCE_SECONDS:.0f} s: a process of this run may be gone; ")
 
     def _end(self, signum: int, reason: str) -> None:
@@ -117,10 +106,8 @@ def leave_signals_alone(trainer: pl.Trainer) -> None:
     Its handlers would answer SIGTERM with a collective in the middle of an update, and it would exchange after every
     batch what the exchange of :class:`training.updates.UpdateGuard` says once an update.
     """
-    for part, name in (
-        (trainer._signal_connector, "register_signal_handlers"),
-        (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
-    ):
+    connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
+    for part, name in ((connector, "register_signal_handlers"), (loop, "_broadcast_sigterm_tensor")):
         setattr(part, name, lambda: None)
 
 
@@ -133,8 +120,7 @@ def requeue_slurm_job() -> str:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        trouble = result.stderr.strip() if result.returncode else None
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"job {job} could not be requeued ({error}); submit it again"
-    if result.returncode:
-        return f"job {job} could not be requeued ({result.stderr.strip()}); submit it again"
-    return f"job {job} requeued"
+        trouble = str(error)
+    return f"job {job} requeued" if trouble is None else f"job {job} could not be requeued ({trouble}); submit it again"

@@ -1,4 +1,4 @@
-"""Speed of a run: what makes it fast, and what it logs."""
+"""Speed of a run: what makes it fast, what it logs, and the progress bar."""
 
 import ctypes
 import resource
@@ -8,19 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.profilers import Profiler
 from torch import nn
+from tqdm import tqdm
 
+from cli import progress
 from lightning import DistillModule, ScheduledModule
+from training.settings import MachineSettings
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.errors import UserError
 from wav2vec2.flops import count_flops
 from wav2vec2.model import Wav2Vec2Model
 
-# glibc's names in <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 
 
 def keep_freed_memory() -> bool:
@@ -28,9 +30,7 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives large blocks back to the system at once and asks for them anew, page by page: a training
     update of HuBERT Base on 2 x 8 s spends almost half of its time on that. The process stays as large as it once was.
-
-    Returns:
-        Whether the C library can do it (glibc).
+    Returns False if the C library cannot do it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -46,59 +46,38 @@ def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-class FastTeacher(pl.Callback):
-    """Computes once what a frozen teacher needs at every step: weights in autocast's precision, folded weight norm.
-
-    Args:
-        teacher: the frozen model.
-    """
+class FastTeacher(Callback):
+    """Computes once what a frozen teacher needs at every step: weights in autocast's precision, folded weight norm."""
 
     def __init__(self, teacher: Wav2Vec2Model) -> None:
         self._teacher = teacher
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(trainer.precision))
         if dtype is not None:
             cast_products(self._teacher, dtype)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._teacher.fold_weight_norm()  # here, as loading a checkpoint undoes it
 
-
-# ---------------------------------------------------------------------------------------------------
-# torch.compile
-# ---------------------------------------------------------------------------------------------------
 
 COMPILER = "inductor"
 
 
 def check_compiler(accelerator: str) -> None:
-    """Check that the machine has what Inductor needs, which would otherwise fail in the first update.
-
-    Args:
-        accelerator: "gpu" or "cpu".
-
-    Raises:
-        UserError: it has not.
-    """
-    if accelerator == "gpu":
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            raise UserError(
-                "--compile: torch.compile needs Triton and a GPU that it supports (compute capability 7.0 or above), "
-                "which this installation has not; leave out --compile"
-            )
-        return
+    """Raise a UserError if the "gpu" or "cpu" lacks what Inductor needs and would miss in the first update."""
     from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch.utils._triton import has_triton
 
+    needed = "a C++ compiler (install g++, or name one in CXX)"
+    if accelerator == "gpu":
+        needed = "Triton and a GPU that it supports (compute capability 7.0 or above)"
     try:
-        get_cpp_compiler()
-    except Exception as error:  # of several kinds, none of them public
-        raise UserError(
-            f"--compile: torch.compile needs a C++ compiler, which is not found ({type(error).__name__}); install g++, "
-            "name one in CXX, or leave out --compile"
-        ) from error
+        found = has_triton() if accelerator == "gpu" else get_cpp_compiler()
+    except Exception:  # of several kinds, none of them public
+        found = None
+    if not found:
+        raise UserError(f"--compile: torch.compile needs {needed}, which is not found; leave out --compile")
 
 
 def compile_steps(module: ScheduledModule) -> None:
@@ -114,10 +93,6 @@ def compile_steps(module: ScheduledModule) -> None:
         step = torch.compile(getattr(module, name), fullgraph=True, dynamic=True, backend=COMPILER, **compiling)
         setattr(module, name, step)
 
-
-# ---------------------------------------------------------------------------------------------------
-# Throughput
-# ---------------------------------------------------------------------------------------------------
 
 # Dense matrix products, 1e12 operations a second, from the makers' data sheets: (16 bit, 32 bit without TF32). The
 # first name that is part of the device's is taken.
@@ -194,30 +169,17 @@ class FetchTimer(Profiler):
             self._since = None
 
 
-class Throughput(pl.Callback):
-    """Logs :data:`COLUMNS` of this process, each over the updates since they were logged last.
+class Throughput(Callback):
+    """Logs :data:`COLUMNS` of this process, each over the updates since they were logged last; validation is left out.
 
-    ``data_wait`` is the share of the time that training waited for a batch; ``tflops_per_second`` counts the teacher's
-    forward pass once and the student's three times (its backward pass is about two); ``share_of_peak`` is that of the
-    device's data sheet, and missing for devices that are not in :data:`PEAK_TFLOPS`; ``compiled_graphs`` ends its rise
-    when no new kind of batch comes. Validation is left out.
-
-    Args:
-        timer: the trainer's profiler.
-        flops: operations of one update's share of one waveform, by its samples.
-        precision: "32", "16" or "bf16".
-        log_interval: updates between the rows of the log.
-        compiled: count graphs.
+    ``data_wait`` is the share of the time that training waited for a batch; ``tflops_per_second`` counts ``flops``, the
+    operations of one waveform's share of an update, by its samples; ``share_of_peak`` is that of the device's data
+    sheet, and missing for devices that are not in :data:`PEAK_TFLOPS`; ``compiled_graphs`` ends its rise when no new
+    kind of batch comes.
     """
 
-    def __init__(
-        self, timer: FetchTimer, flops: Callable[[int], float], precision: str, log_interval: int, compiled: bool
-    ) -> None:
-        self._timer = timer
-        self._flops = flops
-        self._precision = precision
-        self._log_interval = log_interval
-        self._compiled = compiled
+    def __init__(self, timer: FetchTimer, flops: Callable[[int], float], machine: MachineSettings) -> None:
+        self._timer, self._flops, self._machine = timer, flops, machine
         self._restart(0)
         self._validation_since = 0.0
 
@@ -226,23 +188,23 @@ class Throughput(pl.Callback):
         self._timer.seconds = 0.0
         self._audio_seconds, self._operations, self._left_out = 0.0, 0.0, 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart(trainer.global_step)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_since = time.perf_counter()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._left_out += time.perf_counter() - self._validation_since
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         num_rows, num_samples = batch[0].shape
         self._audio_seconds += num_rows * num_samples / SAMPLE_RATE
         self._operations += num_rows * self._flops(num_samples)
         updates = trainer.global_step - self._first_update
-        if not updates or trainer.global_step % self._log_interval:
+        if not updates or trainer.global_step % self._machine.log_interval:
             return
         seconds = time.perf_counter() - self._since - self._left_out
         values = {
@@ -251,11 +213,11 @@ class Throughput(pl.Callback):
             "data_wait": self._timer.seconds / seconds,
             "tflops_per_second": self._operations / seconds / 1e12,
         }
-        if self._compiled:
+        if self._machine.compile:
             values["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         device = trainer.strategy.root_device
         if device.type == "cuda":
-            peak = peak_flops(torch.cuda.get_device_name(device), self._precision)
+            peak = peak_flops(torch.cuda.get_device_name(device), self._machine.precision)
             if peak is not None:
                 values["share_of_peak"] = self._operations / seconds / peak
             values["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
@@ -264,3 +226,34 @@ class Throughput(pl.Callback):
             values["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
         pl_module.log_dict({name: float(value) for name, value in values.items()})
         self._restart(trainer.global_step)
+
+
+# What the progress bar shows.
+_SHOWN = {"loss": "train_loss", "valid": "valid_score", "sparsity": "sparsity_expected", "target": "sparsity_target"}
+
+
+class UpdateProgressBar(Callback):
+    """Shows one bar over all updates: loss, the last score, expected sparsity and its target, time left."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            total, done = trainer.max_steps, trainer.global_step
+            self._bar = progress(None, self._stage, total=total, initial=done, unit="update", delay=0)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._bar is not None and self._bar.n < trainer.global_step:
+            metrics = trainer.callback_metrics
+            shown = {label: f"{metrics[name]:.3f}" for label, name in _SHOWN.items() if name in metrics}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)

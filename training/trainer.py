@@ -18,31 +18,20 @@ from torch.distributed import DistNetworkError, DistStoreError
 
 from cli import print_line
 from lightning import ScheduledModule, linear_warmup_decay
-from training.checkpoints import (
-    CHECKPOINTS,
-    CONTINUE,
-    LAST_CHECKPOINT,
-    REMOVED_SETTINGS,
-    changed_settings,
-    exclusive,
-)
+from training.checkpoints import CHECKPOINTS, CONTINUE, LAST_CHECKPOINT, REMOVED_SETTINGS, changed_settings, exclusive
 from training.data import BatchDataModule
 from training.processes import cluster_environment
 from training.saving import CheckpointIO, LastValidation, RunCheckpoints, RunRecord
 from training.settings import AUTO, MachineSettings, RunSettings
 from training.signals import StopRequest, leave_signals_alone
-from training.speed import FetchTimer, Throughput, check_compiler, compile_steps, keep_freed_memory
-from training.terminal import UpdateProgressBar
+from training.speed import FetchTimer, Throughput, UpdateProgressBar, check_compiler, compile_steps, keep_freed_memory
 from training.updates import UpdateGuard
 from wav2vec2.fast import fast_paths
 from wav2vec2.files.errors import UserError, one_line
 
+_Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 # Lightning's names of --precision.
-PRECISIONS: dict[str, Literal["32-true", "16-mixed", "bf16-mixed"]] = {
-    "32": "32-true",
-    "16": "16-mixed",
-    "bf16": "bf16-mixed",
-}
+PRECISIONS: dict[str, _Precision] = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 def fit(
@@ -60,7 +49,6 @@ def fit(
     """Train a module for ``--max_updates``, and say where its last checkpoint is.
 
     Args:
-        settings, data, module: of the run.
         resumed: path and contents of the checkpoint to continue from, if any; it is known to fit.
         flops: operations of one waveform's share of an update, by its samples.
         record: what a checkpoint says of the run.
@@ -77,83 +65,54 @@ def fit(
     _prepare(machine, module)
     batches_per_epoch = len(data.sampler(data.train_subset, machine.num_processes, 0, accum_grad))
     io, timer = CheckpointIO(last, resumed), FetchTimer()
+    start = resumed[1]["global_step"] if resumed is not None else 0
     with StopRequest() as stop, contextlib.ExitStack() as stack:
         guard = UpdateGuard(module, stop, clip_norm=optimisation.clip_norm, max_bad_files=data.max_bad_files)
         watching = [
             RunRecord(record),
             LearningRateMonitor(logging_interval="step"),
             guard,
-            Throughput(timer, flops, machine.precision, machine.log_interval, machine.compile),
+            Throughput(timer, flops, machine),
             UpdateProgressBar(settings.stage),
             *([LastValidation()] if validates_last else []),
             *callbacks,
-            RunCheckpoints(
-                last, guard, io, save_interval=machine.save_interval, updates_per_epoch=batches_per_epoch // accum_grad
-            ),
+            RunCheckpoints(last, guard, io, machine.save_interval, batches_per_epoch // accum_grad),
         ]
-        trainer = make_trainer(settings, batches_per_epoch, watching, io, timer, resumed)
+        trainer = _make_trainer(settings, batches_per_epoch, start, callbacks=watching, plugins=[io], profiler=timer)
         stop.launcher = trainer.strategy.launcher
         if trainer.is_global_zero:
             stack.enter_context(exclusive(machine.exp_dir))
             print(title, flush=True)
         if resumed is not None:
             if trainer.is_global_zero:
-                print(f"{settings.stage}: continuing {resumed[0]} after update {resumed[1]['global_step']}", flush=True)
+                print(f"{settings.stage}: continuing {resumed[0]} after update {start}", flush=True)
             _adapt(resumed[1], module, accum_grad)
-        with refusals_of_lightning(MisconfigurationException), failures_of_machines():
+        with errors_in_one_line(MisconfigurationException):
             trainer.fit(module, datamodule=data, ckpt_path=resumed[0] if resumed else None, weights_only=True)
     if trainer.is_global_zero:
         print(f"{settings.stage}: {trainer.global_step} updates done: {last}")
     return trainer
 
 
-def _prepare(machine: MachineSettings, module: ScheduledModule) -> None:
-    """Set up this process, and compile the module if the settings ask for it."""
-    _quiet_lightning()
-    if fast_paths() and machine.devices[0] == "cpu":
-        keep_freed_memory()
-    if machine.compile:
-        check_compiler(machine.devices[0])
-        compile_steps(module)
-
-
-def make_trainer(
-    settings: RunSettings,
-    batches_per_epoch: int,
-    callbacks: list[pl.Callback],
-    io: CheckpointIO,
-    timer: FetchTimer,
-    resumed: tuple[Path, dict[str, Any]] | None,
+def _make_trainer(
+    settings: RunSettings, batches_per_epoch: int, start: int, *, plugins: list[Any], **options: Any
 ) -> pl.Trainer:
-    """Make the trainer of a run.
-
-    Args:
-        settings: of the run.
-        batches_per_epoch: batches of one process.
-        callbacks: all of them.
-        io: writes the checkpoints.
-        timer: measures the wait for batches.
-        resumed: the checkpoint to continue from, if any.
-
-    Raises:
-        UserError: Lightning refuses the machine's settings.
-    """
+    """Make the trainer of a run that starts from update ``start``; the batches are those of one process."""
     machine, optimisation = settings.machine, settings.optimisation
     accelerator, devices = machine.devices
-    start = resumed[1]["global_step"] if resumed is not None else 0
-    with refusals_of_lightning(MisconfigurationException, ValueError, RuntimeError):
+    with errors_in_one_line(MisconfigurationException, ValueError, RuntimeError):
         environment = cluster_environment(devices, machine.num_nodes)
         if environment is not None:
             environment.validate_settings(devices, machine.num_nodes)
+            plugins = [*plugins, environment]
+        # No process needs another's buffers: they are constants.
+        strategy = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
         trainer = pl.Trainer(
             default_root_dir=machine.exp_dir,
             accelerator=accelerator,
             devices=devices,
             num_nodes=machine.num_nodes,
-            # No process needs another's buffers: they are constants.
-            strategy=DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
-            if machine.num_processes > 1
-            else "auto",
+            strategy=strategy if machine.num_processes > 1 else "auto",
             precision=PRECISIONS[machine.precision],
             max_steps=optimisation.max_updates,
             max_epochs=-1,
@@ -166,45 +125,25 @@ def make_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,  # RunCheckpoints does it
-            plugins=[io, *([environment] if environment else [])],
+            plugins=plugins,
             logger=[
                 TensorBoardLogger(machine.exp_dir, name="tensorboard", version=0, purge_step=start),
                 # A version for each start of the run.
                 CSVLogger(machine.exp_dir, name="csv", flush_logs_every_n_steps=machine.log_interval),
             ],
-            profiler=timer,
-            callbacks=callbacks,
+            **options,
         )
     leave_signals_alone(trainer)
     return trainer
 
 
 @contextlib.contextmanager
-def refusals_of_lightning(*kinds: type[Exception]) -> Iterator[None]:
-    """Say in one line what Lightning refuses.
-
-    Raises:
-        UserError: in the place of errors of these kinds.
-    """
+def errors_in_one_line(*refusals: type[Exception]) -> Iterator[None]:
+    """Turn Lightning's refusals, unreachable processes and a full GPU into a UserError of one line."""
     try:
         yield
     except UserError:
         raise
-    except kinds as error:
-        raise UserError(
-            f"{one_line(error)} (see --accelerator, --gpus, --num_nodes and --precision; --debug shows where)"
-        ) from error
-
-
-@contextlib.contextmanager
-def failures_of_machines() -> Iterator[None]:
-    """Say in one line that processes do not reach each other, or that a GPU's memory is too small.
-
-    Raises:
-        UserError: in the place of torch's errors.
-    """
-    try:
-        yield
     except (DistNetworkError, DistStoreError) as error:
         raise UserError(
             f"the processes of this run do not reach each other: {one_line(error)}; look at the others' output, "
@@ -215,24 +154,26 @@ def failures_of_machines() -> Iterator[None]:
             f"out of GPU memory ({str(error).splitlines()[0][:200]}); lower --seconds_per_batch (--accum_grad "
             f"keeps the total batch), or add --checkpoint_activations, then {CONTINUE}"
         ) from error
+    except refusals as error:
+        raise UserError(
+            f"{one_line(error)} (see --accelerator, --gpus, --num_nodes and --precision; --debug shows where)"
+        ) from error
 
 
 def check_settings(path: Path, about: dict[str, Any], recorded: dict[str, Any], machine: MachineSettings) -> None:
-    """Check that a checkpoint is continued with the settings that it was made with.
-
-    Args:
-        path: of the checkpoint.
-        about: what it says of its run.
-        recorded: settings of this run.
-        machine: of this run; says whether the user has named the checkpoint.
+    """Check that the checkpoint at ``path``, which is ``about`` a run, is continued with the settings of that run.
 
     Raises:
         UserError: names the settings that differ; a checkpoint that the user has named goes on with a warning.
     """
     before = about.get("settings")
-    if isinstance(before, dict) and (removed := [name for name in REMOVED_SETTINGS if name in before]):
+    gone = set(REMOVED_SETTINGS) - recorded.keys()
+    if isinstance(before, dict) and (removed := sorted(gone & before.keys())):
         given = ", ".join(f"--{name} {before[name]}" for name in removed)
-        raise UserError(f"{path}: made with {given}, which this version does not have; continue it with the one before")
+        raise UserError(
+            f"{path}: made with {given}, which this version does not have; continue it with the version before "
+            "(students of another shape, or with a light extractor, are made by make_student.py now)"
+        )
     changes = changed_settings(before, recorded)
     if changes and machine.resume_checkpoint == AUTO:
         raise UserError(
@@ -244,10 +185,7 @@ def check_settings(path: Path, about: dict[str, Any], recorded: dict[str, Any], 
 
 
 def _adapt(checkpoint: dict[str, Any], module: ScheduledModule, accum_grad: int) -> None:
-    """Count the batches of a checkpoint by this run's ``accum_grad``, and start from this run's learning rates.
-
-    With the settings that the checkpoint was made with, this changes nothing.
-    """
+    """Take this run's ``accum_grad`` and learning rates; with those of the checkpoint, this changes nothing."""
     step = checkpoint["global_step"]
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
@@ -271,8 +209,13 @@ def data_and_machine(data: BatchDataModule, machine: MachineSettings) -> str:
     )
 
 
-def _quiet_lightning() -> None:
-    """Keep Lightning's hints that do not concern users of this program off their terminal."""
+def _prepare(machine: MachineSettings, module: ScheduledModule) -> None:
+    """Set up this process, compile the module, and keep hints for developers off the user's terminal."""
+    if fast_paths() and machine.devices[0] == "cpu":
+        keep_freed_memory()
+    if machine.compile:
+        check_compiler(machine.devices[0])
+        compile_steps(module)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
         "does not have many workers",

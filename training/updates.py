@@ -1,9 +1,10 @@
 """Judging an update before it changes a weight: loss and gradient, audio files that were replaced, signals."""
 
-from typing import Any, NamedTuple
+import itertools
+from typing import Any
 
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 
 from cli import AllProcessesError, print_line
@@ -18,37 +19,17 @@ _LISTED_FILES = 20
 SCALER_SKIPS = 20
 
 
-class Exchange(NamedTuple):
-    """The notes of all processes on an update, summed or averaged.
-
-    Attributes:
-        bad_losses, bad_gradients: processes whose loss or gradient is not finite.
-        bad_files: audio files that processes have newly found to be bad.
-        signum: a signal that a process has noted; 0 for none.
-        means: of the scalars of all batches.
-    """
-
-    bad_losses: float
-    bad_gradients: float
-    bad_files: float
-    signum: int
-    means: dict[str, Tensor]
-
-
-def exchange(is_bad: Tensor, num_bad_files: int, signum: int, batches: list[dict[str, Tensor]]) -> Exchange:
+def exchange(
+    is_bad: Tensor, num_bad_files: int, signum: int, batches: list[dict[str, Tensor]]
+) -> tuple[float, float, float, int, dict[str, Tensor]]:
     """Sum the notes of all processes, in one small collective.
 
-    Args:
-        is_bad: (2,) whether this process's loss and gradient are not finite.
-        num_bad_files: new ones of this process.
-        signum: noted by this process.
-        batches: the scalars of this process's batches.
+    Takes of this process, and returns of all: whether loss and gradient are not finite (2,), new bad files, a signal or
+    0, and the scalars of the batches, of which it returns the means.
     """
-    means = torch.stack(
-        [torch.stack(values).float().mean() for values in zip(*(s.values() for s in batches), strict=True)]
-    )
-    noted = [signum == each for each in StopRequest.SIGNALS]
-    notes = torch.tensor([num_bad_files, *noted], dtype=means.dtype, device=means.device)
+    columns = zip(*(scalars.values() for scalars in batches), strict=True)
+    means = torch.stack([torch.stack(values).float().mean() for values in columns])
+    notes = means.new_tensor([num_bad_files, *(signum == each for each in StopRequest.SIGNALS)])
     exchanged = torch.cat([is_bad.to(notes), notes, means])
     num_processes = 1
     if distributed.is_initialized():
@@ -57,24 +38,16 @@ def exchange(is_bad: Tensor, num_bad_files: int, signum: int, batches: list[dict
     bad_losses, bad_gradients, bad_files, *counts = exchanged[: -len(means)].tolist()
     agreed = max((each for each, count in zip(StopRequest.SIGNALS, counts, strict=True) if count), default=0)
     named = dict(zip(batches[0], exchanged[-len(means) :] / num_processes, strict=True))
-    return Exchange(bad_losses, bad_gradients, bad_files, agreed, named)
+    return bad_losses, bad_gradients, bad_files, agreed, named
 
 
 class BadFiles:
-    """Counts the audio files that had to be replaced by others, over all processes.
-
-    Args:
-        limit: how many there may be before the run ends.
-
-    Attributes:
-        found: path to reason.
-        new: those of this process that the others do not know of.
-    """
+    """Counts the audio files that had to be replaced by others, over all processes; too many end the run."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self.found: dict[str, str] = {}
-        self.new: dict[str, str] = {}
+        self.found: dict[str, str] = {}  # path to reason
+        self.new: dict[str, str] = {}  # those of this process that the others do not know of
 
     def note(self, batch: Any) -> None:
         """Note the files that were replaced in a batch."""
@@ -82,18 +55,12 @@ class BadFiles:
         self.new |= {path: reason for path, reason in replaced.items() if path not in self.found}
 
     def share(self, prints: bool) -> None:
-        """Tell the other processes, and name each new file if ``prints``.
-
-        Raises:
-            AllProcessesError: there are too many.
-        """
-        for new in gather(self.new):
-            for path, reason in new.items():
-                if path not in self.found:
-                    self.found[path] = reason
-                    if prints:
-                        count = f"bad file {len(self.found)} (at most {self._limit})"
-                        print_line(f"{count}, replaced by another: {reason}")
+        """Tell the other processes, name each new file if ``prints``, and end all if there are too many."""
+        for path, reason in itertools.chain.from_iterable(new.items() for new in gather(self.new)):
+            if path not in self.found:
+                self.found[path] = reason
+                if prints:
+                    print_line(f"bad file {len(self.found)} (at most {self._limit}), replaced by another: {reason}")
         self.new = {}
         if len(self.found) > self._limit:
             raise AllProcessesError(too_many_bad_files(self.found, self._limit))
@@ -112,31 +79,18 @@ def _listed(items: list[str]) -> str:
     return ", ".join(items[:_LISTED_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
-class UpdateGuard(pl.Callback):
+class UpdateGuard(Callback):
     """Judges every update before it changes a weight, clips its gradient, and logs it.
 
     All processes decide alike, after one exchange per update. A loss or gradient that is not finite ends the run. With
     a loss scaler (--precision 16) such an update is skipped, as the published program does, until there are
     ``SCALER_SKIPS`` in a row; a gradient that overflows is how the scaler finds its scale, and is not counted.
-
-    Args:
-        module: what is trained.
-        stop: noted signals.
-        clip_norm: the largest norm of the gradient; 0 switches clipping off.
-        max_bad_files: audio files to replace before the run ends.
-
-    Attributes:
-        signum: the signal that all processes have agreed to stop for; 0 for none.
-        skipped: updates that were skipped because of their loss.
-        bad_files: the audio files that were replaced.
     """
 
     def __init__(self, module: ScheduledModule, stop: StopRequest, *, clip_norm: float, max_bad_files: int) -> None:
-        self._module = module
-        self._stop = stop
-        self._clip_norm = clip_norm
-        self.signum = 0
-        self.skipped = 0
+        self._module, self._stop, self._clip_norm = module, stop, clip_norm
+        self.signum = 0  # the signal that all processes have agreed to stop for; 0 for none
+        self.skipped = 0  # updates that were skipped because of their loss
         self._scaler_skips = 0  # in a row
         self.bad_files = BadFiles(max_bad_files)
         self._batches: list[dict[str, Tensor]] = []  # the scalars of each batch since the last update
@@ -149,27 +103,22 @@ class UpdateGuard(pl.Callback):
         self.skipped = state_dict["skipped"]
         self.bad_files.found = state_dict["bad_files"]
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
-        self._begin(batch)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
+        self.on_validation_batch_start(trainer, pl_module, batch)
         self._paths += getattr(batch, "paths", [])
 
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any
-    ) -> None:
-        self._begin(batch)
-
-    def _begin(self, batch: Any) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
         self._stop.note_batch()
         # The noise of a batch (masks, dropout, hidden frames) is its own, wherever and whenever it runs.
         if (seed := getattr(batch, "seed", None)) is not None:
             torch.manual_seed(seed)
         self.bad_files.note(batch)
 
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches.append(self._module.scalars)
 
     def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Judge the gradient of the whole update, unscaled.
 
@@ -180,55 +129,50 @@ class UpdateGuard(pl.Callback):
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         losses = torch.stack([scalars["train_loss"] for scalars in self._batches])
         is_bad = torch.stack([~losses.isfinite().all(), ~norm.isfinite()])
-        found = exchange(is_bad, len(self.bad_files.new), self._stop.signum, self._batches)
-        paths = self._paths
-        self._batches, self._paths = [], []
-        self.signum = found.signum
+        bad_losses, bad_gradients, bad_files, self.signum, means = exchange(
+            is_bad, len(self.bad_files.new), self._stop.signum, self._batches
+        )
+        paths, self._batches, self._paths = self._paths, [], []
         self._stop.is_agreed = bool(self.signum)
         pl_module.log("grad_norm", norm)
-        pl_module.log_dict(dict(found.means))
-        if found.bad_files:
+        pl_module.log_dict(dict(means))
+        if bad_files:
             self.bad_files.share(trainer.is_global_zero)
-        if found.bad_losses or found.bad_gradients:
-            self._skip_or_end(trainer, found, losses, norm, paths)
+        if bad_losses or bad_gradients:
+            self._skip_or_end(trainer, bool(bad_losses), losses, norm, paths)
             optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser changes nothing
             return
         self._scaler_skips = 0
         if self._clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
 
-    def _skip_or_end(
-        self, trainer: pl.Trainer, found: Exchange, losses: Tensor, norm: Tensor, paths: list[str]
-    ) -> None:
+    def _skip_or_end(self, trainer: Trainer, is_loss: bool, losses: Tensor, norm: Tensor, paths: list[str]) -> None:
         """Count an update that the loss scaler skips, or end the run with all that is known about the update."""
         has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._scaler_skips += has_scaler
         is_last = not has_scaler or self._scaler_skips > SCALER_SKIPS
-        if not (found.bad_losses or is_last):
+        if not (is_loss or is_last):
             return
         self.skipped += 1
         message = f"update {trainer.global_step}: {_described(losses, norm, paths)}"
-        if not has_scaler:
-            raise AllProcessesError(f"{message}; look at these files, or lower --learning_rate; then {CONTINUE}")
         if is_last:
-            raise AllProcessesError(
-                f"{message}; the loss scaler has skipped {SCALER_SKIPS} updates in a row before; look at these "
-                f"files, lower --learning_rate, or give --precision bf16; then {CONTINUE}"
-            )
+            advice = "look at these files, or lower --learning_rate"
+            if has_scaler:
+                message += f"; the loss scaler has skipped {SCALER_SKIPS} updates in a row before"
+                advice += ", or give --precision bf16"
+            raise AllProcessesError(f"{message}; {advice}; then {CONTINUE}")
         if trainer.is_global_zero:
-            print_line(
-                f"skipped by the loss scaler, {self._scaler_skips} in a row of at most {SCALER_SKIPS}: {message}"
-            )
+            count = f"{self._scaler_skips} in a row of at most {SCALER_SKIPS}"
+            print_line(f"skipped by the loss scaler, {count}: {message}")
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.skipped:
             pl_module.log("skipped_updates", float(self.skipped))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and self.bad_files.found:
-            print_line(
-                f"{len(self.bad_files.found)} bad files were replaced by others; prepare_data.py leaves such files out"
-            )
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        count = len(self.bad_files.found)
+        if trainer.is_global_zero and count:
+            print_line(f"{count} bad files were replaced by others; prepare_data.py leaves such files out")
         if trainer.is_global_zero and self.skipped:
             print_line(f"{self.skipped} updates were skipped because the loss was not finite")
 

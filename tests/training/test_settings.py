@@ -20,6 +20,7 @@ from training.settings import (
     read_arguments,
     recorded_defaults,
 )
+from training.trainer import check_settings
 from wav2vec2.files.errors import UserError
 
 REQUIRED = ["--tsv_dir", "data", "--teacher_ckpt", "teacher.pth", "--student_ckpt", "student.pth"]
@@ -106,6 +107,16 @@ def test_a_setting_that_is_not_recorded_has_its_default(monkeypatch):
     assert changed_settings(old, new) == changed_settings(new, old) == []
     assert changed_settings(old | {"cos_type": "log_sig"}, new) == ["cos_type: log_sig there, raw now"]
     assert changed_settings(old | {"task_tsv": "3f"}, new) == ["task_tsv: 3f there, None now"]
+
+
+@pytest.mark.parametrize("name", ["star_weight", "student_extractor", "student_config"])
+def test_runs_with_settings_that_are_gone(monkeypatch, name):
+    settings = read_arguments(parse(distill, monkeypatch, "--accelerator", "cpu"), DistillSettings)
+    about = {"settings": settings.recorded() | {name: "x"}}
+    with pytest.raises(
+        UserError, match=rf"last.ckpt: made with --{name} x, which this version does not have; .*make_s"
+    ):
+        check_settings(Path("last.ckpt"), about, settings.recorded(), settings.machine)
 
 
 def test_a_target_of_multiply_adds_takes_the_exact_control(monkeypatch):

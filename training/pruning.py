@@ -1,0 +1,129 @@
+"""Pruning a student as its masks say: its checkpoint, the size that they shall meet, and the smaller model."""
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cli import print_line
+from training.checkpoints import INTERMEDIATE, recorded_head, split_state_dict
+from wav2vec2.components import published_state
+from wav2vec2.files.checkpoint import build_model, check_weights, load_state
+from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.files.heads import build_with_head, contents_of, with_outputs
+from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
+from wav2vec2.sparsity import (
+    Size,
+    expected_size,
+    fit_masks,
+    num_params_without_rounding,
+    pruned_size,
+    round_widths,
+    size_of,
+)
+
+
+def prune(
+    distilled: dict[str, Any], original_config: dict[str, Any], args: argparse.Namespace
+) -> tuple[dict[str, Any], str]:
+    """Prune the student of a checkpoint of distill.py, as the flags of prune.py say.
+
+    Returns:
+        The contents of the pruned model's file, with ``distill_linear_projs``; what came of it, in words.
+
+    Raises:
+        UserError: the checkpoint has no masks, or does not fit the model.
+    """
+    state, projections = split_state_dict(distilled)
+    units = masked_units(state)
+    if not units:
+        raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")
+    training = distilled["distillation"]
+    model = _masked_model(training, state, original_config, args)
+    before = size_of(build_model(with_masks(original_config, ()), args.original_ckpt))
+    # Sparsity counts from the teacher, which may be larger; checkpoints of the published program do not say its size.
+    original = Size(*(training.get(f"original_num_{name}") or size for name, size in before._asdict().items()))
+    round_widths(model, args.round_to)
+    shift = _meet_targets(model, training, original, args)
+    _warn_if_unfinished(distilled, shift, args)
+
+    num_unrounded = num_params_without_rounding(model) if args.round_to > 1 else 0  # it takes a copy of the model
+    kept_dims = model.eval().encoder.kept_dims()
+    model.prune()
+    if kept_dims is not None:  # the dimensions of frames that are left
+        for key, value in projections.items():
+            if key.endswith("weight"):
+                projections[key] = value[:, kept_dims].clone()
+    num_params = int(model.get_num_params())
+    sparsity = f"sparsity {1 - num_params / original.params:.4f}"
+    if num_unrounded:
+        print_line(
+            f"round_to {args.round_to}: {num_params - num_unrounded:,} parameters "
+            f"({num_params / num_unrounded - 1:.2%}) more than without ({num_unrounded:,}), {sparsity}"
+        )
+    summary = f"pruned {', '.join(units)}: {int(original.params):,} -> {num_params:,} parameters, {sparsity}"
+    return {**contents_of(model), "distill_linear_projs": projections}, summary
+
+
+def _masked_model(
+    training: dict[str, Any], state: dict[str, Tensor], original_config: dict[str, Any], args: argparse.Namespace
+) -> Wav2Vec2Model:
+    """Build the student with its masks, as it was trained; checkpoints of the published program say nothing of it."""
+    recorded = training.get("student_config", {})
+    if not isinstance(recorded, dict):
+        found = f"distillation: student_config: expected a dict, found {short_repr(recorded)}"
+        raise UserError(f"{args.distilled_ckpt}: {found}")
+    head = recorded_head(training, args.distilled_ckpt)
+    config = with_outputs(with_masks(recorded or original_config, masked_units(state)), head)
+    source = f"{args.distilled_ckpt} in the model of {args.original_ckpt}"
+    with torch.device("meta"):  # before memory is taken for what the checkpoint says of its layers
+        expected = build_with_head(config, head, source).state_dict()
+    check_weights(expected, published_state(state), source)
+    model = build_with_head(config, head, source)
+    load_state(model, state, source)
+    return model
+
+
+def _meet_targets(model: Wav2Vec2Model, training: dict[str, Any], original: Size, args: argparse.Namespace) -> float:
+    """Meet the targets of the checkpoint, or the sparsity of the user, and say what that took: the shift."""
+    targets = Size(training.get("target_sparsity"), training.get("target_macs"))
+    if args.target_sparsity is not None:
+        targets = Size(args.target_sparsity, None)
+    if targets == (None, None):
+        return 0.0
+    model.eval()
+
+    def gone(size: Size) -> dict[str, tuple[float, float]]:
+        """The target and the value of what has a target, by name."""
+        parts = zip(("sparsity", "multiply-adds gone"), targets, size, original, strict=True)
+        return {name: (target, 1 - after / before) for name, target, after, before in parts if target is not None}
+
+    wanted = Size(*(target and (1 - target) * before for target, before in zip(targets, original, strict=True)))
+    tolerance = Size(*(args.sparsity_tolerance * before for before in original))
+    expected, rounded = gone(expected_size(model)), gone(pruned_size(model))
+    shift = fit_masks(model, wanted, tolerance)
+    action = f"threshold moved by {shift:+.4f} to meet the target" if shift else "within tolerance, masks as trained"
+    for name, (target, value) in expected.items():
+        values = f"expected after training {value:.4f}, rounded {rounded[name][1]:.4f}"
+        print_line(f"{name}: target {target:.4f}, {values}; {action}")
+    for name, (target, value) in gone(pruned_size(model)).items():
+        if args.round_to > 1 and abs(value - target) > args.sparsity_tolerance:
+            taken = "the nearest that is not larger" if value >= target else "the smallest model there is"
+            print_line(
+                f"round_to {args.round_to}: no threshold gives a {name} within {args.sparsity_tolerance:g} of "
+                f"{target:.4f}; {taken} has {value:.4f}"
+            )
+    return shift
+
+
+def _warn_if_unfinished(distilled: dict[str, Any], shift: float, args: argparse.Namespace) -> None:
+    """Warn where the run of a checkpoint has not come to its end; the published program's do not tell."""
+    settings = distilled["distillation"].get("settings")
+    wanted, done = settings.get("max_updates") if isinstance(settings, dict) else None, distilled["global_step"]
+    if INTERMEDIATE not in distilled["distillation"] and isinstance(wanted, int) and done < wanted:
+        print_line(
+            f"warning: {args.distilled_ckpt} is of update {done} of {wanted}, an unfinished run: its masks were still "
+            f"on their way (threshold moved by {shift:+.4f}), and the model will be worse than its size suggests; "
+            "finish the run with distill.py --resume_checkpoint auto"
+        )
