@@ -14,20 +14,14 @@ from wav2vec2.files.errors import UserError, short_repr
 
 @dataclass(frozen=True)
 class Manifest:
-    """The utterances of one split.
+    """The utterances of one split."""
 
-    Attributes:
-        path: the manifest itself.
-        root: the folder that ``paths`` start from.
-        paths: (N,) str, the audio files. Loader processes share an array. Each would end up with its own copy of a
-            list (33 MB for 300,000 files), because every str counts its references inside itself.
-        lengths: (N,) int64, samples at 16 kHz.
-    """
-
-    path: Path
-    root: Path
+    path: Path  # the manifest itself
+    root: Path  # the folder that paths start from
+    # (N,) str, the audio files. Loader processes share an array. Each would end up with its own copy of a list (33 MB
+    # for 300,000 files), because every str counts its references inside itself.
     paths: np.ndarray
-    lengths: np.ndarray
+    lengths: np.ndarray  # (N,) int64, samples at 16 kHz
 
     def full_path(self, index: int) -> str:
         return str(self.root / self.paths[index])
@@ -53,9 +47,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         root = file.readline().removesuffix("\n")
         if not root.strip() or "\t" in root:
-            raise UserError(
-                f"{path}: line 1 is {short_repr(root)}, expected the folder that the paths below it start from"
-            )
+            raise UserError(f"{path}: line 1 is {short_repr(root)}, expected the folder that the paths start from")
         for number, line in enumerate(file, start=2):
             if not line.strip():
                 continue
