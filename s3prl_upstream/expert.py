@@ -22,9 +22,6 @@ def _checkpoint_module() -> ModuleType:
 
     The repository is in ``sys.path`` during the import only, because its lightning.py would hide the package of that
     name. s3prl's own folders (``s3prl.upstream.wav2vec2``) have other full names.
-
-    Raises:
-        ImportError: neither exists.
     """
     in_place = all((_REPOSITORY / name).is_file() for name in ("hardconcrete.py", "wav2vec2/files/checkpoint.py"))
     if in_place:
@@ -59,11 +56,6 @@ class UpstreamExpert(nn.Module):
         ckpt: path of the ``.pth`` (s3prl's ``-k``).
         model_config: s3prl's ``-g``; must be left out, as the file holds its config.
         refresh: s3prl's ``-r``, for downloaded files; ignored.
-
-    Raises:
-        ImportError: this folder has been copied and the package ``dphubert`` is not installed.
-        wav2vec2.files.errors.UserError: the file is missing or not a model.
-        ValueError: ``model_config`` is given.
     """
 
     def __init__(self, ckpt: str, model_config: str | None = None, refresh: bool = False) -> None:
@@ -83,9 +75,6 @@ class UpstreamExpert(nn.Module):
         Padding is masked, so that it reaches no frame, except through the extractor's norm of Base models, which is
         over the whole padded waveform in every implementation. s3prl reads up to two frames beyond an utterance's end;
         its last frame is repeated there, as s3prl does for the longest one.
-
-        Args:
-            wavs: (samples,) each, at 16 kHz.
 
         Returns:
             ``hidden_states``: num_layers + 1 tensors (B, frames, D), the projected extractor output and the output of

@@ -34,10 +34,10 @@ def head_of(contents: Mapping[str, Any], source: Source) -> Head | None:
     weights = entry.get("state_dict") if isinstance(entry, dict) else None
     is_named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
     if not is_named or entry.keys() != {*keys, "state_dict"}:
-        found = short_repr([*entry] if isinstance(entry, dict) else entry)
+        found = short_repr(sorted(entry, key=keys.__contains__) if isinstance(entry, dict) else entry)  # unknown first
         raise UserError(
-            f"{source}: head: expected {', '.join(keys)} and a state_dict of names, found {found}; the file is damaged, "
-            "or a newer version wrote it"
+            f"{source}: head: expected {', '.join(keys)} and a state_dict of names, found {found}; the file "
+            "is damaged, or a newer version wrote it"
         )
     try:
         return Head(**{key: entry[key] for key in keys})

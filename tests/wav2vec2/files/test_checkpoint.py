@@ -324,7 +324,10 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda state: state.update({NORM: state[NORM].to_sparse()}),
         f"{NORM} is torch.float32, torch.sparse_coo",
     ),
-    "a tensor without data": (lambda state: state.update({NORM: state[NORM].to("meta")}), f"{NORM} is torch.float32, torch.strided, meta"),
+    "a tensor without data": (
+        lambda state: state.update({NORM: state[NORM].to("meta")}),
+        f"{NORM} is torch.float32, torch.strided, meta",
+    ),
     "a string": (lambda state: state.update({NORM: "ones"}), f"{NORM} is 'ones', expected a tensor of floats"),
     "a list": (lambda state: state.update({NORM: [1.0] * 16}), f"{NORM} is [1.0, 1.0"),
     "one number with strides of 0": (
