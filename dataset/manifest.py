@@ -38,9 +38,8 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"
         others = ", ".join(sorted(other.stem for other in path.parent.glob("*.tsv"))) or "none"
-        raise UserError(
-            f"{path}: {found}, expected a manifest (.tsv files beside it: {others}); write it with prepare_data.py"
-        )
+        wanted = f"a manifest (.tsv files beside it: {others})"
+        raise UserError(f"{path}: {found}, expected {wanted}; write it with prepare_data.py")
     line_numbers: dict[str, int] = {}
     lengths: list[int] = []
     # surrogateescape: a file name on Linux is bytes, and need not be valid UTF-8.
@@ -54,15 +53,11 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
             name, _, count = line.removesuffix("\n").rpartition("\t")
             # 18 digits fit into 64 bits.
             if not (name and count.isdecimal() and len(count) <= 18 and int(count) > 0):
-                raise UserError(
-                    f"{path}: line {number} is {short_repr(line)}, expected a relative path, a tab and a positive "
-                    "number of samples"
-                )
+                wanted = "a relative path, a tab and a positive number of samples"
+                raise UserError(f"{path}: line {number} is {short_repr(line)}, expected {wanted}")
             if name in line_numbers:
-                raise UserError(
-                    f"{path}: line {number} lists {short_repr(name)}, which line {line_numbers[name]} does already, "
-                    "expected each path once"
-                )
+                found = f"line {number} lists {short_repr(name)}, which line {line_numbers[name]} does already"
+                raise UserError(f"{path}: {found}, expected each path once")
             line_numbers[name] = number
             lengths.append(int(count))
     if not lengths:

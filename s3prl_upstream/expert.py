@@ -40,12 +40,6 @@ def _checkpoint_module() -> ModuleType:
             sys.path.remove(str(_REPOSITORY))
 
 
-def _hold_last_frame(x: Tensor, frames: Tensor) -> Tensor:
-    """Replace all of (B, T, D) after the (B,) valid frames of each row by its last valid frame."""
-    index = torch.arange(x.size(1), device=x.device).minimum(frames[:, None] - 1)  # (B, T)
-    return x.gather(1, index[..., None].expand_as(x))
-
-
 class UpstreamExpert(nn.Module):
     """Hidden states of a model file, pruned or not, HuBERT, wav2vec 2.0 or WavLM.
 
@@ -88,5 +82,7 @@ class UpstreamExpert(nn.Module):
         padded_lengths = torch.tensor(lengths, device=waveforms.device) if is_padded else None
         hidden_states, frames = self.model.extract_features(waveforms, padded_lengths)
         if frames is not None:
-            hidden_states = [_hold_last_frame(x, frames) for x in hidden_states]
+            num_frames = hidden_states[0].size(1)
+            index = torch.arange(num_frames, device=frames.device).minimum(frames[:, None] - 1)  # (B, T)
+            hidden_states = [x.gather(1, index[..., None].expand_as(x)) for x in hidden_states]
         return {"hidden_states": hidden_states, "last_hidden_state": hidden_states[-1]}

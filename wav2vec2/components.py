@@ -21,11 +21,11 @@ from hardconcrete import HardConcrete
 
 from .config import PRUNING_UNITS, ModelConfig, WavLMConfig
 from .fast import (
-    NormalizedConv,
     autocast_dtype,
     conv_channels_last,
     conv_frames,
     fast_paths,
+    normalized_conv,
     on_cpu,
     prefers_fused_attention,
 )
@@ -271,8 +271,8 @@ class FeatureExtractor(nn.Module):
         first = self.conv_layers[0]
         if not isinstance(first.layer_norm, nn.GroupNorm):
             return lambda stretch: first.forward_frames(stretch[..., None], None)
-        normalized = NormalizedConv(waveforms, first.conv, first.layer_norm)
-        return lambda stretch: F.gelu(normalized(stretch))
+        convolve = normalized_conv(waveforms, first.conv, first.layer_norm)
+        return lambda stretch: F.gelu(convolve(stretch))
 
     def _convolve(
         self, waveforms: Tensor, first_layer: Callable[[Tensor], Tensor], masks: list[Tensor | None]
@@ -630,7 +630,11 @@ class BucketTable(nn.Embedding):
         log_ratio = torch.log(magnitude.clamp(min=1).float() / num_exact) / math.log(self.max_distance / num_exact)
         far = num_exact + (log_ratio * (num_buckets - num_exact)).long()
         bucket = torch.where(magnitude < num_exact, magnitude, far.clamp(max=num_buckets - 1))
-        return self(bucket + (distance > 0) * num_buckets).permute(2, 0, 1)
+        bias = self(bucket + (distance > 0) * num_buckets).permute(2, 0, 1)
+        if not fast_paths():
+            return bias
+        # Every layer multiplies it: laid out for that, and in the precision of the scores that the product is added to.
+        return bias.to(autocast_dtype(bias.device.type) or bias.dtype).contiguous()
 
 
 class WavLMSelfAttention(SelfAttention):
@@ -863,13 +867,7 @@ class Transformer(nn.Module):
     def _position_bias(self, num_frames: int) -> Tensor | None:
         """Return the bias (H_total, T, T) of :attr:`bucket_table` if there is one."""
         table = self.bucket_table
-        if table is None:
-            return None
-        bias = table.position_bias(num_frames)
-        if not fast_paths():
-            return bias
-        # Every layer multiplies it: laid out for that, and in the precision of the scores that the product is added to.
-        return bias.to(autocast_dtype(bias.device.type) or bias.dtype).contiguous()
+        return None if table is None else table.position_bias(num_frames)
 
     def forward(self, x: Tensor, padding_scores: Tensor | None = None, embed_mask: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), with layer drop in training"""
@@ -914,20 +912,17 @@ class Transformer(nn.Module):
     def get_num_params(self, embed_dim: Count) -> Count:
         num_params = self.pos_conv_embed.get_num_params(embed_dim) + 2 * embed_dim
         num_params = sum((layer.get_num_params(embed_dim) for layer in self.layers), num_params)
-        return num_params + self._num_table_params()
+        table = self.bucket_table
+        if table is None:
+            return num_params
+        all_gone: Count = 1
+        for attention in self._wavlm_attentions:
+            all_gone = all_gone * (1 - _expected_size(attention.hard_concrete_for_layer, 1))
+        return num_params + table.weight.numel() * (1 - all_gone)
 
     def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
         num_macs = self.pos_conv_embed.get_num_macs(embed_dim, num_frames)
         return num_macs + sum(layer.get_num_macs(embed_dim, num_frames) for layer in self.layers)
-
-    def _num_table_params(self) -> Count:
-        table = self.bucket_table
-        if table is None:
-            return 0
-        all_gone: Count = 1
-        for attention in self._wavlm_attentions:
-            all_gone = all_gone * (1 - _expected_size(attention.hard_concrete_for_layer, 1))
-        return table.weight.numel() * (1 - all_gone)
 
     def prune(self) -> None:
         """Prune convolution and layers; WavLM's bucket table moves to the first attention that is left."""

@@ -143,10 +143,8 @@ class SharedConfig:
             rule.check(key, value)
             return [value] * self.encoder_num_layers
         if len(value) != self.encoder_num_layers:
-            raise ValueError(
-                f"{key}: expected {self.encoder_num_layers} entries, one per layer (encoder_num_layers), found "
-                f"{len(value)}"
-            )
+            wanted = f"{self.encoder_num_layers} entries, one per layer (encoder_num_layers)"
+            raise ValueError(f"{key}: expected {wanted}, found {len(value)}")
         for layer, entry in enumerate(value):
             rule.check(f"{key} of layer {layer}", entry)
         return [list(entry) if isinstance(entry, (list, tuple)) else entry for entry in value]
@@ -208,26 +206,20 @@ class WavLMConfig(SharedConfig):
         super().__post_init__()
         total = self.encoder_total_num_heads[0]
         if set(self.encoder_total_num_heads) != {total}:
-            raise ValueError(
-                "encoder_total_num_heads: expected the same number in all layers, which share one position table, "
-                f"found {short_repr(self.encoder_total_num_heads)}"
-            )
+            found = short_repr(self.encoder_total_num_heads)
+            raise ValueError(f"encoder_total_num_heads: expected the same number in all layers, found {found}")
         self._check_divides("encoder_total_num_heads", total)
         if self.encoder_head_dim is None:
             self.encoder_head_dim = self.encoder_embed_dim // total
         for layer, heads in enumerate(self.encoder_remaining_heads):
             if heads and heads[-1] >= total:
-                raise ValueError(
-                    f"encoder_remaining_heads of layer {layer}: expected ascending indices below {total}, found "
-                    f"{short_repr(heads)}"
-                )
+                key = f"encoder_remaining_heads of layer {layer}"
+                raise ValueError(f"{key}: expected ascending indices below {total}, found {short_repr(heads)}")
         if self.encoder_num_buckets % 2:
             raise ValueError(f"encoder_num_buckets: expected an even number, found {self.encoder_num_buckets}")
         if self.encoder_max_distance <= self.encoder_num_buckets // 4:
-            raise ValueError(
-                "encoder_max_distance: expected more than a quarter of encoder_num_buckets "
-                f"{self.encoder_num_buckets}, found {self.encoder_max_distance}"
-            )
+            wanted = f"more than a quarter of encoder_num_buckets {self.encoder_num_buckets}"
+            raise ValueError(f"encoder_max_distance: expected {wanted}, found {self.encoder_max_distance}")
 
     def to_dict(self) -> dict[str, Any]:
         config = super().to_dict()

@@ -200,28 +200,7 @@ def extract_iter(
         raise UserError(f"inputs: expected several waveforms or paths, found {short_repr(inputs)}; put it into a list")
     rate = _checked_rate(sample_rate, "sample_rate")
     extraction = _Extraction(model, layers, batch_seconds, max_seconds, context_seconds)
-    lookahead_samples = lookahead_seconds * SAMPLE_RATE
-
-    def results() -> Iterator[Tensor | None]:
-        window: list[_Utterance | None] = []
-        num_samples = 0
-        for number, value in enumerate(inputs):
-            utterance = None
-            try:
-                utterance = extraction.utterance(value, f"input {number}", rate)
-                num_samples += len(utterance.waveform)
-            except UserError as error:
-                if on_error is None:
-                    raise
-                on_error(number, error)
-            window.append(utterance)
-            del utterance
-            if num_samples >= lookahead_samples:
-                yield from extraction.results(window)
-                window, num_samples = [], 0
-        yield from extraction.results(window)
-
-    return results()
+    return extraction.results(inputs, rate, lookahead_seconds * SAMPLE_RATE, on_error)
 
 
 @dataclass
@@ -271,8 +250,34 @@ class _Extraction:
                     f"{context_seconds:g} (0 or more), or None to compute everything whole"
                 )
 
+    def results(
+        self,
+        inputs: Iterable[Any],
+        sample_rate: int,
+        lookahead_samples: float,
+        on_error: Callable[[int, UserError], None] | None,
+    ) -> Iterator[Tensor | None]:
+        """Yield the result of each input, window by window."""
+        window: list[_Utterance | None] = []
+        num_samples = 0
+        for number, value in enumerate(inputs):
+            utterance = None
+            try:
+                utterance = self._utterance(value, f"input {number}", sample_rate)
+                num_samples += len(utterance.waveform)
+            except UserError as error:
+                if on_error is None:
+                    raise
+                on_error(number, error)
+            window.append(utterance)
+            del utterance
+            if num_samples >= lookahead_samples:
+                yield from self._results_of(window)
+                window, num_samples = [], 0
+        yield from self._results_of(window)
+
     @torch.no_grad()
-    def utterance(self, value: Any, name: str, sample_rate: int) -> _Utterance:
+    def _utterance(self, value: Any, name: str, sample_rate: int) -> _Utterance:
         """Read and check one input; ``name`` stands for it in errors, unless it is a file."""
         if isinstance(value, (str, os.PathLike)):
             name, waveform = os.fspath(value), read_audio(value)
@@ -283,22 +288,19 @@ class _Extraction:
         extractor = self.model.feature_extractor
         num_frames = extractor.num_frames(len(waveform))
         if num_frames == 0:
-            raise UserError(
-                f"{name}: has {len(waveform)} samples at 16 kHz, expected at least {extractor.receptive_field}, "
-                "which make one frame; leave it out"
-            )
+            wanted = f"at least {extractor.receptive_field}, which make one frame"
+            raise UserError(f"{name}: has {len(waveform)} samples at 16 kHz, expected {wanted}; leave it out")
         num_bad = len(waveform) - int(waveform.isfinite().sum())
         if num_bad:
-            raise UserError(
-                f"{name}: {num_bad} of its {len(waveform)} samples are NaN or infinite, expected numbers; mend it"
-            )
+            found = f"{num_bad} of its {len(waveform)} samples are NaN or infinite"
+            raise UserError(f"{name}: {found}, expected numbers; mend it")
         if self.model.normalize_waveform:
             waveform = normalize_waveforms(waveform[None])[0]
         if len(waveform) > self.max_samples:
             extractor = _with_statistics_of(extractor, waveform)
         return _Utterance(waveform, num_frames, extractor)
 
-    def results(self, window: list[_Utterance | None]) -> Iterator[Tensor | None]:
+    def _results_of(self, window: list[_Utterance | None]) -> Iterator[Tensor | None]:
         """Yield the results of some utterances; each leaves the window first, so that its memory can be freed."""
         pieces = [piece for utterance in window if utterance is not None for piece in self._pieces(utterance)]
         for batch in self._batches(pieces):
@@ -340,11 +342,16 @@ class _Extraction:
     @torch.no_grad()
     def _compute(self, batch: list[_Piece]) -> None:
         """Compute a batch and copy what is kept of it into the results."""
-        num_layers = 1 if self.layers is None else len(self.layers)
-        for number, states in enumerate(self._hidden_states(*self._frames(batch))):
-            for row, (utterance, _, start, kept_start, kept_end) in zip(states.cpu(), batch, strict=True):
+        features, lengths = self._frames(batch)
+        if self.layers is None:
+            wanted = [self.model.apply_aux(self.model.encoder(features, lengths))]
+        else:
+            states = self.model.encoder.extract_features(features, lengths, max(1, *self.layers))
+            wanted = [states[layer] for layer in self.layers]
+        for number, layer_states in enumerate(wanted):
+            for row, (utterance, _, start, kept_start, kept_end) in zip(layer_states.cpu(), batch, strict=True):
                 if utterance.result is None:
-                    utterance.result = torch.empty(num_layers, utterance.num_frames, row.size(-1), dtype=row.dtype)
+                    utterance.result = torch.empty(len(wanted), utterance.num_frames, row.size(-1), dtype=row.dtype)
                 utterance.result[number, kept_start:kept_end] = row[kept_start - start : kept_end - start]
 
     def _frames(self, batch: list[_Piece]) -> tuple[Tensor, Tensor | None]:
@@ -361,13 +368,6 @@ class _Extraction:
             features, lengths = extractor(pad_sequence(waveforms, batch_first=True), num_samples)
         is_padded = bool((lengths < features.size(1)).any())
         return features, lengths.to(features.device) if is_padded else None
-
-    def _hidden_states(self, features: Tensor, lengths: Tensor | None) -> list[Tensor]:
-        """Return the wanted (B, frames, D) of each layer."""
-        if self.layers is None:
-            return [self.model.apply_aux(self.model.encoder(features, lengths))]
-        states = self.model.encoder.extract_features(features, lengths, max(1, *self.layers))
-        return [states[layer] for layer in self.layers]
 
 
 def _checked_layers(layers: int | Sequence[int] | str | None, num_states: int) -> list[int]:
@@ -401,9 +401,8 @@ def _array_and_rate(item: Any, name: str) -> tuple[Any, int]:
             raise AudioError(f"{name}: cannot be decoded ({one_line(error)}), expected audio") from error
         item = {"array": samples.data.mean(0), "sampling_rate": samples.sample_rate}
     if not item.keys() >= {"array", "sampling_rate"}:
-        raise UserError(
-            f"{name}: expected a decoded item of datasets with 'array' and 'sampling_rate', found {short_repr(item)}"
-        )
+        wanted = "a decoded item of datasets with 'array' and 'sampling_rate'"
+        raise UserError(f"{name}: expected {wanted}, found {short_repr(item)}")
     return item["array"], _checked_rate(item["sampling_rate"], f"{name}: sampling_rate")
 
 
@@ -429,10 +428,8 @@ def _as_waveform(value: Any, name: str) -> Tensor:
     except TypeError as error:
         raise UserError(f"{name}: an array of {value.dtype}, expected floats or int16") from error
     if waveform.ndim != 1:
-        raise UserError(
-            f"{name}: has shape {list(waveform.shape)}, expected (samples,); average channels, and give several "
-            "waveforms as a list"
-        )
+        advice = "average channels, and give several waveforms as a list"
+        raise UserError(f"{name}: has shape {list(waveform.shape)}, expected (samples,); {advice}")
     if not waveform.is_floating_point() and waveform.dtype not in _FULL_SCALE:
         raise UserError(f"{name}: holds {waveform.dtype}, expected floats (full scale 1), int16, int32 or uint8")
     full_scale, silence = _FULL_SCALE.get(waveform.dtype, (1, 0))

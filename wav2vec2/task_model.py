@@ -47,9 +47,8 @@ class Head:
         for key, choices in _CHOICES[self.kind].items():
             value = getattr(self, key)
             if not (value is None or isinstance(value, str)) or value not in choices:
-                raise ValueError(
-                    f"{key}: expected {' or '.join(map(repr, choices))} with {self.kind}, found {short_repr(value)}"
-                )
+                wanted = " or ".join(map(repr, choices))
+                raise ValueError(f"{key}: expected {wanted} with {self.kind}, found {short_repr(value)}")
 
     @property
     def num_outputs(self) -> int:
@@ -101,10 +100,8 @@ class TaskModel(Wav2Vec2Model):
     def __init__(self, config: ModelConfig, head: Head) -> None:
         expected = head.num_outputs if head.kind == TEXT else None
         if config.aux_num_out != expected:
-            raise ValueError(
-                f"aux_num_out: expected {expected} with a head of {head.kind} and {len(head.labels)} labels, found "
-                f"{config.aux_num_out}"
-            )
+            wanted = f"{expected} with a head of {head.kind} and {len(head.labels)} labels"
+            raise ValueError(f"aux_num_out: expected {wanted}, found {config.aux_num_out}")
         super().__init__(config)
         self.head_settings = head
         num_states = config.encoder_num_layers + 1

@@ -175,9 +175,8 @@ def to_plain(value: Any, source: str | PathLike) -> Any:
     try:
         return _to_plain(value)
     except (RecursionError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{source}: the settings in the file are damaged ({type(error).__name__}); download it again"
-        ) from error
+        reason = f"the settings in the file are damaged ({type(error).__name__})"
+        raise UserError(f"{source}: {reason}; download it again") from error
 
 
 def _to_plain(value: Any) -> Any:
