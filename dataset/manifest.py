@@ -56,8 +56,8 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
                 wanted = "a relative path, a tab and a positive number of samples"
                 raise UserError(f"{path}: line {number} is {short_repr(line)}, expected {wanted}")
             if name in line_numbers:
-                found = f"line {number} lists {short_repr(name)}, which line {line_numbers[name]} does already"
-                raise UserError(f"{path}: {found}, expected each path once")
+                problem = f"line {number} lists {short_repr(name)}, which line {line_numbers[name]} does already"
+                raise UserError(f"{path}: {problem}, expected each path once")
             line_numbers[name] = number
             lengths.append(int(count))
     if not lengths:

@@ -28,8 +28,8 @@ def check_files(manifest: Manifest, sample: int = 256) -> dict[str, str]:
         UserError: the root folder does not exist, or more than half of the files looked at are bad.
     """
     if not manifest.root.is_dir():
-        found = f"its root folder {manifest.root} (line 1) does not exist"
-        raise UserError(f"{manifest.path}: {found}; run prepare_data.py again")
+        problem = f"its root folder {manifest.root} (line 1) does not exist"
+        raise UserError(f"{manifest.path}: {problem}; run prepare_data.py again")
     num_files = len(manifest.paths)
     chosen = np.linspace(0, num_files - 1, min(sample, num_files)).round().astype(int).tolist()
     bad_files: dict[str, str] = {}

@@ -102,14 +102,16 @@ def checked_audio(path: str | os.PathLike, length: int | None = None) -> "Iterat
         # As bytes: soundfile insists on UTF-8 in a str, which a file name on Linux need not be.
         with SoundFile(os.fsencode(path)) as file:
             if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
-                found = f"{file.samplerate} Hz, expected {LOWEST_RATE} Hz to {HIGHEST_RATE} Hz"
-                raise AudioError(f"{path}: states a sample rate of {found}; its header is damaged, get the file again")
+                problem = (
+                    f"states a sample rate of {file.samplerate} Hz, expected {LOWEST_RATE} Hz to {HIGHEST_RATE} Hz"
+                )
+                raise AudioError(f"{path}: {problem}; its header is damaged, get the file again")
             is_exact = file.format in _EXACT_FORMATS and file.subtype in _EXACT_ENCODINGS
             if not is_exact or file.frames == _UNKNOWN_LENGTH:
                 file.seekable = lambda: False  # or soundfile itself would seek, after every read
             if length is not None and (stated := stated_length(file)) not in (None, length):
-                found = f"{stated} samples long (at 16 kHz), expected {length} as it was listed"
-                raise AudioError(f"{path}: is {found}: the file has changed since")
+                problem = f"{stated} samples long (at 16 kHz), expected {length} as it was listed"
+                raise AudioError(f"{path}: is {problem}: the file has changed since")
             yield file
     except (UserError, ImportError):
         raise
@@ -199,8 +201,8 @@ def read_audio(
         raise AudioError(f"{path}: is cut short at sample {end} (at 16 kHz), expected {stated_end}; get the file again")
     # The sum is not finite if any sample is not, and is much faster than a look at each sample.
     if not waveform.sum().isfinite() and not (is_finite := waveform.isfinite()).all():
-        found = f"{int((~is_finite).sum())} of samples {offset} to {end} (at 16 kHz) are NaN or infinite"
-        raise AudioError(f"{path}: {found}, expected numbers")
+        problem = f"{int((~is_finite).sum())} of samples {offset} to {end} (at 16 kHz) are NaN or infinite"
+        raise AudioError(f"{path}: {problem}, expected numbers")
     return waveform
 
 

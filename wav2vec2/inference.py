@@ -292,8 +292,8 @@ class _Extraction:
             raise UserError(f"{name}: has {len(waveform)} samples at 16 kHz, expected {wanted}; leave it out")
         num_bad = len(waveform) - int(waveform.isfinite().sum())
         if num_bad:
-            found = f"{num_bad} of its {len(waveform)} samples are NaN or infinite"
-            raise UserError(f"{name}: {found}, expected numbers; mend it")
+            problem = f"{num_bad} of its {len(waveform)} samples are NaN or infinite"
+            raise UserError(f"{name}: {problem}, expected numbers; mend it")
         if self.model.normalize_waveform:
             waveform = normalize_waveforms(waveform[None])[0]
         if len(waveform) > self.max_samples:

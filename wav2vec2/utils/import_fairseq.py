@@ -191,17 +191,17 @@ def _read_checkpoint(path: str | PathLike) -> tuple[Mapping[str, Any], dict[str,
         found = f"keys {short_repr([*contents])}" if isinstance(contents, dict) else type(contents).__name__
         found = kind_of_contents(contents, path) or found
         raise UserError(f"{source}: expected a fairseq checkpoint with its weights under 'model', found {found}")
-    components = {entry: to_plain(contents.get(entry), source) for entry in ("cfg", "args")}
-    entry = next((entry for entry, settings in components.items() if isinstance(settings, dict)), None)
-    if entry is None:
+    components = ((entry, to_plain(contents.get(entry), source)) for entry in ("cfg", "args"))
+    entry, found_settings = next((found for found in components if isinstance(found[1], dict)), ("", None))
+    if found_settings is None:
         reason = f"expected the model's settings under 'cfg' or 'args', found keys {short_repr([*contents])}"
         raise UserError(f"{source}: {reason}; give a checkpoint that fairseq or WavLM's program wrote")
-    settings, task = _split_settings(components[entry], f"{source}: {entry}")
+    settings, task = _split_settings(found_settings, f"{source}: {entry}")
     if any(_FINE_TUNED in name for name in weights):
         backbone = settings.get("w2v_args")
         if not isinstance(backbone, dict):
-            found = "a fine-tuned model that does not hold its backbone's settings (w2v_args)"
-            raise UserError(f"{source}: {found}; convert the pre-trained checkpoint, or the same model from the hub")
+            problem = "a fine-tuned model that does not hold its backbone's settings (w2v_args)"
+            raise UserError(f"{source}: {problem}; convert the pre-trained checkpoint, or the same model from the hub")
         settings, backbone_task = _split_settings(backbone, f"{source}: w2v_args")
         check_sample_rate((backbone_task or {}).get("sample_rate"), f"{source}: w2v_args: sample_rate")
     return weights, settings, task
@@ -223,19 +223,17 @@ def _read_architecture(
     def setting(name: str, kind: type) -> Any:
         value = settings.get(name, _DEFAULTS[name])
         if type(value) is not kind:
-            found = f"setting {name} is {short_repr(value)}"
-            raise UserError(f"{source}: {found}, expected {kind.__name__}; the file is damaged")
+            problem = f"setting {name} is {short_repr(value)}"
+            raise UserError(f"{source}: {problem}, expected {kind.__name__}; the file is damaged")
         return value
 
     is_wavlm = "relative_position_embedding" in settings or any(".self_attn.grep_" in name for name in weights)
     family = "WavLM" if is_wavlm else _family(settings, weights, source)
-
-    accepted_values = _ACCEPTED | (_ACCEPTED_OF_WAVLM if is_wavlm else {})
-    for name, accepted in accepted_values.items():
+    for name, accepted in (_ACCEPTED | (_ACCEPTED_OF_WAVLM if is_wavlm else {})).items():
         value = settings.get(name, _DEFAULTS.get(name, accepted[0]))
         if not any(type(value) is type(option) and value == option for option in accepted):
-            found = f"{family} with {name} {short_repr(value)}, expected {' or '.join(map(repr, accepted))}"
-            raise UserError(f"{source}: {found}; such a model has no counterpart here and cannot be converted")
+            problem = f"{family} with {name} {short_repr(value)}, expected {' or '.join(map(repr, accepted))}"
+            raise UserError(f"{source}: {problem}; such a model has no counterpart here and cannot be converted")
     check_sample_rate(task.get("sample_rate"), f"{source}: sample_rate")
     normalizes = task.get("normalize")
     if normalizes is not None and not isinstance(normalizes, bool):
@@ -266,8 +264,8 @@ def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -
         if name is None and any(f".{weight}".endswith(f".{key}") for weight in weights):
             name = family
     if not isinstance(name, str) or name not in _FAMILIES:
-        found = f"a fairseq model of kind {short_repr(name)}, expected one of {list(_FAMILIES)} or a WavLM"
-        raise UserError(f"{source}: {found}; other architectures cannot be converted")
+        problem = f"a fairseq model of kind {short_repr(name)}, expected one of {list(_FAMILIES)} or a WavLM"
+        raise UserError(f"{source}: {problem}; other architectures cannot be converted")
     return _FAMILIES[name]
 
 
@@ -290,8 +288,8 @@ def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> l
             if not isinstance(layer, list) or len(layer) != 3 or not all(type(n) is int and n > 0 for n in layer):
                 raise ValueError(f"{short_repr(layer)} is not (channels, kernel, stride)")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        found = f"conv_feature_layers {short_repr(expression)} cannot be read ({single_line(str(error))})"
-        raise UserError(f"{source}: {found}, expected lists of (channels, kernel, stride)") from error
+        problem = f"conv_feature_layers {short_repr(expression)} cannot be read ({single_line(str(error))})"
+        raise UserError(f"{source}: {problem}, expected lists of (channels, kernel, stride)") from error
     return layers
 
 

@@ -72,8 +72,8 @@ def fetch_huggingface_model(model: str) -> Path:
         return directory
     if directory.is_file():
         if (directory.parent / "config.json").is_file():
-            found = "a file, where the folder that it lies in is wanted"
-            raise UserError(f"--model {model}: {found}; give --model {directory.parent}")
+            problem = "a file, where the folder that it lies in is wanted"
+            raise UserError(f"--model {model}: {problem}; give --model {directory.parent}")
         kind = kind_of_path(directory) or kind_of_contents(read_torch_file(directory), model)
         raise UserError(f"--model {model}: {kind or 'a file'}, where a folder with config.json is wanted")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -111,8 +111,8 @@ def import_huggingface_model(
     weights = _read_weights(directory)
     adapters = [name for name in weights if "adapter" in name]
     if adapters or (directory / "adapter_config.json").exists():
-        found = f"an adapter ({adapters[0] if adapters else 'adapter_config.json'})"
-        raise UserError(f"{directory}: holds {found}; convert the model that it was added to")
+        problem = f"an adapter ({adapters[0] if adapters else 'adapter_config.json'})"
+        raise UserError(f"{directory}: holds {problem}; convert the model that it was added to")
     return import_weights(
         architecture, dropouts or Dropouts(), normalize_waveform, weights, TRANSFORMERS_NAMES, str(directory)
     )
@@ -150,13 +150,13 @@ def _source_config(source: Path) -> Any:
         raise UserError(f"{source}: describes a model of this project, which needs no conversion; give its folder")
     families = list(FAMILIES)
     if model_type not in families:
-        found = f"model_type {short_repr(model_type)}, expected one of {families}"
-        raise UserError(f"{source}: {found}; other architectures cannot be converted")
+        problem = f"model_type {short_repr(model_type)}, expected one of {families}"
+        raise UserError(f"{source}: {problem}; other architectures cannot be converted")
     for name, (accepted, meaning) in ACCEPTED.items():
         found = settings.get(name, accepted)
         if found != accepted:
-            found = f"{name} is {short_repr(found)}, expected {accepted!r}"
-            raise UserError(f"{source}: {found}: {meaning} has no counterpart here, so this model cannot be converted")
+            problem = f"{name} is {short_repr(found)}, expected {accepted!r}"
+            raise UserError(f"{source}: {problem}: {meaning} has no counterpart here and cannot be converted")
     import transformers
 
     backbone = {name: settings[name] for name in _BACKBONE_SETTINGS if name in settings}
@@ -176,8 +176,8 @@ def _read_architecture(directory: Path) -> Architecture:
         raise UserError(f"{source}: feat_extract_norm {short_repr(norm)}, expected one of {modes}")
     convs = [config.conv_dim, config.conv_kernel, config.conv_stride]
     if not all(isinstance(entries, (list, tuple)) and len(entries) == len(convs[0]) for entries in convs):
-        found = "conv_dim, conv_kernel and conv_stride are not lists, or of different lengths"
-        raise UserError(f"{source}: {found}; download it again")
+        problem = "conv_dim, conv_kernel and conv_stride are not lists, or of different lengths"
+        raise UserError(f"{source}: {problem}; download it again")
     attention: dict[str, Any] = {"encoder_num_heads": config.num_attention_heads}
     if config.model_type == "wavlm":
         sizes = config.num_hidden_layers, config.num_attention_heads, config.num_buckets, config.max_bucket_distance
@@ -238,8 +238,8 @@ def _shard_paths(index: Path) -> Iterator[Path]:
     for name in sorted({str(name) for name in weight_map.values()}):
         path = index.parent / name
         if path.parent != index.parent or not path.is_file():
-            found = f"names the shard {short_repr(name)}, which is not beside it"
-            raise UserError(f"{index}: {found}; download the whole model")
+            problem = f"names the shard {short_repr(name)}, which is not beside it"
+            raise UserError(f"{index}: {problem}; download the whole model")
         yield path
 
 
