@@ -78,16 +78,14 @@ class TaskHead(nn.Module):
             x = weights[0] * x
             for weight, state in zip(weights[1:], states[1:], strict=True):
                 x = x + weight * state
-        return self.linear(self._pool(x, lengths) if self.pools else x)
-
-    def _pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """(B, frames, D) -> (B, D), over the valid frames"""
+        if not self.pools:
+            return self.linear(x)
         scores = x.new_zeros(x.shape[:2]) if self.attention is None else self.attention(x).squeeze(-1)  # (B, frames)
         if lengths is not None:
             padded = torch.arange(x.size(1), device=x.device) >= lengths[:, None]
             # Not -inf: a row without any frame must not become NaN.
             scores = scores.masked_fill(padded, torch.finfo(scores.dtype).min)
-        return (scores.softmax(1)[:, None] @ x).squeeze(1)
+        return self.linear((scores.softmax(1)[:, None] @ x).squeeze(1))
 
 
 class TaskModel(Wav2Vec2Model):

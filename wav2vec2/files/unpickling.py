@@ -105,10 +105,8 @@ def kind_of_path(path: Path) -> str | None:
     """Describe a folder, a safetensors file or a placeholder, and what to do with it; None for all else."""
     if path.is_dir():
         if _transformers_type(path):
-            return (
-                "a folder in transformers' format, where a file is wanted; convert it: "
-                f"python convert_hubert_from_hf.py --model {path}"
-            )
+            command = f"python convert_hubert_from_hf.py --model {path}"
+            return f"a folder in transformers' format, where a file is wanted; convert it: {command}"
         return f"a folder, where a file is wanted; give a file, {listed('in it', model_files(path))}"
     if path.is_file():
         with path.open("rb") as file:
@@ -134,10 +132,8 @@ def kind_of_contents(contents: Any, path: str | PathLike) -> str | None:
     if not isinstance(contents, dict):
         return None
     if "pytorch-lightning_version" in contents or "optimizer_states" in contents:
-        return (
-            "a training checkpoint (.ckpt) where a model file (.pth) is wanted; "
-            "prune.py or save_final_ckpt.py makes the model file from it"
-        )
+        advice = "prune.py or save_final_ckpt.py makes the model file from it"
+        return f"a training checkpoint (.ckpt) where a model file (.pth) is wanted; {advice}"
     if isinstance(contents.get("state_dict"), dict) and isinstance(contents.get("config"), dict):
         return "a model file (.pth) of this project, which needs no conversion"
     if "model_weight" in contents or ("model" in contents and ("cfg" in contents or "args" in contents)):
