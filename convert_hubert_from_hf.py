@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from cli import make_parser, run
-from wav2vec2.utils.converter_flags import add_converter_flags, dropouts_from, normalize_waveform_from
+from wav2vec2.utils.converter_flags import add_converter_flags, importer_options
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,13 +24,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    dropouts, normalize_waveform = dropouts_from(args), normalize_waveform_from(args)
+    options = importer_options(args)
     # After the flags: --help and a wrong flag should not wait for torch.
     from wav2vec2.utils.import_huggingface import compare_with_source, fetch_huggingface_model, import_huggingface_model
     from wav2vec2.utils.importing import write_model
 
     directory = fetch_huggingface_model(args.model)
-    imported = import_huggingface_model(directory, dropouts, normalize_waveform)
+    imported = import_huggingface_model(directory, **options)
     difference = compare_with_source(imported, directory)
     print(f"largest difference from transformers' outputs: {difference:.1e}")
     write_model(imported, args.out or Path("pretrained") / f"{Path(args.model).resolve().name}.hf.pth")

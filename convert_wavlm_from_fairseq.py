@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from cli import make_parser, run
-from wav2vec2.utils.converter_flags import add_converter_flags, dropouts_from, normalize_waveform_from
+from wav2vec2.utils.converter_flags import add_converter_flags, importer_options
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,12 +23,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    dropouts, normalize_waveform = dropouts_from(args), normalize_waveform_from(args)
+    options = importer_options(args)
     # After the flags: --help and a wrong flag should not wait for torch.
     from wav2vec2.utils.import_fairseq import compare_with_fairseq, import_fairseq_model
     from wav2vec2.utils.importing import write_model
 
-    imported = import_fairseq_model(args.ckpt, dropouts, normalize_waveform)
+    imported = import_fairseq_model(args.ckpt, **options)
     difference = compare_with_fairseq(imported, args.ckpt)
     if difference is not None:
         print(f"largest difference from fairseq's outputs: {difference:.1e}")

@@ -37,7 +37,6 @@ REJECTED = "rejected"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The flags of this script, from ``arguments`` or the command line."""
     parser = cli.make_parser(__doc__)
     parser.add_argument("--data", required=True, help="folder of the corpus")
     parser.add_argument("--out", default="data/librispeech", help="folder to write the manifests to")
@@ -59,11 +58,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def parse_splits(options: list[str]) -> FolderPatterns:
-    """Turn ``["train=a,b", "valid=c"]`` into ``{"train": ["a", "b"], "valid": ["c"]}``.
-
-    Raises:
-        UserError: an option has another form, or a name that cannot name a manifest or is given twice.
-    """
+    """Turn ``["train=a,b", "valid=c"]`` into ``{"train": ["a", "b"], "valid": ["c"]}``."""
     splits: FolderPatterns = {}
     for option in options:
         name, _, folders = option.partition("=")
@@ -78,11 +73,7 @@ def parse_splits(options: list[str]) -> FolderPatterns:
 
 
 def choose_rule(paths: list[str], args: argparse.Namespace) -> Callable[[list[str]], Splits]:
-    """Choose from the options and the corpus how to split, and say so.
-
-    Raises:
-        UserError: both options are given, or one cannot be followed.
-    """
+    """Choose from the options and the corpus how to split, and say so."""
     if args.splits and args.valid_fraction is not None:
         raise UserError("--splits and --valid_fraction are two ways to split; give one of them")
     rule = "by folder"
@@ -104,21 +95,14 @@ def choose_rule(paths: list[str], args: argparse.Namespace) -> Callable[[list[st
 
 
 def list_audio(root: str) -> list[str]:
-    """Find the corpus's files, and say which audio is passed over.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Find the corpus's files, and say which audio is passed over."""
     found, others = find_audio(root)
     passed_over = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
-    if not found:
-        instead = f", but {passed_over}; convert them: {CONVERT}" if others else "; give the corpus folder"
-        raise UserError(
-            f"--data {root}: no {', '.join(AUDIO_SUFFIXES[:6])} or other file that libsndfile reads in it or below"
-            f"{instead}"
-        )
     if others:
         print(f"passed over: {passed_over}, which libsndfile does not read; convert them: {CONVERT}")
+    if not found:
+        instead = f"but {passed_over}; convert them: {CONVERT}" if others else "expected some; give the corpus folder"
+        raise UserError(f"--data {root}: no {', '.join(AUDIO_SUFFIXES[:6])} or the like in it or below, {instead}")
     return found
 
 
@@ -126,15 +110,6 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a text file, whole or not at all; names that are not UTF-8 keep their bytes."""
     with atomic_path(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
-
-
-def write_rejected(path: Path, rejected: dict[str, str]) -> None:
-    """List the files that were left out with the reason; without any, remove an earlier run's list."""
-    if not rejected:
-        path.unlink(missing_ok=True)
-        return
-    write_lines(path, (f"{LINE_BREAK.sub('?', name)}\t{reason}" for name, reason in rejected.items()))
-    print(f"{len(rejected)} files left out, listed with the reason in {path}")
 
 
 def describe(name: str, lengths: list[int]) -> str:
@@ -148,11 +123,6 @@ def describe(name: str, lengths: list[int]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Find the files, split them, count their samples and write the manifests.
-
-    Raises:
-        UserError: there is no such folder, no audio in it, or a split has no file that can be read.
-    """
     root, out = os.path.abspath(args.data), Path(args.out)
     if not os.path.isdir(root):
         raise UserError(f"--data {args.data}: no such folder; give the folder of the corpus")
@@ -170,16 +140,19 @@ def main(args: argparse.Namespace) -> None:
     counted = count_all(root, chosen, args.num_workers)
     progress = cli.progress(counted, "reading headers", total=len(chosen), unit=" files")
     counts = dict(zip(chosen, progress, strict=True))
-    write_rejected(out / f"{REJECTED}.tsv", {path: reason for path, (_, reason) in counts.items() if reason})
-    splits = split([path for path, (_, reason) in counts.items() if not reason])
+    rejected = {path: reason for path, (_, reason) in counts.items() if reason}
+    (out / f"{REJECTED}.tsv").unlink(missing_ok=True)  # an earlier run's
+    if rejected:
+        rows = (f"{LINE_BREAK.sub('?', name)}\t{reason}" for name, reason in rejected.items())
+        write_lines(out / f"{REJECTED}.tsv", rows)
+        print(f"{len(rejected)} files left out, listed with the reason in {out / REJECTED}.tsv")
+    splits = split([path for path in counts if path not in rejected])
     for name, paths in splits.items():
         if not paths:
-            num_files = len(candidates[name])
-            unusable = f"none of its {num_files} files can be used" if num_files else "no file falls into it"
             folders = ", ".join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())[:10]) or "none"
             raise UserError(
-                f"{name}.tsv would be empty: {unusable}; folders in {root}: {folders}; "
-                "change --splits or --valid_fraction"
+                f"{name}.tsv would be empty: none of its {len(candidates[name])} files can be used; folders in {root}: "
+                f"{folders}; change --splits or --valid_fraction"
             )
     for name, paths in splits.items():
         lengths = [counts[path][0] for path in paths]

@@ -28,11 +28,8 @@ def make_batches(
 
     Args:
         lengths: (N,) samples of each utterance.
-        num_buckets: even divisions of the range ``min_len`` to ``max_len``.
-        max_tokens: budget of a batch in samples.
-        batch_size: budget of a batch in utterances, if it has none in samples.
-        min_len: shorter utterances are left out.
-        max_len: longer utterances are left out; None keeps all.
+        num_buckets: even divisions of the range ``min_len`` to ``max_len``; utterances outside of it are left out.
+        max_tokens: budget of a batch in samples; otherwise ``batch_size`` is one in utterances.
         generator: shuffles the utterances inside each bucket; None leaves them from short to long.
         max_crop: an utterance counts at most this many samples, as :class:`BatchSampler` crops it.
 
@@ -44,7 +41,12 @@ def make_batches(
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     upper = max_len if max_len is not None else int(lengths.max(initial=0))
-    kept = _within_limits(lengths, min_len, upper)
+    (kept,) = np.nonzero((lengths >= min_len) & (lengths <= upper))
+    if kept.size == 0:
+        found = f": they last {_seconds(lengths.min())} to {_seconds(lengths.max())}" if lengths.size else ""
+        limits = f"{_seconds(min_len)} to {_seconds(upper)}"
+        raise UserError(f"none of {lengths.size} utterances lasts {limits}, the limits{found}")
+    kept = kept[np.argsort(lengths[kept], kind="stable")]
     if max_tokens is not None:
         budget, costs = max_tokens, lengths if max_crop is None else np.minimum(lengths, max_crop)
         if (longest := costs[kept[-1]]) > budget:
@@ -60,29 +62,14 @@ def make_batches(
         # A stable sort by bucket of a random order: shuffled inside each bucket, buckets still in order.
         order = torch.randperm(kept.size, generator=generator)
         kept = kept[order[torch.argsort(bucket_ids[order], stable=True)].numpy()]
-    return _fill(kept.tolist(), costs.tolist(), budget)
-
-
-def _within_limits(lengths: np.ndarray, lower: int, upper: int) -> np.ndarray:
-    """Indices of the utterances of ``lower`` to ``upper`` samples, from short to long."""
-    (kept,) = np.nonzero((lengths >= lower) & (lengths <= upper))
-    if kept.size == 0:
-        found = f": they last {_seconds(lengths.min())} to {_seconds(lengths.max())}" if lengths.size else ""
-        raise UserError(
-            f"none of {lengths.size} utterances lasts {_seconds(lower)} to {_seconds(upper)}, the limits{found}"
-        )
-    return kept[np.argsort(lengths[kept], kind="stable")]
-
-
-def _fill(indices: list[int], costs: list[int], budget: float) -> list[list[int]]:
     batches: list[list[int]] = [[]]
     total = 0
-    for index in indices:
-        if batches[-1] and total + costs[index] > budget:
+    for index, cost in zip(kept.tolist(), costs[kept].tolist(), strict=True):
+        if batches[-1] and total + cost > budget:
             batches.append([])
             total = 0
         batches[-1].append(index)
-        total += costs[index]
+        total += cost
     return batches
 
 
@@ -93,22 +80,13 @@ def _seconds(num_samples: float) -> str:
 
 @dataclass(frozen=True)
 class Crop:
-    """One batch to read.
+    """One batch to read; seed and offsets depend on the sampler's seed, the epoch and the batch's position alone."""
 
-    Attributes:
-        indices: the utterances' places in the manifest.
-        offsets: the first sample of each.
-        num_samples: the samples to read of each, the same for all.
-        seed: 32 bits for the noise (masks, dropout) of this batch; like the offsets it depends on the sampler's
-            seed, the epoch and the batch's position alone.
-        tops_up: the batch is a repeat that only gives every process the same number.
-    """
-
-    indices: tuple[int, ...]
-    offsets: tuple[int, ...]
-    num_samples: int
-    seed: int
-    tops_up: bool
+    indices: tuple[int, ...]  # the utterances' places in the manifest
+    offsets: tuple[int, ...]  # the first sample of each
+    num_samples: int  # to read of each
+    seed: int  # 32 bits for the noise (masks, dropout) of this batch
+    tops_up: bool  # the batch is a repeat that only gives every process the same number
 
 
 @dataclass(eq=False, repr=False)
@@ -121,30 +99,18 @@ class BatchSampler(Sampler[Crop]):
 
     Rank r of R gets the batches at positions r, r + R, r + 2R, ... So one process that accumulates A batches makes
     its updates of the same batches, crops and seeds as A processes.
-
-    Args:
-        lengths: (N,) samples of each utterance at 16 kHz.
-        batches: indices into ``lengths``, from :func:`make_batches`.
-        num_replicas: number of processes.
-        rank: this process's number.
-        shuffle: permute the batches and crop at random.
-        seed: not negative; the same on every rank.
-        drop_last: drop the batches that do not make up a whole update, instead of topping up.
-        max_crop: longest crop in samples; None for no limit.
-        accum_grad: batches of one rank per update; an epoch is a whole number of updates.
-        whole: do not crop; a batch has the samples of its longest utterance.
     """
 
-    lengths: Sequence[int] | np.ndarray
-    batches: list[list[int]]
-    num_replicas: int
-    rank: int
-    shuffle: bool
-    seed: int
-    drop_last: bool = False
-    max_crop: int | None = None
-    accum_grad: int = 1
-    whole: bool = False
+    lengths: Sequence[int] | np.ndarray  # (N,) samples of each utterance at 16 kHz
+    batches: list[list[int]]  # indices into lengths, from make_batches
+    num_replicas: int  # number of processes
+    rank: int  # this process's number
+    shuffle: bool  # permute the batches and crop at random
+    seed: int  # not negative; the same on every rank
+    drop_last: bool = False  # drop the batches that do not make up a whole update, instead of topping up
+    max_crop: int | None = None  # longest crop in samples; None for no limit
+    accum_grad: int = 1  # batches of one rank per update; an epoch is a whole number of updates
+    whole: bool = False  # do not crop; a batch has the samples of its longest utterance
     _ordered_epoch: int | None = field(init=False, default=None)
     _order: list[int] = field(init=False)  # of the batches in that epoch
 
@@ -187,17 +153,11 @@ class BatchSampler(Sampler[Crop]):
 
 @dataclass(eq=False, repr=False)
 class TrainingSampler(Sampler[Crop]):
-    """Strings one rank's epochs together, so that a resumed run continues in the middle of one.
+    """Strings one rank's epochs together, so that a resumed run continues in the middle of one."""
 
-    Args:
-        batches: the rank's sampler.
-        end: batches of the whole run, over all epochs.
-        start: batches that an earlier run has used.
-    """
-
-    batches: BatchSampler
-    end: int
-    start: int = 0
+    batches: BatchSampler  # the rank's
+    end: int  # batches of the whole run, over all epochs
+    start: int = 0  # batches that an earlier run has used
 
     def __len__(self) -> int:
         """``end``, even if fewer are left to yield: Lightning counts the batches before ``start`` as fetched."""

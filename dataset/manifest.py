@@ -14,20 +14,14 @@ from wav2vec2.files.errors import UserError, short_repr
 
 @dataclass(frozen=True)
 class Manifest:
-    """The utterances of one split.
+    """The utterances of one split."""
 
-    Attributes:
-        path: the manifest itself.
-        root: the folder that ``paths`` start from.
-        paths: (N,) str, the audio files. Loader processes share an array. Each would end up with its own copy of a
-            list (33 MB for 300,000 files), because every str counts its references inside itself.
-        lengths: (N,) int64, samples at 16 kHz.
-    """
-
-    path: Path
-    root: Path
+    path: Path  # the manifest itself
+    root: Path  # the folder that paths start from
+    # (N,) str, the audio files. Loader processes share an array. Each would end up with its own copy of a list (33 MB
+    # for 300,000 files), because every str counts its references inside itself.
     paths: np.ndarray
-    lengths: np.ndarray
+    lengths: np.ndarray  # (N,) int64, samples at 16 kHz
 
     def full_path(self, index: int) -> str:
         return str(self.root / self.paths[index])
@@ -44,33 +38,26 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"
         others = ", ".join(sorted(other.stem for other in path.parent.glob("*.tsv"))) or "none"
-        raise UserError(
-            f"{path}: {found}, expected a manifest (.tsv files beside it: {others}); write it with prepare_data.py"
-        )
+        wanted = f"a manifest (.tsv files beside it: {others})"
+        raise UserError(f"{path}: {found}, expected {wanted}; write it with prepare_data.py")
     line_numbers: dict[str, int] = {}
     lengths: list[int] = []
     # surrogateescape: a file name on Linux is bytes, and need not be valid UTF-8.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         root = file.readline().removesuffix("\n")
         if not root.strip() or "\t" in root:
-            raise UserError(
-                f"{path}: line 1 is {short_repr(root)}, expected the folder that the paths below it start from"
-            )
+            raise UserError(f"{path}: line 1 is {short_repr(root)}, expected the folder that the paths start from")
         for number, line in enumerate(file, start=2):
             if not line.strip():
                 continue
             name, _, count = line.removesuffix("\n").rpartition("\t")
             # 18 digits fit into 64 bits.
             if not (name and count.isdecimal() and len(count) <= 18 and int(count) > 0):
-                raise UserError(
-                    f"{path}: line {number} is {short_repr(line)}, expected a relative path, a tab and a positive "
-                    "number of samples"
-                )
+                wanted = "a relative path, a tab and a positive number of samples"
+                raise UserError(f"{path}: line {number} is {short_repr(line)}, expected {wanted}")
             if name in line_numbers:
-                raise UserError(
-                    f"{path}: line {number} lists {short_repr(name)}, which line {line_numbers[name]} does already, "
-                    "expected each path once"
-                )
+                problem = f"line {number} lists {short_repr(name)}, which line {line_numbers[name]} does already"
+                raise UserError(f"{path}: {problem}, expected each path once")
             line_numbers[name] = number
             lengths.append(int(count))
     if not lengths:

@@ -21,10 +21,6 @@ MAX_REPLACEMENTS = 20
 def check_files(manifest: Manifest, sample: int = 256) -> dict[str, str]:
     """Read the headers of some utterances before training starts, evenly spread over the manifest.
 
-    Args:
-        manifest: from :func:`read_manifest`.
-        sample: utterances to look at; all if the manifest has fewer.
-
     Returns:
         Path to reason, one line, of each file that is missing, no audio, or not as long as the manifest says.
 
@@ -32,9 +28,8 @@ def check_files(manifest: Manifest, sample: int = 256) -> dict[str, str]:
         UserError: the root folder does not exist, or more than half of the files looked at are bad.
     """
     if not manifest.root.is_dir():
-        raise UserError(
-            f"{manifest.path}: its root folder {manifest.root} (line 1) does not exist; run prepare_data.py again"
-        )
+        problem = f"its root folder {manifest.root} (line 1) does not exist"
+        raise UserError(f"{manifest.path}: {problem}; run prepare_data.py again")
     num_files = len(manifest.paths)
     chosen = np.linspace(0, num_files - 1, min(sample, num_files)).round().astype(int).tolist()
     bad_files: dict[str, str] = {}
@@ -54,32 +49,20 @@ def check_files(manifest: Manifest, sample: int = 256) -> dict[str, str]:
 
 
 class Batch(NamedTuple):
-    """A batch of crops, read.
+    """A batch of crops, read."""
 
-    Attributes:
-        waveforms: (B, T) float32.
-        lengths: None, because crops have no padding. A model on a GPU would have to wait to see that.
-        paths: the B files that were read.
-        seed: the crop's.
-        weight: number of utterances that count: B, or 0 in a batch that only tops up.
-        bad_files: path to reason, one line, of the files that others replaced.
-    """
-
-    waveforms: Tensor
-    lengths: None
-    paths: list[str]
-    seed: int
-    weight: int
-    bad_files: dict[str, str]
+    waveforms: Tensor  # (B, T) float32
+    lengths: None  # crops have no padding; a model on a GPU would have to wait to see that
+    paths: list[str]  # the B files that were read
+    seed: int  # the crop's
+    weight: int  # number of utterances that count: B, or 0 in a batch that only tops up
+    bad_files: dict[str, str]  # path to reason, one line, of the files that others replaced
 
 
 class SpeechDataset(Dataset):
     """Reads the crops that :class:`BatchSampler` chooses, and replaces files that cannot be used.
 
     Replacements keep the shape of the batch, and are the same in every run.
-
-    Args:
-        manifest: from :func:`read_manifest`.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -117,12 +100,9 @@ class SpeechDataset(Dataset):
 
 
 def with_replacements(index: int, lengths: np.ndarray, num_samples: int = 0) -> Iterator[int]:
-    """Yield an utterance and those to try in its place: the next longer ones, and after the longest the shortest.
+    """Yield an utterance and those of at least ``num_samples`` to try in its place.
 
-    Args:
-        index: the utterance.
-        lengths: (N,) samples of all utterances.
-        num_samples: shorter utterances are passed over.
+    These are the next longer ones, and after the longest the shortest.
     """
     yield index
     by_length = np.argsort(lengths, kind="stable")
@@ -134,10 +114,7 @@ def with_replacements(index: int, lengths: np.ndarray, num_samples: int = 0) -> 
 def first_readable(
     candidates: Iterable[int], path_of: Callable[[int], str], read: Callable[[int], Tensor]
 ) -> tuple[int, Tensor, dict[str, str]]:
-    """Read the first of several utterances that can be read.
-
-    Returns:
-        The utterance, its waveform, and path to reason of those before it.
+    """Return the first utterance that can be read, its waveform, and path to reason of those before it.
 
     Raises:
         AudioError: none can be read.

@@ -118,11 +118,7 @@ def make_speakers(variants: list[str], first_id: int, seed: int) -> list[Speaker
 class Espeak:
     """eSpeak NG through its C interface (``speak_lib.h``, whose constants these are).
 
-    Args:
-        folder: an empty folder with a short name that lives as long as this object, for a link to the data.
-
-    Raises:
-        UserError: the package ``espeakng-loader`` is not installed, or its data cannot be opened.
+    ``folder`` is empty, has a short name, and lives as long as this object: it holds a link to the data.
     """
 
     AUDIO_OUTPUT_SYNCHRONOUS, DONT_EXIT = 2, 0x8000
@@ -167,11 +163,7 @@ class Espeak:
         return 0
 
     def set_speaker(self, speaker: Speaker) -> None:
-        """Speak as ``speaker`` from now on.
-
-        Raises:
-            UserError: this eSpeak NG lacks the voice.
-        """
+        """Speak as ``speaker`` from now on."""
         # eSpeak NG ignores a variant that does not exist, hence the look at the file.
         variant = self._variants / speaker.voice.partition("+")[2]
         if not variant.is_file() or self._library.espeak_SetVoiceByName(speaker.voice.encode()) != 0:
@@ -195,23 +187,22 @@ class Espeak:
         return torch.from_numpy(np.concatenate(self._chunks)).float() / 2**15
 
 
-def utterances(espeak: Espeak, texts: Iterator[str]) -> Iterator[tuple[str, "Tensor"]]:
-    """Yield the sentences that last 3 s to 9 s: text and speech (T,) at 16 kHz, at an even level."""
-    for text in texts:
-        speech = resample_to_16k(espeak.say(text), espeak.sample_rate)
-        if MIN_UTTERANCE_SECONDS <= len(speech) / SAMPLE_RATE <= MAX_UTTERANCE_SECONDS:
-            yield text, speech * min(TARGET_RMS / speech.square().mean().sqrt(), MAX_PEAK / speech.abs().max())
-
-
 def write_speaker(espeak: Espeak, speaker: Speaker, texts: Iterator[str], folder: Path, min_seconds: float) -> float:
-    """Write at least one utterance and at least ``min_seconds`` of a speaker; returns the seconds written."""
+    """Write at least one utterance and at least ``min_seconds`` of a speaker; returns the seconds written.
+
+    Sentences that last 3 s to 9 s are written, at an even level.
+    """
     espeak.set_speaker(speaker)
     chapter = f"{speaker.speaker_id}-{100_000 + speaker.speaker_id}"
     chapter_folder = folder.joinpath(*chapter.split("-"))
     chapter_folder.mkdir(parents=True, exist_ok=True)
     transcript: list[str] = []
     seconds = 0.0
-    for text, speech in utterances(espeak, texts):
+    for text in texts:
+        speech = resample_to_16k(espeak.say(text), espeak.sample_rate)
+        if not MIN_UTTERANCE_SECONDS <= len(speech) / SAMPLE_RATE <= MAX_UTTERANCE_SECONDS:
+            continue
+        speech *= min(TARGET_RMS / speech.square().mean().sqrt(), MAX_PEAK / speech.abs().max())
         name = f"{chapter}-{len(transcript):04d}"
         soundfile.write(chapter_folder / f"{name}.flac", speech.numpy(), SAMPLE_RATE, subtype="PCM_16")
         transcript.append(f"{name} {text.replace(',', '').upper()}\n")

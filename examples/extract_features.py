@@ -56,11 +56,7 @@ def parse_layers(text: str) -> int | list[int] | str | None:
 
 
 def find_jobs(audio: list[Path], out: Path) -> dict[Path, Path]:
-    """Return the file to write -> the audio file.
-
-    Raises:
-        UserError: there is no audio, or two files would be written to one place.
-    """
+    """Return the file to write -> the audio file."""
     root, paths = Path(), [path.name for path in audio]
     if len(audio) == 1 and audio[0].is_dir():
         root = audio[0]
@@ -86,11 +82,7 @@ def find_jobs(audio: list[Path], out: Path) -> dict[Path, Path]:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Record the settings of the features, so that one folder never holds features of two kinds.
-
-    Raises:
-        UserError: --out holds features that were made with other settings.
-    """
+    """Record the settings of the features, so that one folder never holds features of two kinds."""
     path = args.out / SETTINGS
     settings = {name: getattr(args, name) for name in ("model", "layers", "precision", "max_seconds")}
     if not path.exists():

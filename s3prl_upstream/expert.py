@@ -22,9 +22,6 @@ def _checkpoint_module() -> ModuleType:
 
     The repository is in ``sys.path`` during the import only, because its lightning.py would hide the package of that
     name. s3prl's own folders (``s3prl.upstream.wav2vec2``) have other full names.
-
-    Raises:
-        ImportError: neither exists.
     """
     in_place = all((_REPOSITORY / name).is_file() for name in ("hardconcrete.py", "wav2vec2/files/checkpoint.py"))
     if in_place:
@@ -43,12 +40,6 @@ def _checkpoint_module() -> ModuleType:
             sys.path.remove(str(_REPOSITORY))
 
 
-def _hold_last_frame(x: Tensor, frames: Tensor) -> Tensor:
-    """Replace all of (B, T, D) after the (B,) valid frames of each row by its last valid frame."""
-    index = torch.arange(x.size(1), device=x.device).minimum(frames[:, None] - 1)  # (B, T)
-    return x.gather(1, index[..., None].expand_as(x))
-
-
 class UpstreamExpert(nn.Module):
     """Hidden states of a model file, pruned or not, HuBERT, wav2vec 2.0 or WavLM.
 
@@ -59,11 +50,6 @@ class UpstreamExpert(nn.Module):
         ckpt: path of the ``.pth`` (s3prl's ``-k``).
         model_config: s3prl's ``-g``; must be left out, as the file holds its config.
         refresh: s3prl's ``-r``, for downloaded files; ignored.
-
-    Raises:
-        ImportError: this folder has been copied and the package ``dphubert`` is not installed.
-        wav2vec2.files.errors.UserError: the file is missing or not a model.
-        ValueError: ``model_config`` is given.
     """
 
     def __init__(self, ckpt: str, model_config: str | None = None, refresh: bool = False) -> None:
@@ -84,9 +70,6 @@ class UpstreamExpert(nn.Module):
         over the whole padded waveform in every implementation. s3prl reads up to two frames beyond an utterance's end;
         its last frame is repeated there, as s3prl does for the longest one.
 
-        Args:
-            wavs: (samples,) each, at 16 kHz.
-
         Returns:
             ``hidden_states``: num_layers + 1 tensors (B, frames, D), the projected extractor output and the output of
             every layer (without the final LayerNorm of pre-norm models); ``last_hidden_state``: the last of them.
@@ -99,5 +82,7 @@ class UpstreamExpert(nn.Module):
         padded_lengths = torch.tensor(lengths, device=waveforms.device) if is_padded else None
         hidden_states, frames = self.model.extract_features(waveforms, padded_lengths)
         if frames is not None:
-            hidden_states = [_hold_last_frame(x, frames) for x in hidden_states]
+            num_frames = hidden_states[0].size(1)
+            index = torch.arange(num_frames, device=frames.device).minimum(frames[:, None] - 1)  # (B, T)
+            hidden_states = [x.gather(1, index[..., None].expand_as(x)) for x in hidden_states]
         return {"hidden_states": hidden_states, "last_hidden_state": hidden_states[-1]}

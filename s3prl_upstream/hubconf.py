@@ -10,10 +10,5 @@ except (ImportError, TypeError):  # torch.hub imports this file alone, outside o
 
 
 def dphubert_local(ckpt: str, **options: _Any) -> _Any:
-    """Return the ``UpstreamExpert`` of a local file, compressed or a teacher.
-
-    Args:
-        ckpt: path of the ``.pth``.
-        options: see ``UpstreamExpert``.
-    """
+    """Return the ``UpstreamExpert`` of a local file, compressed or a teacher."""
     return _expert.UpstreamExpert(ckpt, **options)

@@ -84,11 +84,8 @@ def num_samples_at_16k(num_frames: int, sample_rate: int) -> int:
 def checked_audio(path: str | os.PathLike, length: int | None = None) -> "Iterator[SoundFile]":
     """Open an audio file; any error, inside the ``with`` block too, is reported as the file's.
 
-    The file's ``seekable()`` is true only if a seek gives the samples that reading from the start gives.
-
-    Args:
-        path: the file.
-        length: samples at 16 kHz that its header must state, if it states any; None accepts all.
+    The file's ``seekable()`` is true only if a seek gives the samples that reading from the start gives. ``length`` is
+    the number of samples at 16 kHz that its header must state, if it states any.
 
     Raises:
         AudioError: the file is missing, cannot be read or decoded, has another length, or states a rate that no
@@ -105,17 +102,16 @@ def checked_audio(path: str | os.PathLike, length: int | None = None) -> "Iterat
         # As bytes: soundfile insists on UTF-8 in a str, which a file name on Linux need not be.
         with SoundFile(os.fsencode(path)) as file:
             if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
-                raise AudioError(
-                    f"{path}: states a sample rate of {file.samplerate} Hz, expected {LOWEST_RATE} Hz to "
-                    f"{HIGHEST_RATE} Hz; its header is damaged, get the file again"
+                problem = (
+                    f"states a sample rate of {file.samplerate} Hz, expected {LOWEST_RATE} Hz to {HIGHEST_RATE} Hz"
                 )
-            if not _seeks_exactly(file):
+                raise AudioError(f"{path}: {problem}; its header is damaged, get the file again")
+            is_exact = file.format in _EXACT_FORMATS and file.subtype in _EXACT_ENCODINGS
+            if not is_exact or file.frames == _UNKNOWN_LENGTH:
                 file.seekable = lambda: False  # or soundfile itself would seek, after every read
             if length is not None and (stated := stated_length(file)) not in (None, length):
-                raise AudioError(
-                    f"{path}: is {stated} samples long (at 16 kHz), expected {length} as it was listed: "
-                    "the file has changed since"
-                )
+                problem = f"{stated} samples long (at 16 kHz), expected {length} as it was listed"
+                raise AudioError(f"{path}: is {problem}: the file has changed since")
             yield file
     except (UserError, ImportError):
         raise
@@ -138,11 +134,6 @@ def _reason(path: str | os.PathLike, error: Exception) -> str:
             return f"cannot be decoded: it is {kind}, which libsndfile does not read; convert it: {CONVERT}"
     what = getattr(error, "error_string", "").rstrip(".") or one_line(error)
     return f"cannot be decoded ({what}; {num_bytes} bytes), expected audio; get the file again"
-
-
-def _seeks_exactly(file: "SoundFile") -> bool:
-    is_exact = file.format in _EXACT_FORMATS and file.subtype in _EXACT_ENCODINGS
-    return is_exact and file.seekable() and file.frames != _UNKNOWN_LENGTH
 
 
 def stated_length(file: "SoundFile") -> int | None:
@@ -185,13 +176,8 @@ def read_audio(
     """Read an audio file as 16 kHz mono, or ``num_samples`` of it from sample ``offset`` on.
 
     Other rates are resampled and channels averaged. A whole file takes the memory of its samples (0.23 GB an hour,
-    briefly twice) and of a minute as decoded.
-
-    Args:
-        path: the file.
-        offset: first sample, at 16 kHz.
-        num_samples: at 16 kHz; None reads to the end.
-        length: expected samples of the whole file, as in :func:`checked_audio`.
+    briefly twice) and of a minute as decoded. All numbers are samples at 16 kHz; ``length`` is that of
+    :func:`checked_audio`.
 
     Returns:
         (T,) float32.
@@ -215,10 +201,8 @@ def read_audio(
         raise AudioError(f"{path}: is cut short at sample {end} (at 16 kHz), expected {stated_end}; get the file again")
     # The sum is not finite if any sample is not, and is much faster than a look at each sample.
     if not waveform.sum().isfinite() and not (is_finite := waveform.isfinite()).all():
-        raise AudioError(
-            f"{path}: {int((~is_finite).sum())} of samples {offset} to {end} (at 16 kHz) are NaN or infinite, "
-            "expected numbers"
-        )
+        problem = f"{int((~is_finite).sum())} of samples {offset} to {end} (at 16 kHz) are NaN or infinite"
+        raise AudioError(f"{path}: {problem}, expected numbers")
     return waveform
 
 
@@ -236,17 +220,11 @@ def _read_from_start(file: "SoundFile", offset: int, num_samples: int) -> "Tenso
     return torch.cat(kept)[:num_samples]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Resampling
-# ---------------------------------------------------------------------------------------------------
+# --- Resampling
 
 
 def resample_to_16k(waveform: "Tensor", sample_rate: int) -> "Tensor":
-    """Resample (T,) at ``sample_rate`` to (``num_samples_at_16k(T, sample_rate)``,) at 16 kHz.
-
-    Raises:
-        UserError: torchaudio is missing.
-    """
+    """Resample (T,) at ``sample_rate`` to (``num_samples_at_16k(T, sample_rate)``,) at 16 kHz, with torchaudio."""
     import torch
 
     if sample_rate == SAMPLE_RATE:

@@ -1,20 +1,14 @@
-"""The blocks of the model.
+"""The blocks of the model. Their names and their parameters' are torchaudio's, so that published checkpoints load.
 
-Module and parameter names are torchaudio's, so that its checkpoints and the published ones load.
-Beside its forward, a block that can be pruned has
-
-- ``get_num_params()`` and ``get_num_macs()``, its expected parameters and multiply-adds, given the expected size of its
-  input (differentiable while there are masks),
-- ``prune()``, which makes it physically smaller and returns whether anything is left, and ``prune_embed()``, which
-  makes it narrower,
-- ``shape``, its size in the config's terms.
-
-Throughout, B is the batch, T the number of samples or frames, C conv channels, D the embedding
-dimension, H heads, K the head dimension, F the intermediate dimension of the feed-forward.
+Beside its forward, a block that can be pruned has ``get_num_params()`` and ``get_num_macs()``, its expected parameters
+and multiply-adds given the expected size of its input (differentiable while there are masks); ``prune()``, which makes
+it smaller and returns whether anything is left, and ``prune_embed()``, which keeps dimensions (n,) of frames; and
+``shape``, its size in the config's terms. Throughout, B is the batch, T samples or frames, C conv channels, D the
+embedding dimension, H heads, K the head dimension, F the intermediate dimension of the feed-forward.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -27,11 +21,11 @@ from hardconcrete import HardConcrete
 
 from .config import PRUNING_UNITS, ModelConfig, WavLMConfig
 from .fast import (
-    NormalizedConv,
     autocast_dtype,
     conv_channels_last,
     conv_frames,
     fast_paths,
+    normalized_conv,
     on_cpu,
     prefers_fused_attention,
 )
@@ -41,7 +35,6 @@ Count = Tensor | float
 """A number of units, parameters or multiply-adds: whole without masks, a differentiable scalar with them."""
 
 Length = TypeVar("Length", int, Tensor)
-Block = TypeVar("Block", bound=nn.Module)
 
 # Parts of a weight under weight norm: names in torch's newer parametrization -> published names.
 WEIGHT_NORM_NAMES = {
@@ -61,7 +54,7 @@ _PADDING_SCORE = -10000.0
 def published_name(key: str) -> str:
     """Return the published name of a state dict key that torch's newer weight norm may have renamed."""
     for name, published in WEIGHT_NORM_NAMES.items():
-        if key.endswith("." + name):
+        if key.endswith(f".{name}"):
             return key.removesuffix(name) + published
     return key
 
@@ -83,11 +76,6 @@ def published_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             # A direction of zero length would be divided by 0.
             state_dict |= {f"{key}_g": scale, f"{key}_v": torch.where(scale == 0, 1, weight)}
     return state_dict
-
-
-def _module_list(blocks: Iterable[Block]) -> Sequence[Block]:
-    """Return an ``nn.ModuleList`` of the blocks, whose own type does not say what it holds."""
-    return cast(Sequence[Block], nn.ModuleList(blocks))
 
 
 # --- Masks
@@ -136,11 +124,8 @@ def _mask_for(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _run(function: Callable[..., Tensor], recompute: bool, *inputs: Any) -> Tensor:
-    """Return ``function(*inputs)``; with ``recompute`` only the inputs are kept, and the backward pass runs it again.
-
-    The second run sees the noise (dropout, masks) of the first.
-    """
-    if recompute and torch.is_grad_enabled():
+    """Return ``function(*inputs)``; with ``recompute`` only inputs are kept, and the backward pass runs it again."""
+    if recompute and torch.is_grad_enabled():  # the second run sees the noise (dropout, masks) of the first
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=True)
     return function(*inputs)
 
@@ -193,12 +178,9 @@ class ConvLayerBlock(nn.Module):
         return x
 
     def forward_frames(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """(B, T, C_in) -> (B, num_frames(T), C_out) without this layer's mask.
+        """(B, T, C_in) without the mask ``scale`` (C_in,) of the layer below -> (B, frames, C_out) without this one's.
 
-        Args:
-            x: output of the layer below without its mask, contiguous.
-            scale: (C_in,) mask of the layer below, or None. Multiplied into the weight, as pruning will do, it costs
-                nothing for each frame.
+        Multiplied into the weight, as pruning will do, a mask costs nothing for each frame.
         """
         weight = self.conv.weight if scale is None else self.conv.weight * scale[:, None]
         x = conv_frames(x, weight, self.conv.bias, self.conv.stride[0])
@@ -248,17 +230,13 @@ class ConvLayerBlock(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """The convolutional front end: waveform to frames.
-
-    Attributes:
-        recompute: keep each layer's input only and run the layer again in the backward pass.
-    """
+    """The convolutional front end: waveform to frames."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        numbers = range(len(config.extractor_conv_layer_config))
-        self.conv_layers = _module_list(ConvLayerBlock(config, number) for number in numbers)
-        self.recompute = False
+        layers = [ConvLayerBlock(config, number) for number in range(len(config.extractor_conv_layer_config))]
+        self.conv_layers = cast(Sequence[ConvLayerBlock], nn.ModuleList(layers))
+        self.recompute = False  # keep each layer's input only and run the layer again in the backward pass
         # A non-trained scale that keeps the last conv's soft mask after pruning: the projection's
         # LayerNorm behind it could not absorb the mask into its weights.
         self.dummy_weight = nn.Parameter(torch.ones(self.conv_layers[-1].conv.out_channels), requires_grad=False)
@@ -282,21 +260,19 @@ class FeatureExtractor(nn.Module):
     def _by_frames(self, waveforms: Tensor) -> Tensor:
         """(B, T) -> (B, frames, C) with a frame's channels side by side in memory; in blocks where nothing is kept."""
         masks = [_values(layer.hard_concrete) for layer in self.conv_layers]
-        last = masks[-1]
-        scale = self.dummy_weight if last is None else self.dummy_weight * last
         if torch.is_grad_enabled():
             x = self._convolve(waveforms, self._first_layer(waveforms), masks)
         else:
             x = torch.cat([self._convolve_in_blocks(waveform[None], masks) for waveform in waveforms])
-        return x * _mask_for(x, scale)
+        return x * _mask_for(x, self.dummy_weight if masks[-1] is None else self.dummy_weight * masks[-1])
 
     def _first_layer(self, waveforms: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the first layer, (B, T) -> (B, T', C), for any part of ``waveforms``; its norm needs the whole."""
         first = self.conv_layers[0]
         if not isinstance(first.layer_norm, nn.GroupNorm):
             return lambda stretch: first.forward_frames(stretch[..., None], None)
-        normalized = NormalizedConv(waveforms, first.conv, first.layer_norm)
-        return lambda stretch: F.gelu(normalized(stretch))
+        convolve = normalized_conv(waveforms, first.conv, first.layer_norm)
+        return lambda stretch: F.gelu(convolve(stretch))
 
     def _convolve(
         self, waveforms: Tensor, first_layer: Callable[[Tensor], Tensor], masks: list[Tensor | None]
@@ -341,6 +317,7 @@ class FeatureExtractor(nn.Module):
         return math.prod(layer.conv.stride[0] for layer in self.conv_layers)
 
     def get_num_params(self) -> tuple[Count, Count]:
+        """Return the expected parameters and output channels."""
         num_params: Count = 0
         channels: Count = 1
         for layer in self.conv_layers:
@@ -352,10 +329,9 @@ class FeatureExtractor(nn.Module):
         """Return the expected multiply-adds for a waveform of ``num_samples``, and the expected output channels."""
         num_macs: Count = 0
         channels: Count = 1
-        length = num_samples
         for layer in self.conv_layers:
-            length = layer.num_frames(length)
-            layer_macs, channels = layer.get_num_macs(channels, length)
+            num_samples = layer.num_frames(num_samples)
+            layer_macs, channels = layer.get_num_macs(channels, num_samples)
             num_macs = num_macs + layer_macs
         return num_macs, channels
 
@@ -371,8 +347,7 @@ class FeatureExtractor(nn.Module):
                 prune_inputs(consumer.conv, index)
                 consumer.conv.weight.mul_(soft_mask[:, None])
             else:
-                scale = self.dummy_weight[index] * soft_mask
-                self.dummy_weight = nn.Parameter(scale, requires_grad=False)
+                self.dummy_weight = nn.Parameter(self.dummy_weight[index] * soft_mask, requires_grad=False)
         return None if kept is None else kept[0]
 
 
@@ -385,8 +360,7 @@ class FeatureProjection(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         in_features = config.extractor_conv_layer_config[-1][0]
-        has_norm = config.encoder_feature_projection_layer_norm
-        self.layer_norm = nn.LayerNorm(in_features) if has_norm else None
+        self.layer_norm = nn.LayerNorm(in_features) if config.encoder_feature_projection_layer_norm else None
         self.projection = nn.Linear(in_features, config.encoder_embed_dim)
         self.dropout = nn.Dropout(config.encoder_projection_dropout)
 
@@ -397,9 +371,8 @@ class FeatureProjection(nn.Module):
         return self.dropout(self.projection(x))
 
     def get_num_params(self, in_features: Count, embed_dim: Count) -> Count:
-        """Return the expected parameters, given the expected output channels of the extractor and the expected D."""
-        num_params = 0 if self.layer_norm is None else in_features * 2
-        return num_params + (in_features + 1) * embed_dim
+        norm_params = 0 if self.layer_norm is None else in_features * 2
+        return norm_params + (in_features + 1) * embed_dim
 
     def get_num_macs(self, in_features: Count, embed_dim: Count, num_frames: int) -> Count:
         return in_features * embed_dim * num_frames
@@ -412,10 +385,9 @@ class FeatureProjection(nn.Module):
 
 
 class WeightNormConv1d(nn.Module):
-    """Grouped Conv1d whose weight is ``weight_g * weight_v / ||weight_v||``, the norm over all but dim 2.
+    """Grouped Conv1d with the weight ``weight_g`` (1, 1, kernel) * ``weight_v`` (D, D / groups, kernel) / its norms.
 
-    ``weight_g`` (1, 1, kernel) and ``weight_v`` (D, D / groups, kernel) are the published names; those of
-    ``torch.nn.utils.parametrizations.weight_norm`` load as well.
+    These are the published names; those of ``torch.nn.utils.parametrizations.weight_norm`` load as well.
     """
 
     folded_weight: Tensor | None
@@ -431,11 +403,8 @@ class WeightNormConv1d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(D, D / groups, kernel)"""
-        return self._weight(self.weight_g)
-
-    def _weight(self, scale: Tensor) -> Tensor:
         # The operator behind torch.nn.utils.parametrizations.weight_norm: the same to the last bit, gradients too.
-        return torch._weight_norm(self.weight_v, scale, 2)
+        return torch._weight_norm(self.weight_v, self.weight_g, 2)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -447,7 +416,7 @@ class WeightNormConv1d(nn.Module):
     def forward(self, x: Tensor, tap_mask: Tensor | None = None) -> Tensor:
         """(B, D, T) -> (B, D, T), one more frame if the kernel is even; with a mask (kernel,) over its taps"""
         if tap_mask is not None:
-            weight = self._weight(self.weight_g * tap_mask)
+            weight = torch._weight_norm(self.weight_v, self.weight_g * tap_mask, 2)
         # Requiring gradients again invalidates the folded weight.
         elif self.folded_weight is not None and not self.weight_v.requires_grad and fast_paths():
             weight = self.folded_weight
@@ -486,11 +455,9 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.conv = WeightNormConv1d(
-            config.encoder_embed_dim, config.encoder_pos_conv_kernel, config.encoder_pos_conv_groups
-        )
-        num_rings = (self.conv.kernel_size + 1) // 2
-        self.hard_concrete = _make_mask(config, "posconv", num_rings, min_kept=1, nested=True)
+        kernel, groups = config.encoder_pos_conv_kernel, config.encoder_pos_conv_groups
+        self.conv = WeightNormConv1d(config.encoder_embed_dim, kernel, groups)
+        self.hard_concrete = _make_mask(config, "posconv", (kernel + 1) // 2, min_kept=1, nested=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
@@ -525,11 +492,6 @@ class ConvolutionalPositionalEmbedding(nn.Module):
             self.conv.prune(index, mask[index])
             self.hard_concrete = None
 
-    @property
-    def shape(self) -> dict[str, int]:
-        """The config's keys that pruning changes."""
-        return {"encoder_pos_conv_kernel": self.conv.kernel_size}
-
 
 # --- Transformer
 
@@ -552,14 +514,13 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, num_heads: int, head_dim: int) -> None:
         super().__init__()
-        embed_dim = config.encoder_embed_dim
-        self.num_heads = num_heads
-        self.head_dim = head_dim
+        embed_dim, width = config.encoder_embed_dim, num_heads * head_dim
+        self.num_heads, self.head_dim = num_heads, head_dim
         self.dropout = config.encoder_attention_dropout
-        self.k_proj = nn.Linear(embed_dim, num_heads * head_dim)
-        self.v_proj = nn.Linear(embed_dim, num_heads * head_dim)
-        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim)
-        self.out_proj = nn.Linear(num_heads * head_dim, embed_dim)
+        self.k_proj = nn.Linear(embed_dim, width)
+        self.v_proj = nn.Linear(embed_dim, width)
+        self.q_proj = nn.Linear(embed_dim, width)
+        self.out_proj = nn.Linear(width, embed_dim)
         self.hard_concrete_for_heads = _make_mask(config, "head", num_heads)
         self.hard_concrete_for_layer = _make_mask(config, "attlayer")
 
@@ -568,19 +529,10 @@ class SelfAttention(nn.Module):
         return self.q_proj, self.k_proj, self.v_proj
 
     def forward(self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D)
-
-        Args:
-            x: input frames.
-            padding_scores: (B, 1, 1, T), added to the scores of every query, or None without padding.
-            position_bias: (H_total, T, T), WavLM's shared bias.
-        """
+        """(B, T, D), scores of padded keys (B, 1, 1, T), and WavLM's shared bias (H_total, T, T) -> (B, T, D)"""
         batch, frames, _ = x.shape
-
-        def split_heads(projected: Tensor) -> Tensor:  # (B, T, H * K) -> (B, H, T, K)
-            return projected.view(batch, frames, self.num_heads, self.head_dim).transpose(1, 2)
-
-        query, key, value = (split_heads(projection(x)) for projection in self._in_projections)
+        shape = batch, frames, self.num_heads, self.head_dim
+        query, key, value = (proj(x).view(shape).transpose(1, 2) for proj in self._in_projections)  # (B, H, T, K)
         bias = padding_scores
         if position_bias is not None:
             bias = self._gate(x, position_bias)
@@ -598,8 +550,7 @@ class SelfAttention(nn.Module):
         mask = _values(self.hard_concrete_for_heads)
         if mask is not None:
             heads = heads * _mask_for(heads, mask[:, None, None])
-        heads = heads.transpose(1, 2).reshape(batch, frames, self.num_heads * self.head_dim)
-        output = self.out_proj(heads)
+        output = self.out_proj(heads.transpose(1, 2).flatten(2))
         if mask is not None and not self.training:
             output = output * (mask != 0).any()  # no head left: the block is dropped, its output bias with it
         if self.hard_concrete_for_layer is not None:
@@ -647,7 +598,6 @@ class SelfAttention(nn.Module):
         self.num_heads = len(head_index)
 
     def prune_embed(self, index: Tensor) -> None:
-        """Keep the dimensions of ``index`` (n,) of the input and of the output."""
         for projection in self._in_projections:
             prune_inputs(projection, index)
         prune_outputs(self.out_proj, index)
@@ -673,9 +623,6 @@ class BucketTable(nn.Embedding):
         """Return the ungated bias (H_total, T, T)."""
         position = torch.arange(num_frames, device=self.weight.device)
         distance = position[None, :] - position[:, None]  # key minus query
-        return self(self._bucket(distance)).permute(2, 0, 1)
-
-    def _bucket(self, distance: Tensor) -> Tensor:
         num_buckets = self.num_embeddings // 2
         num_exact = num_buckets // 2
         magnitude = distance.abs()
@@ -683,30 +630,30 @@ class BucketTable(nn.Embedding):
         log_ratio = torch.log(magnitude.clamp(min=1).float() / num_exact) / math.log(self.max_distance / num_exact)
         far = num_exact + (log_ratio * (num_buckets - num_exact)).long()
         bucket = torch.where(magnitude < num_exact, magnitude, far.clamp(max=num_buckets - 1))
-        return bucket + (distance > 0) * num_buckets
+        bias = self(bucket + (distance > 0) * num_buckets).permute(2, 0, 1)
+        if not fast_paths():
+            return bias
+        # Every layer multiplies it: laid out for that, and in the precision of the scores that the product is added to.
+        return bias.to(autocast_dtype(bias.device.type) or bias.dtype).contiguous()
 
 
 class WavLMSelfAttention(SelfAttention):
     """Self-attention with WavLM's gated relative position bias (arXiv 2110.13900, section 3.2).
 
-    Attributes:
-        total_num_heads: heads of the unpruned layer; gates and bucket table always cover all of them.
-        remaining_heads: indices of the heads that this layer still has.
-        rel_attn_embed: the bucket table that all layers share; in the first attention of the model, None in the others.
+    Gates and bucket table cover all heads of the unpruned layer. The table is that of all layers, and belongs to the
+    first attention of the model.
     """
 
-    head_index: Tensor
+    head_index: Tensor  # remaining_heads on the model's device, so that selecting them waits for nothing
 
     def __init__(self, config: WavLMConfig, layer: int) -> None:
         self.total_num_heads = config.encoder_total_num_heads[layer]
         self.remaining_heads = list(config.encoder_remaining_heads[layer])
         super().__init__(config, len(self.remaining_heads), config.encoder_head_dim)
-        # The same on the model's device, so that selecting them waits for nothing.
         self.register_buffer("head_index", torch.tensor(self.remaining_heads, dtype=torch.long), persistent=False)
-        self.rel_attn_embed: BucketTable | None = None
-        if not any(config.encoder_use_attention[:layer]):
-            table = config.encoder_num_buckets, self.total_num_heads, config.encoder_max_distance
-            self.rel_attn_embed = BucketTable(*table)
+        is_first = not any(config.encoder_use_attention[:layer])
+        table = config.encoder_num_buckets, self.total_num_heads, config.encoder_max_distance
+        self.rel_attn_embed = BucketTable(*table) if is_first else None
         self.gru_rel_pos_linear = nn.Linear(config.encoder_embed_dim // self.total_num_heads, 8)
         self.gru_rel_pos_const = nn.Parameter(torch.ones(1, self.total_num_heads, 1, 1))
 
@@ -743,10 +690,8 @@ class WavLMSelfAttention(SelfAttention):
 
     @property
     def shape(self) -> dict[str, Any]:
-        return {
-            "encoder_total_num_heads": self.total_num_heads,
-            "encoder_remaining_heads": list(self.remaining_heads),
-        }
+        heads = {"encoder_total_num_heads": self.total_num_heads}
+        return heads | {"encoder_remaining_heads": list(self.remaining_heads)}
 
 
 class FeedForward(nn.Module):
@@ -800,7 +745,6 @@ class FeedForward(nn.Module):
         return is_kept and self.intermediate_dense.out_features > 0
 
     def prune_embed(self, index: Tensor) -> None:
-        """Keep the dimensions of ``index`` (n,) of the input and of the output."""
         prune_inputs(self.intermediate_dense, index)
         prune_outputs(self.output_dense, index)
 
@@ -832,13 +776,7 @@ class EncoderLayer(nn.Module):
     def forward(
         self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None, embed_mask: Tensor | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D)
-
-        Args:
-            x: input frames.
-            padding_scores, position_bias: see :meth:`SelfAttention.forward`.
-            embed_mask: (D,), or None. Only what is read is masked: pre-norm layers leave other dimensions behind.
-        """
+        """As :meth:`SelfAttention.forward`; the mask (D,) is on what is read: pre-norm layers leave the others."""
         if self.attention is not None:
             residual = x
             if self.layer_norm_first:
@@ -859,11 +797,7 @@ class EncoderLayer(nn.Module):
         return [block for block in (self.attention, self.feed_forward) if block is not None]
 
     def get_num_params(self, embed_dim: Count) -> Count:
-        """Return the expected parameters, both LayerNorms included, given the expected D."""
-        num_params = 4 * embed_dim
-        for block in self._blocks:
-            num_params = num_params + block.get_num_params(embed_dim)
-        return num_params
+        return sum((block.get_num_params(embed_dim) for block in self._blocks), 4 * embed_dim)  # both norms first
 
     def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
         return sum(block.get_num_macs(embed_dim, num_frames) for block in self._blocks)
@@ -878,20 +812,22 @@ class EncoderLayer(nn.Module):
             self.feed_forward = None
 
     def prune_embed(self, index: Tensor) -> None:
-        """Keep the dimensions of ``index`` (n,) of all frames."""
-        for norm in (self.layer_norm, self.final_layer_norm):
-            prune_norm(norm, index)
+        prune_norm(self.layer_norm, index)
+        prune_norm(self.final_layer_norm, index)
         for block in self._blocks:
             block.prune_embed(index)
 
     @property
     def shape(self) -> dict[str, Any]:
         """This layer's entries of the config's keys that have one for each layer."""
-        shape = dict(self._absent_shape)
+        shape = {
+            **self._absent_shape,
+            "encoder_use_attention": self.attention is not None,
+            "encoder_use_feed_forward": self.feed_forward is not None,
+        }
         for block in self._blocks:
             shape |= block.shape
-        use = {"encoder_use_attention": self.attention, "encoder_use_feed_forward": self.feed_forward}
-        return shape | {key: block is not None for key, block in use.items()}
+        return shape
 
 
 class Transformer(nn.Module):
@@ -899,21 +835,18 @@ class Transformer(nn.Module):
 
     The ``layer_norm`` acts before the layers in post-norm models. In pre-norm models it acts behind
     the last layer, in :meth:`forward` only (as in fairseq and torchaudio).
-
-    Attributes:
-        recompute: keep each layer's input only and run the layer again in the backward pass.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        layers = _module_list(EncoderLayer(config, layer) for layer in range(config.encoder_num_layers))
+        layers = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.encoder_num_layers))
         self.pos_conv_embed = ConvolutionalPositionalEmbedding(config)
         self.layer_norm = FrameNorm(config.encoder_embed_dim)
         self.layer_norm_first = config.encoder_layer_norm_first
         self.layer_drop = config.encoder_layer_drop
         self.dropout = nn.Dropout(config.encoder_dropout)
-        self.layers = layers  # drawn before the convolution, registered behind it
-        self.recompute = False
+        self.layers = cast(Sequence[EncoderLayer], layers)  # drawn before the convolution, registered behind it
+        self.recompute = False  # keep each layer's input only and run the layer again in the backward pass
 
     def _preprocess(self, x: Tensor, embed_mask: Tensor | None = None) -> Tensor:
         x = x + self.pos_conv_embed(x)
@@ -934,13 +867,7 @@ class Transformer(nn.Module):
     def _position_bias(self, num_frames: int) -> Tensor | None:
         """Return the bias (H_total, T, T) of :attr:`bucket_table` if there is one."""
         table = self.bucket_table
-        if table is None:
-            return None
-        bias = table.position_bias(num_frames)
-        if not fast_paths():
-            return bias
-        # Every layer multiplies it: laid out for that, and in the precision of the scores that the product is added to.
-        return bias.to(autocast_dtype(bias.device.type) or bias.dtype).contiguous()
+        return None if table is None else table.position_bias(num_frames)
 
     def forward(self, x: Tensor, padding_scores: Tensor | None = None, embed_mask: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), with layer drop in training"""
@@ -984,22 +911,18 @@ class Transformer(nn.Module):
 
     def get_num_params(self, embed_dim: Count) -> Count:
         num_params = self.pos_conv_embed.get_num_params(embed_dim) + 2 * embed_dim
-        for layer in self.layers:
-            num_params = num_params + layer.get_num_params(embed_dim)
-        return num_params + self._num_table_params()
+        num_params = sum((layer.get_num_params(embed_dim) for layer in self.layers), num_params)
+        table = self.bucket_table
+        if table is None:
+            return num_params
+        all_gone: Count = 1
+        for attention in self._wavlm_attentions:
+            all_gone = all_gone * (1 - _expected_size(attention.hard_concrete_for_layer, 1))
+        return num_params + table.weight.numel() * (1 - all_gone)
 
     def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
         num_macs = self.pos_conv_embed.get_num_macs(embed_dim, num_frames)
         return num_macs + sum(layer.get_num_macs(embed_dim, num_frames) for layer in self.layers)
-
-    def _num_table_params(self) -> Count:
-        table = self.bucket_table
-        if table is None:
-            return 0
-        all_gone: Count = 1
-        for attention in self._wavlm_attentions:
-            all_gone = all_gone * (1 - _expected_size(attention.hard_concrete_for_layer, 1))
-        return table.weight.numel() * (1 - all_gone)
 
     def prune(self) -> None:
         """Prune convolution and layers; WavLM's bucket table moves to the first attention that is left."""
@@ -1011,7 +934,6 @@ class Transformer(nn.Module):
             attention.rel_attn_embed = None if number else table
 
     def prune_embed(self, index: Tensor) -> None:
-        """Keep the dimensions of ``index`` (n,) of all frames."""
         self.pos_conv_embed.conv.prune_embed(index)
         prune_norm(self.layer_norm, index)
         for layer in self.layers:
@@ -1028,7 +950,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        transformer = Transformer(config)
+        transformer = Transformer(config)  # drawn before the projection, registered behind it
         self.feature_projection = FeatureProjection(config)
         self.transformer = transformer
         self.embed_dim, self.num_embed_units = config.encoder_embed_dim, config.num_embed_units
@@ -1072,10 +994,8 @@ class Encoder(nn.Module):
     ) -> list[Tensor]:
         """Return the projected features and the output of each layer: num_layers + 1 tensors (B, frames, D).
 
-        Args:
-            features, lengths: as in :meth:`forward`.
-            num_layers, kept: as in :meth:`~wav2vec2.model.Wav2Vec2Model.extract_features`.
-            hidden: which frames (B, frames) are hidden from the transformer, and the vector (D,) in their place.
+        ``num_layers`` and ``kept`` are as in :meth:`~wav2vec2.model.Wav2Vec2Model.extract_features`; ``hidden`` says
+        which frames (B, frames) are hidden from the transformer, and gives the vector (D,) in their place.
         """
         x, padding_scores, embed_mask = self._preprocess(features, lengths, hidden)
         return [x, *self.transformer.get_intermediate_outputs(x, padding_scores, num_layers, kept, embed_mask)]
@@ -1091,11 +1011,7 @@ class Encoder(nn.Module):
         return None if mask is None else mask.nonzero().squeeze(-1)
 
     def prune(self, channels: Tensor | None) -> None:
-        """Prune all blocks, then the dimensions of frames.
-
-        Args:
-            channels: the extractor's output channels (n,) that are left, or None if all are.
-        """
+        """Prune all blocks, then dimensions of frames; ``channels`` (n,) are the extractor's if not all are left."""
         if channels is not None:
             self.feature_projection.prune(channels)
         self.transformer.prune()

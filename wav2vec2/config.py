@@ -82,74 +82,57 @@ class SharedConfig:
     """The keys that all families share.
 
     Raises:
-        ValueError: a value is impossible, or two do not fit each other (the message names the key, what was found and
-            what is expected).
+        ValueError: a value is impossible, or two do not fit each other; the message names the key.
     """
 
+    # "group_norm": a norm after the first conv layer only; "layer_norm": after every one
     extractor_mode: str = _key(_MODE)
-    """"group_norm": a norm after the first conv layer only; "layer_norm": after every one."""
+    # [channels, kernel, stride] of each conv layer; None means the published ones
     extractor_conv_layer_config: list[list[int]] = _key(_CONV_LAYERS.or_none())
-    """[channels, kernel, stride] of each conv layer; None means the published ones."""
-    extractor_conv_bias: bool = _key(_FLAG)
-    """Give the conv layers a bias."""
-    encoder_embed_dim: int = _key(_SIZE)
-    """D, the size of a frame in the transformer."""
+    extractor_conv_bias: bool = _key(_FLAG)  # give the conv layers a bias
+    encoder_embed_dim: int = _key(_SIZE)  # D, the size of a frame in the transformer
+    # A LayerNorm before the feature projection; DistilHuBERT has none. Not a published key: omitted if True
     encoder_feature_projection_layer_norm: bool = _key(_FLAG, default=True)
-    """A LayerNorm before the feature projection; DistilHuBERT has none. Not a published key: omitted if True."""
-    encoder_projection_dropout: float = _key(_PROBABILITY)
-    """After the feature projection."""
-    encoder_pos_conv_kernel: int = _key(_SIZE)
-    """Frames that the positional convolution covers."""
+    encoder_projection_dropout: float = _key(_PROBABILITY)  # after the feature projection
+    encoder_pos_conv_kernel: int = _key(_SIZE)  # frames that the positional convolution covers
+    # groups of the positional convolution; a divisor of ``encoder_embed_dim``
     encoder_pos_conv_groups: int = _key(_SIZE)
-    """Groups of the positional convolution; a divisor of ``encoder_embed_dim``."""
-    encoder_num_layers: int = _key(_whole(1, MAX_LAYERS))
-    """Layers of the transformer."""
-    encoder_use_attention: list[bool] = _per_layer(_FLAG, default=True)
-    """True for each layer that has attention."""
+    encoder_num_layers: int = _key(_whole(1, MAX_LAYERS))  # layers of the transformer
+    encoder_use_attention: list[bool] = _per_layer(_FLAG, default=True)  # true for each layer that has attention
+    # true for each layer that has a feed-forward
     encoder_use_feed_forward: list[bool] = _per_layer(_FLAG, default=True)
-    """True for each layer that has a feed-forward."""
-    encoder_attention_dropout: float = _key(_PROBABILITY)
-    """On the attention weights."""
+    encoder_attention_dropout: float = _key(_PROBABILITY)  # on the attention weights
+    # F of each layer, the feed-forward's intermediate dimensions
     encoder_ff_interm_features: list[int] = _per_layer(_whole(0))
-    """F of each layer, the feed-forward's intermediate dimensions."""
-    encoder_ff_interm_dropout: float = _key(_PROBABILITY)
-    """After the feed-forward's GELU."""
+    encoder_ff_interm_dropout: float = _key(_PROBABILITY)  # after the feed-forward's GELU
+    # after the positional convolution, each attention and each feed-forward
     encoder_dropout: float = _key(_PROBABILITY)
-    """After the positional convolution, each attention and each feed-forward."""
-    encoder_layer_norm_first: bool = _key(_FLAG)
-    """Pre-norm (Large) or post-norm (Base)."""
-    encoder_layer_drop: float = _key(_PROBABILITY)
-    """Probability that ``forward`` skips a layer in training."""
+    encoder_layer_norm_first: bool = _key(_FLAG)  # pre-norm (Large) or post-norm (Base)
+    encoder_layer_drop: float = _key(_PROBABILITY)  # probability that ``forward`` skips a layer in training
+    # outputs of an extra linear layer after the last; None means no such layer
     aux_num_out: int | None = _key(_SIZE.or_none(), default=None)
-    """Outputs of an extra linear layer after the last; None means no such layer."""
+    # normalise each waveform to zero mean and unit variance first
     normalize_waveform: bool = _key(_FLAG, default=False)
-    """Normalise each waveform to zero mean and unit variance first."""
     extractor_prune_conv_channels: bool = _masks("conv", "conv_layers.{}.hard_concrete", drop_rate=0.01)
-    """Masks on the output channels of each conv layer."""
     encoder_prune_attention_heads: bool = _masks("head", "attention.hard_concrete_for_heads", drop_rate=0.01)
-    """Masks on attention heads."""
     encoder_prune_feed_forward_intermediate: bool = _masks(
         "interm", "feed_forward.hard_concrete_for_intermediate", drop_rate=0.5
     )
-    """Masks on intermediate dimensions of the feed-forward."""
     encoder_prune_attention_layer: bool = _masks("attlayer", "attention.hard_concrete_for_layer", drop_rate=0.01)
-    """Masks on whole attention blocks."""
     encoder_prune_feed_forward_layer: bool = _masks("ffnlayer", "feed_forward.hard_concrete_for_layer", drop_rate=0.01)
-    """Masks on whole feed-forward blocks."""
+    # masks on the taps of the positional convolution, from the outside in
     encoder_prune_pos_conv: bool = _masks("posconv", "pos_conv_embed.hard_concrete", drop_rate=0.01, is_published=False)
-    """Masks on the taps of the positional convolution, from the outside in."""
+    # one mask on the dimensions of frames, the same in all layers
     encoder_prune_embed_dim: bool = _masks("embed", "encoder.hard_concrete", drop_rate=0.01, is_published=False)
-    """One mask on the dimensions of frames, the same in all layers."""
 
     def __post_init__(self) -> None:
-        entries = fields(self)
-        for entry in entries:
-            if "per_layer" not in entry.metadata:
-                entry.metadata["rule"].check(entry.name, getattr(self, entry.name))
-        for entry in entries:  # lists have encoder_num_layers entries
+        # Lists last: they have encoder_num_layers entries.
+        for entry in sorted(fields(self), key=lambda entry: "per_layer" in entry.metadata):
+            value, rule = getattr(self, entry.name), entry.metadata["rule"]
             if "per_layer" in entry.metadata:
-                value = self._entries(entry.name, getattr(self, entry.name), entry.metadata["rule"])
-                setattr(self, entry.name, value)
+                setattr(self, entry.name, self._entries(entry.name, value, rule))
+            else:
+                rule.check(entry.name, value)
         layers = CONV_LAYERS if self.extractor_conv_layer_config is None else self.extractor_conv_layer_config
         self.extractor_conv_layer_config = [list(layer) for layer in layers]
         self._check_divides("encoder_pos_conv_groups", self.encoder_pos_conv_groups)
@@ -160,10 +143,8 @@ class SharedConfig:
             rule.check(key, value)
             return [value] * self.encoder_num_layers
         if len(value) != self.encoder_num_layers:
-            raise ValueError(
-                f"{key}: expected {self.encoder_num_layers} entries, one per layer (encoder_num_layers), found "
-                f"{len(value)}"
-            )
+            wanted = f"{self.encoder_num_layers} entries, one per layer (encoder_num_layers)"
+            raise ValueError(f"{key}: expected {wanted}, found {len(value)}")
         for layer, entry in enumerate(value):
             rule.check(f"{key} of layer {layer}", entry)
         return [list(entry) if isinstance(entry, (list, tuple)) else entry for entry in value]
@@ -193,20 +174,17 @@ class SharedConfig:
 class HubertConfig(SharedConfig):
     """The keys of HuBERT and wav2vec 2.0."""
 
-    encoder_num_heads: list[int] = _per_layer(_whole(0))
-    """Heads of each layer."""
+    encoder_num_heads: list[int] = _per_layer(_whole(0))  # heads of each layer
+    # K, the size of a head; None means D / heads, where the number of heads is given as one number
     encoder_head_dim: int = _key(_SIZE.or_none(), default=None)
-    """K, the size of a head; None means D / heads, where the number of heads is given as one number."""
 
     def __post_init__(self) -> None:
         num_heads = self.encoder_num_heads  # before it becomes a list
         super().__post_init__()
         if self.encoder_head_dim is None:
             if not isinstance(num_heads, int) or num_heads < 1:
-                raise ValueError(
-                    f"encoder_head_dim: expected a number where encoder_num_heads is {short_repr(num_heads)}, "
-                    "found nothing"
-                )
+                found = short_repr(num_heads)
+                raise ValueError(f"encoder_head_dim: expected a number where encoder_num_heads is {found}, found None")
             self._check_divides("encoder_num_heads", num_heads)
             self.encoder_head_dim = self.encoder_embed_dim // num_heads
 
@@ -215,41 +193,33 @@ class HubertConfig(SharedConfig):
 class WavLMConfig(SharedConfig):
     """The keys of WavLM."""
 
+    # heads of each layer before pruning, the same in all layers; D / heads is the size of a head
     encoder_total_num_heads: list[int] = _per_layer(_SIZE)
-    """Heads of each layer before pruning, the same in all layers; D / heads is the size of a head."""
-    encoder_remaining_heads: list[list[int]] = _per_layer(_HEADS)
-    """Indices of the heads that each layer still has."""
+    encoder_remaining_heads: list[list[int]] = _per_layer(_HEADS)  # indices of the heads that each layer still has
+    # buckets of the table of relative positions: half for each sign, half of those for a single distance each
     encoder_num_buckets: int = _key(_whole(4))
-    """Buckets of the table of relative positions: half for each sign, half of those for a single distance each."""
-    encoder_max_distance: int = _key(_SIZE)
-    """Distance in frames from which on all fall into the last bucket."""
+    encoder_max_distance: int = _key(_SIZE)  # distance in frames from which on all fall into the last bucket
+    # K, the size of a head; None means D / heads before pruning. Not a published key: omitted if it is that
     encoder_head_dim: int = _key(_SIZE.or_none(), default=None)
-    """K, the size of a head; None means D / heads before pruning. Not a published key: omitted if it is that."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         total = self.encoder_total_num_heads[0]
         if set(self.encoder_total_num_heads) != {total}:
-            raise ValueError(
-                "encoder_total_num_heads: expected the same number in all layers, which share one position table, "
-                f"found {short_repr(self.encoder_total_num_heads)}"
-            )
+            found = short_repr(self.encoder_total_num_heads)
+            raise ValueError(f"encoder_total_num_heads: expected the same number in all layers, found {found}")
         self._check_divides("encoder_total_num_heads", total)
         if self.encoder_head_dim is None:
             self.encoder_head_dim = self.encoder_embed_dim // total
         for layer, heads in enumerate(self.encoder_remaining_heads):
             if heads and heads[-1] >= total:
-                raise ValueError(
-                    f"encoder_remaining_heads of layer {layer}: expected ascending indices below {total}, found "
-                    f"{short_repr(heads)}"
-                )
+                key = f"encoder_remaining_heads of layer {layer}"
+                raise ValueError(f"{key}: expected ascending indices below {total}, found {short_repr(heads)}")
         if self.encoder_num_buckets % 2:
             raise ValueError(f"encoder_num_buckets: expected an even number, found {self.encoder_num_buckets}")
         if self.encoder_max_distance <= self.encoder_num_buckets // 4:
-            raise ValueError(
-                "encoder_max_distance: expected more than a quarter of encoder_num_buckets "
-                f"{self.encoder_num_buckets}, found {self.encoder_max_distance}"
-            )
+            wanted = f"more than a quarter of encoder_num_buckets {self.encoder_num_buckets}"
+            raise ValueError(f"encoder_max_distance: expected {wanted}, found {self.encoder_max_distance}")
 
     def to_dict(self) -> dict[str, Any]:
         config = super().to_dict()
@@ -271,8 +241,16 @@ def is_wavlm(config: Mapping[str, Any]) -> bool:
     return "encoder_remaining_heads" in config
 
 
-# Keys that other programs write into such configs, with the only value that changes nothing here.
-_FOREIGN_KEYS = {"use_layerwise_prune": False}  # DiariZen's: pruned layer by layer, to sizes of another kind
+def wavlm_attention(num_layers: Any, num_heads: Any, num_buckets: Any, max_distance: Any) -> dict[str, Any]:
+    """Return the keys of WavLM's unpruned attention; numbers may be impossible, which :func:`check_config` refuses."""
+    # No list may be made of impossible numbers.
+    is_possible = all(type(number) is int and 0 < number <= MAX_LAYERS for number in (num_layers, num_heads))
+    return {
+        "encoder_total_num_heads": num_heads,
+        "encoder_remaining_heads": [list(range(num_heads))] * num_layers if is_possible else [],
+        "encoder_num_buckets": num_buckets,
+        "encoder_max_distance": max_distance,
+    }
 
 
 def check_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -283,13 +261,13 @@ def check_config(config: Mapping[str, Any]) -> ModelConfig:
         ValueError: a value is impossible (the message names its key).
     """
     family, cls = ("WavLM", WavLMConfig) if is_wavlm(config) else ("HuBERT / wav2vec 2.0", HubertConfig)
-    for key, only in _FOREIGN_KEYS.items():
-        if config.get(key, only) is not only:
-            raise ValueError(f"{key}: expected {only}, or no such key, found {short_repr(config[key])}")
-    config = {key: value for key, value in config.items() if key not in _FOREIGN_KEYS}
-    keys = {entry.name: entry.default is not MISSING for entry in fields(cls)}
-    missing = [key for key, has_default in keys.items() if key not in config and not has_default]
-    unknown = [key for key in config if not isinstance(key, str) or key not in keys]
+    config = dict(config)
+    # DiariZen's switch: pruned layer by layer, to sizes of another kind.
+    if (switch := config.pop("use_layerwise_prune", False)) is not False:
+        raise ValueError(f"use_layerwise_prune: expected False, or no such key, found {short_repr(switch)}")
+    defaults = {entry.name: entry.default for entry in fields(cls)}
+    missing = [key for key, default in defaults.items() if key not in config and default is MISSING]
+    unknown = [key for key in config if key not in defaults]
     if missing or unknown:
         problem, key = ("missing", missing[0]) if missing else ("unknown", unknown[0])
         name = key if isinstance(key, str) and key.isidentifier() else short_repr(key)

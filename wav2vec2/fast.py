@@ -7,7 +7,7 @@ memory, a convolution is a few matrix products, and no channel moves between one
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +64,7 @@ def conv_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, padding: 
 
 
 def conv_frames(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """Return ``F.conv1d`` of ``x.transpose(1, 2)``, transposed: (B, T, C_in) -> (B, T', C_out).
-
-    Args:
-        x: frames.
-        weight: (C_out, C_in, kernel).
-        bias: (C_out,) or None.
-        stride: of the windows, in frames.
-    """
+    """Return ``F.conv1d`` of ``x.transpose(1, 2)``, transposed: (B, T, C_in) -> (B, T', C_out)."""
     batch, num_frames, channels = x.shape
     kernel = weight.size(2)
     if channels == 1:
@@ -100,12 +93,9 @@ _WINDOWS_AT_ONCE = 100_000
 
 
 def _window_statistics(waveforms: Tensor, conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
-    """Return the mean window of (B, T) waveforms, and the variance over time of the output of ``conv``.
+    """Return (B, T) waveforms' mean window (B, kernel) and the variance (B, C_out) over time of the output of ``conv``.
 
     The convolution is linear in a window's samples, so their covariance gives the variance without the output.
-
-    Returns:
-        (B, kernel) and (B, C_out) in float64.
     """
     windows = waveforms.unfold(-1, conv.kernel_size[0], conv.stride[0])  # (B, T', kernel), no copy
     blocks = windows.split(_WINDOWS_AT_ONCE, dim=1)
@@ -122,13 +112,7 @@ def _window_statistics(waveforms: Tensor, conv: nn.Conv1d) -> tuple[Tensor, Tens
 def norm_over_time(waveforms: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     """Express ``norm`` on the output y of ``conv`` for whole waveforms (B, T) as y * scale + shift.
 
-    Args:
-        waveforms: (B, T), without gradient.
-        conv: one input channel.
-        norm: one group per channel.
-
-    Returns:
-        Scale and shift, (B, C_out) in float64.
+    The waveforms have no gradient, and the norm has one group per channel. Both results are (B, C_out) in float64.
     """
     mean, variance = _window_statistics(waveforms, conv)
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
@@ -136,22 +120,20 @@ def norm_over_time(waveforms: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> tu
     return scale, norm.bias - (mean @ conv.weight[:, 0].double().t() + bias) * scale
 
 
-class NormalizedConv:
-    """A convolution of waveforms and the norm of its channels over time, as one matrix product.
+def normalized_conv(waveforms: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
+    """Return a convolution and the norm of its channels over time as one function of any stretch of the waveforms.
 
-    Arguments as in :func:`norm_over_time`. The convolution's bias only moves the mean, which the norm subtracts.
+    It maps (B, T) to (B, T', C_out). The convolution's bias only moves the mean, which the norm subtracts.
     """
+    mean, variance = _window_statistics(waveforms, conv)
+    scale = (norm.weight * torch.rsqrt(variance + norm.eps)).to(waveforms.dtype)  # (B, C)
+    weight = conv.weight.transpose(0, 1) * scale[..., None]  # (B, C, kernel)
+    mean = mean[:, None].to(waveforms.dtype)
+    # The gradient of the convolution's bias is zero, not missing: DDP waits for it.
+    shift = norm.bias if conv.bias is None else norm.bias + 0 * conv.bias
 
-    def __init__(self, waveforms: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> None:
-        self._kernel, self._stride = conv.kernel_size[0], conv.stride[0]
-        mean, variance = _window_statistics(waveforms, conv)
-        scale = (norm.weight * torch.rsqrt(variance + norm.eps)).to(waveforms.dtype)  # (B, C)
-        self._mean = mean[:, None].to(waveforms.dtype)
-        self._weight = conv.weight.transpose(0, 1) * scale[..., None]  # (B, C, kernel)
-        # The gradient of the convolution's bias is zero, not missing: DDP waits for it.
-        self._shift = norm.bias if conv.bias is None else norm.bias + 0 * conv.bias
+    def apply(stretch: Tensor) -> Tensor:
+        windows = stretch.unfold(-1, conv.kernel_size[0], conv.stride[0]) - mean
+        return torch.baddbmm(shift, windows, weight.transpose(1, 2))
 
-    def __call__(self, waveforms: Tensor) -> Tensor:
-        """Return the normalised convolution of any stretch of the waveforms: (B, T) -> (B, T', C_out)."""
-        windows = waveforms.unfold(-1, self._kernel, self._stride) - self._mean
-        return torch.baddbmm(self._shift, windows, self._weight.transpose(1, 2))
+    return apply

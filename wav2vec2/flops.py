@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .components import Count
 from .config import with_masks
 from .model import Wav2Vec2Model, wav2vec2_model
 
@@ -14,17 +13,10 @@ UTTERANCE_SECONDS = 7.42
 
 
 class Parts(NamedTuple):
-    """One number for each part of a model.
-
-    Attributes:
-        conv: the convolutional extractor.
-        projection: projection and positional convolution, with the norms that belong to no block.
-        attention: all attention blocks.
-        feed_forward: all feed-forward blocks.
-    """
+    """One number for each part of a model."""
 
     conv: int
-    projection: int
+    projection: int  # and positional convolution, with the norms that belong to no block
     attention: int
     feed_forward: int
 
@@ -46,12 +38,8 @@ def count_flops(config: dict[str, Any], num_samples: int, num_layers: int | None
     """Operations of ``extract_features`` on one waveform without padding; a multiplication and its addition are two.
 
     Convolutions and matrix products are counted, including those of attention. Biases, norms, activations, softmax and
-    the weight norm of the positional convolution are not, and masks cost nothing.
-
-    Args:
-        config: arguments of ``wav2vec2_model``.
-        num_samples: T, at 16 kHz.
-        num_layers: count the first layers of the transformer only; None means all.
+    the weight norm of the positional convolution are not, and masks cost nothing. ``num_samples`` is at 16 kHz;
+    ``num_layers`` counts the first layers of the transformer only.
     """
     with torch.device("meta"):
         model = wav2vec2_model(**with_masks(config, ()))
@@ -59,20 +47,9 @@ def count_flops(config: dict[str, Any], num_samples: int, num_layers: int | None
     layers = encoder.transformer.layers[:num_layers]
     embed_dim, num_frames = encoder.embed_dim, model.feature_extractor.num_frames(num_samples)
 
-    def operations(*macs: Count) -> int:
-        return 2 * sum(int(value) for value in macs)
-
     conv, channels = model.feature_extractor.get_num_macs(num_samples)
-    return Parts(
-        conv=operations(conv),
-        projection=operations(
-            encoder.feature_projection.get_num_macs(channels, embed_dim, num_frames),
-            encoder.transformer.pos_conv_embed.get_num_macs(embed_dim, num_frames),
-        ),
-        attention=operations(
-            *(layer.attention.get_num_macs(embed_dim, num_frames) for layer in layers if layer.attention)
-        ),
-        feed_forward=operations(
-            *(layer.feed_forward.get_num_macs(embed_dim, num_frames) for layer in layers if layer.feed_forward)
-        ),
-    )
+    projection = encoder.feature_projection.get_num_macs(channels, embed_dim, num_frames)
+    projection += encoder.transformer.pos_conv_embed.get_num_macs(embed_dim, num_frames)
+    attention = sum(layer.attention.get_num_macs(embed_dim, num_frames) for layer in layers if layer.attention)
+    feed_forward = sum(layer.feed_forward.get_num_macs(embed_dim, num_frames) for layer in layers if layer.feed_forward)
+    return Parts(*(2 * int(macs) for macs in (conv, projection, attention, feed_forward)))

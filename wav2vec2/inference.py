@@ -60,8 +60,6 @@ def load(
         source: a model file ``.pth`` (written by a converter, ``prune.py``, ``save_final_ckpt.py`` or the original
             program), a folder with ``config.json`` and ``model.safetensors``, an ``ORG/NAME`` on the Hugging Face
             hub, or torchaudio's own pretrained weights.
-        device: as in ``torch.device``.
-        dtype: float32, float16, bfloat16 or float64.
         revision: branch, tag or commit, for a model on the hub.
         filename: a model file in the hub's repository, or in the folder, if it has no ``config.json``.
 
@@ -201,52 +199,18 @@ def extract_iter(
     if is_input(inputs):
         raise UserError(f"inputs: expected several waveforms or paths, found {short_repr(inputs)}; put it into a list")
     rate = _checked_rate(sample_rate, "sample_rate")
-    extraction = _Extraction.of(model, layers, batch_seconds, max_seconds, context_seconds)
-    return _results(extraction, inputs, rate, lookahead_seconds * SAMPLE_RATE, on_error)
-
-
-def _results(
-    extraction: "_Extraction",
-    inputs: Iterable[Any],
-    sample_rate: int,
-    lookahead_samples: float,
-    on_error: Callable[[int, UserError], None] | None,
-) -> Iterator[Tensor | None]:
-    """Yield the result of each input, window by window."""
-    window: list[_Utterance | None] = []
-    num_samples = 0
-    for number, value in enumerate(inputs):
-        utterance = None
-        try:
-            utterance = extraction.utterance(value, f"input {number}", sample_rate)
-            num_samples += len(utterance.waveform)
-        except UserError as error:
-            if on_error is None:
-                raise
-            on_error(number, error)
-        window.append(utterance)
-        del utterance
-        if num_samples >= lookahead_samples:
-            yield from extraction.results(window)
-            window, num_samples = [], 0
-    yield from extraction.results(window)
+    extraction = _Extraction(model, layers, batch_seconds, max_seconds, context_seconds)
+    return extraction.results(inputs, rate, lookahead_seconds * SAMPLE_RATE, on_error)
 
 
 @dataclass
 class _Utterance:
-    """One input and its result.
+    """One input and its result."""
 
-    Attributes:
-        waveform: (T,) float32 at 16 kHz, normalised if the model wants that.
-        num_frames: of the whole.
-        extractor: turns any stretch of the waveform into frames of the whole.
-        result: (layers, frames, D), filled piece by piece; None until then.
-    """
-
-    waveform: Tensor
-    num_frames: int
-    extractor: FeatureExtractor
-    result: Tensor | None = None
+    waveform: Tensor  # (T,) float32 at 16 kHz, normalised if the model wants that
+    num_frames: int  # of the whole
+    extractor: FeatureExtractor  # turns any stretch of the waveform into frames of the whole
+    result: Tensor | None = None  # (layers, frames, D), filled piece by piece
 
 
 class _Piece(NamedTuple):
@@ -259,54 +223,61 @@ class _Piece(NamedTuple):
     kept_end: int
 
 
-@dataclass(frozen=True)
 class _Extraction:
-    """A model, the wanted layers, and the sizes in which audio is cut and computed.
+    """A model, the wanted layers, and the sizes in which audio is cut and computed; options as in :func:`extract`."""
 
-    Attributes:
-        layers: indices of hidden states; None means the model's output.
-        is_stacked: results keep the dimension of layers.
-        batch_samples: of a batch with its padding.
-        max_samples: longer audio is cut.
-        chunk_frames: of a chunk.
-        context_frames: of these on each side.
-    """
-
-    model: Wav2Vec2Model
-    layers: list[int] | None
-    is_stacked: bool
-    batch_samples: float
-    max_samples: float = math.inf
-    chunk_frames: int = 0
-    context_frames: int = 0
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: Wav2Vec2Model,
         layers: int | Sequence[int] | str | None,
         batch_seconds: float,
         max_seconds: float | None,
         context_seconds: float,
-    ) -> "_Extraction":
-        """Check the options of :func:`extract`."""
-        chosen = None if layers == "output" else _checked_layers(layers, len(model.encoder.transformer.layers) + 1)
-        is_stacked = not isinstance(layers, (int, str))
-        batch_samples = batch_seconds * SAMPLE_RATE
-        if max_seconds is None:
-            return cls(model, chosen, is_stacked, batch_samples)
-        chunk_frames = model.feature_extractor.num_frames(int(max_seconds * SAMPLE_RATE))
-        context_frames = round(context_seconds * SAMPLE_RATE / model.feature_extractor.stride)
-        if not 0 <= 2 * context_frames < chunk_frames:
-            raise UserError(
-                f"max_seconds: found {max_seconds:g}, expected more than a frame and twice the context_seconds of "
-                f"{context_seconds:g} (0 or more), or None to compute everything whole"
-            )
-        max_samples = max_seconds * SAMPLE_RATE
-        return cls(model, chosen, is_stacked, batch_samples, max_samples, chunk_frames, context_frames)
+    ) -> None:
+        num_states = len(model.encoder.transformer.layers) + 1
+        self.model = model
+        self.layers = None if layers == "output" else _checked_layers(layers, num_states)  # None: the model's output
+        self.is_stacked = not isinstance(layers, (int, str))
+        self.batch_samples = batch_seconds * SAMPLE_RATE
+        self.max_samples, self.chunk_frames, self.context_frames = math.inf, 0, 0
+        if max_seconds is not None:
+            self.max_samples = max_seconds * SAMPLE_RATE
+            self.chunk_frames = model.feature_extractor.num_frames(int(self.max_samples))
+            self.context_frames = round(context_seconds * SAMPLE_RATE / model.feature_extractor.stride)
+            if not 0 <= 2 * self.context_frames < self.chunk_frames:
+                raise UserError(
+                    f"max_seconds: found {max_seconds:g}, expected more than a frame and twice the context_seconds of "
+                    f"{context_seconds:g} (0 or more), or None to compute everything whole"
+                )
+
+    def results(
+        self,
+        inputs: Iterable[Any],
+        sample_rate: int,
+        lookahead_samples: float,
+        on_error: Callable[[int, UserError], None] | None,
+    ) -> Iterator[Tensor | None]:
+        """Yield the result of each input, window by window."""
+        window: list[_Utterance | None] = []
+        num_samples = 0
+        for number, value in enumerate(inputs):
+            utterance = None
+            try:
+                utterance = self._utterance(value, f"input {number}", sample_rate)
+                num_samples += len(utterance.waveform)
+            except UserError as error:
+                if on_error is None:
+                    raise
+                on_error(number, error)
+            window.append(utterance)
+            del utterance
+            if num_samples >= lookahead_samples:
+                yield from self._results_of(window)
+                window, num_samples = [], 0
+        yield from self._results_of(window)
 
     @torch.no_grad()
-    def utterance(self, value: Any, name: str, sample_rate: int) -> _Utterance:
+    def _utterance(self, value: Any, name: str, sample_rate: int) -> _Utterance:
         """Read and check one input; ``name`` stands for it in errors, unless it is a file."""
         if isinstance(value, (str, os.PathLike)):
             name, waveform = os.fspath(value), read_audio(value)
@@ -317,22 +288,19 @@ class _Extraction:
         extractor = self.model.feature_extractor
         num_frames = extractor.num_frames(len(waveform))
         if num_frames == 0:
-            raise UserError(
-                f"{name}: has {len(waveform)} samples at 16 kHz, expected at least {extractor.receptive_field}, "
-                "which make one frame; leave it out"
-            )
+            wanted = f"at least {extractor.receptive_field}, which make one frame"
+            raise UserError(f"{name}: has {len(waveform)} samples at 16 kHz, expected {wanted}; leave it out")
         num_bad = len(waveform) - int(waveform.isfinite().sum())
         if num_bad:
-            raise UserError(
-                f"{name}: {num_bad} of its {len(waveform)} samples are NaN or infinite, expected numbers; mend it"
-            )
+            problem = f"{num_bad} of its {len(waveform)} samples are NaN or infinite"
+            raise UserError(f"{name}: {problem}, expected numbers; mend it")
         if self.model.normalize_waveform:
             waveform = normalize_waveforms(waveform[None])[0]
         if len(waveform) > self.max_samples:
             extractor = _with_statistics_of(extractor, waveform)
         return _Utterance(waveform, num_frames, extractor)
 
-    def results(self, window: list[_Utterance | None]) -> Iterator[Tensor | None]:
+    def _results_of(self, window: list[_Utterance | None]) -> Iterator[Tensor | None]:
         """Yield the results of some utterances; each leaves the window first, so that its memory can be freed."""
         pieces = [piece for utterance in window if utterance is not None for piece in self._pieces(utterance)]
         for batch in self._batches(pieces):
@@ -374,11 +342,16 @@ class _Extraction:
     @torch.no_grad()
     def _compute(self, batch: list[_Piece]) -> None:
         """Compute a batch and copy what is kept of it into the results."""
-        num_layers = 1 if self.layers is None else len(self.layers)
-        for number, states in enumerate(self._hidden_states(*self._frames(batch))):
-            for row, (utterance, _, start, kept_start, kept_end) in zip(states.cpu(), batch, strict=True):
+        features, lengths = self._frames(batch)
+        if self.layers is None:
+            wanted = [self.model.apply_aux(self.model.encoder(features, lengths))]
+        else:
+            states = self.model.encoder.extract_features(features, lengths, max(1, *self.layers))
+            wanted = [states[layer] for layer in self.layers]
+        for number, layer_states in enumerate(wanted):
+            for row, (utterance, _, start, kept_start, kept_end) in zip(layer_states.cpu(), batch, strict=True):
                 if utterance.result is None:
-                    utterance.result = torch.empty(num_layers, utterance.num_frames, row.size(-1), dtype=row.dtype)
+                    utterance.result = torch.empty(len(wanted), utterance.num_frames, row.size(-1), dtype=row.dtype)
                 utterance.result[number, kept_start:kept_end] = row[kept_start - start : kept_end - start]
 
     def _frames(self, batch: list[_Piece]) -> tuple[Tensor, Tensor | None]:
@@ -396,20 +369,9 @@ class _Extraction:
         is_padded = bool((lengths < features.size(1)).any())
         return features, lengths.to(features.device) if is_padded else None
 
-    def _hidden_states(self, features: Tensor, lengths: Tensor | None) -> list[Tensor]:
-        """Return the wanted (B, frames, D) of each layer."""
-        if self.layers is None:
-            return [self.model.apply_aux(self.model.encoder(features, lengths))]
-        states = self.model.encoder.extract_features(features, lengths, max(1, *self.layers))
-        return [states[layer] for layer in self.layers]
-
 
 def _checked_layers(layers: int | Sequence[int] | str | None, num_states: int) -> list[int]:
-    """Return the chosen indices of hidden states, from 0.
-
-    Raises:
-        UserError: there is none, or one is out of range.
-    """
+    """Return the chosen indices of hidden states, from 0."""
     chosen = range(num_states) if layers is None else [layers] if isinstance(layers, int) else layers
     indices = [int(layer) for layer in chosen if layer in range(-num_states, num_states)]
     if not chosen or len(indices) < len(chosen):
@@ -420,10 +382,6 @@ def _checked_layers(layers: int | Sequence[int] | str | None, num_states: int) -
     return [layer % num_states for layer in indices]
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) or hasattr(value, "__array__")
-
-
 def _is_decoded(value: Any) -> bool:
     """Return whether a value is an audio item of ``datasets``: a dict, or a decoder of torchcodec."""
     return isinstance(value, Mapping) or hasattr(value, "get_all_samples")
@@ -431,55 +389,38 @@ def _is_decoded(value: Any) -> bool:
 
 def is_input(value: Any) -> bool:
     """Return whether a value is one input, and not several."""
-    return isinstance(value, (str, os.PathLike)) or _is_array(value) or _is_decoded(value)
+    return isinstance(value, (str, os.PathLike)) or hasattr(value, "__array__") or _is_decoded(value)
 
 
 def _array_and_rate(item: Any, name: str) -> tuple[Any, int]:
-    """Return the waveform of an audio item of ``datasets``, and its rate.
-
-    Raises:
-        UserError: it has none, or cannot be decoded.
-    """
+    """Return the waveform of an audio item of ``datasets``, and its rate."""
     if not isinstance(item, Mapping):
         try:
             samples = item.get_all_samples()
         except Exception as error:  # the file decides
             raise AudioError(f"{name}: cannot be decoded ({one_line(error)}), expected audio") from error
         item = {"array": samples.data.mean(0), "sampling_rate": samples.sample_rate}
-    missing = [key for key in ("array", "sampling_rate") if key not in item]
-    if missing:
-        raise UserError(
-            f"{name}: has no {' and no '.join(map(repr, missing))}, expected a decoded item of datasets with "
-            f"'array' and 'sampling_rate', found {short_repr(item)}"
-        )
+    if not item.keys() >= {"array", "sampling_rate"}:
+        wanted = "a decoded item of datasets with 'array' and 'sampling_rate'"
+        raise UserError(f"{name}: expected {wanted}, found {short_repr(item)}")
     return item["array"], _checked_rate(item["sampling_rate"], f"{name}: sampling_rate")
 
 
 def _checked_rate(value: Any, name: str) -> int:
-    """Return a sample rate given as any type of number.
-
-    Raises:
-        UserError: it is not a possible rate.
-    """
+    """Return a sample rate given as any type of number."""
     try:
         rate = int(value)
     except (TypeError, ValueError, OverflowError):
-        rate = None
-    if rate is None or rate != value or not LOWEST_RATE <= rate <= HIGHEST_RATE:
-        raise UserError(
-            f"{name}: found {short_repr(rate if rate == value else value)}, expected a number of Hz from {LOWEST_RATE} "
-            f"to {HIGHEST_RATE}"
-        )
+        rate = 0
+    if rate != value or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        expected = f"expected a number of Hz from {LOWEST_RATE} to {HIGHEST_RATE}"
+        raise UserError(f"{name}: found {short_repr(rate if rate == value else value)}, {expected}")
     return rate
 
 
 def _as_waveform(value: Any, name: str) -> Tensor:
-    """Return a tensor or array as (T,) float32 on the CPU, at full scale 1.
-
-    Raises:
-        UserError: it is neither, has another number of dimensions, or holds no real numbers.
-    """
-    if not _is_array(value):
+    """Return a tensor or array as (T,) float32 on the CPU, at full scale 1."""
+    if not hasattr(value, "__array__"):
         raise UserError(f"{name}: found {short_repr(value)}, expected a path, or a tensor or array (samples,)")
     try:
         # A copy: torch does not take every array as it is (read-only, reversed).
@@ -487,10 +428,8 @@ def _as_waveform(value: Any, name: str) -> Tensor:
     except TypeError as error:
         raise UserError(f"{name}: an array of {value.dtype}, expected floats or int16") from error
     if waveform.ndim != 1:
-        raise UserError(
-            f"{name}: has shape {list(waveform.shape)}, expected (samples,); average channels, and give several "
-            "waveforms as a list"
-        )
+        advice = "average channels, and give several waveforms as a list"
+        raise UserError(f"{name}: has shape {list(waveform.shape)}, expected (samples,); {advice}")
     if not waveform.is_floating_point() and waveform.dtype not in _FULL_SCALE:
         raise UserError(f"{name}: holds {waveform.dtype}, expected floats (full scale 1), int16, int32 or uint8")
     full_scale, silence = _FULL_SCALE.get(waveform.dtype, (1, 0))
@@ -498,16 +437,14 @@ def _as_waveform(value: Any, name: str) -> Tensor:
 
 
 class _FixedNorm(nn.Module):
-    """A norm over time with given statistics: ``x * scale + shift`` for each channel."""
+    """A norm over time with given statistics: ``x * scale + shift`` for each channel of (B, C, T)."""
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.scale, self.shift = scale, shift
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ..., T) -> (B, C, ..., T)"""
-        shape = (-1, *[1] * (x.ndim - 2))
-        return x * self.scale.view(shape) + self.shift.view(shape)
+        return x * self.scale[:, None] + self.shift[:, None]
 
 
 def _with_statistics_of(extractor: FeatureExtractor, waveform: Tensor) -> FeatureExtractor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .components import Count, Encoder, FeatureExtractor, SelfAttention
-from .config import CONV_LAYERS, PRUNING_UNITS, ModelConfig, check_config, with_masks
+from .config import CONV_LAYERS, PRUNING_UNITS, ModelConfig, check_config, wavlm_attention, with_masks
 from .fast import fast_paths, on_cpu
 from .pruning_utils import prune_inputs
 
@@ -32,12 +32,7 @@ _NORMALIZATION_EPS = 1e-5
 
 
 def normalize_waveforms(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Normalise each row to zero mean and unit variance over its valid samples; padding becomes zero.
-
-    Args:
-        waveforms: (B, T) samples.
-        lengths: (B,) valid samples, or None if all are.
-    """
+    """Normalise rows (B, T) to zero mean and unit variance over their (B,) valid samples; padding becomes zero."""
     if lengths is None:
         return nn.functional.layer_norm(waveforms, waveforms.shape[-1:], eps=_NORMALIZATION_EPS)
     valid = torch.arange(waveforms.size(1), device=waveforms.device) < lengths[:, None]  # (B, T)
@@ -126,11 +121,8 @@ class Wav2Vec2Model(nn.Module):
     def get_num_macs(self, num_samples: int) -> Count:
         """Return the expected multiply-adds of ``extract_features``: a differentiable scalar with masks, else exact.
 
-        Convolutions and matrix products are counted, including those of attention; :mod:`wav2vec2.flops` has them by
-        part.
-
-        Args:
-            num_samples: T, at 16 kHz; attention grows with its square.
+        Convolutions and matrix products are counted, including those of attention, which grow with the square of
+        ``num_samples`` (at 16 kHz); :mod:`wav2vec2.flops` has them by part.
         """
         embed_dim, num_frames = self.encoder.expected_embed_dim(), self.feature_extractor.num_frames(num_samples)
         num_macs, channels = self.feature_extractor.get_num_macs(num_samples)
@@ -176,8 +168,8 @@ class Wav2Vec2Model(nn.Module):
         self.encoder.prune(self.feature_extractor.prune())
         if self.aux is not None and kept_dims is not None:
             prune_inputs(self.aux, kept_dims)
-        switches: dict[str, Any] = {unit.switch: False for unit in PRUNING_UNITS.values()}
-        self._config = replace(self._config, encoder_embed_dim=self.encoder.embed_dim, **switches)
+        sizes: dict[str, Any] = {unit.switch: False for unit in PRUNING_UNITS.values()}
+        self._config = replace(self._config, encoder_embed_dim=self.encoder.embed_dim, **sizes)
         return self.config
 
     @property
@@ -187,7 +179,7 @@ class Wav2Vec2Model(nn.Module):
         return {
             **self._config.to_dict(),
             "extractor_conv_layer_config": [list(layer.shape) for layer in self.feature_extractor.conv_layers],
-            **self.encoder.transformer.pos_conv_embed.shape,
+            "encoder_pos_conv_kernel": self.encoder.transformer.pos_conv_embed.conv.kernel_size,
             **{key: [shape[key] for shape in layers] for key in layers[0]},
         }
 
@@ -205,7 +197,9 @@ def wav2vec2_model(**config: Any) -> Wav2Vec2Model:
     return Wav2Vec2Model(check_config(config))
 
 
-# The published architectures. (layers, D, heads, F)
+# --- The published architectures
+
+
 def _size(num_layers: int, embed_dim: int, num_heads: int, ff_interm_features: int) -> dict[str, Any]:
     return {
         "extractor_conv_layer_config": CONV_LAYERS,
@@ -229,14 +223,7 @@ _BIAS = {"extractor_conv_bias": True}
 
 def _wavlm_size(size: dict[str, Any]) -> dict[str, Any]:
     size = dict(size)
-    num_heads = size.pop("encoder_num_heads")
-    return {
-        **size,
-        "encoder_total_num_heads": num_heads,
-        "encoder_remaining_heads": [list(range(num_heads))] * size["encoder_num_layers"],
-        "encoder_num_buckets": 320,
-        "encoder_max_distance": 800,
-    }
+    return wavlm_attention(size["encoder_num_layers"], size.pop("encoder_num_heads"), 320, 800) | size
 
 
 def _named_model(name: str, about: str, size: dict[str, Any], *dropouts: float) -> Callable[..., Wav2Vec2Model]:
@@ -252,15 +239,15 @@ def _named_model(name: str, about: str, size: dict[str, Any], *dropouts: float) 
         aux_num_out: int | None = None,
         **options: bool,
     ) -> Wav2Vec2Model:
-        config = size | {
-            "encoder_projection_dropout": encoder_projection_dropout,
-            "encoder_attention_dropout": encoder_attention_dropout,
-            "encoder_ff_interm_dropout": encoder_ff_interm_dropout,
-            "encoder_dropout": encoder_dropout,
-            "encoder_layer_drop": encoder_layer_drop,
-            "aux_num_out": aux_num_out,
-        }
-        return wav2vec2_model(**config | options)
+        return wav2vec2_model(
+            encoder_projection_dropout=encoder_projection_dropout,
+            encoder_attention_dropout=encoder_attention_dropout,
+            encoder_ff_interm_dropout=encoder_ff_interm_dropout,
+            encoder_dropout=encoder_dropout,
+            encoder_layer_drop=encoder_layer_drop,
+            aux_num_out=aux_num_out,
+            **size | options,
+        )
 
     factory.__name__ = factory.__qualname__ = name
     factory.__doc__ = f"{about}\n\n``options``: other keys of the config, such as the switches of masks."

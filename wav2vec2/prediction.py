@@ -50,11 +50,8 @@ Prediction = str | Labelled | list[Stretch]
 def predict(model: "Wav2Vec2Model", inputs: Any, **options: Any) -> Prediction | list[Prediction]:
     """Return what the head recognises in one waveform or file, or in several.
 
-    Args:
-        model: in eval mode, as :func:`~wav2vec2.inference.load` returns it.
-        inputs: as in :func:`~wav2vec2.inference.extract`.
-        options: others of :func:`~wav2vec2.inference.extract`, except ``layers``. Audio longer than ``max_seconds`` is
-            computed in chunks, and still gets one label.
+    Inputs and options are those of :func:`~wav2vec2.inference.extract`, except ``layers``. Audio longer than
+    ``max_seconds`` is computed in chunks, and still gets one label.
 
     Returns:
         For one input the text (str), the label (:class:`Labelled`) or the stretches (a list of :class:`Stretch`,
@@ -79,11 +76,7 @@ def predict_iter(
     on_error: Callable[[int, UserError], None] | None = None,
     **options: Any,
 ) -> Iterator[Prediction | None]:
-    """Yield the results of :func:`predict` one at a time, for more inputs than fit into memory.
-
-    Args:
-        on_error: as in :func:`~wav2vec2.inference.extract_iter`: None is yielded for an input that cannot be used.
-    """
+    """Yield the results of :func:`predict` one at a time; ``on_error`` is that of ``extract_iter``."""
     from .inference import extract_iter
     from .task_model import TaskModel
 
@@ -121,13 +114,12 @@ def _stretches(model: "TaskModel", best: list[int]) -> list[Stretch]:
     """
     extractor = model.feature_extractor
     hop, window = extractor.stride, extractor.receptive_field
-    found, first = [], 0
+    found: list[Stretch] = []
+    behind = 0
     for label, frames in groupby(best):
-        behind = first + len(list(frames))
-        start = (first * hop + (window - hop) / 2) / SAMPLE_RATE if first else 0.0
-        end = (behind * hop + (window - hop) / 2 if behind < len(best) else (behind - 1) * hop + window) / SAMPLE_RATE
-        found.append(Stretch(start, end, model.labels[label]))
-        first = behind
+        behind += len(list(frames))
+        end = behind * hop + (window - hop) / 2 if behind < len(best) else (behind - 1) * hop + window
+        found.append(Stretch(found[-1].end if found else 0.0, end / SAMPLE_RATE, model.labels[label]))
     return found
 
 

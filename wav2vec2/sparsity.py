@@ -1,20 +1,13 @@
 """Sizes of a masked model before and after pruning, and ways to meet a target size exactly.
 
-Training drives the *expected* size to the target (paper, section 2.3). Each deterministic mask then
-rounds its own number of units, and a short schedule can end before the Lagrangian has settled, so the
-pruned size differs from the target. :func:`fit_masks` closes that gap with one number, which moves
-the threshold between kept and dropped units in all masks and leaves their order alone.
-
-A size is parameters, multiply-adds (MACs), or both. Budgets for both are met when neither is
-exceeded and one is used up.
-
-:func:`round_widths` makes the widths that masks decide multiples of a number, for hardware that
-multiplies such matrices faster; the other functions count and fit with it.
+Training drives the *expected* size to the target (paper, section 2.3). Each deterministic mask then rounds its own
+number of units, and a short schedule can end before the Lagrangian has settled. :func:`fit_masks` closes that gap with
+one number, which moves the threshold between kept and dropped units in all masks and leaves their order alone.
+A size is parameters, multiply-adds (MACs), or both; both are met when neither is exceeded and one is used up.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +16,7 @@ from torch import Tensor
 from hardconcrete import HardConcrete
 
 from .audio import SAMPLE_RATE
-from .components import assumed_sizes
+from .components import ConvLayerBlock, FeedForward, assumed_sizes
 from .flops import UTTERANCE_SECONDS
 from .model import Wav2Vec2Model
 
@@ -53,23 +46,18 @@ def _masks(model: Wav2Vec2Model) -> list[HardConcrete]:
     return [module for module in model.modules() if isinstance(module, HardConcrete)]
 
 
-def _width_masks(model: Wav2Vec2Model) -> list[HardConcrete]:
-    """Return the masks over conv channels and intermediate dimensions, whose units are rows of a matrix."""
-    convs, layers = model.feature_extractor.conv_layers, model.encoder.transformer.layers
-    masks = [layer.hard_concrete for layer in convs]
-    masks += [layer.feed_forward.hard_concrete_for_intermediate for layer in layers if layer.feed_forward is not None]
-    return [mask for mask in masks if mask is not None]
-
-
 def round_widths(model: Wav2Vec2Model, multiple: int) -> None:
     """Make the deterministic masks keep conv channels and intermediate dimensions in multiples of ``multiple``.
 
-    A width is rounded up, by the strongest of the units that would go, but never above the layer's own;
-    a block whose units all go stays gone. Training, heads and layer masks do not change. 1 is the
-    published rounding.
+    Hardware multiplies such matrices faster. A width is rounded up, by the strongest of the units that would go, but
+    never above the layer's own; a block whose units all go stays gone. Training, heads and layer masks do not change.
+    1 is the published rounding.
     """
-    for mask in _width_masks(model):
-        mask.multiple = min(multiple, mask.n_in)  # more than all units means all units
+    for block in model.modules():
+        mask = block.hard_concrete if isinstance(block, ConvLayerBlock) else None
+        mask = block.hard_concrete_for_intermediate if isinstance(block, FeedForward) else mask
+        if mask is not None:
+            mask.multiple = min(multiple, mask.n_in)  # more than all units means all units
 
 
 @torch.no_grad()
@@ -81,19 +69,6 @@ def num_params_without_rounding(model: Wav2Vec2Model) -> int:
     return int(unrounded.get_num_params())
 
 
-@contextmanager
-def _log_alphas(masks: list[HardConcrete], values: list[Tensor]) -> Iterator[None]:
-    """Replace ``log_alpha`` inside the block."""
-    originals = [mask.log_alpha.detach().clone() for mask in masks]
-    try:
-        for mask, value in zip(masks, values, strict=True):
-            mask.log_alpha.copy_(value)
-        yield
-    finally:
-        for mask, original in zip(masks, originals, strict=True):
-            mask.log_alpha.copy_(original)
-
-
 @torch.no_grad()
 def expected_size(model: Wav2Vec2Model) -> Size:
     """Return :func:`size_of` in plain numbers."""
@@ -101,36 +76,38 @@ def expected_size(model: Wav2Vec2Model) -> Size:
 
 
 @torch.no_grad()
+def _size_if(model: Wav2Vec2Model, log_alpha_of: Callable[[HardConcrete], Tensor]) -> Size:
+    """Return the expected size if every mask had another ``log_alpha``."""
+    masks = _masks(model)
+    originals = [mask.log_alpha.clone() for mask in masks]
+    try:
+        for mask in masks:
+            mask.log_alpha.copy_(log_alpha_of(mask))
+        return expected_size(model)
+    finally:
+        for mask, original in zip(masks, originals, strict=True):
+            mask.log_alpha.copy_(original)
+
+
 def smallest_size(model: Wav2Vec2Model) -> Size:
     """Return the expected size if every mask dropped all it may: no target below this can be reached."""
-    masks = _masks(model)
-    with _log_alphas(masks, [torch.full_like(mask.log_alpha, -_CERTAIN) for mask in masks]):
-        return expected_size(model)
+    return _size_if(model, lambda mask: torch.full_like(mask.log_alpha, -_CERTAIN))
 
 
-@torch.no_grad()
 def initial_size(model: Wav2Vec2Model) -> Size:
     """Return the expected size with every ``log_alpha`` at its initial mean."""
-    masks = _masks(model)
-    with _log_alphas(masks, [torch.full_like(mask.log_alpha, mask.init_log_alpha) for mask in masks]):
-        return expected_size(model)
+    return _size_if(model, lambda mask: torch.full_like(mask.log_alpha, mask.init_log_alpha))
 
 
-@torch.no_grad()
 def pruned_size(model: Wav2Vec2Model) -> Size:
     """Return the size that ``model.prune()`` would leave, without pruning it; the model must be in eval mode.
 
     Biases and gates of a block whose units all go are still counted here.
     """
-    masks = _masks(model)
-    decided = [torch.where(mask() != 0, _CERTAIN, -_CERTAIN) for mask in masks]
-    with _log_alphas(masks, decided):
-        return expected_size(model)
+    return _size_if(model, lambda mask: torch.where(mask() != 0, _CERTAIN, -_CERTAIN))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Meeting a target
-# ---------------------------------------------------------------------------------------------------
+# --- Meeting a target
 
 
 def _crossing(excess: Callable[[float], float], tolerance: float, precision: float) -> tuple[float, float]:
@@ -170,8 +147,8 @@ def _crossing(excess: Callable[[float], float], tolerance: float, precision: flo
 
 def _excesses(size: Size, wanted: Size) -> dict[str, float]:
     """Return the relative excess of a size over each part that is wanted, by name."""
-    wanted_parts = {name: value for name, value in wanted._asdict().items() if value is not None}
-    return {name: (getattr(size, name) - value) / max(value, 1.0) for name, value in wanted_parts.items()}
+    parts = zip(Size._fields, size, wanted, strict=True)
+    return {name: (found - value) / max(value, 1.0) for name, found, value in parts if value is not None}
 
 
 @torch.no_grad()
@@ -209,12 +186,8 @@ def compete(model: Wav2Vec2Model, name: str) -> None:
     """Project mask gradients onto constant size, so that masks compete for it.
 
     The result is the gradient through log_alpha + c(log_alpha), where c is the number that :func:`meet_expected_size`
-    adds: by the implicit function theorem dc/dlog_alpha = -n / sum(n) with n = dN/dlog_alpha, N the size. Projecting
-    is linear and idempotent, so each batch of an update may do it.
-
-    Args:
-        model: its masks have gradients.
-        name: a field of :class:`Size`.
+    adds: by the implicit function theorem dc/dlog_alpha = -n / sum(n) with n = dN/dlog_alpha, N the size, the field
+    ``name`` of :class:`Size`. Projecting is linear and idempotent, so each batch of an update may do it.
     """
     log_alphas = [mask.log_alpha for mask in _masks(model)]
     size_gradients = torch.autograd.grad(getattr(size_of(model), name), log_alphas)
@@ -229,14 +202,9 @@ def compete(model: Wav2Vec2Model, name: str) -> None:
 def fit_masks(model: Wav2Vec2Model, wanted: Size, tolerance: Size) -> float:
     """Set the ``shift`` of all masks of ``model`` to the one number that brings its pruned size to the wanted one.
 
-    Nothing changes if the masks already land within ``tolerance``. Otherwise the shift gives the nearest
-    size there is; with :func:`round_widths`, whose steps are coarse, the nearest that is not above the
-    target if none is within ``tolerance``.
-
-    Args:
-        model: a masked model; put in eval mode.
-        wanted: parameters, MACs, or both.
-        tolerance: deviations that need no correction.
+    Nothing changes if the masks already land within ``tolerance``. Otherwise the shift gives the nearest size there
+    is; with :func:`round_widths`, whose steps are coarse, the nearest that is not above the target if none is within
+    ``tolerance``. The model is put in eval mode.
 
     Returns:
         The shift (0.0 if none was needed), see :class:`hardconcrete.HardConcrete`.
@@ -253,9 +221,7 @@ def fit_masks(model: Wav2Vec2Model, wanted: Size, tolerance: Size) -> float:
         excess(shift)
         sizes = zip(pruned_size(model), wanted, tolerance, strict=True)
         beyond = [(size - value, allowed) for size, value, allowed in sizes if value is not None]
-        return (
-            max(above - allowed for above, allowed in beyond) <= 0 <= max(above + allowed for above, allowed in beyond)
-        )
+        return max(above - most for above, most in beyond) <= 0 <= max(above + most for above, most in beyond)
 
     if is_met(0.0):
         return 0.0

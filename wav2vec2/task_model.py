@@ -25,23 +25,15 @@ _CHOICES: dict[str, dict[str, tuple[str | None, ...]]] = {
 class Head:
     """The settings of a head: what it recognises, and from which frames.
 
-    Attributes:
-        kind: "text" (units by CTC), "clips" (one label for an utterance) or "segments" (a label for each frame).
-        labels: names of the outputs; for text, of those after the blank.
-        units: of text: "words" or "characters".
-        layers: "last", the encoder's output; or "weighted", a learnt softmax-weighted sum of all hidden states, as in
-            SUPERB (arXiv 2105.01051).
-        pooling: of clips, over frames: "mean", or "attentive", a mean weighted by a learnt softmax.
-
     Raises:
         ValueError: a setting is impossible (the message names it).
     """
 
-    kind: str
-    labels: tuple[str, ...]
-    units: str | None = None
-    layers: str = "last"
-    pooling: str | None = None
+    kind: str  # "text" (units by CTC), "clips" (one label for an utterance) or "segments" (a label for each frame)
+    labels: tuple[str, ...]  # names of the outputs; for text, of those after the blank
+    units: str | None = None  # of text: "words" or "characters"
+    layers: str = "last"  # or "weighted", a learnt softmax-weighted sum of all hidden states, as in arXiv 2105.01051
+    pooling: str | None = None  # of clips, over frames: "mean", or "attentive", a mean weighted by a learnt softmax
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in _CHOICES:
@@ -55,9 +47,8 @@ class Head:
         for key, choices in _CHOICES[self.kind].items():
             value = getattr(self, key)
             if not (value is None or isinstance(value, str)) or value not in choices:
-                raise ValueError(
-                    f"{key}: expected {' or '.join(map(repr, choices))} with {self.kind}, found {short_repr(value)}"
-                )
+                wanted = " or ".join(map(repr, choices))
+                raise ValueError(f"{key}: expected {wanted} with {self.kind}, found {short_repr(value)}")
 
     @property
     def num_outputs(self) -> int:
@@ -70,13 +61,7 @@ class Head:
 
 
 class TaskHead(nn.Module):
-    """The head of clips or segments: a linear layer on frames, or on the pooled frames.
-
-    Args:
-        head: its settings.
-        embed_dim: D.
-        num_states: hidden states of the encoder, including the projected extractor output.
-    """
+    """The head of clips or segments: a linear layer on frames (B, T, D) of ``num_states`` hidden states, or pooled."""
 
     def __init__(self, head: Head, embed_dim: int, num_states: int) -> None:
         super().__init__()
@@ -93,56 +78,33 @@ class TaskHead(nn.Module):
             x = weights[0] * x
             for weight, state in zip(weights[1:], states[1:], strict=True):
                 x = x + weight * state
-        return self.linear(self._pool(x, lengths) if self.pools else x)
-
-    def _pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """(B, frames, D) -> (B, D), over the valid frames"""
+        if not self.pools:
+            return self.linear(x)
         scores = x.new_zeros(x.shape[:2]) if self.attention is None else self.attention(x).squeeze(-1)  # (B, frames)
         if lengths is not None:
             padded = torch.arange(x.size(1), device=x.device) >= lengths[:, None]
             # Not -inf: a row without any frame must not become NaN.
             scores = scores.masked_fill(padded, torch.finfo(scores.dtype).min)
-        return (scores.softmax(1)[:, None] @ x).squeeze(1)
-
-    def prune_embed(self, index: Tensor) -> None:
-        """Keep the dimensions of ``index`` (n,) of frames."""
-        for layer in (self.attention, self.linear):
-            if layer is not None:
-                prune_inputs(layer, index)
+        return self.linear((scores.softmax(1)[:, None] @ x).squeeze(1))
 
 
 class TaskModel(Wav2Vec2Model):
     """A model with a head: ``forward`` returns logits; all else is as in the encoder.
 
-    Args:
-        config: of the encoder; its ``aux_num_out`` is the number of outputs of text, else None.
-        head: the settings of the head.
-
     Raises:
-        ValueError: the two do not fit each other.
+        ValueError: the config's ``aux_num_out`` is not the number of outputs of text, None for other heads.
     """
 
     def __init__(self, config: ModelConfig, head: Head) -> None:
         expected = head.num_outputs if head.kind == TEXT else None
         if config.aux_num_out != expected:
-            raise ValueError(
-                f"aux_num_out: expected {expected} with a head of {head.kind} and {len(head.labels)} labels, found "
-                f"{config.aux_num_out}"
-            )
+            wanted = f"{expected} with a head of {head.kind} and {len(head.labels)} labels"
+            raise ValueError(f"aux_num_out: expected {wanted}, found {config.aux_num_out}")
         super().__init__(config)
         self.head_settings = head
         num_states = config.encoder_num_layers + 1
         self.head = None if head.kind == TEXT else TaskHead(head, config.encoder_embed_dim, num_states)
-
-    @property
-    def kind(self) -> str:
-        """See :class:`Head`."""
-        return self.head_settings.kind
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """See :class:`Head`."""
-        return self.head_settings.labels
+        self.kind, self.labels = head.kind, head.labels
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return :meth:`logits` and (B,) valid frames; arguments as in :meth:`extract_features`."""
@@ -152,15 +114,10 @@ class TaskModel(Wav2Vec2Model):
         return self.logits([], self.encoder(features, padded_lengths), lengths), lengths
 
     def logits(self, hidden_states: Sequence[Tensor], output: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """Apply the head to the encoder's frames.
+        """Apply the head to the encoder's frames, of which (B,) ``lengths`` are valid.
 
-        Args:
-            hidden_states: all of them (B, frames, D), as ``extract_features`` returns them, for weighted layers.
-            output: (B, frames, D), as the encoder's ``forward`` returns it, for the last layer.
-            lengths: (B,) valid frames, or None if all are.
-
-        Returns:
-            (B, frames, outputs) for text and segments, (B, classes) for clips.
+        Weighted layers need ``hidden_states``, as ``extract_features`` returns them, the last layer needs ``output``,
+        as the encoder's ``forward`` returns it. The result is (B, classes) for clips, else (B, frames, outputs).
         """
         is_weighted = self.head_settings.layers == "weighted"
         states = hidden_states if is_weighted or output is None else [output]
@@ -168,10 +125,10 @@ class TaskModel(Wav2Vec2Model):
 
     @torch.no_grad()
     def prune(self) -> dict[str, Any]:
-        """Prune as the base class does; the head keeps the dimensions of frames that are left."""
-        self.eval()  # the deterministic masks
-        kept_dims = self.encoder.kept_dims()
+        kept_dims = self.eval().encoder.kept_dims()  # eval: the deterministic masks
         config = super().prune()
         if self.head is not None and kept_dims is not None:
-            self.head.prune_embed(kept_dims)
+            for layer in (self.head.attention, self.head.linear):
+                if layer is not None:
+                    prune_inputs(layer, kept_dims)
         return config

@@ -308,7 +308,7 @@ def test_splits_option_errors(options):
     ("folder", "options", "words"),
     [
         ("missing", [], ["missing: no such folder"]),
-        ("empty", [], ["no .flac, .wav, .ogg, .mp3, .opus, .oga or other file that libsndfile reads", "corpus folder"]),
+        ("empty", [], ["no .flac, .wav, .ogg, .mp3, .opus, .oga or the like", "corpus folder"]),
         ("corpus", ["--splits", "train=nope"], ["train.tsv would be empty", "one, two", "--splits"]),
         ("corpus", ["--splits", "train=one", "--valid_fraction", "0.1"], ["--splits and --valid_fraction"]),
         ("corpus", ["--valid_fraction", "0"], ["--valid_fraction 0", "between 0 and 1"]),

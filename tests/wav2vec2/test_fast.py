@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from wav2vec2 import components
 from wav2vec2.components import FeatureExtractor
 from wav2vec2.fast import (
-    NormalizedConv,
     conv_channels_last,
     conv_frames,
     norm_over_time,
+    normalized_conv,
     plain_paths,
     prefers_fused_attention,
 )
@@ -250,7 +250,7 @@ def test_normalized_conv(waveforms, has_bias, monkeypatch):
     conv, norm = nn.Conv1d(1, 16, 10, 5, bias=has_bias), nn.GroupNorm(16, 16)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    found = NormalizedConv(waveforms, conv, norm)(waveforms).transpose(1, 2)
+    found = normalized_conv(waveforms, conv, norm)(waveforms).transpose(1, 2)
     gradient = torch.randn_like(found)
     parameters = [conv.weight, *norm.parameters()]
     ours = torch.autograd.grad(found, parameters, gradient)
@@ -265,7 +265,7 @@ def test_normalized_conv(waveforms, has_bias, monkeypatch):
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6, name
     if has_bias:
         (bias_gradient,) = torch.autograd.grad(
-            NormalizedConv(waveforms.double(), conv, norm)(waveforms).sum(), conv.bias
+            normalized_conv(waveforms.double(), conv, norm)(waveforms).sum(), conv.bias
         )
         assert not bias_gradient.any()
     scale, shift = norm_over_time(waveforms, conv, norm)

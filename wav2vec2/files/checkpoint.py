@@ -1,8 +1,4 @@
-"""Model files ``{"state_dict", "config", ...}``: written, read, checked, and built into models.
-
-Files hold plain tensors, lists, tuples and numbers, so that they load with
-``torch.load(path, weights_only=True)``; nothing in this project unpickles more than that.
-"""
+"""Model files ``{"state_dict", "config", ...}`` of plain data: written, read, checked, and built into models."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -49,13 +45,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_model_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a model ``.pth``, or a folder as export.py writes it, and check that its weights fit its config.
-
-    No memory is taken for what the config claims before the weights are known to be of those shapes.
-
-    Raises:
-        UserError: not a model file; files of other kinds are named as such.
-    """
+    """Read a model ``.pth``, or a folder as export.py writes it, as :func:`checked_model` returns it."""
     return checked_model(hub.read_folder(path) if Path(path).is_dir() else read(path), path)
 
 
@@ -82,21 +72,13 @@ def checked_model(contents: dict[str, Any], path: Source) -> dict[str, Any]:
 
 
 def expected_state(config: Mapping[str, Any], source: Source = "config") -> dict[str, Tensor]:
-    """Return the state dict of the model of a config, without memory for it (on torch's meta device).
-
-    Raises:
-        UserError: as :func:`build_model`.
-    """
+    """Return the state dict of the model of a config, without memory for it (on torch's meta device)."""
     with torch.device("meta"):
         return build_model(config, source).state_dict()
 
 
 def check_weights(expected: Mapping[str, Tensor], state_dict: Mapping[str, Any], source: Source) -> None:
-    """Check that ``state_dict`` has the keys and shapes of ``expected``, in finite floats that are really stored.
-
-    Raises:
-        UserError: names the first key that is wrong.
-    """
+    """Refuse a ``state_dict`` without the keys and shapes of ``expected`` in finite floats that are really stored."""
 
     def refuse(reason: str) -> NoReturn:
         raise UserError(f"{source}: weights do not fit the model: {reason}")
@@ -108,13 +90,9 @@ def check_weights(expected: Mapping[str, Tensor], state_dict: Mapping[str, Any],
     for key, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             refuse(f"{key} is {short_repr(tensor)}, expected a tensor of floats")
-        for found, wanted in (
-            (tensor.dtype, FLOAT_DTYPES),
-            (tensor.layout, (torch.strided,)),
-            (tensor.device, (torch.device("cpu"),)),
-        ):
-            if found not in wanted:
-                refuse(f"{key} is {found}, expected {' or '.join(map(str, wanted))}")
+        found = tensor.dtype, tensor.layout, tensor.device.type
+        if tensor.dtype not in FLOAT_DTYPES or found[1:] != (torch.strided, "cpu"):
+            refuse(f"{key} is {', '.join(map(str, found))}, expected dense floats on the CPU")
         if tensor.shape != expected[key].shape:
             refuse(f"{key} has shape {list(tensor.shape)}, expected {list(expected[key].shape)}")
         if tensor.nbytes > tensor.untyped_storage().nbytes():  # strides of 0: a few bytes can claim any shape
@@ -136,22 +114,14 @@ def build_model(config: Mapping[str, Any], source: Source = "config") -> Wav2Vec
 
 
 def load_state(model: torch.nn.Module, state_dict: Mapping[str, Tensor], source: Source) -> None:
-    """Load ``state_dict`` strictly.
-
-    Raises:
-        UserError: an entry is missing, left over, of another shape, not a plain float tensor or not finite.
-    """
+    """Load ``state_dict`` strictly, as :func:`check_weights` says."""
     state_dict = published_state(state_dict)
     check_weights(model.state_dict(), state_dict, source)
     model.load_state_dict(state_dict)
 
 
 def load_model(path: str | os.PathLike) -> Wav2Vec2Model:
-    """Build the model of a file or folder and load its weights strictly; returned in training mode, on the CPU.
-
-    Raises:
-        UserError: as :func:`read_model_file`.
-    """
+    """Build the model of a file or folder and load its weights strictly; returned in training mode, on the CPU."""
     return model_of(read_model_file(path), path)
 
 
@@ -163,11 +133,7 @@ def model_of(contents: Mapping[str, Any], source: Source) -> Wav2Vec2Model:
 
 
 def masked_model_of(contents: Mapping[str, Any], units: Iterable[str], source: Source) -> Wav2Vec2Model:
-    """Build the model of checked contents with fresh masks on ``units`` (names as in ``--pruning_units``).
-
-    Raises:
-        UserError: as :func:`load_state`.
-    """
+    """Build the model of checked contents with fresh masks on ``units`` (names as in ``--pruning_units``)."""
     model = build_model(with_masks(contents["config"], units), source)
     # Only the state of the masks can be absent from the file.
     fresh_masks = {key: value for key, value in model.state_dict().items() if key.endswith("log_alpha")}

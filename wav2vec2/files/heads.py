@@ -31,15 +31,13 @@ def head_of(contents: Mapping[str, Any], source: Source) -> Head | None:
     if "head" not in contents:
         return None
     entry, keys = contents["head"], [field.name for field in fields(Head)]
-    if not isinstance(entry, dict) or not isinstance(entry.get("state_dict"), dict):
-        raise UserError(f"{source}: head: expected its settings and a state_dict, found {short_repr(entry)}")
-    missing, unknown = [key for key in keys if key not in entry], set(entry) - {*keys, "state_dict"}
-    unknown |= {name for name in entry["state_dict"] if not isinstance(name, str)}
-    if missing or unknown:
+    weights = entry.get("state_dict") if isinstance(entry, dict) else None
+    is_named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if not is_named or entry.keys() != {*keys, "state_dict"}:
+        found = short_repr(sorted(entry, key=keys.__contains__) if isinstance(entry, dict) else entry)  # unknown first
         raise UserError(
-            f"{source}: head: expected {', '.join(keys)} and state_dict, found "
-            f"{f'no {missing[0]}' if missing else short_repr(min(unknown, key=str))}; the file is damaged, or a newer "
-            "version wrote it"
+            f"{source}: head: expected {', '.join(keys)} and a state_dict of names, found {found}; the file "
+            "is damaged, or a newer version wrote it"
         )
     try:
         return Head(**{key: entry[key] for key in keys})
@@ -82,13 +80,7 @@ def masked_model_with_its_head(contents: Mapping[str, Any], units: Iterable[str]
 def with_head(
     contents: Mapping[str, Any], head: Head, source: Source, generator: torch.Generator | None = None
 ) -> dict[str, Any]:
-    """Return the contents of a model file with a fresh head, replacing any that it has.
-
-    Args:
-        contents: checked.
-        head: its settings.
-        source: named in errors.
-        generator: of the initial weights.
+    """Return checked contents with a fresh head, whose weights come from ``generator``, in the place of any other.
 
     Raises:
         UserError: no model can be built from the config.
@@ -159,13 +151,6 @@ def _build_task_model(config: Mapping[str, Any], head: Head, source: Source) -> 
 
 
 def greedy_units(logits: Tensor) -> list[int]:
-    """Decode CTC greedily: the most likely output of each frame, without repeats and blanks (output 0).
-
-    Args:
-        logits: (frames, outputs) of one utterance's valid frames.
-
-    Returns:
-        Numbers of labels, from 0.
-    """
+    """Decode CTC greedily: labels (from 0) of the best of (frames, outputs), without repeats and blanks (output 0)."""
     best = logits.argmax(-1).unique_consecutive()
     return (best[best > 0] - 1).tolist()

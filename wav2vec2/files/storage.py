@@ -57,7 +57,6 @@ def read_json(path: Path, expected: str, advice: str = "download it again") -> d
     """Read a JSON object.
 
     Args:
-        path: the file.
         expected: what should be there, for the error about a missing file.
         advice: what to do about a damaged file.
 
@@ -66,12 +65,9 @@ def read_json(path: Path, expected: str, advice: str = "download it again") -> d
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected {expected}")
-    num_bytes = path.stat().st_size
-    if num_bytes > _MAX_JSON_BYTES:
-        raise UserError(
-            f"{path}: expected at most {_MAX_JSON_BYTES:,} bytes of settings, found {num_bytes:,}; {advice}"
-        )
     try:
+        if (num_bytes := path.stat().st_size) > _MAX_JSON_BYTES:
+            raise ValueError(f"{num_bytes:,} bytes, expected at most {_MAX_JSON_BYTES:,}")
         contents = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         reason = placeholder(path) or f"not readable as JSON ({one_line(error)}); {advice}"

@@ -77,8 +77,7 @@ def read_torch_file(path: str | PathLike) -> Any:
         UserError: the file is missing, of another kind, damaged, or asks for a name outside the allow-list.
     """
     path = Path(path)
-    kind = kind_of_path(path)
-    if kind:
+    if kind := kind_of_path(path):
         raise UserError(f"{path}: {kind}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a checkpoint")
@@ -106,16 +105,14 @@ def kind_of_path(path: Path) -> str | None:
     """Describe a folder, a safetensors file or a placeholder, and what to do with it; None for all else."""
     if path.is_dir():
         if _transformers_type(path):
-            return (
-                "a folder in transformers' format, where a file is wanted; convert it: "
-                f"python convert_hubert_from_hf.py --model {path}"
-            )
+            command = f"python convert_hubert_from_hf.py --model {path}"
+            return f"a folder in transformers' format, where a file is wanted; convert it: {command}"
         return f"a folder, where a file is wanted; give a file, {listed('in it', model_files(path))}"
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(9)
         # The length of its header, then JSON. Files of torch.save are zip files or pickles.
-        if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
             if not (path.parent / "config.json").is_file():
                 return f"a safetensors file; with the config.json that belongs to it, {_convert_folder(path.parent)}"
             if not _transformers_type(path.parent):
@@ -135,19 +132,15 @@ def kind_of_contents(contents: Any, path: str | PathLike) -> str | None:
     if not isinstance(contents, dict):
         return None
     if "pytorch-lightning_version" in contents or "optimizer_states" in contents:
-        return (
-            "a training checkpoint (.ckpt) where a model file (.pth) is wanted; "
-            "prune.py or save_final_ckpt.py makes the model file from it"
-        )
+        advice = "prune.py or save_final_ckpt.py makes the model file from it"
+        return f"a training checkpoint (.ckpt) where a model file (.pth) is wanted; {advice}"
     if isinstance(contents.get("state_dict"), dict) and isinstance(contents.get("config"), dict):
         return "a model file (.pth) of this project, which needs no conversion"
     if "model_weight" in contents or ("model" in contents and ("cfg" in contents or "args" in contents)):
         return f"a checkpoint in fairseq's format; convert it: python convert_wavlm_from_fairseq.py --ckpt {path}"
     if contents and all(isinstance(value, torch.Tensor) for value in contents.values()):
-        return (
-            "bare weights without their config, as transformers' pytorch_model.bin; "
-            f"{_convert_folder(Path(path).parent)}"
-        )
+        advice = _convert_folder(Path(path).parent)
+        return f"bare weights without their config, as transformers' pytorch_model.bin; {advice}"
     return None
 
 
@@ -164,11 +157,7 @@ def _convert_folder(folder: Path) -> str:
 
 
 def _check_records(path: Path) -> None:
-    """Check every record of a zip archive against its checksum, which torch does not, and their sum of sizes.
-
-    Raises:
-        ValueError, zipfile.BadZipFile: a record is damaged, or they claim to be larger than the file.
-    """
+    """Check every record of a zip archive against its checksum, which torch does not, and their sum of sizes."""
     with zipfile.ZipFile(path) as archive:
         if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
             raise ValueError("its records claim to be larger than the file")
@@ -178,17 +167,12 @@ def _check_records(path: Path) -> None:
 
 
 def to_plain(value: Any, source: str | PathLike) -> Any:
-    """Replace Namespace, DictConfig, ListConfig and their nodes in ``value`` by dicts, lists and plain values.
-
-    Raises:
-        UserError: the settings are nested endlessly or lack their content.
-    """
+    """Replace Namespace, DictConfig, ListConfig and their nodes in ``value`` by dicts, lists and plain values."""
     try:
         return _to_plain(value)
     except (RecursionError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{source}: the settings in the file are damaged ({type(error).__name__}); download it again"
-        ) from error
+        reason = f"the settings in the file are damaged ({type(error).__name__})"
+        raise UserError(f"{source}: {reason}; download it again") from error
 
 
 def _to_plain(value: Any) -> Any:

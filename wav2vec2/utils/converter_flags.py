@@ -1,32 +1,25 @@
 """The flags that both converters share; parsed before torch is imported."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from ..files.errors import UserError
 
-_DROPOUT_HELP = {
-    "projection_dropout": "dropout after the feature projection",
-    "attention_dropout": "dropout on the attention weights",
-    "ff_interm_dropout": "dropout inside the feed-forward blocks",
-    "dropout": "dropout on hidden states",
-    "layer_drop": "probability of skipping a layer in training",
-}
+
+def _dropout(default: float, about: str) -> Any:
+    return field(default=default, metadata={"help": about})
 
 
 @dataclass(frozen=True)
 class Dropouts:
-    """Dropouts of the written config. They act on the student; the defaults are the published training's.
+    """Dropouts of the written config. They act on the student; the defaults are the published training's."""
 
-    Raises:
-        UserError: a value is not in [0, 1).
-    """
-
-    projection_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    ff_interm_dropout: float = 0.0
-    dropout: float = 0.1
-    layer_drop: float = 0.05
+    projection_dropout: float = _dropout(0.1, "dropout after the feature projection")
+    attention_dropout: float = _dropout(0.1, "dropout on the attention weights")
+    ff_interm_dropout: float = _dropout(0.0, "dropout inside the feed-forward blocks")
+    dropout: float = _dropout(0.1, "dropout on hidden states")
+    layer_drop: float = _dropout(0.05, "probability of skipping a layer in training")
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -37,8 +30,8 @@ class Dropouts:
 def add_converter_flags(parser: argparse.ArgumentParser) -> None:
     """Add the dropouts and the waveform normalisation."""
     group = parser.add_argument_group("dropouts written into the config (they act on the student)")
-    for name, default in asdict(Dropouts()).items():
-        group.add_argument(f"--{name}", type=float, default=default, help=_DROPOUT_HELP[name])
+    for entry in fields(Dropouts):
+        group.add_argument(f"--{entry.name}", type=float, default=entry.default, help=entry.metadata["help"])
     parser.add_argument(
         "--normalize_waveform",
         choices=("true", "false"),
@@ -47,11 +40,7 @@ def add_converter_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def dropouts_from(args: argparse.Namespace) -> Dropouts:
-    """Return the dropouts given on the command line."""
-    return Dropouts(**{name: getattr(args, name) for name in _DROPOUT_HELP})
-
-
-def normalize_waveform_from(args: argparse.Namespace) -> bool | None:
-    """Return the value of ``--normalize_waveform``; None leaves the decision to the extractor's mode."""
-    return None if args.normalize_waveform is None else args.normalize_waveform == "true"
+def importer_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of the importers; None leaves the normalisation to the extractor's mode."""
+    dropouts = Dropouts(**{entry.name: getattr(args, entry.name) for entry in fields(Dropouts)})
+    return {"dropouts": dropouts, "normalize_waveform": {"true": True, "false": False}.get(args.normalize_waveform)}

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import MAX_CONV_LAYERS
+from ..config import MAX_CONV_LAYERS, wavlm_attention
 from ..files.errors import UserError, one_line, short_repr, single_line
 from ..files.unpickling import kind_of_contents, read_torch_file, to_plain
 from .importing import (
@@ -26,7 +26,6 @@ from .importing import (
     compare_outputs,
     import_weights,
     load_source_state,
-    wavlm_attention,
 )
 from .quiet import quiet
 
@@ -48,14 +47,11 @@ _ENCODER_NAMES = [
 # fairseq keeps conv, dropout, norm and activation of a layer in one Sequential. In layer_norm mode the norm lies
 # between two transpositions in a Sequential of its own.
 _EXTRACTOR_NAMES = {
-    "group_norm": [
+    mode: [
         ("feature_extractor.conv_layers.{}.conv", "feature_extractor.conv_layers.{}.0"),
-        ("feature_extractor.conv_layers.{}.layer_norm", "feature_extractor.conv_layers.{}.2"),
-    ],
-    "layer_norm": [
-        ("feature_extractor.conv_layers.{}.conv", "feature_extractor.conv_layers.{}.0"),
-        ("feature_extractor.conv_layers.{}.layer_norm", "feature_extractor.conv_layers.{}.2.1"),
-    ],
+        ("feature_extractor.conv_layers.{}.layer_norm", f"feature_extractor.conv_layers.{{}}.{place}"),
+    ]
+    for mode, place in (("group_norm", "2"), ("layer_norm", "2.1"))
 }
 
 # A fine-tuned model holds the backbone under this name, and its settings under w2v_args.
@@ -86,6 +82,7 @@ _DEFAULTS: dict[str, Any] = {
 
 # Settings of which only some values are supported: name -> those values. All settings may be absent.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "extractor_mode": tuple(_EXTRACTOR_MODES),
     "activation_fn": ("gelu",),
     "layer_type": ("transformer",),
     "pos_conv_depth": (1,),
@@ -94,6 +91,7 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "quantize_input": (False,),
     "expand_attention_head_size": (-1,),
 }
+_ACCEPTED_OF_WAVLM: dict[str, tuple[Any, ...]] = {"relative_position_embedding": (True,), "gru_rel_pos": (True,)}
 
 _LONGEST_EXPRESSION = 4000  # characters
 
@@ -103,10 +101,7 @@ def import_fairseq_model(
 ) -> ImportedModel:
     """Import a fairseq-format checkpoint: pre-trained, or fine-tuned with CTC (the head is left out).
 
-    Args:
-        path: the checkpoint, in torch's zip or older format, full or half precision.
-        dropouts: written into the config; the published training's by default.
-        normalize_waveform: overrides what the extractor's mode decides.
+    ``dropouts`` are written into the config; ``normalize_waveform`` overrides what the extractor's mode decides.
 
     Raises:
         UserError: the file is damaged, asks for foreign code, or holds a model of another architecture.
@@ -185,11 +180,7 @@ def _fairseq_model(architecture: Architecture, settings: dict[str, Any]) -> Any:
 
 
 def _read_checkpoint(path: str | PathLike) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """Return the weights of a checkpoint, the backbone's settings, and the task's (None if there are none).
-
-    Raises:
-        UserError: the file cannot be read, or is of another kind.
-    """
+    """Return the weights of a checkpoint, the backbone's settings, and the task's, which describe the waveforms."""
     source = str(path)
     contents = read_torch_file(path)
     if isinstance(contents, dict) and "model_weight" in contents:  # s3prl's names for the same
@@ -200,22 +191,20 @@ def _read_checkpoint(path: str | PathLike) -> tuple[Mapping[str, Any], dict[str,
         found = f"keys {short_repr([*contents])}" if isinstance(contents, dict) else type(contents).__name__
         found = kind_of_contents(contents, path) or found
         raise UserError(f"{source}: expected a fairseq checkpoint with its weights under 'model', found {found}")
-    settings, task = _find_settings(contents, source)
+    components = ((entry, to_plain(contents.get(entry), source)) for entry in ("cfg", "args"))
+    entry, found_settings = next((found for found in components if isinstance(found[1], dict)), ("", None))
+    if found_settings is None:
+        reason = f"expected the model's settings under 'cfg' or 'args', found keys {short_repr([*contents])}"
+        raise UserError(f"{source}: {reason}; give a checkpoint that fairseq or WavLM's program wrote")
+    settings, task = _split_settings(found_settings, f"{source}: {entry}")
     if any(_FINE_TUNED in name for name in weights):
-        settings = _backbone_settings(settings, source)
+        backbone = settings.get("w2v_args")
+        if not isinstance(backbone, dict):
+            problem = "a fine-tuned model that does not hold its backbone's settings (w2v_args)"
+            raise UserError(f"{source}: {problem}; convert the pre-trained checkpoint, or the same model from the hub")
+        settings, backbone_task = _split_settings(backbone, f"{source}: w2v_args")
+        check_sample_rate((backbone_task or {}).get("sample_rate"), f"{source}: w2v_args: sample_rate")
     return weights, settings, task
-
-
-def _find_settings(contents: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return the model's settings, and the task's, which describe the waveforms (None if there are none)."""
-    for entry in ("cfg", "args"):
-        settings = to_plain(contents.get(entry), source)
-        if isinstance(settings, dict):
-            return _split_settings(settings, f"{source}: {entry}")
-    raise UserError(
-        f"{source}: expected the model's settings under 'cfg' or 'args', found keys {short_repr([*contents])}; "
-        "give a checkpoint that fairseq or WavLM's program wrote"
-    )
 
 
 def _split_settings(settings: dict[str, Any], place: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -228,52 +217,23 @@ def _split_settings(settings: dict[str, Any], place: str) -> tuple[dict[str, Any
     return model, task if isinstance(task, dict) else None
 
 
-def _backbone_settings(settings: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return the pre-trained model's settings, which those of a fine-tuned model hold under ``w2v_args``."""
-    backbone = settings.get("w2v_args")
-    if not isinstance(backbone, dict):
-        raise UserError(
-            f"{source}: a fine-tuned model that does not hold its backbone's settings (w2v_args); "
-            "convert the pre-trained checkpoint, or the same model from the Hugging Face hub"
-        )
-    model, task = _split_settings(backbone, f"{source}: w2v_args")
-    check_sample_rate((task or {}).get("sample_rate"), f"{source}: w2v_args: sample_rate")
-    return model
-
-
 def _read_architecture(
-    settings: dict[str, Any],
-    task: dict[str, Any],
-    weights: Mapping[str, Any],
-    source: str,
+    settings: dict[str, Any], task: dict[str, Any], weights: Mapping[str, Any], source: str
 ) -> Architecture:
     def setting(name: str, kind: type) -> Any:
         value = settings.get(name, _DEFAULTS[name])
         if type(value) is not kind:
-            raise UserError(
-                f"{source}: setting {name} is {short_repr(value)}, expected {kind.__name__}; the file is damaged"
-            )
+            problem = f"setting {name} is {short_repr(value)}"
+            raise UserError(f"{source}: {problem}, expected {kind.__name__}; the file is damaged")
         return value
 
     is_wavlm = "relative_position_embedding" in settings or any(".self_attn.grep_" in name for name in weights)
     family = "WavLM" if is_wavlm else _family(settings, weights, source)
-    for name, accepted in _ACCEPTED.items():
-        value = settings.get(name, accepted[0])
+    for name, accepted in (_ACCEPTED | (_ACCEPTED_OF_WAVLM if is_wavlm else {})).items():
+        value = settings.get(name, _DEFAULTS.get(name, accepted[0]))
         if not any(type(value) is type(option) and value == option for option in accepted):
-            raise UserError(
-                f"{source}: {family} with {name} {short_repr(value)}, expected {accepted[0]!r}; "
-                "such a model has no counterpart here and cannot be converted"
-            )
-    if is_wavlm and not (setting("relative_position_embedding", bool) and setting("gru_rel_pos", bool)):
-        raise UserError(
-            f"{source}: WavLM without gated relative positions (relative_position_embedding and gru_rel_pos), "
-            "expected both to be true; such a model cannot be converted"
-        )
-    if setting("extractor_mode", str) not in _EXTRACTOR_MODES:
-        raise UserError(
-            f"{source}: extractor_mode {short_repr(settings['extractor_mode'])}, expected one of "
-            f"{list(_EXTRACTOR_MODES)}"
-        )
+            problem = f"{family} with {name} {short_repr(value)}, expected {' or '.join(map(repr, accepted))}"
+            raise UserError(f"{source}: {problem}; such a model has no counterpart here and cannot be converted")
     check_sample_rate(task.get("sample_rate"), f"{source}: sample_rate")
     normalizes = task.get("normalize")
     if normalizes is not None and not isinstance(normalizes, bool):
@@ -304,18 +264,13 @@ def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -
         if name is None and any(f".{weight}".endswith(f".{key}") for weight in weights):
             name = family
     if not isinstance(name, str) or name not in _FAMILIES:
-        raise UserError(
-            f"{source}: a fairseq model of kind {short_repr(name)}, expected one of {list(_FAMILIES)} or a WavLM; "
-            "other architectures cannot be converted"
-        )
+        problem = f"a fairseq model of kind {short_repr(name)}, expected one of {list(_FAMILIES)} or a WavLM"
+        raise UserError(f"{source}: {problem}; other architectures cannot be converted")
     return _FAMILIES[name]
 
 
 def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> list[list[int]]:
     """Read fairseq's conv layers, a Python expression such as ``[(512,10,5)] + [(512,3,2)] * 4``, without running it.
-
-    Returns:
-        ``[channels, kernel, stride]`` of each layer.
 
     Raises:
         UserError: it holds more than lists and tuples of whole numbers, joined by + and repeated by *, or too many
@@ -333,10 +288,8 @@ def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> l
             if not isinstance(layer, list) or len(layer) != 3 or not all(type(n) is int and n > 0 for n in layer):
                 raise ValueError(f"{short_repr(layer)} is not (channels, kernel, stride)")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(
-            f"{source}: conv_feature_layers {short_repr(expression)} cannot be read ({single_line(str(error))}), "
-            "expected lists of (channels, kernel, stride)"
-        ) from error
+        problem = f"conv_feature_layers {short_repr(expression)} cannot be read ({single_line(str(error))})"
+        raise UserError(f"{source}: {problem}, expected lists of (channels, kernel, stride)") from error
     return layers
 
 

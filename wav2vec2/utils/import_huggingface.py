@@ -1,14 +1,12 @@
 """Imports HuBERT, wav2vec 2.0 and WavLM from Hugging Face transformers' format, with or without heads."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from ..config import wavlm_attention
 from ..files.errors import UserError, one_line, short_repr
 from ..files.hub import TRANSFORMERS_NAMES
 from ..files.storage import read_json, read_safetensors
@@ -22,22 +20,20 @@ from .importing import (
     compare_outputs,
     import_weights,
     load_source_state,
-    wavlm_attention,
 )
+from .quiet import quiet
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     name: str
-    config_class: str
     model_class: str
 
 
 # By model_type.
 FAMILIES = {
-    "hubert": Family("HuBERT", "HubertConfig", "HubertModel"),
-    "wav2vec2": Family("wav2vec 2.0", "Wav2Vec2Config", "Wav2Vec2Model"),
-    "wavlm": Family("WavLM", "WavLMConfig", "WavLMModel"),
+    "hubert": Family("HuBERT", "HubertModel"),
+    "wav2vec2": Family("wav2vec 2.0", "Wav2Vec2Model"),
+    "wavlm": Family("WavLM", "WavLMModel"),
 }
 
 EXTRACTOR_MODES = {"group": "group_norm", "layer": "layer_norm"}
@@ -54,24 +50,12 @@ ACCEPTED: dict[str, tuple[Any, str]] = {
 }
 
 # Settings of the backbone. Others (of heads, pre-training, generation, ...) are ignored.
-_BACKBONE_SETTINGS = (
-    "feat_extract_norm",
-    "conv_dim",
-    "conv_kernel",
-    "conv_stride",
-    "conv_bias",
-    "feat_proj_layer_norm",
-    "num_feat_extract_layers",
-    "hidden_size",
-    "num_conv_pos_embeddings",
-    "num_conv_pos_embedding_groups",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "do_stable_layer_norm",
-    "num_buckets",
-    "max_bucket_distance",
-)
+_BACKBONE_NAMES = """
+feat_extract_norm conv_dim conv_kernel conv_stride conv_bias feat_proj_layer_norm num_feat_extract_layers hidden_size
+num_conv_pos_embeddings num_conv_pos_embedding_groups num_hidden_layers num_attention_heads intermediate_size
+do_stable_layer_norm num_buckets max_bucket_distance
+"""
+_BACKBONE_SETTINGS = _BACKBONE_NAMES.split()
 
 _WRITTEN_BY = "a directory that transformers' save_pretrained wrote"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
@@ -88,15 +72,12 @@ def fetch_huggingface_model(model: str) -> Path:
         return directory
     if directory.is_file():
         if (directory.parent / "config.json").is_file():
-            raise UserError(
-                f"--model {model}: a file, where the folder that it lies in is wanted; give --model {directory.parent}"
-            )
+            problem = "a file, where the folder that it lies in is wanted"
+            raise UserError(f"--model {model}: {problem}; give --model {directory.parent}")
         kind = kind_of_path(directory) or kind_of_contents(read_torch_file(directory), model)
         raise UserError(f"--model {model}: {kind or 'a file'}, where a folder with config.json is wanted")
-    if directory.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(
-            f"--model {model}: no such directory; give a directory with config.json, or a hub id (ORG/NAME)"
-        )
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"--model {model}: no such folder; give one with config.json, or a hub id (ORG/NAME)")
     from huggingface_hub import snapshot_download
 
     try:
@@ -126,15 +107,12 @@ def import_huggingface_model(
         UserError: a file is missing or damaged, or the model is of another architecture.
     """
     directory = Path(directory)
-    settings = read_json(directory / "config.json", _WRITTEN_BY)
-    architecture = _read_architecture(settings, directory)
+    architecture = _read_architecture(directory)
     weights = _read_weights(directory)
     adapters = [name for name in weights if "adapter" in name]
     if adapters or (directory / "adapter_config.json").exists():
-        raise UserError(
-            f"{directory}: holds an adapter ({adapters[0] if adapters else 'adapter_config.json'}), expected a model "
-            "without; convert the model that the adapter was added to"
-        )
+        problem = f"an adapter ({adapters[0] if adapters else 'adapter_config.json'})"
+        raise UserError(f"{directory}: holds {problem}; convert the model that it was added to")
     return import_weights(
         architecture, dropouts or Dropouts(), normalize_waveform, weights, TRANSFORMERS_NAMES, str(directory)
     )
@@ -146,7 +124,16 @@ def compare_with_source(imported: ImportedModel, directory: str | Path) -> float
     Raises:
         UserError: transformers cannot load the model, or the difference is too large.
     """
-    source = _load_source_model(Path(directory))
+    import transformers
+
+    directory = Path(directory)
+    config = _source_config(directory / "config.json")
+    try:
+        with quiet():
+            source = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+            load_source_state(source, _read_weights(directory), FIRST_CONV)
+    except Exception as error:  # any failure means that the conversion cannot be checked
+        raise UserError(f"{directory}: transformers cannot load the source model ({one_line(error)})") from error
 
     def run(waveform: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         outputs = source(waveform, output_hidden_states=True)
@@ -155,61 +142,48 @@ def compare_with_source(imported: ImportedModel, directory: str | Path) -> float
     return compare_outputs(imported, run, str(directory))
 
 
-def _source_config(settings: dict[str, Any], source: Path) -> Any:
-    """Build transformers' config of the backbone alone, which fills in the settings that older files lack.
-
-    Raises:
-        UserError: the architecture is another, or a setting of the backbone is impossible.
-    """
+def _source_config(source: Path) -> Any:
+    """Build transformers' config of the backbone alone, which fills in the settings that older files lack."""
+    settings = read_json(source, _WRITTEN_BY)
     model_type = settings.get("model_type")
     if "encoder_embed_dim" in settings:
-        raise UserError(
-            f"{source}: describes a model of this project, which needs no conversion; give its folder as a model, or "
-            "the file that it was exported from"
-        )
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(
-            f"{source}: model_type {short_repr(model_type)}, expected one of {list(FAMILIES)}; "
-            "other architectures cannot be converted"
-        )
+        raise UserError(f"{source}: describes a model of this project, which needs no conversion; give its folder")
+    families = list(FAMILIES)
+    if model_type not in families:
+        problem = f"model_type {short_repr(model_type)}, expected one of {families}"
+        raise UserError(f"{source}: {problem}; other architectures cannot be converted")
     for name, (accepted, meaning) in ACCEPTED.items():
         found = settings.get(name, accepted)
         if found != accepted:
-            raise UserError(
-                f"{source}: {name} is {short_repr(found)}, expected {accepted!r}: {meaning} has no counterpart here, "
-                "so this model cannot be converted"
-            )
+            problem = f"{name} is {short_repr(found)}, expected {accepted!r}"
+            raise UserError(f"{source}: {problem}: {meaning} has no counterpart here and cannot be converted")
     import transformers
 
-    family = FAMILIES[model_type]
+    backbone = {name: settings[name] for name in _BACKBONE_SETTINGS if name in settings}
     try:
-        with _quiet_transformers():
-            return getattr(transformers, family.config_class)(
-                **{name: settings[name] for name in _BACKBONE_SETTINGS if name in settings}
-            )
+        with quiet():
+            return transformers.AutoConfig.for_model(model_type, **backbone)
     except Exception as error:  # its validation raises classes of its own that share no base
-        raise UserError(f"{source}: not a {family.name} config ({one_line(error)}); download it again") from error
+        family = FAMILIES[model_type].name
+        raise UserError(f"{source}: not a {family} config ({one_line(error)}); download it again") from error
 
 
-def _read_architecture(settings: dict[str, Any], directory: Path) -> Architecture:
+def _read_architecture(directory: Path) -> Architecture:
     source = directory / "config.json"
-    config = _source_config(settings, source)
-    if not isinstance(config.feat_extract_norm, str) or config.feat_extract_norm not in EXTRACTOR_MODES:
-        raise UserError(
-            f"{source}: feat_extract_norm {short_repr(config.feat_extract_norm)}, expected one of "
-            f"{list(EXTRACTOR_MODES)}"
-        )
+    config = _source_config(source)
+    norm, modes = config.feat_extract_norm, list(EXTRACTOR_MODES)
+    if norm not in modes:
+        raise UserError(f"{source}: feat_extract_norm {short_repr(norm)}, expected one of {modes}")
     convs = [config.conv_dim, config.conv_kernel, config.conv_stride]
     if not all(isinstance(entries, (list, tuple)) and len(entries) == len(convs[0]) for entries in convs):
-        raise UserError(
-            f"{source}: conv_dim, conv_kernel and conv_stride are not lists, or of different lengths; download it again"
-        )
+        problem = "conv_dim, conv_kernel and conv_stride are not lists, or of different lengths"
+        raise UserError(f"{source}: {problem}; download it again")
     attention: dict[str, Any] = {"encoder_num_heads": config.num_attention_heads}
     if config.model_type == "wavlm":
         sizes = config.num_hidden_layers, config.num_attention_heads, config.num_buckets, config.max_bucket_distance
         attention = wavlm_attention(*sizes)
     our_config = {
-        "extractor_mode": EXTRACTOR_MODES[config.feat_extract_norm],
+        "extractor_mode": EXTRACTOR_MODES[norm],
         "extractor_conv_layer_config": [list(layer) for layer in zip(*convs, strict=True)],
         "extractor_conv_bias": config.conv_bias,
         "encoder_embed_dim": config.hidden_size,
@@ -225,11 +199,7 @@ def _read_architecture(settings: dict[str, Any], directory: Path) -> Architectur
 
 
 def _stated_normalization(directory: Path) -> bool | None:
-    """Return ``do_normalize`` of the feature extractor's settings, which newer files keep inside the processor's.
-
-    Raises:
-        UserError: the settings cannot be read, or state another sample rate.
-    """
+    """Return ``do_normalize`` of the feature extractor's settings, which newer files keep inside the processor's."""
     stated = None
     for path in (directory / "processor_config.json", directory / "preprocessor_config.json"):
         if not path.is_file():
@@ -268,9 +238,8 @@ def _shard_paths(index: Path) -> Iterator[Path]:
     for name in sorted({str(name) for name in weight_map.values()}):
         path = index.parent / name
         if path.parent != index.parent or not path.is_file():
-            raise UserError(
-                f"{index}: names the shard {short_repr(name)}, which is not beside it; download the whole model"
-            )
+            problem = f"names the shard {short_repr(name)}, which is not beside it"
+            raise UserError(f"{index}: {problem}; download the whole model")
         yield path
 
 
@@ -281,34 +250,3 @@ def _read_weight_file(path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise UserError(f"{path}: expected a dict of tensors by name, found {type(weights).__name__}")
     return weights
-
-
-def _load_source_model(directory: Path) -> torch.nn.Module:
-    import transformers
-
-    path = directory / "config.json"
-    config = _source_config(read_json(path, _WRITTEN_BY), path)
-    try:
-        with _quiet_transformers():
-            config._attn_implementation = "eager"
-            model = getattr(transformers, FAMILIES[config.model_type].model_class)(config)
-            load_source_state(model, _read_weights(directory), FIRST_CONV)
-    except Exception as error:  # any failure means that the conversion cannot be checked
-        raise UserError(f"{directory}: transformers cannot load the source model ({one_line(error)})") from error
-    return model.eval()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' load reports (of heads that are left out) and progress bars."""
-    from transformers.utils import logging
-
-    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if progress_bar:
-            logging.enable_progress_bar()

@@ -47,30 +47,21 @@ class _Traits(NamedTuple):
         return f"{family} of {self.embed_dim} dimensions, {self.extractor_mode} extractor {bias} bias"
 
 
-class _Published(NamedTuple):
-    """A published network; ``options`` override the factory's config."""
+_LV60K = "wav2vec 2.0 Large LV-60k / XLSR-53 / XLS-R 300M / MMS"
+_BIAS = {"extractor_conv_bias": True}
+_XLSR_2B = _BIAS | {"encoder_embed_dim": 1920, "encoder_ff_interm_features": 7680}
 
-    name: str
-    factory: Callable[..., Wav2Vec2Model]
-    options: dict[str, Any]
-
-
-_NETWORKS = {
-    _Traits(False, 768, "group_norm", False): _Published("HuBERT Base / wav2vec 2.0 Base", hubert_base, {}),
-    _Traits(False, 1024, "group_norm", False): _Published("wav2vec 2.0 Large", wav2vec2_large, {}),
-    _Traits(False, 1024, "layer_norm", True): _Published(
-        "wav2vec 2.0 Large LV-60k / XLSR-53 / XLS-R 300M / MMS", wav2vec2_large_lv60k, {}
-    ),
-    _Traits(False, 1024, "layer_norm", False): _Published("HuBERT Large", hubert_large, {}),
-    _Traits(False, 1280, "layer_norm", False): _Published("HuBERT XLarge", hubert_xlarge, {}),
-    _Traits(False, 1280, "layer_norm", True): _Published("XLS-R 1B", hubert_xlarge, {"extractor_conv_bias": True}),
-    _Traits(False, 1920, "layer_norm", True): _Published(
-        "XLS-R 2B",
-        hubert_xlarge,
-        {"extractor_conv_bias": True, "encoder_embed_dim": 1920, "encoder_ff_interm_features": 7680},
-    ),
-    _Traits(True, 768, "group_norm", False): _Published("WavLM Base / Base+", wavlm_base, {}),
-    _Traits(True, 1024, "layer_norm", False): _Published("WavLM Large", wavlm_large, {}),
+# Name, factory, and what overrides its config.
+_NETWORKS: dict[_Traits, tuple[str, Callable[..., Wav2Vec2Model], dict[str, Any]]] = {
+    _Traits(False, 768, "group_norm", False): ("HuBERT Base / wav2vec 2.0 Base", hubert_base, {}),
+    _Traits(False, 1024, "group_norm", False): ("wav2vec 2.0 Large", wav2vec2_large, {}),
+    _Traits(False, 1024, "layer_norm", True): (_LV60K, wav2vec2_large_lv60k, {}),
+    _Traits(False, 1024, "layer_norm", False): ("HuBERT Large", hubert_large, {}),
+    _Traits(False, 1280, "layer_norm", False): ("HuBERT XLarge", hubert_xlarge, {}),
+    _Traits(False, 1280, "layer_norm", True): ("XLS-R 1B", hubert_xlarge, _BIAS),
+    _Traits(False, 1920, "layer_norm", True): ("XLS-R 2B", hubert_xlarge, _XLSR_2B),
+    _Traits(True, 768, "group_norm", False): ("WavLM Base / Base+", wavlm_base, {}),
+    _Traits(True, 1024, "layer_norm", False): ("WavLM Large", wavlm_large, {}),
 }
 
 
@@ -93,7 +84,6 @@ def import_torchaudio(
             half precision. An output layer of any size (``aux``) is kept.
         normalize_waveform: the model expects normalised waveforms. By default as in torchaudio's bundle of the
             network, which normalises outside of the model: true for those with a layer_norm extractor.
-        source: named in errors.
 
     Returns:
         The arguments of ``wav2vec2_model``, with the dropouts of the published pre-training, and its state dict.
@@ -108,9 +98,8 @@ def import_torchaudio(
     if _ENCODER_NORM not in weights:
         raise UserError(f"{source}: the weights of more than one model, expected those of one")
     name, config = recognize(weights, source)
-    if normalize_waveform is None:
-        normalize_waveform = normalizes_waveform(config["extractor_mode"])
-    config["normalize_waveform"] = normalize_waveform
+    by_mode = normalizes_waveform(config["extractor_mode"])
+    config["normalize_waveform"] = by_mode if normalize_waveform is None else normalize_waveform
     expected = expected_state(config, source)
     scale = torch.ones(expected[DUMMY_WEIGHT].shape, dtype=weights[FIRST_CONV].dtype)
     weights = {DUMMY_WEIGHT: scale, **weights}
@@ -121,18 +110,39 @@ def import_torchaudio(
 def recognize(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, Any]]:
     """Return the name of the published network with the traits of these weights, under our names, and its config.
 
-    The other weights are not checked.
-
-    Raises:
-        UserError: there is none; it says what was found.
+    The config has their number of layers and their size of the output layer; the other weights are not checked.
     """
-    traits = _traits(weights, source)
+    norm = weights[_ENCODER_NORM]
+    if norm.ndim != 1:
+        raise UserError(f"{source}: {_ENCODER_NORM} has shape {list(norm.shape)}, expected one dimension")
+    traits = _Traits(
+        is_wavlm=any(".gru_rel_pos_" in name for name in weights),
+        embed_dim=len(norm),
+        extractor_mode="layer_norm" if "feature_extractor.conv_layers.1.layer_norm.weight" in weights else "group_norm",
+        conv_bias="feature_extractor.conv_layers.0.conv.bias" in weights,
+    )
     if traits not in _NETWORKS:
         raise UserError(
             f"{source}: {traits}: none of the published networks: {'; '.join(map(str, _NETWORKS))}; a model of another "
             "size needs its config, in a model file (.pth)"
         )
-    return _NETWORKS[traits].name, _config(_NETWORKS[traits], weights, source)
+    network, factory, options = _NETWORKS[traits]
+    with torch.device("meta"):
+        config = factory(**options).config
+    num_layers, most = (
+        len({match[1] for name in weights if (match := _LAYER.match(name))}),
+        config["encoder_num_layers"],
+    )
+    if not 0 < num_layers <= most:
+        raise UserError(f"{source}: found {num_layers} layers, expected the {most} of {network}, or the first of them")
+    per_layer = [key for key in config if isinstance(config[key], list) and key != "extractor_conv_layer_config"]
+    config |= {key: config[key][:num_layers] for key in per_layer} | {"encoder_num_layers": num_layers}
+    if "aux.weight" in weights:
+        shape = list(weights["aux.weight"].shape)
+        if len(shape) != 2 or not shape[0]:
+            raise UserError(f"{source}: aux.weight has shape {shape}, expected (outputs, dimensions)")
+        config["aux_num_out"] = shape[0]
+    return network, config
 
 
 def our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,35 +161,3 @@ def our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for projection, part in zip(_IN_PROJECTIONS, parts, strict=False):
                 weights[f"{packed[1]}.{projection}.{packed[3]}"] = part
     return weights
-
-
-def _traits(weights: Mapping[str, Tensor], source: str) -> _Traits:
-    norm = weights[_ENCODER_NORM]
-    if norm.ndim != 1:
-        raise UserError(f"{source}: {_ENCODER_NORM} has shape {list(norm.shape)}, expected one dimension")
-    return _Traits(
-        is_wavlm=any(".gru_rel_pos_" in name for name in weights),
-        embed_dim=len(norm),
-        extractor_mode="layer_norm" if "feature_extractor.conv_layers.1.layer_norm.weight" in weights else "group_norm",
-        conv_bias="feature_extractor.conv_layers.0.conv.bias" in weights,
-    )
-
-
-def _config(network: _Published, weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """Return the config of ``network`` with the number of layers and the size of the output layer of ``weights``."""
-    with torch.device("meta"):
-        config = network.factory(**network.options).config
-    layers = {match[1] for name in weights if (match := _LAYER.match(name))}
-    if not 0 < len(layers) <= config["encoder_num_layers"]:
-        raise UserError(
-            f"{source}: found {len(layers)} layers, expected the {config['encoder_num_layers']} of {network.name}, or "
-            "the first of them"
-        )
-    per_layer = [key for key in config if isinstance(config[key], list) and key != "extractor_conv_layer_config"]
-    config |= {key: config[key][: len(layers)] for key in per_layer} | {"encoder_num_layers": len(layers)}
-    if "aux.weight" in weights:
-        shape = list(weights["aux.weight"].shape)
-        if len(shape) != 2 or not shape[0]:
-            raise UserError(f"{source}: aux.weight has shape {shape}, expected (outputs, dimensions)")
-        config["aux_num_out"] = shape[0]
-    return config

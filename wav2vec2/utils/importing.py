@@ -4,14 +4,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..audio import SAMPLE_RATE
 from ..components import published_name, published_state
-from ..config import MAX_LAYERS
 from ..files import checkpoint
 from ..files.errors import UserError, listed, short_repr
 from ..model import Wav2Vec2Model, normalize_waveforms
@@ -47,31 +46,12 @@ _LEFT_OUT = {
 _LEFT_OUT_AROUND = {"feature_extractor": "speaker verification head (x-vector), beside the backbone's own extractor"}
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """The settings that an importer reads from its source.
+class Architecture(NamedTuple):
+    """The settings that an importer reads from its source."""
 
-    Attributes:
-        family: "HuBERT", "wav2vec 2.0" or "WavLM", for messages.
-        config: arguments of ``wav2vec2_model``, which checks them; without dropouts and normalisation.
-        stated_normalization: what the source says of waveform normalisation, if anything.
-    """
-
-    family: str
-    config: dict[str, Any]
-    stated_normalization: bool | None
-
-
-def wavlm_attention(num_layers: Any, num_heads: Any, num_buckets: Any, max_distance: Any) -> dict[str, Any]:
-    """Return the config's keys for WavLM's attention."""
-    # The config refuses impossible numbers; no list may be made of them before.
-    is_possible = all(type(number) is int and 0 < number <= MAX_LAYERS for number in (num_layers, num_heads))
-    return {
-        "encoder_total_num_heads": num_heads,
-        "encoder_remaining_heads": [list(range(num_heads))] * num_layers if is_possible else [],
-        "encoder_num_buckets": num_buckets,
-        "encoder_max_distance": max_distance,
-    }
+    family: str  # "HuBERT", "wav2vec 2.0" or "WavLM", for messages
+    config: dict[str, Any]  # arguments of wav2vec2_model, which checks them; without dropouts and normalisation
+    stated_normalization: bool | None  # what the source says of waveform normalisation, if anything
 
 
 def normalizes_waveform(extractor_mode: str) -> bool:
@@ -84,22 +64,16 @@ def normalizes_waveform(extractor_mode: str) -> bool:
 
 
 def check_sample_rate(found: Any, place: str) -> None:
-    """Check the sample rate that a source states, if it states one; ``place`` is named in errors.
-
-    Raises:
-        UserError: it is not 16 kHz.
-    """
+    """Refuse a stated sample rate other than 16 kHz; ``place`` is named in errors."""
     if found is not None and found != SAMPLE_RATE:
         raise UserError(f"{place} is {short_repr(found)}, expected {SAMPLE_RATE}; convert a 16 kHz model")
 
 
 def backbone_of(weights: Mapping[str, Tensor], anchor: str) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-    """Find a backbone among a source's tensors, whatever lies beside it or around it.
+    """Find a backbone among a source's tensors, whatever heads and pre-training targets lie beside it or around it.
 
-    Args:
-        weights: a source's tensors, which may include heads and pre-training targets, under names that may have
-            wrappers' prefixes (``module.``, ``model.``, ``hubert.``, ``w2v_encoder.w2v_model.``, ...).
-        anchor: a name that every backbone in this format has; what precedes it is the wrapper's prefix.
+    ``anchor`` is a name that every backbone in this format has. What precedes it is the prefix of wrappers
+    (``module.``, ``model.``, ``hubert.``, ``w2v_encoder.w2v_model.``, ...).
 
     Returns:
         The wrapper's prefix; the other tensors by their full names, unknown ones included, with weight normalisation
@@ -108,14 +82,9 @@ def backbone_of(weights: Mapping[str, Tensor], anchor: str) -> tuple[str, dict[s
     prefix = min(
         (name.removesuffix(anchor) for name in weights if f".{name}".endswith(f".{anchor}")), key=len, default=""
     )
-    kept, left_out = {}, {}
-    for name, tensor in weights.items():
-        known = _left_out(name, prefix)
-        if known is None:
-            kept[name] = tensor
-        else:
-            left_out[known[0]] = known[1]
-    return prefix, published_state(kept), left_out
+    known = {name: entry for name in weights if (entry := _left_out(name, prefix))}
+    kept = {name: tensor for name, tensor in weights.items() if name not in known}
+    return prefix, published_state(kept), dict(known.values())
 
 
 def _left_out(name: str, prefix: str) -> tuple[str, str] | None:
@@ -158,12 +127,9 @@ def import_weights(
     """Build the model and fill it. Every parameter must be found, and every tensor used or known to be left out.
 
     Args:
-        architecture: read from the source's config.
-        dropouts: written into the config.
         normalize_waveform: the model expects normalised waveforms; None follows :func:`normalizes_waveform`.
         weights: the source's tensors under the source's names.
         names: (our prefix, source prefix) pairs of which the first match counts; ``{}`` stands for a layer index.
-        source: the file or directory, named in errors.
 
     Raises:
         UserError: a tensor is missing, left over, of another shape, not a plain float tensor or not finite.
@@ -204,11 +170,8 @@ def compare_outputs(
 ) -> float:
     """Run the source's model and the converted one on one seeded second of sound and compare them.
 
-    Args:
-        imported: the converted model.
-        run_source: (1, T) -> the output of every layer, each (1, frames, D), and the final one. Its waveform is
-            normalised here if the model wants that, because programs normalise with different epsilons.
-        source: the file or directory, named in errors.
+    ``run_source`` turns (1, T) into the output of every layer, each (1, frames, D), and the final one. Its waveform is
+    normalised here if the model wants that, because programs normalise with different epsilons.
 
     Returns:
         The largest absolute difference of the final output, or of any layer's output relative to that layer's
@@ -221,18 +184,12 @@ def compare_outputs(
     generator = torch.Generator().manual_seed(0)
     waveform = 0.1 * torch.randn(1, SAMPLE_RATE, generator=generator) + 0.02  # an offset shows a lost normalisation
     with torch.inference_mode():
-        source_layers, source_final = run_source(
-            normalize_waveforms(waveform) if imported.config["normalize_waveform"] else waveform
-        )
+        is_normalized = imported.model.normalize_waveform
+        source_layers, source_final = run_source(normalize_waveforms(waveform) if is_normalized else waveform)
         layers = imported.model.extract_features(waveform)[0][1:]
-        final = imported.model(waveform)[0]
-    if len(layers) != len(source_layers):
-        raise UserError(f"{source}: {len(source_layers)} layers in the source model, {len(layers)} in the converted")
-    differences = [(final - source_final).abs().max()]
-    differences += [
-        (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)
-        for ours, theirs in zip(layers, source_layers, strict=True)
-    ]
+        differences = [(imported.model(waveform)[0] - source_final).abs().max()]
+    for ours, theirs in zip(layers, source_layers, strict=True):
+        differences.append((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1))
     largest = torch.stack(differences).max().item()
     if not largest <= _LARGEST_DIFFERENCE:  # also true for NaN
         raise UserError(
@@ -266,11 +223,7 @@ def source_name(name: str, names: Iterable[tuple[str, str]]) -> str:
 
 
 def write_model(imported: ImportedModel, out: Path) -> None:
-    """Write ``{"state_dict", "config"}`` whole or not at all, and print what was converted.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write ``{"state_dict", "config"}`` whole or not at all, and print what was converted."""
     config = imported.config
     num_heads = config.get("encoder_num_heads") or config["encoder_total_num_heads"]
     num_params = sum(parameter.numel() for parameter in imported.model.parameters())
@@ -284,8 +237,5 @@ def write_model(imported: ImportedModel, out: Path) -> None:
         f"extractor: {config['extractor_mode']}, bias {config['extractor_conv_bias']}, [channels, kernel, stride] "
         f"{config['extractor_conv_layer_config']}; waveform normalised: {config['normalize_waveform']}"
     )
-    for remark in imported.remarks:
-        print(remark)
-    for name, reason in imported.dropped.items():
-        print(f"left out: {name} ({reason})")
-    print(f"{num_params:,} parameters, written to {out}")
+    left_out = [f"left out: {name} ({reason})" for name, reason in imported.dropped.items()]
+    print(*imported.remarks, *left_out, f"{num_params:,} parameters, written to {out}", sep="\n")

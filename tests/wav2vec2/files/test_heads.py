@@ -134,9 +134,9 @@ def test_pruned_head_gives_the_same():
         ({"layers": "last"}, "1 left over .layer_scores"),
         ({"pooling": "attentive"}, "2 missing .attention.weight"),
         ({"state_dict": {}}, "3 missing"),
-        ({"state_dict": None}, "expected its settings and a state_dict"),
-        ({"state_dict": {3: torch.zeros(1)}}, "found 3; the file is damaged"),
-        ({"dropout": 0.1}, "found 'dropout'"),
+        ({"state_dict": None}, "expected kind, labels, units, layers, pooling and a state_dict of names"),
+        ({"state_dict": {3: torch.zeros(1)}}, "state_dict of names, found .*; the file is damaged"),
+        ({"dropout": 0.1}, "found .*'dropout'"),
         ({"kind": "text", "units": "words", "layers": "last", "pooling": None}, "aux_num_out: expected 4"),
     ],
 )
@@ -162,7 +162,7 @@ def test_head_that_is_missing_or_lacks_a_setting():
     contents = task_contents(TASK_HEADS[2])
     lacking = copy.deepcopy(contents)
     del lacking["head"]["layers"], contents["head"]
-    with pytest.raises(UserError, match="found no layers"):
+    with pytest.raises(UserError, match="head: expected kind, labels, units, layers, pooling and"):
         task_model_of(lacking, "model.pth")
     with pytest.raises(UserError, match="without a task head"):
         task_model_of(contents, "model.pth")
@@ -195,8 +195,8 @@ def test_folder_of_the_hub_keeps_the_head(tmp_path, head):
     ("change", "reason"),
     [
         ({"head": None}, "weights do not fit the model: 0 missing, 3 left over .head.layer_scores"),
-        ({"head": "clips"}, "head: expected its settings and a state_dict, found 'clips'"),
-        ({"head": {}}, "head: expected kind, labels, units, layers, pooling and state_dict, found no kind"),
+        ({"head": "clips"}, "head: expected kind, labels, .* and a state_dict of names, found 'clips'"),
+        ({"head": {}}, "head: expected kind, labels, .* and a state_dict of names, found ..state_dict"),
     ],
 )
 def test_damaged_folder_is_refused(tmp_path, change, reason):

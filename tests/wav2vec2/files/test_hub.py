@@ -146,7 +146,10 @@ NORM = "encoder.transformer.layer_norm.weight"
         (edit_weights(lambda weights: weights.update(extra=torch.ones(2))), r"1 left over \(extra\)"),
         (edit_weights(lambda weights: weights.update({NORM: torch.ones(17)})), r"has shape \[17\], expected \[16\]"),
         (edit_weights(lambda weights: weights[NORM].fill_(torch.nan)), "holds NaN"),
-        (edit_weights(lambda weights: weights.update({NORM: torch.ones(16).long()})), "is torch.int64, expected"),
+        (
+            edit_weights(lambda weights: weights.update({NORM: torch.ones(16).long()})),
+            "is torch.int64, torch.strided, cpu, expected",
+        ),
     ],
 )
 def test_refused_folders(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_fine_tuned(w2v_args: str | None, tmp_path: Path) -> None:
         (WAV2VEC2_LARGE, {"pos_conv_depth": 5}, "pos_conv_depth 5"),
         (WAV2VEC2_LARGE, {"quantize_input": True}, "quantize_input True"),
         (WAV2VEC2_LARGE, {"conv_bias": False}, "left over .*conv_layers.0.0.bias"),
-        (WAVLM, {"gru_rel_pos": False}, "gated relative positions"),
+        (WAVLM, {"gru_rel_pos": False}, "WavLM with gru_rel_pos False, expected True"),
         (WAVLM, {"expand_attention_head_size": 32}, "expand_attention_head_size 32"),
         (WAVLM, {"normalize": "yes"}, "normalize is 'yes'"),
     ],

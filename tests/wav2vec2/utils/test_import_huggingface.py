@@ -468,7 +468,7 @@ def test_refused_directories(tmp_path: Path) -> None:
     edit_json(directory / "preprocessor_config.json", sampling_rate=8000)
     with pytest.raises(UserError, match="sampling_rate is 8000"):
         import_huggingface_model(directory)
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match="no such folder"):
         fetch_huggingface_model(str(tmp_path / "nowhere"))
 
 
