@@ -20,6 +20,7 @@ from wav2vec2.files.checkpoint import read_model_file
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import head_of, joined_state
 from wav2vec2.files.hub import CONFIG, CTC_PREFIX, OWN_ENTRY, OWN_PREFIX, OWN_TYPE, TRANSFORMERS_NAMES, WEIGHTS
+from wav2vec2.files.storage import atomic_path
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.task_model import CLIPS, SEGMENTS, TEXT, Head
 from wav2vec2.utils.import_huggingface import (
@@ -135,9 +136,9 @@ def export_huggingface(contents: Mapping[str, Any], folder: Path, model_type: st
         if head.units == "words":
             words = {"impl": f"{_PIPELINE}.WordsPipeline", "pt": ["AutoModelForCTC"]}
             settings["custom_pipelines"]["automatic-speech-recognition"] = words
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {theirs: weights[name].detach().cpu().contiguous() for name, theirs in names.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with atomic_path(folder / WEIGHTS) as temporary:  # safetensors itself makes files that others cannot read
+        save_file(tensors, temporary, metadata={"format": "pt"})
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, source in code_files(_MODELING if model_type == OWN_TYPE else _PIPELINE).items():

@@ -63,7 +63,7 @@ def check_flags(args: argparse.Namespace) -> list[str]:
             problem = "nothing is measured on it; give --int8 or --chunk_seconds, too"
         if problem:
             raise UserError(f"--{name}: {problem}")
-    for folder in (args.out / name for name in formats):
+    for folder in [args.out / name for name in formats]:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
                 f"{folder}: exists, expected a new folder or an empty one; give another --out, or remove it"
