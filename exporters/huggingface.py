@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,16 +22,11 @@ from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import head_of, joined_state
 from wav2vec2.files.hub import CONFIG, CTC_PREFIX, OWN_ENTRY, OWN_PREFIX, OWN_TYPE, TRANSFORMERS_NAMES, WEIGHTS
 from wav2vec2.files.storage import atomic_path
-from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.model import Wav2Vec2Model, normalize_waveforms
 from wav2vec2.task_model import CLIPS, SEGMENTS, TEXT, Head
-from wav2vec2.utils.import_huggingface import (
-    ACCEPTED,
-    EXTRACTOR_MODES,
-    FAMILIES,
-    compare_with_source,
-    import_huggingface_model,
-)
+from wav2vec2.utils.import_huggingface import ACCEPTED, EXTRACTOR_MODES, FAMILIES
 from wav2vec2.utils.importing import DUMMY_WEIGHT, source_name
+from wav2vec2.utils.quiet import quiet
 
 from . import modeling_dphubert
 from .bundle import code_files
@@ -63,28 +59,30 @@ def write_huggingface(
     for name, tensor in weights.items():
         if tensor.dtype != written[name].dtype or not torch.equal(tensor, written[name]):
             raise UserError(f"{folder.name}: {name} is not what was written; try again, or check the disk")
-    size = (folder / WEIGHTS).stat().st_size
-    measured = [f"{WEIGHTS}: {size:,} bytes; the weights of the model file, bit for bit, in its precision"]
-    if model_type == OWN_TYPE:
-        loaded = getattr(modeling_dphubert, own_class).from_pretrained(folder, dtype=torch.float32)
-
-        def run(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-            mask = torch.arange(waveforms.size(1)) < lengths[:, None]
-            return loaded(waveforms, attention_mask=mask)[0], loaded._get_feat_extract_output_lengths(lengths)
-
-        difference = compare(model, run, noise(model, CHECKED_BATCHES))
-        difference.check(folder.name)
-        measured.append(
-            f"largest difference from the model on noise, with and without padding: {difference.largest:.1e} (at most "
-            f"{LARGEST_DIFFERENCE:.0e} is accepted), relative to the largest value where that is above 1"
+    is_own = model_type == OWN_TYPE
+    transformers.utils.logging.disable_progress_bar()
+    with quiet():
+        loaded = getattr(modeling_dphubert if is_own else transformers, own_class).from_pretrained(
+            folder, dtype=torch.float32
         )
-    else:
-        imported = import_huggingface_model(folder, normalize_waveform=model.config["normalize_waveform"])
-        largest = compare_with_source(imported, folder)
-        measured.append(
-            f"largest difference of transformers' hidden states from ours on a second of noise: {largest:.1e}"
-        )
-    return {"measured": measured, "model_class": auto_class, "own_code": model_type == OWN_TYPE}
+
+    def run(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        if model.config["normalize_waveform"] and not is_own:
+            waveforms = normalize_waveforms(waveforms, lengths)
+        mask = torch.arange(waveforms.size(1)) < lengths[:, None] if is_own else None
+        return loaded(waveforms, attention_mask=mask)[0], loaded._get_feat_extract_output_lengths(lengths)
+
+    # Not all of transformers' models take padding as ours do.
+    difference = compare(model, run, noise(model, CHECKED_BATCHES if is_own else CHECKED_BATCHES[:1]))
+    difference.check(folder.name)
+    measured = [
+        f"{WEIGHTS}: {(folder / WEIGHTS).stat().st_size:,} bytes; the weights of the model file, bit for bit, in its "
+        "precision",
+        f"largest difference from the model on noise, {'with and without' if is_own else 'without'} padding: "
+        f"{difference.largest:.1e} (at most {LARGEST_DIFFERENCE:.0e} is accepted), relative to the largest value where "
+        "that is above 1",
+    ]
+    return {"measured": measured, "model_class": auto_class, "own_code": is_own}
 
 
 def _weights(contents: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -127,15 +125,12 @@ def export_huggingface(contents: Mapping[str, Any], folder: Path, model_type: st
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
     if len(dtypes) == 1:
         settings["dtype"] = dtypes.pop()
-    settings["custom_pipelines"] = {
-        "feature-extraction": {"impl": f"{_PIPELINE}.SpeechFeaturesPipeline", "pt": ["AutoModel"]}
-    }
-    files = {CONFIG: settings, "preprocessor_config.json": _preprocessor_settings(config, model_type, head)}
-    if head is not None and head.kind == TEXT:
-        files |= _tokenizer_files(head)
-        if head.units == "words":
-            words = {"impl": f"{_PIPELINE}.WordsPipeline", "pt": ["AutoModelForCTC"]}
-            settings["custom_pipelines"]["automatic-speech-recognition"] = words
+    pipelines = {"feature-extraction": {"impl": f"{_PIPELINE}.SpeechFeaturesPipeline", "pt": ["AutoModel"]}}
+    if head is not None and head.units == "words":
+        words = {"impl": f"{_PIPELINE}.WordsPipeline", "pt": ["AutoModelForCTC"]}
+        pipelines["automatic-speech-recognition"] = words
+    settings["custom_pipelines"] = pipelines
+    files = {CONFIG: settings, **_processor_files(config, model_type, head)}
     tensors = {theirs: weights[name].detach().cpu().contiguous() for name, theirs in names.items()}
     with atomic_path(folder / WEIGHTS) as temporary:  # safetensors itself makes files that others cannot read
         save_file(tensors, temporary, metadata={"format": "pt"})
@@ -262,30 +257,27 @@ def _own_settings(ours: Mapping[str, Any], head: Head | None) -> dict[str, Any]:
     return settings
 
 
-def _tokenizer_files(head: Head) -> dict[str, dict[str, Any]]:
-    """vocab.json, and tokenizer_config.json for a tokenizer that has no other tokens than the blank and the labels."""
-    tokens = [_BLANK, *(_SPACE if label == " " else label for label in head.labels)]
-    settings = {
-        "tokenizer_class": "Wav2Vec2CTCTokenizer",
-        "pad_token": _BLANK,
-        "word_delimiter_token": _SPACE,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token")),
-    }
-    return {
-        "vocab.json": {token: number for number, token in enumerate(tokens)},
-        "tokenizer_config.json": settings,
-    }
-
-
-def _preprocessor_settings(config: ModelConfig, model_type: str, head: Head | None) -> dict[str, Any]:
-    """preprocessor_config.json; of transformers' own models, only those with layer_norm extractors see masks."""
-    settings = {
+def _processor_files(config: ModelConfig, model_type: str, head: Head | None) -> dict[str, dict[str, Any]]:
+    """Settings of the feature extractor and, for text, of a tokenizer with no other tokens than blank and labels."""
+    extractor = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "do_normalize": config.normalize_waveform,
         "feature_size": 1,
         "padding_side": "right",
         "padding_value": 0.0,
+        # Of transformers' own models, only those with layer_norm extractors see masks.
         "return_attention_mask": model_type == OWN_TYPE or config.extractor_mode == "layer_norm",
         "sampling_rate": SAMPLE_RATE,
     }
-    return settings | ({"processor_class": "Wav2Vec2Processor"} if head is not None and head.kind == TEXT else {})
+    files = {"preprocessor_config.json": extractor}
+    if head is not None and head.kind == TEXT:
+        extractor["processor_class"] = "Wav2Vec2Processor"
+        tokens = [_BLANK, *(_SPACE if label == " " else label for label in head.labels)]
+        files["vocab.json"] = {token: number for number, token in enumerate(tokens)}
+        files["tokenizer_config.json"] = {
+            "tokenizer_class": "Wav2Vec2CTCTokenizer",
+            "pad_token": _BLANK,
+            "word_delimiter_token": _SPACE,
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token")),
+        }
+    return files

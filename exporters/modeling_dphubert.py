@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.utils import can_return_tuple
 
 from wav2vec2.components import WavLMSelfAttention
 from wav2vec2.config import HubertConfig, ModelConfig, WavLMConfig, check_config
@@ -41,9 +42,7 @@ class DPHuBERTConfig(PretrainedConfig):
         use_weighted_layer_sum: classifiers read a learnt weighted sum of all hidden states, else the last.
         classifier_pooling: pooling of whole clips over frames: "mean" or "attentive".
         head: the fields of :class:`~wav2vec2.task_model.Head`; the model's class keeps it true.
-        pad_token_id: CTC's blank.
-        ctc_loss_reduction, ctc_zero_infinity: as in ``torch.nn.functional.ctc_loss``.
-        kwargs: the arguments of ``wav2vec2_model``, and those of transformers' base class.
+        pad_token_id, ctc_loss_reduction, ctc_zero_infinity: of CTC; the first is its blank.
     """
 
     model_type = "dphubert"
@@ -196,22 +195,18 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
         states = network.encoder.extract_features(features, padded_frames)
         return states, network.encoder.transformer.finished(states[-1]), frames
 
-    def _wants(self, name: str, value: bool | None) -> bool:
-        """Return an option of forward, whose default is in the config."""
-        return bool(getattr(self.config, name) if value is None else value)
-
 
 class DPHuBERTModel(DPHuBERTPreTrainedModel):
     """The encoder alone."""
 
+    @can_return_tuple
     def forward(
         self,
         input_values: Tensor,
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BaseModelOutput | tuple:
+    ) -> BaseModelOutput:
         """Compute hidden states of waveforms.
 
         Args:
@@ -219,16 +214,14 @@ class DPHuBERTModel(DPHuBERTPreTrainedModel):
             attention_mask: (B, T), 1 for samples and 0 for padding behind them; None if nothing is padded.
             output_hidden_states: return all of them. Layer drop does not act then.
             output_attentions: not supported.
-            return_dict: False for a tuple.
 
         Returns:
             ``last_hidden_state`` (B, frames, D), and ``hidden_states``: the projected extractor output, then the
             output of every layer.
         """
-        all_states = self._wants("output_hidden_states", output_hidden_states)
-        states, output, _ = self._encode(input_values, attention_mask, output_attentions, all_states)
-        result = BaseModelOutput(last_hidden_state=output, hidden_states=tuple(states) if all_states else None)
-        return result if self._wants("return_dict", return_dict) else result.to_tuple()
+        all_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states, output, _ = self._encode(input_values, attention_mask, output_attentions, bool(all_states))
+        return BaseModelOutput(last_hidden_state=output, hidden_states=tuple(states) if all_states else None)
 
 
 class _ModelWithHead(DPHuBERTPreTrainedModel):
@@ -249,19 +242,18 @@ class _ModelWithHead(DPHuBERTPreTrainedModel):
         layers = "weighted" if config.use_weighted_layer_sum else "last"
         return Head(self.kind, labels, layers=layers, pooling=config.classifier_pooling if self.kind == CLIPS else None)
 
+    @can_return_tuple
     def forward(
         self,
         input_values: Tensor,
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         labels: Tensor | None = None,
     ) -> Any:
         """Compute logits of waveforms; arguments as of :class:`DPHuBERTModel`, and the labels of :meth:`_loss`."""
-        all_states = self._wants("output_hidden_states", output_hidden_states)
-        is_weighted = self.network.head_settings.layers == "weighted"
-        needs_states = all_states or is_weighted
+        all_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        needs_states = all_states or self.network.head_settings.layers == "weighted"
         states, output, frames = self._encode(input_values, attention_mask, output_attentions, needs_states)
         logits = self.network.logits(states, output, frames)
         loss = None
@@ -269,8 +261,7 @@ class _ModelWithHead(DPHuBERTPreTrainedModel):
             if frames is None:
                 frames = torch.full((len(logits),), output.size(1), device=logits.device)
             loss = self._loss(logits, labels, frames)
-        result = self.output_class(loss=loss, logits=logits, hidden_states=tuple(states) if all_states else None)
-        return result if self._wants("return_dict", return_dict) else result.to_tuple()
+        return self.output_class(loss=loss, logits=logits, hidden_states=tuple(states) if all_states else None)
 
     def _loss(self, logits: Tensor, labels: Tensor, frames: Tensor) -> Tensor:
         """Cross entropy of classes, (B,) or one for each frame (B, frames); -100 is left out."""

@@ -27,7 +27,6 @@ from .int8 import LARGEST_ONNX_FILE, quantize
 from .options import DEFAULT_OPSET, check_onnx
 
 ONNX, ONNX_INT8 = "model.onnx", "model.int8.onnx"
-_TRACED_BATCH = (11, 7)
 # So many windows of the speech are enough to measure ranges on.
 _CALIBRATION_WINDOWS = 200
 
@@ -45,22 +44,13 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """Options of the onnx format.
+    """Options of the onnx format."""
 
-    Attributes:
-        outputs: one of :data:`~.options.OUTPUTS`.
-        opset: version of the operators, in all files.
-        int8: write model.int8.onnx as well: matrix products of 8 bits and, with ``speech``, the positional convolution
-            and those of an extractor with LayerNorm.
-        chunk: write files by chunks.
-        speech: waveforms (T,), to measure ranges of the convolutions' inputs, and differences, on.
-    """
-
-    outputs: str = "last"
-    opset: int = DEFAULT_OPSET
-    int8: bool = False
-    chunk: Chunk | None = None
-    speech: Sequence[Tensor] = ()
+    outputs: str = "last"  # one of OUTPUTS
+    opset: int = DEFAULT_OPSET  # in all files
+    int8: bool = False  # write model.int8.onnx as well, see int8.py
+    chunk: Chunk | None = None  # write files by chunks
+    speech: Sequence[Tensor] = ()  # waveforms (T,), to measure ranges of convolutions' inputs, and differences, on
 
     def output_of(self, model: Wav2Vec2Model) -> str:
         """Name the first output."""
@@ -72,10 +62,7 @@ class OnnxOptions:
 class Outputs(nn.Module):
     """The function of a file: see :data:`~.comparison.Run`; by chunks (1, samples of the window) -> the chunk's frames.
 
-    Args:
-        model: in eval mode.
-        outputs: "last" for what ``forward`` gives, which may be logits; "all" for what ``extract_features`` gives.
-        chunk: of a file by chunks.
+    ``outputs`` is "last" for what ``forward`` gives, which may be logits, or "all" for what ``extract_features`` gives.
     """
 
     def __init__(self, model: Wav2Vec2Model, outputs: str, chunk: Chunk | None = None) -> None:
@@ -102,12 +89,11 @@ def write_onnx(model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> list
 
     Args:
         model: in eval mode, on the CPU.
-        options: see :class:`OnnxOptions`.
+        options: of the files.
         folder: made if it is not there.
 
     Raises:
-        UserError: see :func:`~.options.check_onnx`; or model.onnx differs from the model by more than
-            :data:`~.comparison.LARGEST_DIFFERENCE`.
+        UserError: see :func:`~.options.check_onnx`; or model.onnx differs from the model by too much.
     """
     check_onnx(options.opset)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,16 +109,13 @@ def write_onnx(model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> list
 
 def onnx_facts(model: Wav2Vec2Model, options: OnnxOptions, files: Sequence[OnnxFile]) -> dict[str, Any]:
     """Return what the card says about the files."""
-    extractor = model.feature_extractor
     return {
         "measured": [line for file in files for line in file.measured],
         "output": options.output_of(model),
-        "min_samples": extractor.num_samples(1),
-        "opset": options.opset,
         "operators": sorted(set().union(*(file.operators for file in files))),
+        "opset": options.opset,
         "chunk": options.chunk,
-        "hop": extractor.stride,
-        "window_samples": options.chunk and extractor.num_samples(options.chunk.window),
+        "extractor": model.feature_extractor,
     }
 
 
@@ -143,7 +126,7 @@ def traced(model: Wav2Vec2Model, options: OnnxOptions) -> torch.export.ExportedP
     function = Outputs(model, options.outputs, options.chunk).eval()
     inputs: tuple[Tensor, ...]
     if options.chunk is None:
-        (inputs,), dynamic = noise(model, [_TRACED_BATCH]), torch.export.Dim.DYNAMIC
+        (inputs,), dynamic = noise(model, [(11, 7)]), torch.export.Dim.DYNAMIC
         shapes = {"waveforms": {0: dynamic, 1: dynamic}, "lengths": {0: dynamic}}
     else:
         inputs, shapes = (torch.randn(1, model.feature_extractor.num_samples(options.chunk.window)),), None

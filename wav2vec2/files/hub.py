@@ -43,8 +43,7 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
     Our config has the settings of a task head under ``head``.
 
     Returns:
-        ``{"state_dict": ..., "config": ...}`` and perhaps ``head``, as a model file has them. Whether the weights fit
-        the config is left to :func:`checkpoint.checked_model`.
+        The contents of a model file, not yet checked.
 
     Raises:
         UserError: the folder is of another kind, or a file is missing or damaged.
