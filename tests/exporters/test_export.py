@@ -287,7 +287,11 @@ def test_card(tmp_path: Path) -> None:
     model = random_model(small_config("wavlm", "base", **PRUNED["wavlm"]))
     made_by = {"script": "save_final_ckpt.py", "target_sparsity": None}
     words = {"model_class": "AutoModel", "own_code": True}
-    card = ModelCard(card_text(model, "huggingface", read_card(path), made_by=made_by, **words))
+    score = {"task_type": "audio-classification", "dataset_type": "digits", "dataset_name": "digits"}
+    score |= {"metric_type": "accuracy", "metric_name": "accuracy (%)", "metric_value": 91.5}
+    text = card_text(model, "huggingface", read_card(path), [score], made_by=made_by, measured=["same"], **words)
+    card = ModelCard(text)
+    assert [(entry.metric_name, entry.metric_value) for entry in card.data.eval_results] == [("accuracy (%)", 91.5)]
     assert card.data.license == "cc-by-4.0"
     assert card.data.base_model == "microsoft/wavlm-base-plus"
     assert card.data.datasets == ["librispeech_asr", "tones"]
@@ -296,6 +300,7 @@ def test_card(tmp_path: Path) -> None:
     assert card.data.tags == ["speech", "audio", "self-supervised", "dphubert", "wavlm", "small"]
     for text in (
         "# Small | WavLM",
+        "- same\n- digits: accuracy (%) 91.5\n",
         f"| parameters | {sum(parameter.numel() for parameter in model.parameters()):,} |",
         "- licence of the weights: cc-by-4.0\n",
         "- made from: microsoft/wavlm-base-plus\n",
