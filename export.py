@@ -20,6 +20,9 @@ where card.yaml holds what the card cannot know, under the keys of the hub's mod
 
 import argparse
 import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,36 +68,50 @@ def main(args: argparse.Namespace) -> None:
     # Imports from here on take seconds, which a wrong flag need not wait for.
     from evaluation.backends import read_speech
     from evaluation.cost import UTTERANCE_SECONDS, macs_per_second
-    from exporters.card import Card
+    from exporters.card import card_text
     from exporters.chunks import chosen_chunk
-    from exporters.folders import Job, write_folders
-    from exporters.onnx import OnnxOptions
+    from exporters.huggingface import write_huggingface
+    from exporters.onnx import OnnxOptions, onnx_facts, write_onnx
     from wav2vec2.files.checkpoint import read_model_file
-    from wav2vec2.files.heads import head_of, model_with_its_head, without_head
+    from wav2vec2.files.heads import model_with_its_head, without_head
     from wav2vec2.model import masked_units
 
     contents = read_model_file(args.model)
+    made_by = contents.get("made_by")
+    facts: dict[str, Any] = {
+        "made_by": made_by if isinstance(made_by, dict) else {},
+        "source": described_file(args.model),
+    }
     if args.drop_head:
-        contents = {**contents, **without_head(contents)}
-        contents.pop("head", None)
+        contents = without_head(contents)
     if units := masked_units(contents["state_dict"]):
         raise UserError(f"{args.model}: has masks on {', '.join(units)}; prune.py makes the model file to export")
     model = model_with_its_head(contents, args.model).eval()
-    made_by = contents.get("made_by")
-    card = Card(
-        contents["config"],
-        name=args.out.resolve().name,
-        metadata=metadata,
-        macs_per_second=macs_per_second(contents["config"])["total"],
-        macs_seconds=UTTERANCE_SECONDS,
-        evaluation=measured_metrics(args, model.config) if args.evaluation else (),
-        made_by=made_by if isinstance(made_by, dict) else {},
-        source=described_file(args.model),
-        head=head_of(contents, args.model),
-    )
+    facts |= {"macs_per_second": macs_per_second(model.config)["total"], "macs_seconds": UTTERANCE_SECONDS}
+    evaluation = measured_metrics(args, model.config) if args.evaluation else ()
     speech = read_speech(args.tsv) if args.tsv else []
     onnx = OnnxOptions(args.outputs, args.opset, args.int8, chosen_chunk(model, args), speech)
-    write_folders(Job(contents, model, card, onnx, args.model_type), formats, args.out)
+    metadata = {"model_name": args.out.resolve().name, **metadata}
+    for name in formats:
+        with new_folder(args.out / name) as folder:
+            if name == "huggingface":
+                found = write_huggingface(contents, model, folder, args.model_type)
+            else:
+                found = onnx_facts(model, onnx, write_onnx(model, onnx, folder))
+            text = card_text(model, name, metadata, evaluation, **facts, **found)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+        print(args.out / name, *found["measured"], sep="\n  ")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder that becomes ``path``, which may exist if it is empty, once the block has succeeded."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        folder = Path(temporary) / path.name
+        folder.mkdir()
+        yield folder
+        folder.replace(path)
 
 
 def measured_metrics(args: argparse.Namespace, config: dict[str, Any]) -> list[dict[str, Any]]:

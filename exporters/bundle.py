@@ -1,16 +1,9 @@
-"""Copies the code of a model into its folder, so that transformers loads it where this project is not installed."""
+"""Collects the code of a model for its folder, so that transformers loads it where this project is not installed."""
 
 import inspect
 import re
-import sys
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import torch
-
-CONFIGURATION, MODELING, PIPELINE = "configuration_dphubert", "modeling_dphubert", "pipeline_dphubert"
 
 _OWN_IMPORT = re.compile(r"^( *)from (\.+|(?=(?:hardconcrete|wav2vec2)\b))((?:\w+\.)*)(\w+) import", re.MULTILINE)
 _HEADER = """# {name} of DPHuBERT, copied by its export.py: only imports differ.
@@ -41,16 +34,3 @@ def code_files(name: str) -> dict[str, str]:
 
     add(import_module(f".{name}", __package__))
     return sources
-
-
-def load_with_its_code(folder: Path, class_name: str) -> Any:
-    """Load the model of a folder, in single precision, by transformers and the code in the folder."""
-    package = ModuleType("_exported_model")
-    package.__path__ = [str(folder)]
-    sys.modules[package.__name__] = package
-    try:
-        module = import_module(f"{package.__name__}.{MODELING}")
-        return getattr(module, class_name).from_pretrained(folder, dtype=torch.float32)
-    finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] == package.__name__]:
-            del sys.modules[name]

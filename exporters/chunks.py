@@ -12,25 +12,20 @@ from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.task_model import CLIPS, TaskModel
 
-from .traced import Outputs, Run
+from .comparison import Run
 
 
 class Chunk(NamedTuple):
-    """A chunk and its context, counted in frames.
+    """A chunk and its context, counted in frames."""
 
-    Attributes:
-        frames: length of the chunk, whose frames come out.
-        left, right: context before and behind it.
-    """
-
-    frames: int
-    left: int
-    right: int
+    frames: int  # length of the chunk, whose frames come out
+    left: int  # context before it
+    right: int  # context behind it
 
     @property
     def window(self) -> int:
         """All frames that are computed for a chunk."""
-        return self.left + self.frames + self.right
+        return sum(self)
 
 
 def chosen_chunk(model: Wav2Vec2Model, args: argparse.Namespace) -> Chunk | None:
@@ -51,42 +46,28 @@ def chosen_chunk(model: Wav2Vec2Model, args: argparse.Namespace) -> Chunk | None
     return chunk
 
 
-class ChunkOutputs(nn.Module):
-    """The function of a file by chunks: (1, samples of the window) -> the chunk's frames."""
-
-    def __init__(self, model: Wav2Vec2Model, outputs: str, chunk: Chunk) -> None:
-        super().__init__()
-        self.whole = Outputs(model, outputs)
-        self.chunk = chunk
-
-    def forward(self, waveforms: Tensor) -> Tensor:
-        found, _ = self.whole(waveforms)
-        return found[..., self.chunk.left : self.chunk.left + self.chunk.frames, :]
-
-
-def chunk_windows(waveform: Tensor, model: Wav2Vec2Model, chunk: Chunk) -> list[Tensor]:
-    """Cut a waveform (T,) into one window (1, samples) for each chunk, with zeros before it and behind its end."""
+def chunk_windows(waveform: Tensor, model: Wav2Vec2Model, chunk: Chunk) -> Tensor:
+    """Cut a waveform (T,) into windows (chunks, 1, samples), with zeros before it and behind its end."""
     extractor = model.feature_extractor
     num_chunks = -(-extractor.num_frames(len(waveform)) // chunk.frames)
-    if num_chunks == 0:
-        return []
-    size, hop = extractor.num_samples(chunk.window), chunk.frames * extractor.stride
-    left = chunk.left * extractor.stride
+    size, hop, left = (
+        extractor.num_samples(chunk.window),
+        chunk.frames * extractor.stride,
+        chunk.left * extractor.stride,
+    )
     right = max(0, (num_chunks - 1) * hop + size - left - len(waveform))
-    padded = nn.functional.pad(waveform, (left, right))
-    return [padded[None, number * hop : number * hop + size] for number in range(num_chunks)]
+    return nn.functional.pad(waveform, (left, right)).unfold(0, size, hop)[:num_chunks, None]
 
 
 def by_chunks(run: Callable[[Tensor], Tensor], model: Wav2Vec2Model, chunk: Chunk) -> Run:
-    """Apply ``run``, which takes a window as :class:`ChunkOutputs` does, to whole waveforms."""
+    """Apply ``run``, (1, samples of a window) -> the frames of its chunk, to whole waveforms."""
 
     def whole(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        counts = [model.feature_extractor.num_frames(length) for length in lengths.tolist()]
-        rows = []
-        for waveform, length, count in zip(waveforms, lengths.tolist(), counts, strict=True):
+        frames, rows = model.feature_extractor.num_frames(lengths), []
+        for waveform, length, count in zip(waveforms, lengths.tolist(), frames.tolist(), strict=True):
             windows = chunk_windows(waveform[:length], model, chunk)
             row = torch.cat([run(window) for window in windows], -2)[..., :count, :]
-            rows.append(nn.functional.pad(row, (0, 0, 0, max(counts) - count)))
-        return torch.cat(rows, -3), torch.tensor(counts)
+            rows.append(nn.functional.pad(row, (0, 0, 0, int(frames.max()) - count)))
+        return torch.cat(rows, -3), frames
 
     return whole

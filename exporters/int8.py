@@ -2,9 +2,9 @@
 
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ _LARGEST_FLOAT16 = 65504
 
 
 def quantize(
-    source: Path, destination: Path, layer_norm_extractor: bool, speech: Iterable[dict[str, np.ndarray]]
+    source: Path, destination: Path, layer_norm_extractor: bool, speech: Sequence[dict[str, np.ndarray]]
 ) -> None:
     """Quantise an ONNX file.
 
@@ -26,7 +26,8 @@ def quantize(
 
     Args:
         source, destination: files.
-        layer_norm_extractor: the model's extractor has a LayerNorm in each layer.
+        layer_norm_extractor: the model's extractor has a LayerNorm in each layer. In one without, frames are as loud
+            as the sound that they come from, and 8 bits on one scale are too few for quiet ones.
         speech: inputs of the file; without any, convolutions stay as they are.
     """
     import onnx
@@ -36,7 +37,9 @@ def quantize(
     shapes = {weight.name: weight.dims for weight in graph.initializer}
     # The quantiser fails on empty matrices, of blocks without any width.
     empty = [node.name for node in graph.node if any(0 in shapes.get(name, ()) for name in node.input)]
-    suitable = [node for node in graph.node if node.op_type == "Conv" and _suits_8_bits(node, layer_norm_extractor)]
+    # The extractor's first convolution, whose input is the waveform, never suits 8 bits, and takes the least time.
+    kept = "feature_extractor.conv_layers.0." if layer_norm_extractor else "feature_extractor."
+    suitable = [node.name for node in graph.node if node.op_type == "Conv" and kept not in node.input[1]]
     both = {
         "per_channel": True,
         "weight_type": QuantType.QInt8,
@@ -52,42 +55,19 @@ def quantize(
             extra_options={"MatMulConstBOnly": True},
             **both,
         )
-        feeds = list(speech)
-        if feeds and suitable:
-            quantized = Path(folder) / "all.onnx"
+        if speech and suitable:
+            quantized, feeds = Path(folder) / "all.onnx", iter(speech)
             quantize_static(
                 products,
                 quantized,
-                _Feeds(feeds),
+                SimpleNamespace(get_next=lambda: next(feeds, None)),
                 quant_format=QuantFormat.QDQ,
-                nodes_to_quantize=[node.name for node in suitable],
+                nodes_to_quantize=suitable,
                 reduce_range=True,
                 activation_type=QuantType.QUInt8,
                 **both,
             )
         _to_float16(quantized, destination)
-
-
-class _Feeds:
-    """The speech, as the quantiser asks for it."""
-
-    def __init__(self, feeds: Iterable[dict[str, np.ndarray]]) -> None:
-        self._feeds = iter(feeds)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._feeds, None)
-
-
-def _suits_8_bits(convolution: Any, layer_norm_extractor: bool) -> bool:
-    """Tell by the name of its weight if a convolution works with inputs of 8 bits, all frames on one scale.
-
-    The first, whose input is the waveform, does not, and takes the least time. In an extractor without LayerNorms
-    frames are as loud as the sound that they come from, and too few bits are left for quiet ones.
-    """
-    weight = convolution.input[1]
-    if "feature_extractor" not in weight:
-        return True
-    return layer_norm_extractor and "conv_layers.0." not in weight
 
 
 def _to_float16(source: Path, destination: Path) -> None:
@@ -96,21 +76,17 @@ def _to_float16(source: Path, destination: Path) -> None:
     from onnx import TensorProto, helper, numpy_helper
 
     model = onnx.load(source)
-    casts, weights = [], []
-    for weight in model.graph.initializer:
+    graph, nodes = model.graph, []
+    for weight in graph.initializer:
         # Scales of channels, of one dimension, may be smaller than what float16 resolves.
         is_matrix = weight.data_type == TensorProto.FLOAT and len(weight.dims) > 1
-        is_large = is_matrix and math.prod(weight.dims) >= _LEAST_ELEMENTS
-        values = numpy_helper.to_array(weight)
-        if is_large and abs(values).max() <= _LARGEST_FLOAT16:
-            weights.append(numpy_helper.from_array(values.astype("float16"), f"{weight.name}.float16"))
-            casts.append(helper.make_node("Cast", [weights[-1].name], [weight.name], to=TensorProto.FLOAT))
-        else:
-            weights.append(weight)
-    nodes = [*casts, *model.graph.node]
-    for entries, new in ((model.graph.initializer, weights), (model.graph.node, nodes)):
-        kept = list(new)
-        del entries[:]
-        entries.extend(kept)
+        if is_matrix and math.prod(weight.dims) >= _LEAST_ELEMENTS:
+            name, values = weight.name, numpy_helper.to_array(weight)
+            if abs(values).max() <= _LARGEST_FLOAT16:
+                weight.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}.float16"))
+                nodes.append(helper.make_node("Cast", [weight.name], [name], to=TensorProto.FLOAT))
+    nodes.extend(graph.node)
+    del graph.node[:]
+    graph.node.extend(nodes)
     beside = model.ByteSize() > LARGEST_ONNX_FILE
     onnx.save(model, destination, save_as_external_data=beside, location=f"{destination.name}.data")

@@ -1,41 +1,114 @@
-"""The models of this package in transformers; a folder of export.py holds this file and all that it imports.
+"""The models of this package in transformers, and their configuration; a folder of export.py holds this file.
 
 They are called as transformers' own speech models are, and hold the network of this package.
 """
 
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutput,
     CausalLMOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.utils import can_return_tuple
 
 from wav2vec2.components import WavLMSelfAttention
-from wav2vec2.config import ModelConfig, check_config
+from wav2vec2.config import HubertConfig, ModelConfig, WavLMConfig, check_config
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.task_model import CLIPS, SEGMENTS, TEXT, Head, TaskHead, TaskModel
-
-from .configuration_dphubert import DPHuBERTConfig
 
 if TYPE_CHECKING:  # never: save_pretrained copies what a file imports, and the configuration names this one
     from .pipeline_dphubert import SpeechFeaturesPipeline  # noqa: F401
 
 # Weights of heads: a head of another kind or size starts afresh.
 _HEADS = ("network.aux.", "network.head.")
+_NETWORK_KEYS = {field.name for family in (HubertConfig, WavLMConfig) for field in fields(family)}
+
+
+class DPHuBERTConfig(PretrainedConfig):
+    """The arguments of ``wav2vec2_model``, each an attribute, and the settings of heads.
+
+    Arguments that transformers' speech models have under another name go by that name too: ``hidden_size``,
+    ``layerdrop``, ... ``vocab_size`` is ``aux_num_out``, the outputs of CTC.
+
+    Args:
+        use_weighted_layer_sum: classifiers read a learnt weighted sum of all hidden states, else the last.
+        classifier_pooling: pooling of whole clips over frames: "mean" or "attentive".
+        head: the fields of :class:`~wav2vec2.task_model.Head`; the model's class keeps it true.
+        pad_token_id, ctc_loss_reduction, ctc_zero_infinity: of CTC; the first is its blank.
+    """
+
+    model_type = "dphubert"
+    has_no_defaults_at_init = True
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "encoder_embed_dim",
+        "num_hidden_layers": "encoder_num_layers",
+        "vocab_size": "aux_num_out",
+        "num_conv_pos_embeddings": "encoder_pos_conv_kernel",
+        "num_conv_pos_embedding_groups": "encoder_pos_conv_groups",
+        "do_stable_layer_norm": "encoder_layer_norm_first",
+        "feat_proj_dropout": "encoder_projection_dropout",
+        "attention_dropout": "encoder_attention_dropout",
+        "activation_dropout": "encoder_ff_interm_dropout",
+        "hidden_dropout": "encoder_dropout",
+        "layerdrop": "encoder_layer_drop",
+        "conv_bias": "extractor_conv_bias",
+    }
+
+    def __init__(
+        self,
+        use_weighted_layer_sum: bool = False,
+        classifier_pooling: str = "mean",
+        head: dict[str, Any] | None = None,
+        pad_token_id: int = 0,
+        ctc_loss_reduction: str = "mean",
+        ctc_zero_infinity: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.use_weighted_layer_sum, self.classifier_pooling, self.head = (
+            use_weighted_layer_sum,
+            classifier_pooling,
+            head,
+        )
+        self.ctc_loss_reduction, self.ctc_zero_infinity = ctc_loss_reduction, ctc_zero_infinity
+        super().__init__(**kwargs)
+        self.pad_token_id = pad_token_id
+
+    def network(self, num_outputs: int | None) -> ModelConfig:
+        """The checked arguments of ``wav2vec2_model``, with so many outputs of CTC from here on."""
+        self.vocab_size = num_outputs
+        return check_config({key: value for key, value in self.__dict__.items() if key in _NETWORK_KEYS})
+
+    @property
+    def conv_dim(self) -> list[int]:
+        """Output channels of each conv layer."""
+        return [channels for channels, _, _ in self.extractor_conv_layer_config]
+
+    @property
+    def conv_kernel(self) -> list[int]:
+        """Kernel size of each conv layer."""
+        return [kernel for _, kernel, _ in self.extractor_conv_layer_config]
+
+    @property
+    def conv_stride(self) -> list[int]:
+        """Stride of each conv layer."""
+        return [stride for _, _, stride in self.extractor_conv_layer_config]
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Number of samples from one frame to the next."""
+        return math.prod(self.conv_stride)
 
 
 class DPHuBERTPreTrainedModel(PreTrainedModel):
-    """The base of all models: it holds the network, loads it, and passes waveforms through it.
-
-    Attributes:
-        network: the model of this package, with its head.
-    """
+    """The base of all models: it holds the network of this package, loads it, and passes waveforms through it."""
 
     config_class = DPHuBERTConfig
     base_model_prefix = "network"
@@ -56,7 +129,7 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
 
     def _make_network(self, config: DPHuBERTConfig) -> Wav2Vec2Model:
         config.head = None
-        return Wav2Vec2Model(_network_config(config, None))
+        return Wav2Vec2Model(config.network(None))
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -108,11 +181,7 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
         return self.network.feature_extractor.num_frames(input_lengths)
 
     def _encode(
-        self,
-        input_values: Tensor,
-        attention_mask: Tensor | None,
-        output_attentions: bool | None,
-        all_states: bool,
+        self, input_values: Tensor, attention_mask: Tensor | None, output_attentions: bool | None, all_states: bool
     ) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """Return all hidden states if they are wanted (else none), the encoder's output, and (B,) valid frames."""
         if output_attentions or (output_attentions is None and self.config.output_attentions):
@@ -126,27 +195,18 @@ class DPHuBERTPreTrainedModel(PreTrainedModel):
         states = network.encoder.extract_features(features, padded_frames)
         return states, network.encoder.transformer.finished(states[-1]), frames
 
-    def _wants(self, name: str, value: bool | None) -> bool:
-        """Return an option of forward, whose default is in the config."""
-        return bool(getattr(self.config, name) if value is None else value)
-
-
-def _network_config(config: DPHuBERTConfig, num_outputs: int | None) -> ModelConfig:
-    config.vocab_size = num_outputs
-    return check_config(config.network())
-
 
 class DPHuBERTModel(DPHuBERTPreTrainedModel):
     """The encoder alone."""
 
+    @can_return_tuple
     def forward(
         self,
         input_values: Tensor,
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BaseModelOutput | tuple:
+    ) -> BaseModelOutput:
         """Compute hidden states of waveforms.
 
         Args:
@@ -154,55 +214,54 @@ class DPHuBERTModel(DPHuBERTPreTrainedModel):
             attention_mask: (B, T), 1 for samples and 0 for padding behind them; None if nothing is padded.
             output_hidden_states: return all of them. Layer drop does not act then.
             output_attentions: not supported.
-            return_dict: False for a tuple.
 
         Returns:
             ``last_hidden_state`` (B, frames, D), and ``hidden_states``: the projected extractor output, then the
             output of every layer.
         """
-        all_states = self._wants("output_hidden_states", output_hidden_states)
-        states, output, _ = self._encode(input_values, attention_mask, output_attentions, all_states)
-        result = BaseModelOutput(last_hidden_state=output, hidden_states=tuple(states) if all_states else None)
-        return result if self._wants("return_dict", return_dict) else result.to_tuple()
+        all_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states, output, _ = self._encode(input_values, attention_mask, output_attentions, bool(all_states))
+        return BaseModelOutput(last_hidden_state=output, hidden_states=tuple(states) if all_states else None)
 
 
 class _ModelWithHead(DPHuBERTPreTrainedModel):
     """A model whose forward gives logits, and the loss of labels."""
 
+    kind = CLIPS
     output_class: type = SequenceClassifierOutput
     network: TaskModel
 
     def _make_network(self, config: DPHuBERTConfig) -> TaskModel:
         head = self._make_head(config)
         config.head = head.to_dict()  # as wav2vec2.load reads it from a folder that save_pretrained wrote
-        return TaskModel(_network_config(config, head.num_outputs if head.kind == TEXT else None), head)
+        return TaskModel(config.network(head.num_outputs if head.kind == TEXT else None), head)
 
     def _make_head(self, config: DPHuBERTConfig) -> Head:
-        raise NotImplementedError
+        """Make the head of a classifier."""
+        labels = tuple(label for _, label in sorted((config.id2label or {}).items()))
+        layers = "weighted" if config.use_weighted_layer_sum else "last"
+        return Head(self.kind, labels, layers=layers, pooling=config.classifier_pooling if self.kind == CLIPS else None)
 
+    @can_return_tuple
     def forward(
         self,
         input_values: Tensor,
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         labels: Tensor | None = None,
     ) -> Any:
         """Compute logits of waveforms; arguments as of :class:`DPHuBERTModel`, and the labels of :meth:`_loss`."""
-        all_states = self._wants("output_hidden_states", output_hidden_states)
-        is_weighted = self.network.head_settings.layers == "weighted"
-        states, output, frames = self._encode(
-            input_values, attention_mask, output_attentions, all_states or is_weighted
-        )
+        all_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        needs_states = all_states or self.network.head_settings.layers == "weighted"
+        states, output, frames = self._encode(input_values, attention_mask, output_attentions, needs_states)
         logits = self.network.logits(states, output, frames)
         loss = None
         if labels is not None:
             if frames is None:
                 frames = torch.full((len(logits),), output.size(1), device=logits.device)
             loss = self._loss(logits, labels, frames)
-        result = self.output_class(loss=loss, logits=logits, hidden_states=tuple(states) if all_states else None)
-        return result if self._wants("return_dict", return_dict) else result.to_tuple()
+        return self.output_class(loss=loss, logits=logits, hidden_states=tuple(states) if all_states else None)
 
     def _loss(self, logits: Tensor, labels: Tensor, frames: Tensor) -> Tensor:
         """Cross entropy of classes, (B,) or one for each frame (B, frames); -100 is left out."""
@@ -212,17 +271,12 @@ class _ModelWithHead(DPHuBERTPreTrainedModel):
 class DPHuBERTForAudioClassification(_ModelWithHead):
     """One label for each waveform: logits (B, classes)."""
 
-    def _make_head(self, config: DPHuBERTConfig) -> Head:
-        return Head(CLIPS, config.class_names, layers=config.head_layers, pooling=config.classifier_pooling)
-
 
 class DPHuBERTForAudioFrameClassification(_ModelWithHead):
     """A label for each frame: logits (B, frames, classes)."""
 
+    kind = SEGMENTS
     output_class = TokenClassifierOutput
-
-    def _make_head(self, config: DPHuBERTConfig) -> Head:
-        return Head(SEGMENTS, config.class_names, layers=config.head_layers)
 
 
 class DPHuBERTForCTC(_ModelWithHead):

@@ -4,39 +4,27 @@ Standard operators only: ONNX Runtime's builds for phones and browsers may have 
 shapes, which such builds want, and keeps nothing from call to call.
 """
 
+import copy
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.errors import UserError, listed
 from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.task_model import TaskModel
 from wav2vec2.utils.quiet import quiet
 
-from .chunks import Chunk, ChunkOutputs, by_chunks, chunk_windows
+from .chunks import Chunk, by_chunks, chunk_windows
+from .comparison import CHECKED_BATCHES, LARGEST_DIFFERENCE, Run, compare, noise
 from .int8 import LARGEST_ONNX_FILE, quantize
 from .options import DEFAULT_OPSET, check_onnx
-from .traced import (
-    CHECKED_BATCHES,
-    Difference,
-    Outputs,
-    Program,
-    Run,
-    check_difference,
-    compare,
-    head_metadata,
-    noise,
-    output_name,
-    trace,
-    traced,
-)
 
 ONNX, ONNX_INT8 = "model.onnx", "model.int8.onnx"
 # So many windows of the speech are enough to measure ranges on.
@@ -45,45 +33,51 @@ _CALIBRATION_WINDOWS = 200
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A file that was written.
-
-    Attributes:
-        path: path of the file.
-        num_bytes: with the files of weights beside it.
-        difference: from the model, on noise; of a quantised file on speech, if there is some.
-        compared_on: the noise or speech, in words.
-        operators: the operators in it, all of the domain ai.onnx.
-        from_whole: how far a file by chunks is from the model on whole utterances of the speech.
-        run: runs the file.
-    """
+    """A file that was written."""
 
     path: Path
-    num_bytes: int
-    difference: Difference
-    compared_on: str
-    operators: list[str]
-    from_whole: Difference | None
+    num_bytes: int  # with the files of weights beside it
+    operators: set[str]  # all of the domain ai.onnx
+    measured: list[str]  # lines about its size and how far it is from the model
     run: Run
 
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """Options of the onnx format.
+    """Options of the onnx format."""
 
-    Attributes:
-        outputs: one of :data:`~.options.OUTPUTS`.
-        opset: version of the operators, in all files.
-        int8: write model.int8.onnx as well: matrix products of 8 bits and, with ``speech``, the positional convolution
-            and those of an extractor with LayerNorm.
-        chunk: write files by chunks.
-        speech: waveforms (T,), to measure ranges of the convolutions' inputs, and differences, on.
+    outputs: str = "last"  # one of OUTPUTS
+    opset: int = DEFAULT_OPSET  # in all files
+    int8: bool = False  # write model.int8.onnx as well, see int8.py
+    chunk: Chunk | None = None  # write files by chunks
+    speech: Sequence[Tensor] = ()  # waveforms (T,), to measure ranges of convolutions' inputs, and differences, on
+
+    def output_of(self, model: Wav2Vec2Model) -> str:
+        """Name the first output."""
+        if self.outputs == "all":
+            return "hidden_states"
+        return "logits" if isinstance(model, TaskModel) else "last_hidden_state"
+
+
+class Outputs(nn.Module):
+    """The function of a file: see :data:`~.comparison.Run`; by chunks (1, samples of the window) -> the chunk's frames.
+
+    ``outputs`` is "last" for what ``forward`` gives, which may be logits, or "all" for what ``extract_features`` gives.
     """
 
-    outputs: str = "last"
-    opset: int = DEFAULT_OPSET
-    int8: bool = False
-    chunk: Chunk | None = None
-    speech: Sequence[Tensor] = ()
+    def __init__(self, model: Wav2Vec2Model, outputs: str, chunk: Chunk | None = None) -> None:
+        super().__init__()
+        self.model, self.outputs, self.chunk = model, outputs, chunk
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> Any:
+        if self.outputs == "last":
+            found, frames = self.model(waveforms, lengths)
+        else:
+            states, frames = self.model.extract_features(waveforms, lengths)
+            found = torch.stack(states)
+        if self.chunk is None:
+            return found, frames
+        return found[..., self.chunk.left : self.chunk.left + self.chunk.frames, :]
 
 
 def write_onnx(model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> list[OnnxFile]:
@@ -95,45 +89,59 @@ def write_onnx(model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> list
 
     Args:
         model: in eval mode, on the CPU.
-        options: see :class:`OnnxOptions`.
+        options: of the files.
         folder: made if it is not there.
 
     Raises:
-        UserError: see :func:`~.options.check_onnx`; or model.onnx differs from the model by more than
-            :data:`~.traced.LARGEST_DIFFERENCE`. Nothing is written then.
+        UserError: see :func:`~.options.check_onnx`; or model.onnx differs from the model by too much.
     """
     check_onnx(options.opset)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as name, quiet():
-        path = Path(name) / ONNX
-        _convert(model, options, path)
-        paths = [path]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / ONNX]
+    with quiet():
+        _convert(model, options, paths[0])
         if options.int8:
-            paths.append(path.with_name(ONNX_INT8))
+            paths.append(folder / ONNX_INT8)
             has_norms = model.feature_extractor.conv_layers[-1].layer_norm is not None
-            quantize(path, paths[-1], has_norms, _feeds(model, options))
-        files = [_measured(path, model, options, folder) for path in paths]
-        folder.mkdir(exist_ok=True)
-        for part in Path(name).iterdir():
-            part.replace(folder / part.name)
-    return files
+            quantize(paths[0], paths[1], has_norms, _feeds(model, options))
+        return [_measured(path, model, options) for path in paths]
 
 
-def _program(model: Wav2Vec2Model, options: OnnxOptions) -> Program:
+def onnx_facts(model: Wav2Vec2Model, options: OnnxOptions, files: Sequence[OnnxFile]) -> dict[str, Any]:
+    """Return what the card says about the files."""
+    return {
+        "measured": [line for file in files for line in file.measured],
+        "output": options.output_of(model),
+        "operators": sorted(set().union(*(file.operators for file in files))),
+        "opset": options.opset,
+        "chunk": options.chunk,
+        "extractor": model.feature_extractor,
+    }
+
+
+def traced(model: Wav2Vec2Model, options: OnnxOptions) -> torch.export.ExportedProgram:
+    """Trace a model without masks for any batch and any length of at least two frames, or for windows of a chunk."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    model.fold_weight_norm()  # one weight instead of weight norm's two factors
+    function = Outputs(model, options.outputs, options.chunk).eval()
+    inputs: tuple[Tensor, ...]
     if options.chunk is None:
-        return trace(model, options.outputs)
-    shape = 1, model.feature_extractor.num_samples(options.chunk.window)
-    return traced(ChunkOutputs(model, options.outputs, options.chunk), (torch.randn(shape),))
+        (inputs,), dynamic = noise(model, [(11, 7)]), torch.export.Dim.DYNAMIC
+        shapes = {"waveforms": {0: dynamic, 1: dynamic}, "lengths": {0: dynamic}}
+    else:
+        inputs, shapes = (torch.randn(1, model.feature_extractor.num_samples(options.chunk.window)),), None
+    with torch.no_grad(), quiet():
+        return torch.export.export(function, inputs, dynamic_shapes=shapes, strict=False)
 
 
 def _convert(model: Wav2Vec2Model, options: OnnxOptions, path: Path) -> None:
     """Write a model as ONNX in float32."""
     from onnx.helper import find_min_ir_version_for, make_opsetid
 
-    output, opset = output_name(model, options.outputs), options.opset
+    output, opset = options.output_of(model), options.opset
     # Any: its type says that it may be None, which the exporter with dynamo never returns.
     converted: Any = torch.onnx.export(
-        _program(model, options),
+        traced(model, options),
         dynamo=True,
         input_names=["waveforms"] if options.chunk else ["waveforms", "lengths"],
         output_names=[output] if options.chunk else [output, "frames"],
@@ -145,7 +153,9 @@ def _convert(model: Wav2Vec2Model, options: OnnxOptions, path: Path) -> None:
     if found != opset:
         raise UserError(f"opset {opset}: PyTorch's exporter cannot write it (it gave {found}); take {DEFAULT_OPSET}")
     converted.model.ir_version = find_min_ir_version_for([make_opsetid("", opset)])  # for older programs, too
-    properties = {"sample_rate": str(SAMPLE_RATE), "config": json.dumps(model.config), **head_metadata(model)}
+    properties = {"sample_rate": str(SAMPLE_RATE), "config": json.dumps(model.config)}
+    if isinstance(model, TaskModel):
+        properties["head"] = json.dumps(model.head_settings.to_dict())
     if options.chunk:
         properties["chunk"] = json.dumps(options.chunk._asdict())
     else:
@@ -155,50 +165,53 @@ def _convert(model: Wav2Vec2Model, options: OnnxOptions, path: Path) -> None:
             graph.outputs[0].shape[-2] = "frames"  # else a formula
         properties["min_samples"] = str(model.feature_extractor.receptive_field)
     for node in graph.all_nodes():
-        node.metadata_props.clear()  # where each was traced: more than the graph itself
+        node.metadata_props.clear()  # where each was traced: more than the graph itself, and paths of this machine
     converted.model.metadata_props.update(properties)
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     converted.save(path, external_data=num_bytes > LARGEST_ONNX_FILE)
 
 
-def _feeds(model: Wav2Vec2Model, options: OnnxOptions) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the speech as inputs of the file."""
+def _feeds(model: Wav2Vec2Model, options: OnnxOptions) -> list[dict[str, np.ndarray]]:
+    """Return the speech as inputs of the file."""
     if options.chunk is None:
-        for waveform in options.speech:
-            yield {"waveforms": waveform[None].numpy(), "lengths": np.array([len(waveform)])}
-        return
+        return [{"waveforms": x[None].numpy(), "lengths": np.array([len(x)])} for x in options.speech]
     windows = [window for waveform in options.speech for window in chunk_windows(waveform, model, options.chunk)]
-    for window in windows[:: max(1, len(windows) // _CALIBRATION_WINDOWS)]:
-        yield {"waveforms": window.numpy()}
+    return [{"waveforms": window.numpy()} for window in windows[:: max(1, len(windows) // _CALIBRATION_WINDOWS)]]
 
 
-def _measured(path: Path, model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> OnnxFile:
+def _measured(path: Path, model: Wav2Vec2Model, options: OnnxOptions) -> OnnxFile:
     """Compare a file with the model, and check that it can run everywhere."""
-    operators = _operators(path, folder)
+    operators, is_exact, chunk = _operators(path), path.name == ONNX, options.chunk
     session = _session(path)
-    whole = Outputs(model, options.outputs).eval()
+    run: Run = session
+    function: Callable[..., Any] = Outputs(model, options.outputs, chunk).eval()
     speech = [(waveform[None], torch.tensor([len(waveform)])) for waveform in options.speech]
-    from_whole = None
-    function: Callable[[Tensor, Tensor], Any] = whole
-    if options.chunk is None:
-        run, checked, compared_on = _run_whole(session), noise(model, CHECKED_BATCHES), "noise"
-    else:
-        function = by_chunks(ChunkOutputs(model, options.outputs, options.chunk).eval(), model, options.chunk)
-        run = by_chunks(_run_window(session), model, options.chunk)
-        frames = options.chunk.frames
-        checked, compared_on = noise(model, ((2 * frames + 1,), (frames, 1))), "noise, chunk by chunk"
-        from_whole = compare(whole, run, speech) if speech else None
-    is_exact = path.name == ONNX
+    checked, compared_on, whole_lines = noise(model, CHECKED_BATCHES), "noise", []
+    if chunk is not None:
+        run, function = by_chunks(session, model, chunk), by_chunks(function, model, chunk)
+        checked, compared_on = noise(model, ((2 * chunk.frames + 1,), (chunk.frames, 1))), "noise, chunk by chunk"
+        from_whole = compare(Outputs(model, options.outputs).eval(), run, speech)
+        whole_lines.append(
+            f"{path.name}, chunk by chunk: cosine of a frame with that of the whole utterance "
+            f"{from_whole.mean_cosine:.4f} on average, {from_whole.lowest_cosine:.4f} at least; "
+            f"{len(speech)} utterances"
+        )
     if speech and not is_exact:  # what is quantised fits speech, and not noise
         checked, compared_on = speech, f"{len(speech)} utterances"
     difference = compare(function, run, checked)
     if is_exact:
-        check_difference(difference, folder / path.name)
+        difference.check(path.name)
     num_bytes = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
-    return OnnxFile(folder / path.name, num_bytes, difference, compared_on, operators, from_whole, run)
+    limit = f" (at most {LARGEST_DIFFERENCE:.0e} is accepted)" if is_exact else ""
+    line = (
+        f"{path.name}: {num_bytes:,} bytes; {options.output_of(model).replace('_', ' ')} differs from PyTorch's by at "
+        f"most {difference.largest:.1e}{limit}, relative to the largest value where that is above 1; cosine of a frame "
+        f"{difference.mean_cosine:.6f} on average, {difference.lowest_cosine:.6f} at least; {compared_on}"
+    )
+    return OnnxFile(path, num_bytes, operators, [line, *whole_lines], run)
 
 
-def _operators(path: Path, folder: Path) -> list[str]:
+def _operators(path: Path) -> set[str]:
     """Return the operators that a file needs.
 
     Raises:
@@ -214,28 +227,25 @@ def _operators(path: Path, folder: Path) -> list[str]:
     others = sorted({f"{node.domain}.{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")})
     if others or model.functions:
         raise UserError(
-            f"{folder / path.name}: has {listed('operators', others)} beyond the standard ones, which ONNX Runtime's "
-            "builds for phones and browsers may lack; nothing was written; please report it"
+            f"{path.name}: has {listed('operators', others)} beyond the standard ones, which ONNX Runtime's builds for "
+            "phones and browsers may lack; nothing was written; please report it"
         )
-    return sorted({node.op_type for node in nodes})
+    return {node.op_type for node in nodes}
 
 
-def _session(path: Path) -> Any:
+def _session(path: Path) -> Callable[..., Any]:
+    """Load a file; returns its function of tensors: its outputs, or the output if it has one."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
 
-
-def _run_whole(session: Any) -> Run:
-    def run(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        found, frames = session.run(None, {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()})
-        return torch.from_numpy(found), torch.from_numpy(frames)
+    def run(*inputs: Tensor) -> Any:
+        feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        outputs = [torch.from_numpy(x) for x in session.run(None, feeds)]
+        return outputs if len(outputs) > 1 else outputs[0]
 
     return run
-
-
-def _run_window(session: Any) -> Callable[[Tensor], Tensor]:
-    return lambda window: torch.from_numpy(session.run(None, {"waveforms": window.numpy()})[0])

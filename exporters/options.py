@@ -2,12 +2,11 @@
 
 import argparse
 import re
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wav2vec2.files.errors import UserError, listed, one_line, short_repr
+from wav2vec2.files.errors import UserError, one_line, short_repr
 
 # By format, the library that the hub names for it.
 FORMATS = {"huggingface": "transformers", "onnx": "onnx"}
@@ -26,12 +25,12 @@ ONNX_FLAGS = {
     "right_seconds": 0.0,
 }
 
-# The metadata that --card may give, by the form of the value; huggingface_hub's ModelCardData has the same keys.
-_TEXT_KEYS = (
+# The metadata that --card may give: keys of huggingface_hub's ModelCardData, of text, and of text or lists of texts.
+_TEXT_KEYS = {
     *("license", "license_name", "license_link", "library_name", "model_name", "pipeline_tag", "base_model_relation"),
     *("new_version", "thumbnail"),
-)
-_LIST_KEYS = ("base_model", "datasets", "language", "metrics", "tags")
+}
+_LIST_KEYS = {"base_model", "datasets", "language", "metrics", "tags"}
 
 
 def check_flags(args: argparse.Namespace) -> list[str]:
@@ -43,15 +42,32 @@ def check_flags(args: argparse.Namespace) -> list[str]:
     Raises:
         UserError: a flag has an impossible value, needs another flag, or would overwrite files.
     """
-    formats = list(dict.fromkeys(name.strip() for name in args.formats.split(",")))
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown:
+    wanted = [name.strip() for name in args.formats.split(",")]
+    if unknown := [name for name in wanted if name not in FORMATS]:
         raise UserError(f"--formats: expected some of {', '.join(FORMATS)}, separated by commas, found {unknown[0]!r}")
-    if "onnx" in formats:
-        _check_chunk(args)
-    elif given := [name for name, default in ONNX_FLAGS.items() if getattr(args, name) != default]:
-        raise UserError(f"--{given[0]}: applies to the onnx format; add onnx to --formats, or leave it out")
-    _check_folders([args.out / name for name in formats])
+    formats = [name for name in FORMATS if name in wanted]  # what takes longer comes last
+    given = [name for name, default in ONNX_FLAGS.items() if getattr(args, name) != default]
+    seconds = ("chunk_seconds", "left_seconds", "right_seconds")
+    by_chunks = args.chunk_seconds is not None
+    for name in given:
+        value, problem = getattr(args, name), None
+        if "onnx" not in formats:
+            problem = "applies to the onnx format; add onnx to --formats, or leave it out"
+        elif name in seconds and not by_chunks:
+            problem = "is context around a chunk; give --chunk_seconds, too"
+        elif name in seconds and not 0 <= value <= MAX_SECONDS:
+            problem = f"expected 0 to {MAX_SECONDS:g}, found {value:g}"
+        elif name == "chunk_seconds" and not args.tsv:
+            problem = "give --tsv, speech to compare chunks with whole utterances on"
+        elif name == "tsv" and not by_chunks and not args.int8:
+            problem = "nothing is measured on it; give --int8 or --chunk_seconds, too"
+        if problem:
+            raise UserError(f"--{name}: {problem}")
+    for folder in [args.out / name for name in formats]:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"{folder}: exists, expected a new folder or an empty one; give another --out, or remove it"
+            )
     if "onnx" in formats:  # last, as it imports onnx
         check_onnx(args.opset)
     return formats
@@ -70,39 +86,10 @@ def check_onnx(opset: int) -> None:
             raise UserError(f"onnx format: needs {package}, which is missing: pip install -r requirements-export.txt")
     import onnx
 
-    newest = onnx.defs.onnx_opset_version()
-    if opset > newest:
+    if opset > (newest := onnx.defs.onnx_opset_version()):
         raise UserError(
             f"opset {opset}: expected at most {newest}, the newest of the installed onnx {onnx.__version__}"
         )
-
-
-def _check_chunk(args: argparse.Namespace) -> None:
-    if args.chunk_seconds is None:
-        for name in ("left_seconds", "right_seconds"):
-            if getattr(args, name) != ONNX_FLAGS[name]:
-                raise UserError(f"--{name}: is context around a chunk; give --chunk_seconds, too")
-        if args.tsv and not args.int8:
-            raise UserError("--tsv: nothing is measured on it; give --int8 or --chunk_seconds, too")
-        return
-    for name in ("chunk_seconds", "left_seconds", "right_seconds"):
-        value = getattr(args, name)
-        if not 0 <= value <= MAX_SECONDS:
-            raise UserError(f"--{name} {value:g}: expected 0 to {MAX_SECONDS:g}")
-    if not args.tsv:
-        raise UserError("--chunk_seconds: give --tsv, speech to compare chunks with whole utterances on")
-
-
-def _check_folders(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}: a file, expected room for a new folder; give another --out, or remove it")
-        found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-        if found:
-            raise UserError(
-                f"{folder}: exists, with {listed('files in it', found)}, expected a new folder or an empty one; give "
-                "another --out, or remove it"
-            )
 
 
 def read_card(path: Path | None) -> dict[str, Any]:
@@ -124,20 +111,20 @@ def read_card(path: Path | None) -> dict[str, Any]:
         raise UserError(f"--card {path}: not readable as YAML ({one_line(error)}); mend it") from error
     if not isinstance(metadata, dict):
         raise UserError(f"--card {path}: expected lines 'key: value', found {short_repr(metadata)}")
+    if unknown := [key for key in metadata if key not in _TEXT_KEYS | _LIST_KEYS]:
+        raise UserError(
+            f"--card {path}: {short_repr(unknown[0])} is not a key of the hub's model cards; expected some of "
+            f"{', '.join(sorted(_TEXT_KEYS | _LIST_KEYS))}"
+        )
     for key, value in metadata.items():
-        if key not in _TEXT_KEYS + _LIST_KEYS:
-            raise UserError(
-                f"--card {path}: {short_repr(key)} is not a key of the hub's model cards; expected some of "
-                f"{', '.join(sorted(_TEXT_KEYS + _LIST_KEYS))}"
-            )
-        is_list = key in _LIST_KEYS and isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if not is_list and not isinstance(value, str):
+        texts = value if key in _LIST_KEYS and isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
             expected = "text, or a list of texts" if key in _LIST_KEYS else "text"
             raise UserError(
                 f"--card {path}: {key}: expected {expected} (in quotes, if need be), found {short_repr(value)}"
             )
-    licence = metadata.get("license")
-    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+    licence = metadata.get("license", "other")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
         raise UserError(
             f"--card {path}: license: expected one of the hub's identifiers, in small letters (mit, apache-2.0, "
             f"cc-by-4.0, other, ...), found {licence!r}"

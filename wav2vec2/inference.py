@@ -80,9 +80,7 @@ def _read(source: str | os.PathLike, revision: str | None, filename: str | None)
     """Read the checked ``{"state_dict", "config"}`` of any source that :func:`load` takes."""
     path = Path(source)
     if isinstance(source, str) and not path.exists() and hub.is_hub_id(source) and path.suffix not in _FILE_SUFFIXES:
-        if filename is None:
-            return checkpoint.read_model_file(hub.download(source, revision))
-        path = hub.download_file(source, filename, revision)
+        path = hub.download(source, revision, filename)
     elif revision is not None:
         raise UserError(f"revision: found {revision!r} for {source}, which is no model on the hub; leave it out")
     elif filename is not None:

@@ -31,9 +31,9 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 from evaluation import backends
-from exporters import chunks, int8, traced
+from exporters import chunks, comparison, int8
 from exporters import onnx as export_onnx
-from exporters.card import Card
+from exporters.card import card_text
 from exporters.options import read_card
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
@@ -50,6 +50,7 @@ PRUNED = {
     "hubert": {
         **SIZE,
         "encoder_embed_dim": 12,
+        "encoder_pos_conv_kernel": 5,
         "encoder_num_heads": [0, 3],
         "encoder_use_attention": [False, True],
         "encoder_use_feed_forward": [True, False],
@@ -70,8 +71,6 @@ PRUNED = {
 }
 # Two waveforms as long as another are no padding, one frame is the least that ONNX takes.
 BATCHES = [(1500,), (777, 777), (2100, 900, 63, 12), (MIN_SAMPLES,), (25, 20)]
-
-
 CARD = """
 license: cc-by-4.0
 base_model: microsoft/wavlm-base-plus
@@ -185,7 +184,8 @@ def check_file(exported: Exported, output: str, shape: list[Any], opset: int) ->
     assert properties["sample_rate"] == "16000" and properties["min_samples"] == str(MIN_SAMPLES)
     assert json.loads(properties["config"]) == exported.model.config
     weights = {tuple(weight.dims) for weight in model.graph.initializer}
-    assert (1, 1, 8) not in weights, "the weight norm of the positional convolution is still in the graph"
+    kernel = exported.model.config["encoder_pos_conv_kernel"]
+    assert (12, 3, kernel) in weights and (1, 1, kernel) not in weights, "weight norm is still in the graph"
     # The tracers note source lines; a published file has no business with the paths of a machine.
     for path in exported.folder.glob("*.onnx"):
         assert str(REPOSITORY).encode() not in path.read_bytes()
@@ -243,6 +243,24 @@ print(float(abs({output}).sum()))
     assert float(printed) == pytest.approx(float(wanted), rel=1e-4)
 
 
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+def test_traced(family: str, size: str) -> None:
+    """A pruned positional convolution has one weight in the program, in each kind of model."""
+    large = {"extractor_mode": "layer_norm", "encoder_layer_norm_first": True, "normalize_waveform": True}
+    config = one_layer_config(family) | (large if size == "large" else {}) | {"encoder_prune_pos_conv": True}
+    model = random_model(config)
+    with torch.no_grad():
+        model.encoder.transformer.pos_conv_embed.hard_concrete.log_alpha.copy_(torch.tensor([5.0, 4.0, 0.3, -8.0]))
+    model.prune()
+    assert model.config["encoder_pos_conv_kernel"] == 6
+    program = export_onnx.traced(model, export_onnx.OnnxOptions())
+    assert "weight_norm" not in program.graph_module.code
+    waveforms, lengths = random_waveforms(2100, 900)
+    with torch.inference_mode():
+        assert_same(program.module()(waveforms, lengths), model(waveforms, lengths))
+
+
 def test_float16_holds_what_it_can(tmp_path: Path) -> None:
     """Only large matrices are stored as float16, and only if it can hold their values."""
     arrays = {
@@ -269,7 +287,11 @@ def test_card(tmp_path: Path) -> None:
     model = random_model(small_config("wavlm", "base", **PRUNED["wavlm"]))
     made_by = {"script": "save_final_ckpt.py", "target_sparsity": None}
     words = {"model_class": "AutoModel", "own_code": True}
-    card = ModelCard(Card(model.config, metadata=read_card(path), made_by=made_by).text("huggingface", **words))
+    score = {"task_type": "audio-classification", "dataset_type": "digits", "dataset_name": "digits"}
+    score |= {"metric_type": "accuracy", "metric_name": "accuracy (%)", "metric_value": 91.5}
+    text = card_text(model, "huggingface", read_card(path), [score], made_by=made_by, measured=["same"], **words)
+    card = ModelCard(text)
+    assert [(entry.metric_name, entry.metric_value) for entry in card.data.eval_results] == [("accuracy (%)", 91.5)]
     assert card.data.license == "cc-by-4.0"
     assert card.data.base_model == "microsoft/wavlm-base-plus"
     assert card.data.datasets == ["librispeech_asr", "tones"]
@@ -278,6 +300,7 @@ def test_card(tmp_path: Path) -> None:
     assert card.data.tags == ["speech", "audio", "self-supervised", "dphubert", "wavlm", "small"]
     for text in (
         "# Small | WavLM",
+        "- same\n- digits: accuracy (%) 91.5\n",
         f"| parameters | {sum(parameter.numel() for parameter in model.parameters()):,} |",
         "- licence of the weights: cc-by-4.0\n",
         "- made from: microsoft/wavlm-base-plus\n",
@@ -306,28 +329,22 @@ def test_card_without_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert line in card.text
 
 
-def test_a_changed_program_is_refused(tmp_path: Path) -> None:
+def test_a_changed_program_is_refused() -> None:
     """An export that differs from the model by too much is not kept."""
     model = random_model(small_config("hubert"))
-    function = traced.Outputs(model, "last")
 
     def run(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        states, frames = function(waveforms, lengths)
+        states, frames = model(waveforms, lengths)
         return states + 2e-3 * torch.eye(16)[3], frames
 
-    difference = traced.compare(function, run, traced.noise(model, traced.CHECKED_BATCHES))
+    difference = comparison.compare(model, run, comparison.noise(model, comparison.CHECKED_BATCHES))
     assert 2e-4 < difference.largest <= 2.01e-3 and difference.lowest_cosine < 1
     with pytest.raises(UserError, match=r"differ from PyTorch's by .*, expected at most 1e-04; it was not written"):
-        traced.check_difference(difference, tmp_path / "model.onnx")
+        difference.check("model.onnx")
     with pytest.raises(UserError, match="differ from PyTorch's by nan"):
-        traced.check_difference(traced.Difference(float("nan"), 1.0, 1.0), tmp_path / "model.onnx")
-
-
-def test_other_frames_are_refused() -> None:
-    model = random_model(small_config("hubert"))
-    function = traced.Outputs(model, "last")
+        comparison.Difference(float("nan"), 1.0, 1.0).check("model.onnx")
     with pytest.raises(UserError, match="valid frames, expected"):
-        traced.compare(function, lambda *batch: (function(*batch)[0], batch[1]), traced.noise(model, [(5,)]))
+        comparison.compare(model, lambda *batch: (model(*batch)[0], batch[1]), comparison.noise(model, [(5,)]))
 
 
 @pytest.mark.parametrize(
@@ -342,8 +359,11 @@ def test_other_frames_are_refused() -> None:
         (("--formats", "onnx", "--right_seconds", "1"), "--right_seconds: is context around a chunk"),
         (("--formats", "onnx", "--tsv", "nowhere.tsv"), "--tsv: nothing is measured on it"),
         (("--formats", "onnx", "--chunk_seconds", "1"), "--chunk_seconds: give --tsv"),
-        (("--formats", "onnx", "--chunk_seconds", "1", "--left_seconds", "-1"), "--left_seconds -1: expected 0 to 60"),
-        (("--formats", "onnx", "--chunk_seconds", "nan"), "--chunk_seconds nan: expected 0 to 60"),
+        (
+            ("--formats", "onnx", "--chunk_seconds", "1", "--tsv", "x", "--left_seconds", "-1"),
+            "--left_seconds: .*60, found -1",
+        ),
+        (("--formats", "onnx", "--chunk_seconds", "nan"), "--chunk_seconds: expected 0 to 60, found nan"),
         (("--card", "nowhere.yaml"), "nowhere.yaml"),
     ],
 )
@@ -353,20 +373,6 @@ def test_wrong_flags(flags: tuple[str, ...], message: str, tmp_path: Path, monke
     line = error_line(capsys)
     assert re.search(message, line), line
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--formats", "onnx", "--int8", "--tsv", "nowhere.tsv"), "nowhere.tsv: no such file"),
-        (("--evaluation", "none.json"), "none.json: does not exist, expected the JSON that evaluate.py writes"),
-    ],
-)
-def test_files_of_flags(flags: tuple[str, ...], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    checkpoint.save(tmp_path / "model.pth", contents_of(random_model(small_config("hubert"))))
-    source = ("--model", tmp_path / "model.pth", "--out", tmp_path / "out")
-    assert run_to_exit(monkeypatch, "export", *source, *flags) == 1
-    assert message in error_line(capsys) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -416,17 +422,25 @@ def test_missing_packages(tmp_path: Path, monkeypatch, capsys) -> None:
         assert f"needs {package}, " in (line := error_line(capsys)) and "requirements-export.txt" in line
 
 
-def test_masks_are_refused(tmp_path: Path, monkeypatch, capsys) -> None:
-    model = random_model(small_config("hubert", encoder_prune_attention_heads=True))
-    checkpoint.save(tmp_path / "model.pth", contents_of(model))
-    assert run_to_exit(monkeypatch, "export", "--model", tmp_path / "model.pth", "--out", tmp_path / "out") == 1
-    assert "has masks on head; prune.py makes" in error_line(capsys)
+@pytest.mark.parametrize(
+    ("flags", "changes", "message"),
+    [
+        (("--formats", "onnx", "--int8", "--tsv", "nowhere.tsv"), {}, "nowhere.tsv: no such file"),
+        (("--evaluation", "none.json"), {}, "none.json: does not exist, expected the JSON that evaluate.py writes"),
+        ((), {"encoder_prune_attention_heads": True}, "has masks on head; prune.py makes"),
+    ],
+)
+def test_refused_after_the_flags(flags, changes, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    checkpoint.save(tmp_path / "model.pth", contents_of(random_model(small_config("hubert", **changes))))
+    source = ("--model", tmp_path / "model.pth", "--out", tmp_path / "out")
+    assert run_to_exit(monkeypatch, "export", *source, *flags) == 1
+    assert message in error_line(capsys) and not (tmp_path / "out").exists()
 
 
 def test_metadata_hold_no_free_text() -> None:
     """A name is text of the card, and cannot end its metadata."""
     metadata = {"model_name": 'a"b\nlicense: mit'}
-    card = ModelCard(Card(small_config("hubert"), metadata=metadata).text("onnx", chunk=None, operators=[]))
+    card = ModelCard(card_text(random_model(small_config("hubert")), "onnx", metadata, operators=[]))
     assert card.data.license is None and card.data.model_name == metadata["model_name"]
 
 
@@ -434,18 +448,18 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_arguments: Any) -> None:
         raise UserError("no")
 
-    monkeypatch.setattr(export_onnx, "_convert", fail)
-    model = random_model(small_config("hubert"))
-    with pytest.raises(UserError):
-        export_onnx.write_onnx(model, export_onnx.OnnxOptions(), tmp_path / "onnx")
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(export_onnx, "_operators", fail)
+    checkpoint.save(tmp_path / "model.pth", contents_of(random_model(one_layer_config("hubert"))))
+    source = ("--model", tmp_path / "model.pth", "--out", tmp_path / "out", "--formats", "onnx")
+    assert run_to_exit(monkeypatch, "export", *source) == 1
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_operators_that_are_not_standard(tmp_path: Path) -> None:
     node = onnx.helper.make_node("Gelu", ["x"], ["y"], domain="com.microsoft")
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "graph", [], [])), tmp_path / "model.onnx")
     with pytest.raises(UserError, match=r"has 1 operators \(com.microsoft.Gelu\) beyond the standard ones"):
-        export_onnx._operators(tmp_path / "model.onnx", tmp_path)
+        export_onnx._operators(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("chunk", [(16, 50, 0), (1, 0, 0), (30, 7, 9)])

@@ -22,16 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import wav2vec2
-from exporters.configuration_dphubert import DPHuBERTConfig
 from exporters.huggingface import OWN_TYPE, export_huggingface
 from exporters.modeling_dphubert import (
+    DPHuBERTConfig,
     DPHuBERTForAudioClassification,
     DPHuBERTForAudioFrameClassification,
     DPHuBERTForCTC,
     DPHuBERTModel,
 )
 from wav2vec2.files import checkpoint
-from wav2vec2.files.heads import head_of, joined_state, task_model_of
+from wav2vec2.files.heads import contents_of, task_model_of
 from wav2vec2.model import Wav2Vec2Model, normalize_waveforms
 
 # By all units, in each family.
@@ -73,7 +73,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     folder, models = tmp_path_factory.mktemp("exported"), {}
     for family, size in (("hubert", "base"), ("wavlm", "large")):
         models[family] = random_model(small_config(family, size, **PRUNED[family]))
-        assert export_huggingface(models[family].state_dict(), models[family].config, folder / family) == OWN_TYPE
+        assert export_huggingface(contents_of(models[family]), folder / family) == OWN_TYPE
     for name, head in HEADS.items():
         contents = task_contents(head, "hubert" if name == "words" else "wavlm", "large")
         if name == "words":
@@ -81,9 +81,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         if head.kind == "text":  # else one unit is the best of all frames
             logits, _ = task_model_of(contents, name).eval()(random_waveforms(*BATCHES["one"])[0])
             contents["state_dict"]["aux.bias"] -= logits.detach().mean((0, 1))
-        state_dict = joined_state(contents["state_dict"], contents["head"]["state_dict"])
-        written = export_huggingface(state_dict, contents["config"], folder / name, head=head_of(contents, name))
-        assert written == ("hubert" if name == "words" else OWN_TYPE)
+        assert export_huggingface(contents, folder / name) == ("hubert" if name == "words" else OWN_TYPE)
         models[name] = task_model_of(contents, name).eval()
     return folder, models
 
@@ -204,7 +202,7 @@ def test_losses_are_transformers(tmp_path: Path) -> None:
     """CTC's loss and gradient are those of transformers' own class, padding included."""
     contents = task_contents(HEADS["characters"])
     contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)
-    export_huggingface(contents["state_dict"], contents["config"], tmp_path, head=HEADS["characters"])
+    export_huggingface(contents, tmp_path)
     theirs = transformers.HubertForCTC.from_pretrained(tmp_path, ctc_loss_reduction="mean").eval()
     ours = DPHuBERTForCTC(DPHuBERTConfig(**contents["config"])).eval()
     ours.load_state_dict({f"network.{name}": tensor for name, tensor in contents["state_dict"].items()})
@@ -362,7 +360,7 @@ def test_script(tmp_path: Path, monkeypatch, capsys) -> None:
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
     written = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert run_to_exit(monkeypatch, "export", *flags) == 1
-    assert "huggingface: exists, with " in error_line(capsys)
+    assert "huggingface: exists, expected a new folder" in error_line(capsys)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == written
     found, weights = wav2vec2.load(folder, dtype=torch.float16), model.state_dict()
     assert found.config == model.config

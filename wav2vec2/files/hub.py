@@ -5,10 +5,8 @@ Reading a folder needs safetensors; only asking the hub needs huggingface_hub.
 
 import os
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ..config import HubertConfig, WavLMConfig
@@ -30,35 +28,34 @@ TRANSFORMERS_NAMES = [
 ]
 CTC_PREFIX = "lm_head."  # transformers' "aux."
 
-_CONFIG_KEYS = {field.name for family in (HubertConfig, WavLMConfig) for field in fields(family)}
+_CONFIG_KEYS = {"head", *(field.name for family in (HubertConfig, WavLMConfig) for field in fields(family))}
 _ADVICE = "export or download it again"
 
 
 def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
-    """Read a folder that export.py wrote, in any of three forms.
+    """Read a folder that export.py wrote.
 
-    - With the code of the model (``model_type`` is ``dphubert``): config.json holds our config among transformers'
+    - With the code of the model (``model_type`` is ``dphubert``), config.json holds our config among transformers'
       settings, and the names of weights have a prefix.
-    - In transformers' own format: config.json holds our config under ``dphubert``, and weights have
-      transformers' names.
-    - As earlier versions wrote ``--formats hub``: config.json is our config, and weights have the published names.
+    - In transformers' own format, config.json holds our config under ``dphubert``, and weights have its names.
+    - As ``--formats hub`` of version 1 wrote it, config.json is our config, and weights have the published names.
 
-    In each, the config of a model with a task head has its settings under ``head``.
+    Our config has the settings of a task head under ``head``.
 
     Returns:
-        ``{"state_dict": ..., "config": ...}`` and perhaps ``head``, as a model file has them. Whether the weights fit
-        the config is left to :func:`checkpoint.checked_model`.
+        The contents of a model file, not yet checked.
 
     Raises:
         UserError: the folder is of another kind, or a file is missing or damaged.
     """
-    folder = Path(folder)
+    folder, expected = Path(folder), f"a folder with {CONFIG} and {WEIGHTS}"
     if not (folder / CONFIG).is_file() and (names := model_files(folder)):
         raise UserError(f"{folder}: a folder without {CONFIG}, {listed('model files', names)}; give one of them")
-    settings = read_json(folder / CONFIG, f"a folder with {CONFIG} and {WEIGHTS}", _ADVICE)
+    settings = read_json(folder / CONFIG, expected, _ADVICE)
     model_type = settings.get("model_type")
+    config = settings
     if model_type == OWN_TYPE:
-        config = {key: value for key, value in settings.items() if key in _CONFIG_KEYS or key == "head"}
+        config = {key: value for key, value in settings.items() if key in _CONFIG_KEYS}
     elif isinstance(settings.get(OWN_ENTRY), dict):
         config = settings[OWN_ENTRY]
     elif "model_type" in settings:
@@ -66,11 +63,9 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
             f"{folder}: a folder in transformers' format (its {CONFIG} has model_type); make a model file of it: "
             f"python convert_hubert_from_hf.py --model {folder}"
         )
-    else:
-        config = settings
     path = folder / WEIGHTS
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a folder with {CONFIG} and {WEIGHTS}")
+        raise UserError(f"{path}: no such file; expected {expected}")
     weights = read_safetensors(path, _ADVICE)
     state_dict = {_our_name(name, model_type): tensor for name, tensor in weights.items()}
     if len(state_dict) < len(weights):
@@ -79,17 +74,16 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
     if OWN_ENTRY in settings and projection is not None and projection.ndim == 2:
         # transformers has no output scale of the extractor; only models whose scale is 1 are written in its format.
         state_dict.setdefault("feature_extractor.dummy_weight", projection.new_ones(projection.size(1)))
-    head = config.pop("head", None)
     contents = {"state_dict": state_dict, "config": config}
-    if head is None:
-        return contents
-    own = [name for name in state_dict if name.startswith("head.")]
-    head_state = {name.removeprefix("head."): state_dict.pop(name) for name in own}
-    return {**contents, "head": {**head, "state_dict": head_state} if isinstance(head, dict) else head}
+    if (head := config.pop("head", None)) is not None:
+        names = [name for name in state_dict if name.startswith("head.")]
+        own = {name.removeprefix("head."): state_dict.pop(name) for name in names}
+        contents["head"] = {**head, "state_dict": own} if isinstance(head, dict) else head
+    return contents
 
 
 def _our_name(name: str, model_type: str | None) -> str:
-    """The published name of a weight in a folder of this ``model_type``."""
+    """Return the published name of a weight in a folder of this ``model_type``."""
     if model_type is None:
         return name
     if model_type == OWN_TYPE:
@@ -108,52 +102,18 @@ def is_hub_id(text: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII))
 
 
-def download(
-    repo_id: str,
-    revision: str | None = None,
-    *,
-    allow_patterns: Sequence[str] = (WEIGHTS, CONFIG, CARD),
-    **options: Any,
-) -> Path:
-    """Fetch the folder of a model from the Hugging Face hub, or from its local cache.
+def download(repo_id: str, revision: str | None = None, filename: str | None = None) -> Path:
+    """Fetch a model from the Hugging Face hub, or from its local cache.
 
     Args:
         repo_id: ORG/NAME.
         revision: a branch, tag or commit; by default the newest.
-        allow_patterns: the files to fetch.
-        options: passed on to ``huggingface_hub.snapshot_download``: ``token``, ``cache_dir``, ...
+        filename: fetch this file of the repository alone, instead of the folder.
 
     Raises:
         UserError: huggingface_hub is missing, the hub does not give the model, or it holds files of another kind.
     """
-
-    def get(hub: ModuleType) -> Path:
-        folder = Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(allow_patterns), **options))
-        if CONFIG in allow_patterns and not (folder / CONFIG).is_file():
-            api = hub.HfApi(endpoint=options.get("endpoint"), token=options.get("token"))
-            names = [name for name in api.list_repo_files(repo_id, revision=revision) if name.endswith(FILE_SUFFIXES)]
-            advice = f'load one of them: wav2vec2.load("{repo_id}", filename="{names[0]}")' if names else "give another"
-            raise UserError(f"{repo_id}: a repository without {CONFIG}, {listed('model files', names)}; {advice}")
-        return folder
-
-    return _from_hub(get, repo_id, revision)
-
-
-def download_file(repo_id: str, filename: str, revision: str | None = None) -> Path:
-    """Fetch one file of a repository from the Hugging Face hub, or from its local cache.
-
-    Raises:
-        UserError: huggingface_hub is missing, or the hub does not give the file.
-    """
-
-    def get(hub: ModuleType) -> Path:
-        return Path(hub.hf_hub_download(repo_id, filename, revision=revision))
-
-    return _from_hub(get, f"{repo_id}, file {filename}", revision)
-
-
-def _from_hub(get: Callable[[ModuleType], Path], wanted: str, revision: str | None) -> Path:
-    """Call ``get`` with huggingface_hub, and turn its errors into :class:`UserError`."""
+    wanted = repo_id + (f", file {filename}" if filename else "") + (f" (revision {revision})" if revision else "")
     try:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError
@@ -162,13 +122,20 @@ def _from_hub(get: Callable[[ModuleType], Path], wanted: str, revision: str | No
             f"{wanted}: no such folder, and asking the hub needs huggingface_hub: pip install huggingface_hub"
         ) from error
     try:
-        return get(huggingface_hub)
-    except UserError:
-        raise
+        if filename is not None:
+            return Path(huggingface_hub.hf_hub_download(repo_id, filename, revision=revision))
+        files = [WEIGHTS, CONFIG, CARD]
+        folder = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files))
+        if (folder / CONFIG).is_file():
+            return folder
+        names = [
+            name for name in huggingface_hub.list_repo_files(repo_id, revision=revision) if name.endswith(FILE_SUFFIXES)
+        ]
     # No network, no such model, file or revision, not public, not a valid id.
     except (OSError, ValueError, HfHubHTTPError) as error:
-        wanted = wanted if revision is None else f"{wanted} (revision {revision})"
         raise UserError(
             f"{wanted}: the Hugging Face hub did not give it ({type(error).__name__}: {one_line(error)}); check the "
             "name and the network, or give a folder"
         ) from error
+    advice = f'load one of them: wav2vec2.load("{repo_id}", filename="{names[0]}")' if names else "give another"
+    raise UserError(f"{repo_id}: a repository without {CONFIG}, {listed('model files', names)}; {advice}")

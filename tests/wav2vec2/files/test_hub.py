@@ -29,7 +29,7 @@ import wav2vec2
 from exporters.huggingface import export_huggingface
 from wav2vec2.files import checkpoint, hub
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.heads import contents_of, head_of, joined_state, model_with_its_head
+from wav2vec2.files.heads import contents_of, head_of, model_with_its_head
 
 
 def pruned_contents(family: str = "wavlm", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -43,12 +43,6 @@ def pruned_contents(family: str = "wavlm", dtype: torch.dtype = torch.float32) -
         **heads,
     )
     return contents_of(random_model(config).to(dtype))
-
-
-def write(contents: dict[str, Any], folder: Path) -> str:
-    """As export.py does; returns the model type."""
-    state_dict = joined_state(contents["state_dict"], contents.get("head", {}).get("state_dict", {}))
-    return export_huggingface(state_dict, contents["config"], folder, head=head_of(contents, folder))
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -68,7 +62,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 def test_folder_with_its_own_code(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """In every precision, blocks without any width too."""
     contents = pruned_contents(family, dtype)
-    assert write(contents, tmp_path / "new" / "folder") == hub.OWN_TYPE
+    assert export_huggingface(contents, tmp_path / "new" / "folder") == hub.OWN_TYPE
     assert_same(checkpoint.read_model_file(tmp_path / "new" / "folder"), contents)
 
 
@@ -77,7 +71,7 @@ def test_folder_with_its_own_code(family: str, dtype: torch.dtype, tmp_path: Pat
 def test_folder_in_transformers_format(family: str, size: str, dtype: torch.dtype, tmp_path: Path) -> None:
     contents = contents_of(random_model(small_config(family, size)).to(dtype))
     contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)
-    assert write(contents, tmp_path) == family
+    assert export_huggingface(contents, tmp_path) == family
     assert_same(checkpoint.read_model_file(tmp_path), contents)
 
 
@@ -88,7 +82,7 @@ def test_head_of_a_folder(head: Any, is_known: bool, tmp_path: Path) -> None:
     contents = task_contents(head)
     if is_known:
         contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)
-    assert write(contents, tmp_path) == ("hubert" if is_known and head.kind == "text" else hub.OWN_TYPE)
+    assert export_huggingface(contents, tmp_path) == ("hubert" if is_known and head.kind == "text" else hub.OWN_TYPE)
     assert_same(checkpoint.read_model_file(tmp_path), contents)
     waveforms, lengths = random_waveforms(900, 500)
     model = model_with_its_head(contents, "model.pth").eval()
@@ -111,6 +105,10 @@ def edit_config(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]
     return change
 
 
+def update_config(**changes: Any) -> Callable[[Path], None]:
+    return edit_config(lambda config: config.update(changes))
+
+
 def edit_weights(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -120,71 +118,64 @@ def edit_weights(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Pa
     return change
 
 
+def update_weights(**changes: Tensor) -> Callable[[Path], None]:
+    return edit_weights(lambda weights: weights.update(changes))
+
+
+def write(name: str, contents: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(contents)
+
+
 NORM = "encoder.transformer.layer_norm.weight"
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "config.json").unlink(), "config.json: no such file; expected a folder with"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: no such file; expected a folder"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
-        (lambda folder: (folder / "config.json").write_text("[" * 10**5), "config.json: not readable as JSON"),
-        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{}"), "config.json: not readable as JSON"),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json: expected a JSON object, found list"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 99), "not readable as safetensors"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "not readable as safetensors"),
-        (edit_config(lambda config: config.pop("encoder_embed_dim")), "missing key encoder_embed_dim"),
-        (edit_config(lambda config: config.update(extra=1)), "unknown key extra"),
-        (edit_config(lambda config: config.update(encoder_embed_dim=2**19)), "weights do not fit the model"),
-        (edit_config(lambda config: config.update(encoder_dropout=float("nan"))), "encoder_dropout: expected a number"),
-        (
-            edit_config(lambda config: config.update(model_type="hubert")),
-            "transformers' format .* convert_hubert_from",
-        ),
-        (edit_weights(lambda weights: weights.pop(NORM)), rf"1 missing \({NORM}\)"),
-        (edit_weights(lambda weights: weights.update(extra=torch.ones(2))), r"1 left over \(extra\)"),
-        (edit_weights(lambda weights: weights.update({NORM: torch.ones(17)})), r"has shape \[17\], expected \[16\]"),
-        (edit_weights(lambda weights: weights[NORM].fill_(torch.nan)), "holds NaN"),
-        (
-            edit_weights(lambda weights: weights.update({NORM: torch.ones(16).long()})),
-            "is torch.int64, torch.strided, cpu, expected",
-        ),
-    ],
-)
-def test_refused_folders(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
-    write_hub_folder(tmp_path, pruned_contents())
-    damage(tmp_path)
-    with pytest.raises(UserError, match=message) as error:
-        checkpoint.read_model_file(tmp_path)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
 OWN_NORM, THEIR_NORM = f"network.{NORM}", "encoder.layer_norm.weight"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DAMAGES = {
+    "version 1": [
+        (lambda folder: (folder / CONFIG).unlink(), "config.json: no such file; expected a folder with"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "model.safetensors: no such file; expected a folder"),
+        (write(CONFIG, b"{"), "config.json: not readable as JSON"),
+        (write(CONFIG, b"[" * 10**5), "config.json: not readable as JSON"),
+        (write(CONFIG, b"\xff\xfe{}"), "config.json: not readable as JSON"),
+        (write(CONFIG, b"[1]"), "config.json: expected a JSON object, found list"),
+        (write(WEIGHTS, b"\xff" * 99), "not readable as safetensors"),
+        (write(WEIGHTS, b""), "not readable as safetensors"),
+        (edit_config(lambda config: config.pop("encoder_embed_dim")), "missing key encoder_embed_dim"),
+        (update_config(extra=1), "unknown key extra"),
+        (update_config(encoder_embed_dim=2**19), "weights do not fit the model"),
+        (update_config(encoder_dropout=float("nan")), "encoder_dropout: expected a number"),
+        (update_config(model_type="hubert"), "transformers' format .* convert_hubert_from"),
+        (edit_weights(lambda weights: weights.pop(NORM)), rf"1 missing \({NORM}\)"),
+        (update_weights(extra=torch.ones(2)), r"1 left over \(extra\)"),
+        (update_weights(**{NORM: torch.ones(17)}), r"has shape \[17\], expected \[16\]"),
+        (edit_weights(lambda weights: weights[NORM].fill_(torch.nan)), "holds NaN"),
+        (update_weights(**{NORM: torch.ones(16).long()}), "is torch.int64, torch.strided, cpu, expected"),
+    ],
+    "own": [
+        (edit_weights(lambda weights: weights.pop(OWN_NORM)), rf"1 missing \({NORM}\)"),
+        (update_weights(**{NORM: torch.ones(16)}), "two tensors for one weight"),
+        (update_weights(extra=torch.ones(2)), r"1 left over \(extra\)"),
+        (edit_config(lambda config: config.pop("encoder_embed_dim")), "missing key encoder_embed_dim"),
+    ],
+    "theirs": [
+        (edit_weights(lambda weights: weights.pop(THEIR_NORM)), rf"1 missing \({NORM}\)"),
+        (update_weights(masked_spec_embed=torch.ones(16)), r"1 left over \(masked_spec_embed\)"),
+        (edit_weights(lambda weights: weights.pop("feature_projection.projection.weight")), "2 missing"),
+        (edit_config(lambda config: config.pop("dphubert")), "transformers' format .* convert_hubert_from"),
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    ("form", "damage", "message"),
-    [
-        ("own", edit_weights(lambda weights: weights.pop(OWN_NORM)), rf"1 missing \({NORM}\)"),
-        ("own", edit_weights(lambda weights: weights.update({NORM: torch.ones(16)})), "two tensors for one weight"),
-        ("own", edit_weights(lambda weights: weights.update(extra=torch.ones(2))), r"1 left over \(extra\)"),
-        ("own", edit_config(lambda config: config.pop("encoder_embed_dim")), "missing key encoder_embed_dim"),
-        ("theirs", edit_weights(lambda weights: weights.pop(THEIR_NORM)), rf"1 missing \({NORM}\)"),
-        (
-            "theirs",
-            edit_weights(lambda weights: weights.update({"masked_spec_embed": torch.ones(16)})),
-            r"1 left over \(masked_spec_embed\)",
-        ),
-        ("theirs", edit_weights(lambda weights: weights.pop("feature_projection.projection.weight")), "2 missing"),
-        ("theirs", edit_config(lambda config: config.pop("dphubert")), "transformers' format .* convert_hubert_from"),
-    ],
+    ("form", "damage", "message"), [(form, *damage) for form, damages in DAMAGES.items() for damage in damages]
 )
-def test_refused_folders_of_today(form: str, damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
-    contents = pruned_contents() if form == "own" else contents_of(random_model(small_config("hubert")))
-    if form == "theirs":
-        contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)
-    write(contents, tmp_path)
+def test_refused_folders(form: str, damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    if form == "version 1":
+        write_hub_folder(tmp_path, pruned_contents())
+    else:
+        contents = pruned_contents() if form == "own" else contents_of(random_model(small_config("hubert")))
+        if form == "theirs":
+            contents["state_dict"]["feature_extractor.dummy_weight"].fill_(1)
+        export_huggingface(contents, tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         checkpoint.read_model_file(tmp_path)
@@ -215,21 +206,18 @@ class Hub:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     server = Hub(tmp_path / "server")
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", server.list_repo_files)
-    for name in ("snapshot_download", "hf_hub_download"):
+    for name in ("snapshot_download", "hf_hub_download", "list_repo_files"):
         monkeypatch.setattr(huggingface_hub, name, getattr(server, name))
     return server
 
 
 def test_download(server: Hub) -> None:
     contents = pruned_contents()
-    write(contents, server.root / "someone/small")
+    export_huggingface(contents, server.root / "someone/small")
     loaded = wav2vec2.load("someone/small", revision="v1")
     assert loaded.config == contents["config"]
-    wanted = {"repo_id": "someone/small", "revision": "v1"}
-    assert server.asked == [{**wanted, "allow_patterns": ["model.safetensors", "config.json", "README.md"]}]
-    hub.download("someone/small", allow_patterns=["*.json"], token="secret")
-    assert server.asked[-1] == {**wanted, "revision": None, "allow_patterns": ["*.json"], "token": "secret"}
+    files = ["model.safetensors", "config.json", "README.md"]
+    assert server.asked == [{"repo_id": "someone/small", "revision": "v1", "allow_patterns": files}]
 
 
 def test_repository_of_model_files(server: Hub, tmp_path: Path) -> None:
@@ -255,8 +243,9 @@ def test_repository_of_model_files(server: Hub, tmp_path: Path) -> None:
 def test_download_errors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without network nothing comes from the hub: huggingface_hub's own offline switch and name check."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=f"{name}.*the Hugging Face hub did not give it .*check the name") as error:
-        hub.download(name, cache_dir=tmp_path)
+        hub.download(name)
     assert "\n" not in str(error.value)
 
 
@@ -274,12 +263,14 @@ class NotFound(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_hub_answers_that_there_is_no_such_model(tmp_path: Path) -> None:
+def test_hub_answers_that_there_is_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), NotFound) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(UserError, match=r"someone/small \(revision v1\): .*RepositoryNotFoundError"):
-            hub.download("someone/small", "v1", endpoint=endpoint, cache_dir=tmp_path)
+            hub.download("someone/small", "v1")
         server.shutdown()
 
 
@@ -293,7 +284,7 @@ def test_download_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> No
 def test_loads_without_training_packages(tmp_path: Path) -> None:
     """Reading needs torch and safetensors."""
     contents = pruned_contents()
-    write(contents, tmp_path)
+    export_huggingface(contents, tmp_path)
     printed = run_without(
         (*TRAINING_PACKAGES, "huggingface_hub", "exporters"),
         f"import wav2vec2\nmodel = wav2vec2.load({str(tmp_path)!r})\n"

@@ -25,6 +25,7 @@ from torch import Tensor
 from exporters.huggingface import export_huggingface
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
+from wav2vec2.files.heads import contents_of
 from wav2vec2.model import Wav2Vec2Model, normalize_waveforms, wav2vec2_model
 from wav2vec2.utils.import_huggingface import FAMILIES, import_huggingface_model
 from wav2vec2.utils.import_torchaudio import import_torchaudio, is_torchaudio_state, our_names, recognize
@@ -57,7 +58,7 @@ def load_with_transformers(folder: Path) -> torch.nn.Module:
 @torch.inference_mode()
 def test_huggingface_hidden_states(model_type: str, size: str, padded: bool, tmp_path: Path) -> None:
     model = unpruned_model("wavlm" if model_type == "wavlm" else "hubert", size, normalize_waveform=False)
-    written = export_huggingface(model.state_dict(), model.config, tmp_path, model_type)
+    written = export_huggingface(contents_of(model), tmp_path, model_type)
     assert written == model_type
     theirs = load_with_transformers(tmp_path)
     waveforms, lengths = random_waveforms(2900, 2100)
@@ -74,7 +75,7 @@ def test_huggingface_light_extractor(size: str, tmp_path: Path) -> None:
     """conv_dim, conv_kernel and conv_stride say any layers."""
     layers = {"extractor_conv_layer_config": [[10, 40, 40], [12, 6, 4], [9, 2, 2]]}
     model = unpruned_model("hubert", size, normalize_waveform=False, **layers)
-    export_huggingface(model.state_dict(), model.config, tmp_path)
+    export_huggingface(contents_of(model), tmp_path)
     waveforms = random_waveforms(5000, 5000)[0]
     stages = transformers_stages(load_with_transformers(tmp_path), waveforms, None)
     ours = [*model.extract_features(waveforms)[0], model(waveforms)[0]]
@@ -87,7 +88,7 @@ def test_huggingface_light_extractor(size: str, tmp_path: Path) -> None:
 def test_huggingface_back_to_ours(family: str, size: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Ours, theirs, ours: config and weights are the same, and so is the normalisation."""
     model = unpruned_model(family, size).to(dtype)
-    export_huggingface(model.state_dict(), model.config, tmp_path)
+    export_huggingface(contents_of(model), tmp_path)
     imported = import_huggingface_model(tmp_path, NO_DROPOUT)
     assert imported.config == model.config
     for name, tensor in model.state_dict().items():
@@ -102,7 +103,7 @@ def test_huggingface_there_and_back(model_type: str, size: str, tmp_path: Path) 
     make_pair(model_type, size, tmp_path / "theirs")
     said = json.loads((tmp_path / "theirs" / "preprocessor_config.json").read_text())["do_normalize"]
     ours = import_huggingface_model(tmp_path / "theirs", NO_DROPOUT, said)
-    export_huggingface(ours.model.state_dict(), ours.config, tmp_path / "back", model_type)
+    export_huggingface(contents_of(ours.model), tmp_path / "back", model_type)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
     before.pop("masked_spec_embed", None)  # acts in transformers' own training only
     assert before.keys() == after.keys()
@@ -119,8 +120,8 @@ def test_huggingface_there_and_back(model_type: str, size: str, tmp_path: Path) 
 def test_huggingface_without_the_projections_norm(tmp_path: Path) -> None:
     """There and back as with it; only transformers' HuBERT can be without."""
     theirs, ours = make_pair("hubert", "base", tmp_path / "theirs", feat_proj_layer_norm=False)
-    contents = ours.state_dict(), ours.config
-    assert export_huggingface(*contents, tmp_path / "back") == "hubert"
+    contents = contents_of(ours)
+    assert export_huggingface(contents, tmp_path / "back") == "hubert"
     assert load_file(tmp_path / "back" / "model.safetensors").keys() == theirs.state_dict().keys() - {
         "masked_spec_embed"
     }
@@ -129,12 +130,12 @@ def test_huggingface_without_the_projections_norm(tmp_path: Path) -> None:
     with torch.inference_mode():
         assert_same_frames(transformers_stages(back, waveforms, None), transformers_stages(theirs, waveforms, None))
     with pytest.raises(UserError, match=r"LayerNorm before .* leave out --model_type"):
-        export_huggingface(*contents, tmp_path / "back", "wav2vec2")
+        export_huggingface(contents, tmp_path / "back", "wav2vec2")
 
 
 def test_huggingface_feature_extractor(tmp_path: Path) -> None:
     model = unpruned_model("hubert", "large")
-    export_huggingface(model.state_dict(), model.config, tmp_path)
+    export_huggingface(contents_of(model), tmp_path)
     extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path)
     assert extractor.do_normalize and extractor.return_attention_mask and extractor.sampling_rate == 16_000
     waveform = random_waveforms(3000)[0]
@@ -177,7 +178,7 @@ def test_huggingface_refuses_shapes(family: str, changes: dict[str, Any], messag
     """transformers' own classes have no such shapes."""
     model = unpruned_model(family, "base", **changes)
     with pytest.raises(UserError, match=message):
-        export_huggingface(model.state_dict(), model.config, tmp_path / "out", family)
+        export_huggingface(contents_of(model), tmp_path / "out", family)
     assert not (tmp_path / "out").exists()
 
 
@@ -185,14 +186,14 @@ def test_huggingface_refuses_an_output_scale(tmp_path: Path) -> None:
     model = unpruned_model("hubert", "base")
     model.feature_extractor.dummy_weight.data[5] = 0.5
     with pytest.raises(UserError, match="no output scale"):
-        export_huggingface(model.state_dict(), model.config, tmp_path, "hubert")
+        export_huggingface(contents_of(model), tmp_path, "hubert")
 
 
 def test_huggingface_conv_channels_may_differ(tmp_path: Path) -> None:
     """Only the encoder's layers must be alike: transformers has a width for every conv layer."""
     layers = [[7, 10, 5], [12, 3, 2], [5, 3, 2], [9, 2, 2]]
     model = unpruned_model("hubert", "base", extractor_conv_layer_config=layers)
-    export_huggingface(model.state_dict(), model.config, tmp_path)
+    export_huggingface(contents_of(model), tmp_path)
     theirs, waveforms = load_with_transformers(tmp_path), random_waveforms(2000)[0]
     with torch.inference_mode():
         torch.testing.assert_close(theirs(waveforms).last_hidden_state, model(waveforms)[0], atol=1e-5, rtol=0)
@@ -201,7 +202,7 @@ def test_huggingface_conv_channels_may_differ(tmp_path: Path) -> None:
 def test_huggingface_model_type(tmp_path: Path) -> None:
     model = unpruned_model("wavlm", "base")
     with pytest.raises(UserError, match="model_type: expected wavlm, by the model's config, found hubert"):
-        export_huggingface(model.state_dict(), model.config, tmp_path, "hubert")
+        export_huggingface(contents_of(model), tmp_path, "hubert")
 
 
 # torchaudio
