@@ -130,15 +130,15 @@ def interval(samples: np.ndarray) -> list[float]:
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of several runs on the same clips, one for each seed.
-
-    Attributes:
-        runs: the scores.
-        num_clips: test clips.
-    """
+    """The scores of several runs on the same clips, one for each seed."""
 
     runs: Sequence[Score]
-    num_clips: int
+    num_clips: int  # of the test
+
+    @property
+    def mean(self) -> float:
+        """The mean over the runs, in per cent."""
+        return float(np.mean([run.value() for run in self.runs]))
 
     @cached_property
     def samples(self) -> np.ndarray:
@@ -151,7 +151,7 @@ class Scored:
         """Return ``mean`` and ``std`` over the runs (0 for one), their ``values``, and ``interval`` over the clips."""
         values = [run.value() for run in self.runs]
         return {
-            "mean": float(np.mean(values)),
+            "mean": self.mean,
             "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
             "values": values,
             "interval": interval(self.samples),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import random_model, small_config
 
-from evaluation.fidelity import HeldOutSpeech, LinearCKA, hidden_states, make_student, measure_fidelity
+from evaluation.fidelity import LinearCKA, Student, held_out_speech, hidden_states, measure_fidelity
 from lightning import DistillLoss, make_projections
 from wav2vec2.audio import read_audio
 from wav2vec2.files import checkpoint
@@ -18,8 +18,8 @@ LAYERS = [0, 1, 3]
 
 
 def compare(teacher: Any, path: Path, corpus: Path, layers: list[int] = LAYERS, mode: str | None = None) -> Any:
-    student = make_student("student", path, checkpoint.load_model(path).eval(), teacher, layers, mode)
-    (found,) = measure_fidelity(teacher, [student], layers, HeldOutSpeech(corpus / "valid.tsv", 1.0, 200))
+    student = Student(path, checkpoint.load_model(path).eval(), teacher, layers, mode)
+    (found,) = measure_fidelity(teacher, [student], held_out_speech(corpus / "valid.tsv", 1.0, 200))
     return found
 
 
@@ -121,9 +121,9 @@ def test_a_model_of_another_program_has_its_last_layer_where_it_has_none_at_that
 
 
 def test_max_seconds_leaves_long_utterances_out(corpus):
-    assert len(HeldOutSpeech(corpus / "valid.tsv", 0.45, 200)) == 3
+    assert len(held_out_speech(corpus / "valid.tsv", 0.45, 200)) == 3
     with pytest.raises(UserError, match=r"valid\.tsv: none of 4 utterances lasts"):
-        HeldOutSpeech(corpus / "valid.tsv", 0.1, 200)
+        held_out_speech(corpus / "valid.tsv", 0.1, 200)
 
 
 def test_projections_that_do_not_fit(corpus, save_student, tmp_path):

@@ -8,7 +8,8 @@ import soundfile
 import torch
 from helpers import random_model, small_config
 
-from evaluation import features, probes, scores
+from evaluation import features, probes
+from evaluation.measure import figure_of_merit
 from labels import lists
 from labels.scores import Scored, Share
 from wav2vec2.audio import read_audio
@@ -180,7 +181,7 @@ def test_figure_of_merit():
         "control": {"accuracy": scored(0.3), "errors": scored(0.7), "same": same, "worse": scored(0.8)},
     }
     more_is_better = {"accuracy": True, "errors": False, "same": True, "worse": True}
-    found, left_out = scores.figure_of_merit(of, more_is_better, "teacher", "control")
+    found, left_out = figure_of_merit(of, more_is_better, "teacher", "control")
     assert left_out.keys() == {"same", "worse"} and "not better than control" in left_out["same"]
     assert found["teacher"]["mean"] == 100 and found["control"]["mean"] == 0
     assert found["teacher"]["interval"] == [100, 100]
