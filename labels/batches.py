@@ -28,7 +28,6 @@ class FrameTimes:
 
     @classmethod
     def of(cls, model: Wav2Vec2Model) -> "FrameTimes":
-        """The frames of a model."""
         return cls(model.feature_extractor.stride, model.feature_extractor.receptive_field)
 
     def count(self, num_samples: int) -> int:
@@ -43,10 +42,7 @@ class FrameTimes:
 def target_of(kind: str, clip: Clip, times: Tensor) -> Tensor:
     """The labels to find in a clip, (N,) int64: the one label, the units of the text, or the label of each frame.
 
-    Args:
-        kind: of the list, as of :class:`~labels.lists.Probe`.
-        clip: the clip.
-        times: (frames,) the middles of the clip's frames in seconds, which tell the segment; -1 outside of segments.
+    ``times`` (frames,) are the middles of the clip's frames in seconds, which tell the segment; outside it is -1.
     """
     if kind == SEGMENTS:
         starts, ends, labels = (torch.tensor(column) for column in zip(*clip.target, strict=True))
@@ -123,40 +119,31 @@ def _check_text(probe: Probe, clip: Clip, num_frames: int) -> None:
 
 
 class LabelledBatch(NamedTuple):
-    """A batch of :class:`LabelledDataset`.
+    """A batch of :class:`LabelledDataset`."""
 
-    Attributes:
-        waveforms: (B, T) float32, zeros after the shorter ones.
-        lengths: (B,) valid samples.
-        targets: (B, N) int64, see :func:`target_of`; -1 after the shorter ones.
-        num_samples: the lengths again, which stay on the CPU.
-        indices: the clips that the sampler chose.
-        paths: the B files that were read.
-        seed, weight, bad_files: see :class:`dataset.speech.Batch`.
-    """
-
-    waveforms: Tensor
-    lengths: Tensor
-    targets: Tensor
-    num_samples: list[int]
-    indices: list[int]
-    paths: list[str]
+    waveforms: Tensor  # (B, T) float32, zeros after the shorter ones
+    lengths: Tensor  # (B,) valid samples
+    targets: Tensor  # (B, N) int64, see target_of; -1 after the shorter ones
+    num_samples: list[int]  # the lengths again, which stay on the CPU
+    indices: list[int]  # the clips that the sampler chose
+    paths: list[str]  # the B files that were read
+    # See dataset.speech.Batch.
     seed: int
     weight: int
     bad_files: dict[str, str]
 
 
+@dataclass(eq=False)
 class LabelledDataset(Dataset):
     """Reads whole clips; the next longer clip, with its target, replaces a file that has gone bad.
 
     After the longest comes the shortest. ``lengths`` (N,) are the samples of each clip at 16 kHz.
     """
 
-    def __init__(self, kind: str, clips: Sequence[Clip], lengths: np.ndarray, frames: FrameTimes) -> None:
-        self.kind = kind
-        self.clips = clips
-        self.lengths = lengths
-        self.frames = frames
+    kind: str
+    clips: Sequence[Clip]
+    lengths: np.ndarray
+    frames: FrameTimes
 
     def __len__(self) -> int:
         return len(self.clips)

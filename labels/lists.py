@@ -10,6 +10,7 @@ the list's folder. Columns are separated by tabs; others are ignored.
 """
 
 import csv
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -43,36 +44,24 @@ class Segment(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """An audio file with what is to be found in it.
-
-    Attributes:
-        path: the file.
-        target: the label, a number from 0 (clips, verification); a tuple of :class:`Segment`, in order of time; or a
-            tuple of units (text). Numbers from ``len(labels)`` up stand for labels that training does not have.
-        line: the first line of the list that names the file.
-        units: the units of a text as written.
-    """
+    """An audio file with what is to be found in it."""
 
     path: Path
+    # The label, a number from 0 (clips, verification); a tuple of Segment, in order of time; or a tuple of units
+    # (text). Numbers from len(labels) up stand for labels that training does not have.
     target: Any
-    line: int
-    units: tuple[str, ...] = ()
+    line: int  # the first line of the list that names the file
+    units: tuple[str, ...] = ()  # of a text, as written
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A task: labelled audio to learn from and to test on; ``valid`` may be empty.
+    """A task: labelled audio to learn from and to test on; ``valid`` may be empty."""
 
-    Attributes:
-        name: the file's name without its ending.
-        kind: :data:`CLIPS`, :data:`VERIFICATION`, :data:`SEGMENTS` or :data:`TEXT`.
-        labels: the names of the training clips' labels or units.
-    """
-
-    name: str
+    name: str  # of the file, without its ending
     path: Path
-    kind: str
-    labels: tuple[str, ...]
+    kind: str  # CLIPS, VERIFICATION, SEGMENTS or TEXT
+    labels: tuple[str, ...]  # names of the training clips' labels or units
     train: tuple[Clip, ...]
     test: tuple[Clip, ...]
     valid: tuple[Clip, ...] = ()
@@ -83,6 +72,7 @@ class Probe:
 
 
 class _Row(NamedTuple):
+    place: str  # the list and the line, for errors
     line: int
     split: str
     path: Path
@@ -115,19 +105,18 @@ def read_probe(path: Path, units: str = UNITS[0], labels: Sequence[str] | None =
         if not any(row.split == split for row in rows):
             raise UserError(f"{path}: no line has the split {split}, expected lines of both train and test")
     if "start" in header:
-        kind, files = SEGMENTS, _segments(path, rows)
+        kind, files = SEGMENTS, _segments(rows)
     elif "text" in header:
-        kind = TEXT
-        files = [_File(row, text_units(row.values["text"], units), []) for row in _one_per_file(path, rows)]
+        kind, files = TEXT, [_File(row, text_units(row.values["text"], units), []) for row in _one_per_file(rows)]
     else:
-        kind, files = CLIPS, [_File(row, [row.values["label"]], []) for row in _one_per_file(path, rows)]
+        kind, files = CLIPS, [_File(row, [row.values["label"]], []) for row in _one_per_file(rows)]
     trained = sorted({label for file in files if file.row.split == "train" for label in file.labels})
     if len(trained) < 2:
         raise UserError(f"{path}: the training clips have one label, {short_repr(trained[0])}, expected two or more")
     if kind == SEGMENTS and (strangers := [row for row in rows if row.values["label"] not in trained]):
         raise UserError(
-            f"{path}: line {strangers[0].line} has the label {short_repr(strangers[0].values['label'])}, which no "
-            "training segment has; take it out, or add such segments for training"
+            f"{strangers[0].place} has the label {short_repr(strangers[0].values['label'])}, which no training segment "
+            "has; take it out, or add such segments for training"
         )
     if kind == CLIPS:
         kind = _kind_of_clips(path, files)
@@ -158,28 +147,26 @@ def text_units(text: str, units: str) -> list[str]:
 
 def _kind_of_clips(path: Path, files: Sequence[_File]) -> str:
     """Tell classification, where training has all labels of the test clips, from verification, where it has none."""
-    labels: dict[str, Counter[str]] = {
-        split: Counter(file.labels[0] for file in files if file.row.split == split) for split in SPLITS
-    }
+    labels = {split: Counter(file.labels[0] for file in files if file.row.split == split) for split in SPLITS}
     trained = labels["train"]
-    unknown = []  # splits whose labels training does not have
-    for split in ("test", "valid"):
-        new = [file for file in files if file.row.split == split and file.labels[0] not in trained]
-        if new and len(new) < labels[split].total():
-            raise UserError(
-                f"{path}: line {new[0].row.line}: the {split} clip has the label {short_repr(new[0].labels[0])}, which "
-                "no training clip has; take such clips out, or add some for training (or let the two splits share no "
-                "label, which makes it a verification)"
-            )
-        if new:
-            unknown.append(split)
     for file in files:
         if file.row.split == "train" and trained[file.labels[0]] < 2:
             raise UserError(
-                f"{path}: line {file.row.line}: one training clip has the label {short_repr(file.labels[0])}, expected "
-                "two or more of each, because some are held out to choose settings"
+                f"{file.row.place}: one training clip has the label {short_repr(file.labels[0])}, expected two or more "
+                "of each, because some are held out to choose settings"
             )
-    for split in unknown:
+    unknown = []  # splits whose labels training does not have
+    for split in ("test", "valid"):
+        new = [file for file in files if file.row.split == split and file.labels[0] not in trained]
+        if not new:
+            continue
+        unknown.append(split)
+        if len(new) < labels[split].total():
+            raise UserError(
+                f"{new[0].row.place}: the {split} clip has the label {short_repr(new[0].labels[0])}, which no training "
+                "clip has; take such clips out, or add some for training (or let the two splits share no label, which "
+                "makes it a verification)"
+            )
         if len(labels[split]) < 2 or max(labels[split].values()) < 2:
             raise UserError(
                 f"{path}: a verification needs {split} clips of two labels or more, and two clips of one of them; "
@@ -190,57 +177,52 @@ def _kind_of_clips(path: Path, files: Sequence[_File]) -> str:
     return VERIFICATION if unknown else CLIPS
 
 
-def _one_per_file(path: Path, rows: Sequence[_Row]) -> Sequence[_Row]:
+def _one_per_file(rows: Sequence[_Row]) -> Sequence[_Row]:
     lines: dict[Path, int] = {}
     for row in rows:
-        if row.path in lines:
-            raise UserError(
-                f"{path}: line {row.line} lists {row.path}, which line {lines[row.path]} does already; take one out"
-            )
-        lines[row.path] = row.line
+        if (line := lines.setdefault(row.path, row.line)) != row.line:
+            raise UserError(f"{row.place} lists {row.path}, which line {line} does already; take one out")
     return rows
 
 
-def _segments(path: Path, rows: Sequence[_Row]) -> list[_File]:
+def _segments(rows: Sequence[_Row]) -> list[_File]:
     """Gather the segments of each file in order of time."""
     found: dict[Path, list[tuple[float, float, _Row]]] = {}
     for row in rows:
         segments = found.setdefault(row.path, [])
-        segments.append((*_times(path, row), row))
+        segments.append((*_times(row), row))
         leader = segments[0][-1]
         if row.split != leader.split:
             raise UserError(
-                f"{path}: line {row.line} puts {row.path} into {row.split}, line {leader.line} into {leader.split}; "
-                "expected all segments of a file in one split"
+                f"{row.place} puts {row.path} into {row.split}, line {leader.line} into {leader.split}; expected all "
+                "segments of a file in one split"
             )
-    return [_in_order(path, segments) for segments in found.values()]
+    return [_in_order(segments) for segments in found.values()]
 
 
-def _times(path: Path, row: _Row) -> tuple[float, float]:
+def _times(row: _Row) -> tuple[float, float]:
     try:
         start, end = (float(row.values[column]) for column in ("start", "end"))
     except ValueError:
         start = end = -1.0
     if not 0 <= start < end < float("inf"):
-        raise UserError(
-            f"{path}: line {row.line} has start {short_repr(row.values['start'])} and end "
-            f"{short_repr(row.values['end'])}, expected seconds from 0 up, the end after the start"
-        )
+        found = " and ".join(f"{column} {short_repr(row.values[column])}" for column in ("start", "end"))
+        raise UserError(f"{row.place} has {found}, expected seconds from 0 up, the end after the start")
     return start, end
 
 
-def _in_order(path: Path, segments: list[tuple[float, float, _Row]]) -> _File:
+def _in_order(segments: list[tuple[float, float, _Row]]) -> _File:
     leader = segments[0][-1]
     segments = sorted(segments, key=lambda segment: segment[:2])
-    for (_, end, row), (start, _, next_row) in zip(segments, segments[1:], strict=False):
+    for (_, end, row), (start, _, next_row) in itertools.pairwise(segments):
         if start < end:
             raise UserError(
-                f"{path}: line {next_row.line} begins at {start:g} s, before line {row.line} of the same file ends "
-                f"({end:g} s); expected segments that do not overlap"
+                f"{next_row.place} begins at {start:g} s, before line {row.line} of the same file ends ({end:g} s); "
+                "expected segments that do not overlap"
             )
     _, end, row = segments[-1]
     if end > (seconds := num_samples(leader.path) / SAMPLE_RATE) + _ROUNDING:
-        raise UserError(f"{path}: line {row.line} ends at {end:g} s, but {leader.path} is {seconds:.3f} s long")
+        raise UserError(f"{row.place} ends at {end:g} s, but {leader.path} is {seconds:.3f} s long")
     return _File(leader, [row.values["label"] for *_, row in segments], [(start, end) for start, end, _ in segments])
 
 
@@ -268,15 +250,14 @@ def _read_rows(path: Path) -> tuple[tuple[str, ...], list[_Row]]:
     for line, fields in table:
         values = {column: fields[column] or "" for column in header}
         values |= {column: value.strip() for column, value in values.items() if column != "path"}
-        place = f"{path}: line {line}"
+        place, split, audio = f"{path}: line {line}", values["split"], path.parent / values["path"]
         if empty := [column for column, value in values.items() if not value]:
             raise UserError(f"{place} has no {empty[0]}, expected {', '.join(header)}, separated by tabs")
-        if values["split"] not in SPLITS:
-            raise UserError(f"{place} has the split {short_repr(values['split'])}, expected {', '.join(SPLITS)}")
-        audio = path.parent / values["path"]
+        if split not in SPLITS:
+            raise UserError(f"{place} has the split {short_repr(split)}, expected {', '.join(SPLITS)}")
         if not audio.is_file():
             raise UserError(f"{place}: {audio} does not exist, expected an audio file")
-        rows.append(_Row(line, values["split"], audio, values))
+        rows.append(_Row(place, line, split, audio, values))
     return header, rows
 
 

@@ -47,9 +47,7 @@ class Share:
 class EqualErrorRate:
     """The share of pairs with one label that is rejected where an equal share of the other pairs is accepted.
 
-    Args:
-        embeddings: (clips, D), compared by their cosine, all pairs of two clips.
-        labels: (clips,).
+    All pairs of two clips are compared, by the cosine of their embeddings (clips, D); labels are (clips,).
     """
 
     def __init__(self, embeddings: np.ndarray, labels: np.ndarray) -> None:
@@ -81,7 +79,6 @@ def clip_results(kind: str, logits: Tensor, lengths: Tensor | None, targets: Ten
     """Count in each clip what is right (or the errors of a text) and how much there is; a verification keeps logits.
 
     Args:
-        kind: of the list, see :class:`~labels.lists.Probe`.
         logits: (B, frames, outputs), or (B, outputs) for whole clips.
         lengths: (B,) valid frames, or None if all are; read for texts.
         targets: (B, N), see :func:`labels.batches.target_of`; -1 is padding.

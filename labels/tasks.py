@@ -28,17 +28,12 @@ def read_task(
 ) -> tuple[Probe, Head]:
     """Read a list, and choose the head for it.
 
-    Args:
-        tsv: the list.
-        own: the head that the model has, which decides what the options leave open.
-        prefix: of the options' names.
-        units, layers, pooling: settings of the head; None leaves them open.
+    The head that the model has (``own``) decides what the options leave open; their names begin with ``prefix``.
 
     Raises:
         UserError: the list cannot be used, or an option is not for lists of its kind.
     """
-    own_units = None if own is None else own.units
-    text_units = units or own_units or UNITS[0]
+    text_units = units or (own and own.units) or UNITS[0]
     probe = read_probe(tsv, text_units)
     is_text, is_clips = probe.kind == TEXT, probe.kind in (CLIPS, VERIFICATION)
     for name, value, is_fitting, needed in (
@@ -57,9 +52,8 @@ def read_task(
     kind = CLIPS if is_clips else SEGMENTS
     if own is not None and own.kind == kind:
         layers, pooling = layers or own.layers, pooling or own.pooling
-    return probe, Head(
-        kind, probe.labels, layers=layers or "weighted", pooling=(pooling or "mean") if is_clips else None
-    )
+    pooling = (pooling or "mean") if is_clips else None
+    return probe, Head(kind, probe.labels, layers=layers or "weighted", pooling=pooling)
 
 
 def with_this_head(
@@ -75,7 +69,6 @@ def task_loss(kind: str, logits: Tensor, lengths: Tensor | None, targets: Tensor
     """CTC for a text, its mean over units, then over utterances; else cross-entropy, its mean over clips or frames.
 
     Args:
-        kind: of the head.
         logits: (B, frames, outputs), or (B, outputs) for whole clips.
         lengths: (B,) valid frames, or None if all are.
         targets: (B, N), see :func:`labels.batches.target_of`; -1 is padding.

@@ -45,10 +45,7 @@ RESULT = "finetuned.json"
 class SpanMasking(nn.Module):
     """Hides spans of frames behind one learnt frame, as wav2vec 2.0's fine-tuning does (arXiv 2006.11477).
 
-    Args:
-        probability: the share of the frames that spans would cover if none overlapped.
-        length: frames of a span.
-        embed_dim: D.
+    Spans of ``length`` frames would cover the share ``probability`` of the frames if none overlapped.
     """
 
     def __init__(self, probability: float, length: int, embed_dim: int) -> None:
@@ -71,36 +68,30 @@ class FinetuneModule(ScheduledModule):
 
     While the encoder is frozen it computes what it will compute in use: without dropout, and with nothing hidden. Layer
     drop is off: every weight takes part in every update.
-
-    Attributes:
-        scalars: what the last training batch logs.
-        valid_score: of the last validation, in per cent.
     """
 
     compiled_steps = ("hidden_states",)
 
     def __init__(self, model: TaskModel, probe: Probe, valid: Sequence[Clip], settings: FinetuneRunSettings) -> None:
         super().__init__()
-        chosen = settings.finetune
+        chosen, optimisation = settings.finetune, settings.optimisation
         self.model = model
-        optimisation = settings.optimisation
         self.learning_rate, self.weight_decay = optimisation.learning_rate, optimisation.weight_decay
         self.warmup_updates, self.max_updates = optimisation.warmup_updates, optimisation.max_updates
         self.encoder_learning_rate = chosen.encoder_learning_rate
         self.num_frozen = chosen.num_frozen
-        transformer = model.encoder.transformer
-        transformer.layer_drop = 0.0
+        model.encoder.transformer.layer_drop = 0.0
         self.masking: SpanMasking | None = None
         if chosen.mask_prob and chosen.freeze_updates != ALWAYS:
             self.masking = SpanMasking(chosen.mask_prob, chosen.mask_length, model.config["encoder_embed_dim"])
-        freeze_unreached(model, len(transformer.layers))
+        freeze_unreached(model, len(model.encoder.transformer.layers))
         train_head(model)
         model.feature_extractor.requires_grad_(False)
         if chosen.freeze_updates == ALWAYS:
             model.encoder.requires_grad_(False)
         self.scores = ValidScores(probe, valid)
-        self.scalars = {}
-        self.valid_score = math.nan
+        self.scalars = {}  # what the last training batch logs
+        self.valid_score = math.nan  # of the last validation, in per cent
 
     @property
     def is_frozen(self) -> bool:
