@@ -192,8 +192,7 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> 
 def run_pooled(train: Tensor, test: Tensor, probe: Probe, seed: int) -> Run:
     """Classify clips, or compare clips of unknown labels by the logits of a classifier of the training labels.
 
-    ``train`` and ``test`` are features (N, layers, D) of the probe's clips; the seed chooses held-out clips and initial
-    weights.
+    ``train`` and ``test`` are features (N, layers, D); the seed chooses held-out clips and initial weights.
     """
     labels, wanted = (torch.tensor([clip.target for clip in clips]) for clips in (probe.train, probe.test))
     trained = fit_probe(train, labels, len(probe.labels), seed)
@@ -206,17 +205,13 @@ def run_pooled(train: Tensor, test: Tensor, probe: Probe, seed: int) -> Run:
 # --- frames ----------------------------------------------------------------------------------------
 
 
-def _batches(count: int, size: int, epochs: int, generator: torch.Generator) -> list[Tensor]:
-    """Put ``count`` indices into batches, in another order every epoch; at least :data:`LEAST_UPDATES` batches."""
+def _train(probe: LinearProbe, loss: Callable[[Tensor], Tensor], count: int, size: int, epochs: int, seed: int) -> None:
+    """Run one cycle of Adam over batches of ``count`` indices, in another order every epoch."""
+    generator = torch.Generator().manual_seed(seed)
     epochs = max(epochs, math.ceil(LEAST_UPDATES / math.ceil(count / size)))
-    return [batch for _ in range(epochs) for batch in torch.randperm(count, generator=generator).split(size)]
-
-
-def _train(probe: LinearProbe, batches: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> None:
-    """Run one cycle of Adam over the batches."""
-    optimizer = torch.optim.Adam(
-        [{"params": [probe.layer_scores]}, {"params": [probe.weight, probe.bias]}], LEARNING_RATE
-    )
+    batches = [batch for _ in range(epochs) for batch in torch.randperm(count, generator=generator).split(size)]
+    parameters = [{"params": [probe.layer_scores]}, {"params": [probe.weight, probe.bias]}]
+    optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     rates = [LAYER_LEARNING_RATE, LEARNING_RATE]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches) + 1)
     for batch in batches:
@@ -227,11 +222,7 @@ def _train(probe: LinearProbe, batches: Sequence[Tensor], loss: Callable[[Tensor
 
 
 def run_frames(train: Frames, test: Frames, probe: Probe, seed: int) -> Run:
-    """Classify labelled frames, or recognise the units of texts with CTC, whose output 0 is the blank.
-
-    The seed chooses the order of batches.
-    """
-    generator = torch.Generator().manual_seed(seed)
+    """Classify labelled frames, or recognise the units of texts with CTC, whose output 0 is the blank."""
     is_text, labels, parts = probe.kind == TEXT, torch.cat(train.targets), train.parts
     weight = torch.zeros(is_text + len(probe.labels), train.data.shape[2])
     trained = LinearProbe(*train.moments, weight, nn.Identity())
@@ -250,9 +241,9 @@ def run_frames(train: Frames, test: Frames, probe: Probe, seed: int) -> Run:
         return F.cross_entropy(logits(train, batch), labels[batch])
 
     if is_text:
-        _train(trained, _batches(len(parts), CLIPS_PER_BATCH, TEXT_EPOCHS, generator), text_loss)
+        _train(trained, text_loss, len(parts), CLIPS_PER_BATCH, TEXT_EPOCHS, seed)
     else:
-        _train(trained, _batches(len(labels), FRAMES_PER_BATCH, FRAME_EPOCHS, generator), frame_loss)
+        _train(trained, frame_loss, len(labels), FRAMES_PER_BATCH, FRAME_EPOCHS, seed)
     results: list[list[float]] = []
     with torch.no_grad():
         for part, target in zip(test.parts, test.targets, strict=True):
