@@ -119,7 +119,7 @@ class Student:
         # Without projections, states of one size can still be compared as they are.
         self._is_comparable = bool(state) or dims[0] == dims[1]
         self._cka = [LinearCKA(dims, device) for _ in layers]
-        self._l1, self._cosine = [0.0] * len(layers), [0.0] * len(layers)
+        self._sums = np.zeros((len(layers), 2))  # of L1 and cosine
         self._num_utterances = 0
 
     def update(self, waveform: Tensor, expected: Sequence[Tensor], audio_source: str) -> None:
@@ -131,8 +131,8 @@ class Student:
             self._cka[number].update(x, y)
             if self._is_comparable:
                 predicted = x if self._projections is None else self._projections[number](x)
-                self._l1[number] += float(F.l1_loss(predicted, y))
-                self._cosine[number] += float(F.cosine_similarity(predicted, y, dim=-1).mean())
+                l1, cosine = F.l1_loss(predicted, y), F.cosine_similarity(predicted, y, dim=-1).mean()
+                self._sums[number] += float(l1), float(cosine)
 
     def summary(self) -> dict[str, Any]:
         """Return the results as JSON takes them.
@@ -146,21 +146,18 @@ class Student:
             note = "no projections in the file, and other dimensions than the teacher's: no L1 and cosine"
         elif self._projections is None:
             note = "no projections in the file: L1 and cosine are those of the raw hidden states"
-        columns = zip(self.layers, self.sources, self._l1, self._cosine, self._cka, strict=True)
+        means: list[list[float | None]] = [[None, None]] * len(self.layers)
+        if self._is_comparable:
+            means = (self._sums / self._num_utterances).tolist()
+        rows = zip(self.layers, self.sources, means, self._cka, strict=True)
         return {
             "mode": self.mode,
             "projections": self._projections is not None,
             "num_utterances": self._num_utterances,
             "note": note,
             "layers": [
-                {
-                    "layer": layer,
-                    "source": source,
-                    "l1": l1 / self._num_utterances if self._is_comparable else None,
-                    "cosine": cosine / self._num_utterances if self._is_comparable else None,
-                    "cka": cka.compute(),
-                }
-                for layer, source, l1, cosine, cka in columns
+                {"layer": layer, "source": source, "l1": l1, "cosine": cosine, "cka": cka.compute()}
+                for layer, source, (l1, cosine), cka in rows
             ],
         }
 

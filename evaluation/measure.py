@@ -27,13 +27,6 @@ from wav2vec2.files.heads import TaskModel, model_with_its_head
 LOG_MEL = "log-mel"
 
 
-def chosen_device(name: str | None) -> torch.device:
-    """Return --device, or the GPU if there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU; give --device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def _check_distinct(option: str, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
@@ -166,7 +159,10 @@ def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str
     """
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = chosen_device(args.device)
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        raise UserError("--device cuda: torch finds no GPU; give --device cpu")
+    device = torch.device(args.device or ("cuda" if has_gpu else "cpu"))
     check_backends(backends, device)
     probes = [read_probe(path) for path in args.probes]
     _check_distinct("--probes", [probe.name for probe in probes])

@@ -59,22 +59,23 @@ def read_clip(probe: Probe, clip: Clip, window: int) -> Tensor:
         UserError: it cannot be read, is shorter than the ``window`` samples of a frame, or holds values that are not
             finite. The message names the line of the list.
     """
+    place = probe.place(clip)
     try:
         waveform = read_audio(clip.path)
     except UserError as error:
-        raise UserError(f"{probe.place(clip)}: {error}; mend the file or take its line out") from error
+        raise UserError(f"{place}: {error}; mend the file or take its line out") from error
     if not waveform.isfinite().all():
-        raise UserError(f"{probe.place(clip)}: {clip.path} holds samples that are NaN or infinite; take its line out")
-    if len(waveform) < window:
-        raise UserError(_too_short(probe, clip, len(waveform), window))
+        raise UserError(f"{place}: {clip.path} holds samples that are NaN or infinite; take its line out")
+    _check_frames(probe, clip, len(waveform), window)
     return waveform
 
 
-def _too_short(probe: Probe, clip: Clip, length: int, window: int) -> str:
-    return (
-        f"{probe.place(clip)}: {clip.path} has {length} samples at 16 kHz, expected {window} or more, which make one "
-        "frame; take it out"
-    )
+def _check_frames(probe: Probe, clip: Clip, length: int, window: int) -> None:
+    if length < window:
+        raise UserError(
+            f"{probe.place(clip)}: {clip.path} has {length} samples at 16 kHz, expected {window} or more, which make "
+            "one frame; take it out"
+        )
 
 
 def checked_lengths(probe: Probe, clips: Sequence[Clip], frames: FrameTimes, max_samples: float) -> np.ndarray:
@@ -90,8 +91,7 @@ def checked_lengths(probe: Probe, clips: Sequence[Clip], frames: FrameTimes, max
             length = num_samples(clip.path)
         except AudioError as error:
             raise UserError(f"{probe.place(clip)}: {error}") from error
-        if length < frames.window:
-            raise UserError(_too_short(probe, clip, length, frames.window))
+        _check_frames(probe, clip, length, frames.window)
         if length > max_samples:
             raise UserError(
                 f"{probe.place(clip)}: {clip.path} lasts {length / SAMPLE_RATE:.2f} s, a batch holds "

@@ -14,7 +14,7 @@ from cli import print_line
 from labels.batches import FrameTimes, LabelledBatch
 from labels.lists import VERIFICATION, Clip, Probe
 from labels.scores import METRICS, Scored
-from labels.tasks import read_task, score_head, task_loss, with_this_head
+from labels.tasks import read_task, score_head, task_loss
 from lightning import ScheduledModule
 from training.checkpoints import (
     BEST_MODEL,
@@ -35,7 +35,7 @@ from training.task import ValidScores, train_head
 from training.trainer import check_settings, data_and_machine, fit
 from wav2vec2.files import checkpoint as ckpt
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.heads import TaskModel, contents_of, head_of, task_model_of
+from wav2vec2.files.heads import TaskModel, contents_of, task_model_of
 from wav2vec2.files.storage import atomic_path
 
 # The scores of the result.
@@ -215,14 +215,10 @@ def finetune(settings: FinetuneRunSettings) -> LabelledDataModule | None:
     """
     chosen, machine, exp_dir = settings.finetune, settings.machine, settings.machine.exp_dir
     contents = ckpt.read_model_file(chosen.model)
-    probe, head = read_task(
-        settings.data.tsv,
-        head_of(contents, chosen.model),
-        units=settings.data.units,
-        layers=chosen.layers,
-        pooling=chosen.pooling,
+    options = {"units": settings.data.units, "layers": chosen.layers, "pooling": chosen.pooling}
+    probe, contents, whose = read_task(
+        settings.data.tsv, contents, chosen.model, settings.data.seed, prefix="", **options
     )
-    contents, whose = with_this_head(contents, head, chosen.model, settings.data.seed)
     model = task_model_of(contents, chosen.model)
     data = LabelledDataModule(settings.data, probe, FrameTimes.of(model))
     module = FinetuneModule(model, probe, data.clips[VALID_SUBSET], settings)

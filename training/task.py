@@ -12,13 +12,13 @@ from torch import Tensor
 from labels.batches import FrameTimes, LabelledBatch
 from labels.lists import CLIPS, VERIFICATION, Clip, Probe
 from labels.scores import METRICS, clip_results, score_of
-from labels.tasks import read_task, task_loss, with_this_head
+from labels.tasks import read_task, task_loss
 from lightning import States, Term
 from training.data import VALID_SUBSET, LabelledDataModule
 from training.processes import gather
 from training.settings import BatchSettings, TaskSettings
 from wav2vec2.files.checkpoint import build_model
-from wav2vec2.files.heads import TaskModel, head_of
+from wav2vec2.files.heads import TaskModel
 
 
 def train_head(model: TaskModel) -> None:
@@ -63,13 +63,12 @@ def with_task(
         UserError: the list cannot be used, see :class:`~training.data.LabelledDataModule`.
     """
     options = {"units": task.task_units, "layers": task.task_layers, "pooling": task.task_pooling}
-    probe, head = read_task(task.task_tsv, head_of(contents, source), "task_", **options)
+    probe, contents, whose = read_task(task.task_tsv, contents, source, batches.seed, prefix="task_", **options)
     with torch.device("meta"):
-        extractor = build_model(contents["config"], source).feature_extractor
-    data = LabelledDataModule(batches, probe, FrameTimes(extractor.stride, extractor.receptive_field))
-    contents, whose = with_this_head(contents, head, source, batches.seed)
+        model = build_model(contents["config"], source)
+    data = LabelledDataModule(batches, probe, FrameTimes.of(model))
     metric = ValidScores(probe, data.clips[VALID_SUBSET]).metric
-    rank_zero_only(print)(f"task of {task.task_tsv}: {whose} head, {len(head.labels)} labels, {metric}", flush=True)
+    rank_zero_only(print)(f"task of {task.task_tsv}: {whose} head, {len(probe.labels)} labels, {metric}", flush=True)
     return contents, data
 
 

@@ -324,23 +324,16 @@ def test_options_that_do_not_fit(labelled, small_teacher, tmp_path, monkeypatch,
     assert not (tmp_path / "exp").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "message"),
-    [
-        ("text", "train\tnew.wav\t" + "ab " * 60, "the text needs 119 frames (60 units, 59 blanks"),
-        ("clips", "train\tgone.wav\ta", "does not exist"),
-        ("segments", "valid\tnew.wav\t0\t0.1\tz", "has the label 'z', which no training segment has"),
-    ],
-)
-def test_rows_that_cannot_be_used(labelled, small_teacher, tmp_path, monkeypatch, capsys, name, row, message):
-    lines = (labelled / f"{name}.tsv").read_text().splitlines()
+def test_rows_that_cannot_be_used(labelled, small_teacher, tmp_path, monkeypatch, capsys):
+    """The line is named."""
+    lines = (labelled / "text.tsv").read_text().splitlines()
     soundfile.write(labelled / "new.wav", np.zeros(4000), 16_000)  # frames are of 40 samples
     tsv = labelled / "changed.tsv"
-    tsv.write_text("\n".join([*lines, row]) + "\n")
+    tsv.write_text("\n".join([*lines, "train\tnew.wav\t" + "ab " * 60]) + "\n")
     run = finetuning_run(tsv, small_teacher)
     assert run_to_exit(monkeypatch, "finetune", *run, "--exp_dir", tmp_path / "exp") == 1
     line = error_line(capsys)
-    assert line.startswith(f"{tsv}: line {len(lines) + 1}") and message in line
+    assert line.startswith(f"{tsv}: line {len(lines) + 1}") and "needs 119 frames (60 units, 59 blanks" in line
     assert not (tmp_path / "exp").exists()
 
 
