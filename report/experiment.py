@@ -64,7 +64,8 @@ class Stage(NamedTuple):
     @property
     def settings(self) -> dict[str, Any]:
         """The flags that it was trained with."""
-        return self.about.get("settings") or {}
+        settings = self.about.get("settings")
+        return settings if isinstance(settings, dict) else {}
 
 
 class Model(NamedTuple):

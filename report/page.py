@@ -56,8 +56,12 @@ def setting_tables(experiment: Experiment, results: Mapping[str, Any]) -> list[T
     stages = experiment.stages
     names = sorted({str(name) for stage in stages for name in stage.settings})
     settings = [[name, *(words(stage.settings.get(name)) for stage in stages)] for name in names]
-    origins = {model.name: model.made_by for model in experiment.models} | {"evaluation": results.get("made_by") or {}}
-    rows = [[name, str(key), words(value)] for name, made_by in origins.items() for key, value in made_by.items()]
+    origins = {model.name: model.made_by for model in experiment.models} | {"evaluation": results.get("made_by")}
+    rows = [
+        [name, str(key), words(value)]
+        for name, made_by in origins.items()
+        for key, value in (made_by.items() if isinstance(made_by, dict) else ())
+    ]
     tables = [Table("Settings", ["", *(stage.title for stage in stages)], settings), Table("Made by", [""] * 3, rows)]
     return [table for table in tables if table.rows]
 
