@@ -58,24 +58,18 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse impossible values, and combinations that measure nothing.
-
-    Raises:
-        UserError: names the option.
-    """
+    """Raise a :class:`UserError` for impossible values, and for combinations that measure nothing."""
     if not args.models and not args.teacher:
         raise UserError("--models: nothing to measure; give one or more model files, or --teacher")
     if args.names and len(args.names) != len(args.models):
         raise UserError(f"--names: {len(args.names)} names for {len(args.models)} models; give one each")
     if args.tsv and not (args.teacher and args.models):
         raise UserError("--tsv: fidelity compares --models with a --teacher; give both, or leave --tsv out")
-    for option, values, least in (
-        ("--speed_seconds", args.speed_seconds, MIN_SECONDS),
-        ("--threads", [] if args.threads is None else [args.threads], 1),
-        ("--seeds", args.seeds, 0),
-    ):
+    threads = [] if args.threads is None else [args.threads]
+    limits = {"speed_seconds": (args.speed_seconds, MIN_SECONDS), "threads": (threads, 1), "seeds": (args.seeds, 0)}
+    for option, (values, least) in limits.items():
         if bad := [value for value in values if not least <= value < 2**31]:
-            raise UserError(f"{option} {bad[0]:g}: expected at least {least:g}")
+            raise UserError(f"--{option} {bad[0]:g}: expected at least {least:g}")
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds: expected every seed once, found {args.seeds}")
     backends = args.backends.split(",")

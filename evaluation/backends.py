@@ -24,39 +24,22 @@ _NUM_UTTERANCES, _MIN_SECONDS, _MAX_SECONDS = 32, 1.0, 10.0
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in eval mode to measure, as one backend runs it.
+    """A model in eval mode to measure, as one backend runs it."""
 
-    Attributes:
-        backend: "torch", or one of :data:`FILES`, whose name then follows the model's.
-        is_teacher: whether the others are compared with it.
-        run: computes all hidden states of waveforms on the model's device.
-        num_bytes: size of the file that the backend loads.
-    """
-
-    name: str
+    name: str  # followed by the backend, unless that is torch
     path: Path
     backend: str
     is_teacher: bool
     model: Wav2Vec2Model
-    run: Run
-    num_bytes: int
-
-    @property
-    def features(self) -> ModelFeatures:
-        """All hidden states, to be probed."""
-        return ModelFeatures(self.model, self.name, self.run)
+    features: ModelFeatures  # all hidden states, as the backend computes them
+    num_bytes: int  # of the file that the backend loads
 
 
 def torch_subject(name: str, path: Path, model: Wav2Vec2Model, is_teacher: bool) -> Subject:
     """Measure a model as PyTorch runs it, with its weight norm folded."""
     model.fold_weight_norm()
-    # A folder of the hub's format holds the weights in one file.
-    file = path / WEIGHTS if path.is_dir() else path
-
-    def run(waveforms: Tensor) -> Sequence[Tensor]:
-        return model.extract_features(waveforms)[0]
-
-    return Subject(name, path, "torch", is_teacher, model, run, file.stat().st_size)
+    file = path / WEIGHTS if path.is_dir() else path  # a folder of the hub's format
+    return Subject(name, path, "torch", is_teacher, model, ModelFeatures(model, name), file.stat().st_size)
 
 
 def read_speech(path: Path) -> list[Tensor]:
@@ -79,11 +62,7 @@ def read_speech(path: Path) -> list[Tensor]:
 
 
 def check_backends(backends: Sequence[str], device: torch.device) -> None:
-    """Check that these backends can run here.
-
-    Raises:
-        UserError: a package is missing, or the device is no CPU.
-    """
+    """Raise a :class:`UserError` if a package for these backends is missing, or the device is no CPU."""
     if set(backends) & FILES.keys():
         check_onnx(DEFAULT_OPSET)
         if device.type != "cpu":
@@ -103,17 +82,14 @@ def exported(subject: Subject, backends: Sequence[str], folder: Path, speech: Se
     # Hidden states are measured, of a model with a head too.
     options = OnnxOptions(outputs="all", int8="onnx-int8" in chosen, speech=speech)
     files = {file.path.name: file for file in write_onnx(model, options, folder)}
-    return [
-        replace(
-            subject,
-            name=f"{subject.name} ({backend})",
-            backend=backend,
-            is_teacher=False,
-            run=_run_of(files[FILES[backend]].run, model.feature_extractor.num_samples(2)),
-            num_bytes=files[FILES[backend]].num_bytes,
+    subjects = []
+    for backend in chosen:
+        name, file = f"{subject.name} ({backend})", files[FILES[backend]]
+        features = ModelFeatures(model, name, _run_of(file.run, model.feature_extractor.num_samples(2)))
+        subjects.append(
+            replace(subject, name=name, backend=backend, is_teacher=False, features=features, num_bytes=file.num_bytes)
         )
-        for backend in chosen
-    ]
+    return subjects
 
 
 def _run_of(session: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], least: int) -> Run:

@@ -6,8 +6,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from importlib.metadata import version
 from operator import truediv
 from pathlib import Path
@@ -39,21 +39,16 @@ def macs_per_second(config: dict[str, Any]) -> dict[str, float]:
 
 @cache
 def superb_seconds() -> float:
-    """Return the seconds of audio for which HuBERT Base needs :data:`SUPERB_HUBERT_BASE_MACS`, about 229."""
+    """Return the seconds of audio for which HuBERT Base needs :data:`SUPERB_HUBERT_BASE_MACS`, about 229.
+
+    The utterances that SUPERB profiles models on are not published with the benchmark, so a count for this length is no
+    rerun of its profile: it gives HuBERT Base the published number by construction. Other models deviate as far as
+    those utterances differ in length from :data:`UTTERANCE_SECONDS` (by 1% between 2 s and 15 s) and SUPERB's profiler
+    counts more than products. Compare such numbers with each other first.
+    """
     with torch.device("meta"):
         config = hubert_base().config
     return SUPERB_HUBERT_BASE_MACS / macs_per_second(config)["total"]
-
-
-def superb_style_macs(macs: dict[str, float]) -> dict[str, float]:
-    """Bring MACs per second to the scale of SUPERB's profile.
-
-    The utterances that SUPERB profiles models on are not published with the benchmark, so this is no rerun of it: it is
-    the count for :func:`superb_seconds` of audio, which gives HuBERT Base the published number by construction. Other
-    models deviate as far as those utterances differ in length from :data:`UTTERANCE_SECONDS` (by 1% between 2 s and
-    15 s) and SUPERB's profiler counts more than products. Compare such numbers with each other first.
-    """
-    return {name: count * superb_seconds() for name, count in macs.items()}
 
 
 def counted_on() -> dict[str, float]:
@@ -69,7 +64,7 @@ def cost(model: Wav2Vec2Model, num_bytes: int | None) -> dict[str, Any]:
         "params": count_params(model)._asdict(),
         "num_bytes": num_bytes,
         "macs_per_second": macs,
-        "superb_macs": superb_style_macs(macs),
+        "superb_macs": {name: count * superb_seconds() for name, count in macs.items()},
     }
 
 
@@ -78,22 +73,17 @@ def measure_speed(
 ) -> list[list[dict[str, Any]]]:
     """Measure real-time factors: seconds of work per second of audio, with all hidden states returned.
 
-    The models take turns on the same noise, one utterance at a time, after a warm-up each; the median of
-    :data:`REPETITIONS` counts.
-
-    Args:
-        runs: the models, each taking waveforms (B, T) on ``device``.
-        lengths: of the utterances, in seconds.
-        device: to measure on.
+    The models (``runs``, each taking waveforms (B, T) on the device) take turns on the same noise, one utterance at a
+    time, after a warm-up each; the median of :data:`REPETITIONS` counts.
 
     Returns:
-        For each model one entry for each length.
+        For each model one entry for each of the lengths, which are in seconds.
     """
     found: list[list[dict[str, Any]]] = [[] for _ in runs]
     for seconds in progress(lengths, "speed", unit="length"):
         generator = torch.Generator().manual_seed(0)
         waveforms = torch.randn(1, round(seconds * SAMPLE_RATE), generator=generator).to(device)
-        work = {str(number): _timed(run, waveforms) for number, run in enumerate(runs)}
+        work = {str(number): partial(_timed, run, waveforms) for number, run in enumerate(runs)}
         for warm_up in work.values():
             warm_up()
         medians = take_turns(work, REPETITIONS).values()
@@ -103,26 +93,18 @@ def measure_speed(
     return found
 
 
-def _timed(run: Callable[[torch.Tensor], object], waveforms: torch.Tensor) -> Callable[[], float]:
-    """Make a function that runs the model once and returns the seconds it took."""
-
-    def timed() -> float:
-        _wait_for(waveforms.device)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            run(waveforms)
-        _wait_for(waveforms.device)
-        return time.perf_counter() - start
-
-    return timed
+def _timed(run: Callable[[torch.Tensor], object], waveforms: torch.Tensor) -> float:
+    """Run the model once and return the seconds it took."""
+    wait = partial(torch.cuda.synchronize, waveforms.device) if waveforms.is_cuda else lambda: None
+    wait()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        run(waveforms)
+    wait()
+    return time.perf_counter() - start
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def take_turns(work: dict[str, Callable[[], float]], repetitions: int) -> dict[str, tuple[float, float]]:
+def take_turns(work: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, tuple[float, float]]:
     """Measure the seconds of each kind of work in turns, every other time in the opposite order.
 
     Returns:
@@ -142,17 +124,16 @@ def take_turns(work: dict[str, Callable[[], float]], repetitions: int) -> dict[s
 
 def made_by(device: torch.device) -> dict[str, Any]:
     """Return what it takes to get the numbers again: command, versions, device and number of CPU threads."""
+    versions = {name: version(name) for name in ("torch", "numpy", "soundfile")}
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "versions": {name: version(name) for name in ("torch", "numpy", "soundfile")}
-        | {"python": platform.python_version()},
+        "versions": versions | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
     }
 
 
 def _cpu_name() -> str:
-    """Return the processor's name and the number of its cores."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -22,7 +22,6 @@ Run = Callable[[Tensor], Sequence[Tensor] | Tensor]
 
 # Every published model makes a frame of 400 samples every 320.
 _WINDOW, _HOP = 400, 320
-_MELS = 80
 
 
 def check_finite(states: Sequence[Tensor], model_source: str, audio_source: str) -> None:
@@ -36,13 +35,13 @@ def check_finite(states: Sequence[Tensor], model_source: str, audio_source: str)
 
 
 class Features:
-    """Makes features of a waveform: ``name`` is for progress bars and errors, ``times`` are those of the frames."""
+    """Makes features of a waveform; errors show ``name`` and the ``place`` of the waveform."""
 
     name: str
     times: FrameTimes
 
     def frames(self, waveform: Tensor, place: str) -> Tensor:
-        """(T,) at 16 kHz -> (layers, frames, D) on the CPU; ``place`` is named in errors."""
+        """(T,) at 16 kHz -> (layers, frames, D) on the CPU."""
         raise NotImplementedError
 
     def pooled(self, waveform: Tensor, place: str) -> Tensor:
@@ -56,12 +55,12 @@ class ModelFeatures(Features):
     def __init__(self, model: Wav2Vec2Model, name: str, run: Run | None = None) -> None:
         self.name = name
         self.times = FrameTimes.of(model)
+        self.run: Run = run or (lambda waveforms: model.extract_features(waveforms)[0])
         self._device = next(model.parameters()).device
-        self._run = run or (lambda waveforms: model.extract_features(waveforms)[0])
 
     @torch.no_grad()
     def frames(self, waveform: Tensor, place: str) -> Tensor:
-        states = [state[0] for state in self._run(waveform[None].to(self._device))]
+        states = [state[0] for state in self.run(waveform[None].to(self._device))]
         check_finite(states, self.name, place)
         return torch.stack(states).float().cpu()
 
@@ -75,7 +74,7 @@ class LogMel(Features):
     def __init__(self) -> None:
         from torchaudio.transforms import MelSpectrogram
 
-        options = {"sample_rate": SAMPLE_RATE, "n_fft": _WINDOW, "n_mels": _MELS}
+        options = {"sample_rate": SAMPLE_RATE, "n_fft": _WINDOW, "n_mels": 80}
         self._mel = MelSpectrogram(hop_length=_HOP, center=False, **options)
         self._fine_mel = MelSpectrogram(hop_length=_HOP // 2, **options)
 
@@ -101,19 +100,12 @@ def pooled_features(features: Features, probe: Probe, clips: Sequence[Clip]) -> 
 
 @dataclass(frozen=True)
 class Frames:
-    """Frames of many clips, in half precision on disk: they need not all fit into memory.
+    """Frames of many clips, in half precision on disk: they need not all fit into memory."""
 
-    Attributes:
-        data: (N, layers, D) float16 in a file that is mapped; each layer divided by ``scale``.
-        scale: (layers,), so that no number is too large for half precision.
-        counts: frames of each clip.
-        targets: of each clip, see :func:`labels.batches.target_of`; of segments, one label for each frame.
-    """
-
-    data: Tensor
-    scale: Tensor
-    counts: list[int]
-    targets: list[Tensor]
+    data: Tensor  # (N, layers, D) float16 in a mapped file; each layer divided by its scale
+    scale: Tensor  # (layers,), so that no number is too large for half precision
+    counts: list[int]  # frames of each clip
+    targets: list[Tensor]  # of each clip, see labels.batches.target_of; of segments, one label for each frame
 
     @property
     def parts(self) -> list[Tensor]:

@@ -3,51 +3,34 @@
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from evaluation.backends import Subject, check_backends, exported, read_speech, torch_subject
 from evaluation.cost import cost, counted_on, made_by, measure_speed
 from evaluation.features import LogMel
-from evaluation.fidelity import HeldOutSpeech, Student, make_student, measure_fidelity
-from evaluation.probes import Probed, probe_random_models, run_probe, summary
-from evaluation.scores import LOG_MEL, figure_of_merit
+from evaluation.fidelity import Student, held_out_speech, measure_fidelity
+from evaluation.probes import Probed, Run, probe_random_models, run_probe, summary
 from labels.lists import TEXT, Probe, read_probe
-from labels.scores import METRICS, Scored
+from labels.scores import METRICS, Scored, interval
 from labels.tasks import fitting_probe, score_head
 from wav2vec2.files.checkpoint import read_model_file
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import TaskModel, model_with_its_head
 
-# The probes of models or controls, by their name and the probe's.
-AllProbed = dict[str, dict[str, Probed]]
+# The control that quality is measured from.
+LOG_MEL = "log-mel"
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """All that is measured: models as PyTorch runs them, the teacher first; with --tsv, students and their speech.
-
-    ``calibration`` is speech for int8.
-    """
-
-    device: torch.device
-    subjects: list[Subject]
-    probes: list[Probe]
-    speech: HeldOutSpeech | None
-    students: list[Student]
-    calibration: list[Tensor]
-
-
-def chosen_device(name: str | None) -> torch.device:
-    """Return --device, or the GPU if there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU; give --device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _check_distinct(option: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{option}: two are called {name}, expected a different name for each; rename one")
 
 
 def load_subjects(args: argparse.Namespace, device: torch.device) -> list[Subject]:
@@ -62,50 +45,12 @@ def load_subjects(args: argparse.Namespace, device: torch.device) -> list[Subjec
     names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
     if args.names:
         names[len(paths) - len(args.models) :] = args.names
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--names: two models are called {name}; give each its own name")
+    _check_distinct("--names", names)
     models = [model_with_its_head(read_model_file(path), path).eval().to(device) for path in paths]
     return [
         torch_subject(name, path, model, is_teacher=bool(args.teacher) and number == 0)
         for number, (name, path, model) in enumerate(zip(names, paths, models, strict=True))
     ]
-
-
-def read_probes(paths: Sequence[Path]) -> list[Probe]:
-    """Read the probes, each with a name of its own.
-
-    Raises:
-        UserError: see :func:`labels.lists.read_probe`; or two have one name.
-    """
-    probes = [read_probe(path) for path in paths]
-    names = [probe.name for probe in probes]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--probes: two lists are called {name}; rename one of the files")
-    return probes
-
-
-def read_inputs(args: argparse.Namespace, layers: list[int], backends: Sequence[str]) -> Inputs:
-    """Read all input before anything is measured, so that faults in it show at once.
-
-    Raises:
-        UserError: names the option or the file.
-    """
-    device = chosen_device(args.device)
-    check_backends(backends, device)
-    probes = read_probes(args.probes)
-    calibration = read_speech(args.tsv) if args.tsv and "onnx-int8" in backends else []
-    subjects = load_subjects(args, device)
-    if not args.tsv:
-        return Inputs(device, subjects, probes, None, [], calibration)
-    teacher, *others = subjects
-    min_samples = max(subject.model.feature_extractor.receptive_field for subject in subjects)
-    speech = HeldOutSpeech(args.tsv, args.max_seconds, min_samples)
-    students = [
-        make_student(each.name, each.path, each.model, teacher.model, layers, args.distill_mode) for each in others
-    ]
-    return Inputs(device, subjects, probes, speech, students, calibration)
 
 
 def head_summary(model: TaskModel, probes: Sequence[Probe], name: str) -> dict[str, Any]:
@@ -129,74 +74,119 @@ def head_summary(model: TaskModel, probes: Sequence[Probe], name: str) -> dict[s
     return {**model.head_settings.to_dict(), "scores": scores, "left_out": left_out}
 
 
-def probe_controls(inputs: Inputs, seeds: Sequence[int]) -> AllProbed:
-    """Probe log-mel features, and models of random weights in the first model's shape."""
-    if not inputs.probes:
-        return {}
-    config = inputs.subjects[0].model.config
-    log_mel = {probe.name: Probed.of(run_probe(LogMel(), probe, seeds), probe) for probe in inputs.probes}
-    random = {
-        probe.name: Probed.of(probe_random_models(config, probe, seeds, inputs.device), probe)
-        for probe in inputs.probes
-    }
-    return {LOG_MEL: log_mel, "random weights": random}
-
-
-def measure_quality(
-    inputs: Inputs, probed: AllProbed, controls: AllProbed
+def figure_of_merit(
+    scored: Mapping[str, Mapping[str, Scored]], more_is_better: Mapping[str, bool], top: str, bottom: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Place the models between log-mel features and the teacher, see :func:`evaluation.scores.figure_of_merit`."""
-    if not (controls and inputs.subjects[0].is_teacher):
-        return {}, {}
-    scored = {
-        name: {probe: each.scored for probe, each in found.items()}
-        for name, found in {**probed, LOG_MEL: controls[LOG_MEL]}.items()
-    }
-    more_is_better = {probe.name: METRICS[probe.kind][1] for probe in inputs.probes}
-    return figure_of_merit(scored, more_is_better, inputs.subjects[0].name, LOG_MEL)
+    """Give each kind of features one number: how far it comes from ``bottom`` (0) to ``top`` (100), over all probes.
+
+    Args:
+        scored: by the name of the features, then of the probe.
+        more_is_better: of each probe's score.
+        top: the teacher's name.
+        bottom: the control's name.
+
+    Returns:
+        For each name ``mean`` over the probes, ``interval``, and ``probes``, its number in each; and the probes that
+        are left out, with the reason.
+    """
+    left_out = {}
+    for probe in scored[top]:
+        gain = scored[top][probe].samples - scored[bottom][probe].samples
+        low, high = interval(gain if more_is_better[probe] else -gain)
+        if not low > 0:
+            left_out[probe] = f"{top} is not better than {bottom} by more than chance ({low:+.1f} to {high:+.1f})"
+    kept = [probe for probe in scored[top] if probe not in left_out]
+
+    def placed(name: str, probe: str, measure: Callable[[Scored], Any]) -> Any:
+        low, value, high = (measure(scored[each][probe]) for each in (bottom, name, top))
+        return 100 * (value - low) / (high - low)
+
+    found = {}
+    for name in scored if kept else ():
+        values = {probe: float(placed(name, probe, lambda one: one.mean)) for probe in kept}
+        samples = [placed(name, probe, lambda one: one.samples) for probe in kept]
+        found[name] = {
+            "mean": float(np.mean(list(values.values()))),
+            "interval": interval(np.mean(samples, axis=0)),
+            "probes": values,
+        }
+    return found, left_out
 
 
-def _summaries(probed: dict[str, Probed]) -> dict[str, Any]:
-    return {name: found.summary() for name, found in probed.items()}
+def probe_all(
+    subjects: Sequence[Subject], probes: Sequence[Probe], seeds: Sequence[int], device: torch.device
+) -> tuple[dict[str, dict[str, Probed]], dict[str, dict[str, Probed]]]:
+    """Probe models, and two controls: log-mel features, and random weights in the first model's shape."""
+
+    def of_each(run: Callable[[Probe], list[Run]]) -> dict[str, Probed]:
+        return {probe.name: Probed.of(run(probe), probe) for probe in probes}
+
+    probed = {each.name: of_each(partial(run_probe, each.features, seeds=seeds)) for each in subjects}
+    if not probes:
+        return probed, {}
+    random = partial(probe_random_models, subjects[0].model.config, seeds=seeds, device=device)
+    return probed, {LOG_MEL: of_each(partial(run_probe, LogMel(), seeds=seeds)), "random weights": of_each(random)}
+
+
+def _summaries(found: Mapping[str, Mapping[str, Probed]]) -> dict[str, dict[str, Any]]:
+    return {name: {probe: each.summary() for probe, each in probed.items()} for name, probed in found.items()}
+
+
+def compare_with_teacher(
+    args: argparse.Namespace, layers: list[int], subjects: Sequence[Subject]
+) -> dict[str, dict[str, Any]]:
+    """Measure the fidelity to the first model of the others, by name.
+
+    Raises:
+        UserError: the speech cannot be used, or a model does not fit the teacher.
+    """
+    teacher, *others = subjects
+    min_samples = max(subject.model.feature_extractor.receptive_field for subject in subjects)
+    speech = held_out_speech(args.tsv, args.max_seconds, min_samples)
+    students = [Student(each.path, each.model, teacher.model, layers, args.distill_mode) for each in others]
+    found = measure_fidelity(teacher.model, students, speech)
+    return {each.name: {**fidelity, "tsv": str(args.tsv)} for each, fidelity in zip(others, found, strict=True)}
 
 
 def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str]) -> dict[str, Any]:
     """Measure what the flags of evaluate.py ask for; returns its results, see :mod:`evaluation.tables`.
 
-    ``layers`` and ``backends`` are the flags that are lists in words.
+    All input is read before anything is measured, so that faults in it show at once. ``layers`` and ``backends`` are
+    the flags that are lists in words.
 
     Raises:
         UserError: a file or option cannot be used.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
-    inputs = read_inputs(args, layers, backends)
-    subjects, teacher = inputs.subjects, inputs.subjects[0]
-    fidelity = {}
-    if inputs.speech is not None:
-        compared = measure_fidelity(teacher.model, inputs.students, layers, inputs.speech)
-        fidelity = {student.name: found for student, found in zip(inputs.students, compared, strict=True)}
-    heads = {
-        each.name: head_summary(each.model, inputs.probes, each.name)
-        for each in subjects
-        if isinstance(each.model, TaskModel)
-    }
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        raise UserError("--device cuda: torch finds no GPU; give --device cpu")
+    device = torch.device(args.device or ("cuda" if has_gpu else "cpu"))
+    check_backends(backends, device)
+    probes = [read_probe(path) for path in args.probes]
+    _check_distinct("--probes", [probe.name for probe in probes])
+    calibration = read_speech(args.tsv) if args.tsv and "onnx-int8" in backends else []
+    subjects = load_subjects(args, device)
+    fidelity = compare_with_teacher(args, layers, subjects) if args.tsv else {}
+    with_head = [(each.name, each.model) for each in subjects if isinstance(each.model, TaskModel)]
+    heads = {name: head_summary(model, probes, name) for name, model in with_head}
     with tempfile.TemporaryDirectory() as folder:
         every = list(subjects)
         for number, subject in enumerate(subjects):
-            every += exported(subject, backends, Path(folder) / str(number), inputs.calibration)
-        speeds = measure_speed([subject.run for subject in every], args.speed_seconds, inputs.device)
-        probed = {
-            subject.name: {
-                probe.name: Probed.of(run_probe(subject.features, probe, args.seeds), probe) for probe in inputs.probes
-            }
-            for subject in every
-        }
-    controls = probe_controls(inputs, args.seeds)
-    merit, left_out = measure_quality(inputs, probed, controls)
+            every += exported(subject, backends, Path(folder) / str(number), calibration)
+        speeds = measure_speed([subject.features.run for subject in every], args.speed_seconds, device)
+        probed, controls = probe_all(every, probes, args.seeds, device)
+    summaries = _summaries(probed)
+    quality: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    if controls and args.teacher:
+        scored = {**probed, LOG_MEL: controls[LOG_MEL]}
+        more_is_better = {probe.name: METRICS[probe.kind][1] for probe in probes}
+        quality, left_out = figure_of_merit(scored, more_is_better, subjects[0].name, LOG_MEL)
     return {
-        "made_by": {**made_by(inputs.device), "seeds": args.seeds},
-        "teacher": teacher.name if args.teacher else None,
+        "made_by": {**made_by(device), "seeds": args.seeds},
+        "teacher": subjects[0].name if args.teacher else None,
         "models": [
             {
                 "name": subject.name,
@@ -205,15 +195,15 @@ def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str
                 "is_teacher": subject.is_teacher,
                 "config": subject.model.config,
                 "cost": {**cost(subject.model, subject.num_bytes), "speed": speed},
-                "fidelity": {**fidelity[subject.name], "tsv": str(args.tsv)} if subject.name in fidelity else None,
-                "probes": _summaries(probed[subject.name]),
+                "fidelity": fidelity.get(subject.name),
+                "probes": summaries[subject.name],
                 "head": heads.get(subject.name),
-                "quality": merit.get(subject.name),
+                "quality": quality.get(subject.name),
             }
             for subject, speed in zip(every, speeds, strict=True)
         ],
-        "controls": {name: _summaries(control) for name, control in controls.items()},
-        "probes": {probe.name: summary(probe) for probe in inputs.probes},
+        "controls": _summaries(controls),
+        "probes": {probe.name: summary(probe) for probe in probes},
         "left_out": left_out,
         "macs_counted_on": counted_on(),
     }

@@ -20,6 +20,7 @@ few at a time.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,18 +61,15 @@ def _chance(probe: Probe) -> float:
     if probe.kind == TEXT:  # no unit at all is said
         return 100.0
 
-    def amounts_of_labels(clips: Sequence[Clip]) -> np.ndarray:
-        amounts = np.zeros(len(probe.labels))
-        for clip in clips:
-            if probe.kind == CLIPS:
-                amounts[clip.target] += 1
-            else:
-                for start, end, label in clip.target:
-                    amounts[label] += end - start
-        return amounts
+    def amounts(clips: Sequence[Clip]) -> np.ndarray:
+        """The number of clips, or the seconds of segments, with each label."""
+        if probe.kind == CLIPS:
+            return np.bincount([clip.target for clip in clips], minlength=len(probe.labels))
+        starts, ends, labels = zip(*(segment for clip in clips for segment in clip.target), strict=True)
+        return np.bincount(labels, np.subtract(ends, starts), minlength=len(probe.labels))
 
-    tested = amounts_of_labels(probe.test)
-    return float(100 * tested[amounts_of_labels(probe.train).argmax()] / tested.sum())
+    tested = amounts(probe.test)
+    return float(100 * tested[amounts(probe.train).argmax()] / tested.sum())
 
 
 class LinearProbe(nn.Module):
@@ -105,13 +103,10 @@ class LinearProbe(nn.Module):
         """(N, layers, D) -> the same, with zero mean and unit deviation over the training features."""
         return (features - self.mean) * self.scale
 
-    def combined(self, standardized: Tensor) -> Tensor:
-        """(N, layers, D) -> (N, D), the weighted sum of layers."""
-        return self.norm(torch.einsum("l,nld->nd", self.layer_weights, standardized))
-
     def forward(self, standardized: Tensor) -> Tensor:
         """(N, layers, D) -> (N, outputs)"""
-        return F.linear(self.combined(standardized), self.weight, self.bias)
+        combined = torch.einsum("l,nld->nd", self.layer_weights, standardized)
+        return F.linear(self.norm(combined), self.weight, self.bias)
 
 
 class Run(NamedTuple):
@@ -121,25 +116,32 @@ class Run(NamedTuple):
     layer_weights: list[float]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Whole clips
-# ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Probed(Scored):
+    """The scores of a probe's runs on one kind of features, and the mean of their layer weights."""
+
+    layer_weights: list[float]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], probe: Probe) -> "Probed":
+        """Gather runs of a probe."""
+        weights = np.array([run.layer_weights for run in runs]).mean(0).tolist()
+        return cls([run.score for run in runs], len(probe.test), weights)
+
+    def summary(self) -> dict[str, Any]:
+        """Return :meth:`labels.scores.Scored.summary` and ``layer_weights``."""
+        return {**super().summary(), "layer_weights": self.layer_weights}
+
+
+# --- whole clips -----------------------------------------------------------------------------------
 
 
 def train_probe(
     features: Tensor, labels: Tensor, num_classes: int, penalty: float, generator: torch.Generator
 ) -> LinearProbe:
-    """Minimise cross entropy plus the penalty with L-BFGS, from small random weights.
+    """Minimise cross entropy plus ``penalty`` times the squared weights with L-BFGS, from small random weights.
 
-    Args:
-        features: (N, layers, D).
-        labels: (N,).
-        num_classes: outputs.
-        penalty: factor of the squared weights.
-        generator: draws the initial weights.
-
-    Returns:
-        The probe in eval mode.
+    Features are (N, layers, D), labels (N,); the probe is returned in eval mode.
     """
     num_dims = features.shape[2]
     # With a momentum of 1 it keeps the statistics of the last batch, which is always the whole training set.
@@ -178,12 +180,10 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     out = held_out(labels, generator)
 
-    @torch.no_grad()
-    def loss(trained: LinearProbe) -> float:
-        return float(F.cross_entropy(trained(trained.standardized(features[out])), labels[out]))
-
     def held_out_loss(penalty: float) -> float:
-        return loss(train_probe(features[~out], labels[~out], num_classes, penalty, generator))
+        trained = train_probe(features[~out], labels[~out], num_classes, penalty, generator)
+        with torch.no_grad():
+            return float(F.cross_entropy(trained(trained.standardized(features[out])), labels[out]))
 
     penalty = min(PENALTIES, key=held_out_loss)  # the strongest of equals
     return train_probe(features, labels, num_classes, penalty, generator)
@@ -192,38 +192,26 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> 
 def run_pooled(train: Tensor, test: Tensor, probe: Probe, seed: int) -> Run:
     """Classify clips, or compare clips of unknown labels by the logits of a classifier of the training labels.
 
-    ``train`` and ``test`` are features (N, layers, D) of the probe's clips; the seed chooses held-out clips and initial
-    weights.
+    ``train`` and ``test`` are features (N, layers, D); the seed chooses held-out clips and initial weights.
     """
     labels, wanted = (torch.tensor([clip.target for clip in clips]) for clips in (probe.train, probe.test))
     trained = fit_probe(train, labels, len(probe.labels), seed)
-    bias = None if probe.kind == VERIFICATION else trained.bias  # it cancels where logits are centred
-
-    def logits(features: Tensor) -> Tensor:
-        return F.linear(trained.combined(trained.standardized(features)), trained.weight, bias)
-
     with torch.no_grad():
-        results = clip_results(probe.kind, logits(test), None, wanted[:, None])
-        centre = logits(train).mean(0).numpy()
+        logits, centre = trained(trained.standardized(test)), trained(trained.standardized(train)).mean(0).numpy()
+    results = clip_results(probe.kind, logits, None, wanted[:, None])
     return Run(score_of(probe.kind, results, probe.test, centre), trained.layer_weights.tolist())
 
 
-# ---------------------------------------------------------------------------------------------------
-# Frames
-# ---------------------------------------------------------------------------------------------------
+# --- frames ----------------------------------------------------------------------------------------
 
 
-def _batches(count: int, size: int, epochs: int, generator: torch.Generator) -> list[Tensor]:
-    """Put ``count`` indices into batches, in another order every epoch; at least :data:`LEAST_UPDATES` batches."""
+def _train(probe: LinearProbe, loss: Callable[[Tensor], Tensor], count: int, size: int, epochs: int, seed: int) -> None:
+    """Run one cycle of Adam over batches of ``count`` indices, in another order every epoch."""
+    generator = torch.Generator().manual_seed(seed)
     epochs = max(epochs, math.ceil(LEAST_UPDATES / math.ceil(count / size)))
-    return [batch for _ in range(epochs) for batch in torch.randperm(count, generator=generator).split(size)]
-
-
-def _train(probe: LinearProbe, batches: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> None:
-    """Run one cycle of Adam over the batches."""
-    optimizer = torch.optim.Adam(
-        [{"params": [probe.layer_scores]}, {"params": [probe.weight, probe.bias]}], LEARNING_RATE
-    )
+    batches = [batch for _ in range(epochs) for batch in torch.randperm(count, generator=generator).split(size)]
+    parameters = [{"params": [probe.layer_scores]}, {"params": [probe.weight, probe.bias]}]
+    optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     rates = [LAYER_LEARNING_RATE, LEARNING_RATE]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches) + 1)
     for batch in batches:
@@ -234,11 +222,7 @@ def _train(probe: LinearProbe, batches: Sequence[Tensor], loss: Callable[[Tensor
 
 
 def run_frames(train: Frames, test: Frames, probe: Probe, seed: int) -> Run:
-    """Classify labelled frames, or recognise the units of texts with CTC, whose output 0 is the blank.
-
-    The seed chooses the order of batches.
-    """
-    generator = torch.Generator().manual_seed(seed)
+    """Classify labelled frames, or recognise the units of texts with CTC, whose output 0 is the blank."""
     is_text, labels, parts = probe.kind == TEXT, torch.cat(train.targets), train.parts
     weight = torch.zeros(is_text + len(probe.labels), train.data.shape[2])
     trained = LinearProbe(*train.moments, weight, nn.Identity())
@@ -257,9 +241,9 @@ def run_frames(train: Frames, test: Frames, probe: Probe, seed: int) -> Run:
         return F.cross_entropy(logits(train, batch), labels[batch])
 
     if is_text:
-        _train(trained, _batches(len(parts), CLIPS_PER_BATCH, TEXT_EPOCHS, generator), text_loss)
+        _train(trained, text_loss, len(parts), CLIPS_PER_BATCH, TEXT_EPOCHS, seed)
     else:
-        _train(trained, _batches(len(labels), FRAMES_PER_BATCH, FRAME_EPOCHS, generator), frame_loss)
+        _train(trained, frame_loss, len(labels), FRAMES_PER_BATCH, FRAME_EPOCHS, seed)
     results: list[list[float]] = []
     with torch.no_grad():
         for part, target in zip(test.parts, test.targets, strict=True):
@@ -267,26 +251,7 @@ def run_frames(train: Frames, test: Frames, probe: Probe, seed: int) -> Run:
     return Run(score_of(probe.kind, results, probe.test), trained.layer_weights.tolist())
 
 
-# ---------------------------------------------------------------------------------------------------
-# All kinds
-# ---------------------------------------------------------------------------------------------------
-
-
-class Probed(NamedTuple):
-    """The scores of a probe's runs on one kind of features, and the mean of their layer weights."""
-
-    scored: Scored
-    layer_weights: list[float]
-
-    @classmethod
-    def of(cls, runs: Sequence[Run], probe: Probe) -> "Probed":
-        """Gather runs of a probe."""
-        weights = np.array([run.layer_weights for run in runs]).mean(0).tolist()
-        return cls(Scored([run.score for run in runs], len(probe.test)), weights)
-
-    def summary(self) -> dict[str, Any]:
-        """Return :meth:`labels.scores.Scored.summary` and ``layer_weights``."""
-        return {**self.scored.summary(), "layer_weights": self.layer_weights}
+# --- all kinds -------------------------------------------------------------------------------------
 
 
 def run_probe(features: Features, probe: Probe, seeds: Sequence[int]) -> list[Run]:

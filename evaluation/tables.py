@@ -4,17 +4,14 @@ The file is JSON:
 
     made_by    command, versions, device, threads, seeds
     teacher    its name, or null
-    models     one entry each: name, path, backend, is_teacher, config, cost, fidelity (null without teacher or
-               manifest), probes, head (null without one), quality (null without teacher or probes)
+    models     one entry each: name, path, backend, is_teacher, config, cost (:mod:`evaluation.cost`, with "speed"),
+               fidelity (:class:`evaluation.fidelity.Student`; null without teacher or manifest), probes by name
+               (:class:`evaluation.probes.Probed`), head (:func:`evaluation.measure.head_summary`; null without one),
+               quality (:func:`evaluation.measure.figure_of_merit`; null without teacher or probes)
     controls   the probes of "log-mel" features and of "random weights" in the first model's shape
     probes     for each its kind, metric, num_classes, num_train, num_test and chance (per cent)
     left_out   the probes that do not count for quality, with the reason
     macs_counted_on    utterance_seconds and superb_seconds, see evaluation.cost
-
-``cost`` has num_params, params (by part), num_bytes, macs_per_second and superb_macs (by part, and total) and speed,
-see :mod:`evaluation.cost`; ``fidelity`` is that of :func:`evaluation.fidelity.measure_fidelity`; an entry of ``probes``
-that of :meth:`evaluation.probes.Probed.summary`, by the probe's name; ``head`` that of
-:func:`evaluation.measure.head_summary`; ``quality`` that of :func:`evaluation.scores.figure_of_merit`.
 """
 
 import json
@@ -37,7 +34,7 @@ class Table(NamedTuple):
     title: str
     header: list[str]
     rows: list[list[str]]
-    notes: list[str]
+    notes: Sequence[str] = ()
 
     def __str__(self) -> str:
         """Align the first column to the left and the others to the right, above the notes."""
@@ -82,14 +79,15 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
         UserError: ``results`` are not those of evaluate.py.
     """
     with _results_of_evaluate():
-        tables = [cost_table(results["models"], results["macs_counted_on"]), part_table(results["models"])]
-        if any(model["fidelity"] for model in results["models"]):
-            tables.append(fidelity_table(results["models"]))
+        models = results["models"]
+        tables = [cost_table(models, results["macs_counted_on"]), part_table(models)]
+        if any(model["fidelity"] for model in models):
+            tables.append(fidelity_table(models))
         if results["probes"]:
             tables.append(probe_table(results))
-        if results["probes"] and any(model.get("head") for model in results["models"]):
-            tables.append(head_table(results))
-        if any(model["quality"] for model in results["models"]):
+        if any(model.get("head") for model in models) and results["probes"]:  # older results have no heads
+            tables.append(head_table(models))
+        if any(model["quality"] for model in models):
             tables.append(quality_table(results))
     return tables
 
@@ -99,10 +97,7 @@ def cost_table(
 ) -> Table:
     """Tabulate parameters, bytes, multiplications and speed.
 
-    Args:
-        models: entries of a results file.
-        counted_on: ``macs_counted_on`` of a results file.
-        original_num_params: what sparsity is relative to; None takes the teacher's, if there is one.
+    Sparsity is relative to ``original_num_params``, by default the teacher's, if there is one.
     """
     teachers = [model["cost"]["num_params"] for model in models if model.get("is_teacher")]
     before = original_num_params or next(iter(teachers), None)
@@ -166,69 +161,64 @@ def part_table(models: Sequence[dict[str, Any]]) -> Table:
     return Table("Parts", header, rows, [about])
 
 
+def _cell(found: dict[str, Any], spread: str = "") -> str:
+    low, high = found["interval"]
+    return f"{found['mean']:.1f}{spread} [{low:.1f}, {high:.1f}]"
+
+
 def probe_table(results: dict[str, Any]) -> Table:
     """Tabulate the score of each model and control in each probe."""
     scored = {model["name"]: model["probes"] for model in results["models"] if model["probes"]} | results["controls"]
-    rows = [[name, *(_score(found[task]) for task in results["probes"])] for name, found in scored.items()]
-    rows.append(["chance", *(f"{task['chance']:.1f}" for task in results["probes"].values())])
+    tasks = results["probes"]
+    rows = [
+        [name, *(_cell(found[task], f" ± {found[task]['std']:.1f}") for task in tasks)]
+        for name, found in scored.items()
+    ]
+    rows.append(["chance", *(f"{task['chance']:.1f}" for task in tasks.values())])
     about = (
         "test score in per cent, mean and standard deviation over the seeds, and in brackets where 95% of bootstrap "
         "samples of the test clips lie; a lower error rate is better"
     )
-    return Table(
-        "Probes", ["", *(f"{name}: {task['metric']}" for name, task in results["probes"].items())], rows, [about]
-    )
+    return Table("Probes", ["", *(f"{name}: {task['metric']}" for name, task in tasks.items())], rows, [about])
 
 
-def _score(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{found['mean']:.1f} ± {found['std']:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def head_table(results: dict[str, Any]) -> Table:
-    """Tabulate the scores of fine-tuned models' own heads, which older results do not have."""
-    heads = {model["name"]: model["head"] for model in results["models"] if model.get("head")}
-    scored = [probe for probe in results["probes"] if any(probe in head["scores"] for head in heads.values())]
-    metrics = {probe: head["scores"][probe]["metric"] for head in heads.values() for probe in head["scores"]}
+def head_table(models: Sequence[dict[str, Any]]) -> Table:
+    """Tabulate the scores of fine-tuned models' own heads."""
+    heads = {model["name"]: model["head"] for model in models if model.get("head")}
+    metrics = {probe: score["metric"] for head in heads.values() for probe, score in head["scores"].items()}
     rows, notes = [], ["test score in per cent, and in brackets where 95% of bootstrap samples of the test clips lie"]
     for name, head in heads.items():
-        cells = [head["scores"].get(probe) for probe in scored]
-        rows.append([name, *("-" if cell is None else _interval(cell) for cell in cells)])
+        cells = [head["scores"].get(probe) for probe in metrics]
+        rows.append([name, *("-" if cell is None else _cell(cell) for cell in cells)])
         notes += [f"{name} is not scored on {probe}: {reason}" for probe, reason in head["left_out"].items()]
-    return Table("Own heads", ["", *(f"{probe}: {metrics[probe]}" for probe in scored)], rows, notes)
-
-
-def _interval(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{found['mean']:.1f} [{low:.1f}, {high:.1f}]"
+    return Table("Own heads", ["", *(f"{probe}: {metric}" for probe, metric in metrics.items())], rows, notes)
 
 
 def quality_table(results: dict[str, Any]) -> Table:
     """Tabulate the quality of each model."""
-    rows = [[model["name"], _interval(model["quality"])] for model in results["models"] if model["quality"]]
+    rows = [[model["name"], _cell(model["quality"])] for model in results["models"] if model["quality"]]
     about = "mean over the probes of where the score lies between log-mel (0) and the teacher (100), and 95% interval"
     notes = [f"{probe} is left out: {reason}" for probe, reason in results["left_out"].items()]
     return Table("Quality", ["", "quality"], rows, [about, *notes])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Architecture
-# ---------------------------------------------------------------------------------------------------
+# --- architecture ----------------------------------------------------------------------------------
 
 
 def unit_counts(config: dict[str, Any]) -> dict[str, list[int]]:
     """Count the units of each layer by kind in a complete config; 0 where the whole block is gone."""
+
+    def left(counts: list[int], used: list[bool]) -> list[int]:
+        return [count if is_used else 0 for count, is_used in zip(counts, used, strict=True)]
+
     if "encoder_remaining_heads" in config:
         heads = [len(remaining) for remaining in config["encoder_remaining_heads"]]
     else:
         heads = config["encoder_num_heads"]
     return {
         "conv channels": [channels for channels, *_ in config["extractor_conv_layer_config"]],
-        "heads": [n if used else 0 for n, used in zip(heads, config["encoder_use_attention"], strict=True)],
-        "FFN dimensions": [
-            n if used else 0
-            for n, used in zip(config["encoder_ff_interm_features"], config["encoder_use_feed_forward"], strict=True)
-        ],
+        "heads": left(heads, config["encoder_use_attention"]),
+        "FFN dimensions": left(config["encoder_ff_interm_features"], config["encoder_use_feed_forward"]),
     }
 
 
@@ -238,28 +228,22 @@ def architecture_tables(before: dict[str, Any], after: dict[str, Any]) -> list[T
     The last table is left out if nothing of it is pruned.
     """
     old, new = unit_counts(before), unit_counts(after)
-    cells = {name: [f"{kept}/{count}" for kept, count in zip(new[name], old[name], strict=True)] for name in new}
-    layers = zip(cells["heads"], cells["FFN dimensions"], strict=True)
+    channels, heads, dims = (
+        [f"{kept}/{count}" for kept, count in zip(new[name], old[name], strict=True)] for name in new
+    )
+    layers = [[str(layer), *cells] for layer, cells in enumerate(zip(heads, dims, strict=True), start=1)]
+    conv_layers = [[str(layer), cell] for layer, cell in enumerate(channels)]
     keys = {
         "dimensions of a frame": "encoder_embed_dim",
         "taps of the positional convolution": "encoder_pos_conv_kernel",
     }
     shared = [[name, f"{after[key]}/{before[key]}"] for name, key in keys.items() if after[key] != before[key]]
     tables = [
-        Table(
-            "Kept units of the transformer",
-            ["layer", "heads", "FFN dimensions"],
-            [[str(layer), *row] for layer, row in enumerate(layers, start=1)],
-            [],
-        ),
-        Table(
-            "Kept channels of the extractor",
-            ["conv layer", "channels"],
-            [[str(layer), row] for layer, row in enumerate(cells["conv channels"])],
-            [],
-        ),
+        Table("Kept units of the transformer", ["layer", "heads", "FFN dimensions"], layers),
+        Table("Kept channels of the extractor", ["conv layer", "channels"], conv_layers),
+        Table("Kept units of all layers", ["unit", "kept"], shared),
     ]
-    return [*tables, Table("Kept units of all layers", ["unit", "kept"], shared, [])] if shared else tables
+    return [table for table in tables if table.rows]
 
 
 def model_of_shape(results: dict[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -295,7 +279,7 @@ def card_metrics(results: dict[str, Any], model: dict[str, Any]) -> list[dict[st
         UserError: ``results`` are not those of evaluate.py.
     """
 
-    def entry(name: str, task: str, metric: str, how: str, value: float) -> dict[str, Any]:
+    def entry(task: str, name: str, metric: str, how: str, value: float) -> dict[str, Any]:
         return {
             "task_type": task,
             "dataset_type": name,
@@ -305,23 +289,20 @@ def card_metrics(results: dict[str, Any], model: dict[str, Any]) -> list[dict[st
             "metric_value": round(float(value), 4),
         }
 
-    def task_of(name: str) -> str:
-        return "automatic-speech-recognition" if results["probes"][name]["kind"] == TEXT else "audio-classification"
-
     with _results_of_evaluate():
+        probes, head = results["probes"], model.get("head") or {"scores": {}}
+        scores = [(name, probes[name]["metric"], "linear probe (%)", found) for name, found in model["probes"].items()]
+        scores += [(name, found["metric"], "own head (%)", found) for name, found in head["scores"].items()]
+        tasks = {TEXT: "automatic-speech-recognition"}
         found = [
-            entry(name, task_of(name), results["probes"][name]["metric"], "linear probe (%)", score["mean"])
-            for name, score in model["probes"].items()
-        ]
-        found += [
-            entry(name, task_of(name), score["metric"], "own head (%)", score["mean"])
-            for name, score in ((model.get("head") or {}).get("scores") or {}).items()
+            entry(tasks.get(probes[name]["kind"], "audio-classification"), name, metric, how, score["mean"])
+            for name, metric, how, score in scores
         ]
         if quality := model["quality"]:
             name, how = ", ".join(quality["probes"]), "log-mel is 0, the teacher 100"
-            found.append(entry(name, "feature-extraction", "quality", how, quality["mean"]))
+            found.append(entry("feature-extraction", name, "quality", how, quality["mean"]))
         cosines = [layer["cosine"] for layer in (model["fidelity"] or {"layers": []})["layers"]]
         if cosines and None not in cosines:
             name, how = Path(model["fidelity"]["tsv"]).stem, "mean of the distilled layers"
-            found.append(entry(name, "feature-extraction", "cosine with the teacher", how, fmean(cosines)))
+            found.append(entry("feature-extraction", name, "cosine with the teacher", how, fmean(cosines)))
     return found

@@ -28,7 +28,6 @@ class FrameTimes:
 
     @classmethod
     def of(cls, model: Wav2Vec2Model) -> "FrameTimes":
-        """The frames of a model."""
         return cls(model.feature_extractor.stride, model.feature_extractor.receptive_field)
 
     def count(self, num_samples: int) -> int:
@@ -43,10 +42,7 @@ class FrameTimes:
 def target_of(kind: str, clip: Clip, times: Tensor) -> Tensor:
     """The labels to find in a clip, (N,) int64: the one label, the units of the text, or the label of each frame.
 
-    Args:
-        kind: of the list, as of :class:`~labels.lists.Probe`.
-        clip: the clip.
-        times: (frames,) the middles of the clip's frames in seconds, which tell the segment; -1 outside of segments.
+    ``times`` (frames,) are the middles of the clip's frames in seconds, which tell the segment; outside it is -1.
     """
     if kind == SEGMENTS:
         starts, ends, labels = (torch.tensor(column) for column in zip(*clip.target, strict=True))
@@ -63,22 +59,23 @@ def read_clip(probe: Probe, clip: Clip, window: int) -> Tensor:
         UserError: it cannot be read, is shorter than the ``window`` samples of a frame, or holds values that are not
             finite. The message names the line of the list.
     """
+    place = probe.place(clip)
     try:
         waveform = read_audio(clip.path)
     except UserError as error:
-        raise UserError(f"{probe.place(clip)}: {error}; mend the file or take its line out") from error
+        raise UserError(f"{place}: {error}; mend the file or take its line out") from error
     if not waveform.isfinite().all():
-        raise UserError(f"{probe.place(clip)}: {clip.path} holds samples that are NaN or infinite; take its line out")
-    if len(waveform) < window:
-        raise UserError(_too_short(probe, clip, len(waveform), window))
+        raise UserError(f"{place}: {clip.path} holds samples that are NaN or infinite; take its line out")
+    _check_frames(probe, clip, len(waveform), window)
     return waveform
 
 
-def _too_short(probe: Probe, clip: Clip, length: int, window: int) -> str:
-    return (
-        f"{probe.place(clip)}: {clip.path} has {length} samples at 16 kHz, expected {window} or more, which make one "
-        "frame; take it out"
-    )
+def _check_frames(probe: Probe, clip: Clip, length: int, window: int) -> None:
+    if length < window:
+        raise UserError(
+            f"{probe.place(clip)}: {clip.path} has {length} samples at 16 kHz, expected {window} or more, which make "
+            "one frame; take it out"
+        )
 
 
 def checked_lengths(probe: Probe, clips: Sequence[Clip], frames: FrameTimes, max_samples: float) -> np.ndarray:
@@ -94,8 +91,7 @@ def checked_lengths(probe: Probe, clips: Sequence[Clip], frames: FrameTimes, max
             length = num_samples(clip.path)
         except AudioError as error:
             raise UserError(f"{probe.place(clip)}: {error}") from error
-        if length < frames.window:
-            raise UserError(_too_short(probe, clip, length, frames.window))
+        _check_frames(probe, clip, length, frames.window)
         if length > max_samples:
             raise UserError(
                 f"{probe.place(clip)}: {clip.path} lasts {length / SAMPLE_RATE:.2f} s, a batch holds "
@@ -123,40 +119,31 @@ def _check_text(probe: Probe, clip: Clip, num_frames: int) -> None:
 
 
 class LabelledBatch(NamedTuple):
-    """A batch of :class:`LabelledDataset`.
+    """A batch of :class:`LabelledDataset`."""
 
-    Attributes:
-        waveforms: (B, T) float32, zeros after the shorter ones.
-        lengths: (B,) valid samples.
-        targets: (B, N) int64, see :func:`target_of`; -1 after the shorter ones.
-        num_samples: the lengths again, which stay on the CPU.
-        indices: the clips that the sampler chose.
-        paths: the B files that were read.
-        seed, weight, bad_files: see :class:`dataset.speech.Batch`.
-    """
-
-    waveforms: Tensor
-    lengths: Tensor
-    targets: Tensor
-    num_samples: list[int]
-    indices: list[int]
-    paths: list[str]
+    waveforms: Tensor  # (B, T) float32, zeros after the shorter ones
+    lengths: Tensor  # (B,) valid samples
+    targets: Tensor  # (B, N) int64, see target_of; -1 after the shorter ones
+    num_samples: list[int]  # the lengths again, which stay on the CPU
+    indices: list[int]  # the clips that the sampler chose
+    paths: list[str]  # the B files that were read
+    # See dataset.speech.Batch.
     seed: int
     weight: int
     bad_files: dict[str, str]
 
 
+@dataclass(eq=False)
 class LabelledDataset(Dataset):
     """Reads whole clips; the next longer clip, with its target, replaces a file that has gone bad.
 
     After the longest comes the shortest. ``lengths`` (N,) are the samples of each clip at 16 kHz.
     """
 
-    def __init__(self, kind: str, clips: Sequence[Clip], lengths: np.ndarray, frames: FrameTimes) -> None:
-        self.kind = kind
-        self.clips = clips
-        self.lengths = lengths
-        self.frames = frames
+    kind: str
+    clips: Sequence[Clip]
+    lengths: np.ndarray
+    frames: FrameTimes
 
     def __len__(self) -> int:
         return len(self.clips)

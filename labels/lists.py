@@ -10,6 +10,7 @@ the list's folder. Columns are separated by tabs; others are ignored.
 """
 
 import csv
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,10 +23,13 @@ from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.kinds import CLIPS, SEGMENTS, TEXT, UNITS
 
 SPLITS = ("train", "test", "valid")
-NEEDED_SPLITS = SPLITS[:2]
 VERIFICATION = "verification"
-# The columns of each kind of list; the first whose columns are all there counts.
-_COLUMNS = (("split", "path", "start", "end", "label"), ("split", "path", "label"), ("split", "path", "text"))
+# The columns of each kind of list; the first whose columns are all there counts. A verification is told by its labels.
+_COLUMNS = {
+    SEGMENTS: ("split", "path", "start", "end", "label"),
+    CLIPS: ("split", "path", "label"),
+    TEXT: ("split", "path", "text"),
+}
 
 # UTF-8 text holds neither bytes that could not be decoded nor the zeros between the letters of UTF-16.
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -43,36 +47,24 @@ class Segment(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """An audio file with what is to be found in it.
-
-    Attributes:
-        path: the file.
-        target: the label, a number from 0 (clips, verification); a tuple of :class:`Segment`, in order of time; or a
-            tuple of units (text). Numbers from ``len(labels)`` up stand for labels that training does not have.
-        line: the first line of the list that names the file.
-        units: the units of a text as written.
-    """
+    """An audio file with what is to be found in it."""
 
     path: Path
+    # The label, a number from 0 (clips, verification); a tuple of Segment, in order of time; or a tuple of units
+    # (text). Numbers from len(labels) up stand for labels that training does not have.
     target: Any
-    line: int
-    units: tuple[str, ...] = ()
+    line: int  # the first line of the list that names the file
+    units: tuple[str, ...] = ()  # of a text, as written
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A task: labelled audio to learn from and to test on; ``valid`` may be empty.
+    """A task: labelled audio to learn from and to test on; ``valid`` may be empty."""
 
-    Attributes:
-        name: the file's name without its ending.
-        kind: :data:`CLIPS`, :data:`VERIFICATION`, :data:`SEGMENTS` or :data:`TEXT`.
-        labels: the names of the training clips' labels or units.
-    """
-
-    name: str
+    name: str  # of the file, without its ending
     path: Path
-    kind: str
-    labels: tuple[str, ...]
+    kind: str  # CLIPS, VERIFICATION, SEGMENTS or TEXT
+    labels: tuple[str, ...]  # names of the training clips' labels or units
     train: tuple[Clip, ...]
     test: tuple[Clip, ...]
     valid: tuple[Clip, ...] = ()
@@ -83,18 +75,15 @@ class Probe:
 
 
 class _Row(NamedTuple):
+    """A line of a list: a file with its label or units, or a segment of one."""
+
+    place: str  # the list and the line, for errors
     line: int
     split: str
     path: Path
-    values: dict[str, str]
-
-
-class _File(NamedTuple):
-    """An audio file in a list: its first row, its labels or units, and the times of segments."""
-
-    row: _Row
     labels: list[str]
-    times: list[tuple[float, float]]
+    start: float
+    end: float
 
 
 def read_probe(path: Path, units: str = UNITS[0], labels: Sequence[str] | None = None) -> Probe:
@@ -110,76 +99,60 @@ def read_probe(path: Path, units: str = UNITS[0], labels: Sequence[str] | None =
             has impossible times; a split is missing; there are fewer than two labels; some test clips have labels
             that training has, others do not. The message names the line if one line is at fault.
     """
-    header, rows = _read_rows(path)
-    for split in NEEDED_SPLITS:
+    kind, rows = _read_rows(path, units)
+    for split in ("train", "test"):
         if not any(row.split == split for row in rows):
             raise UserError(f"{path}: no line has the split {split}, expected lines of both train and test")
-    if "start" in header:
-        kind, files = SEGMENTS, _segments(path, rows)
-    elif "text" in header:
-        kind = TEXT
-        files = [_File(row, text_units(row.values["text"], units), []) for row in _one_per_file(path, rows)]
-    else:
-        kind, files = CLIPS, [_File(row, [row.values["label"]], []) for row in _one_per_file(path, rows)]
-    trained = sorted({label for file in files if file.row.split == "train" for label in file.labels})
+    files = _files(rows, kind)
+    trained = sorted({label for row in rows if row.split == "train" for label in row.labels})
     if len(trained) < 2:
         raise UserError(f"{path}: the training clips have one label, {short_repr(trained[0])}, expected two or more")
-    if kind == SEGMENTS and (strangers := [row for row in rows if row.values["label"] not in trained]):
+    if kind == SEGMENTS and (strangers := [row for row in rows if row.labels[0] not in trained]):
         raise UserError(
-            f"{path}: line {strangers[0].line} has the label {short_repr(strangers[0].values['label'])}, which no "
-            "training segment has; take it out, or add such segments for training"
+            f"{strangers[0].place} has the label {short_repr(strangers[0].labels[0])}, which no training segment has; "
+            "take it out, or add such segments for training"
         )
     if kind == CLIPS:
-        kind = _kind_of_clips(path, files)
+        kind = _kind_of_clips(path, rows)
     names = tuple(trained if labels is None else labels)
-    return Probe(path.stem, path, kind, names, **_numbered(kind, files, names))
-
-
-def _numbered(kind: str, files: Sequence[_File], labels: Sequence[str]) -> dict[str, tuple[Clip, ...]]:
-    """The clips of each split, with numbers for labels."""
-    numbers = {label: number for number, label in enumerate(labels)}
-    splits: dict[str, list[Clip]] = {split: [] for split in SPLITS}
-    for row, names, times in files:
+    numbers = {label: number for number, label in enumerate(names)}
+    clips: dict[str, list[Clip]] = {split: [] for split in SPLITS}
+    for first, *others in files:
+        spoken: tuple[str, ...] = ()
         if kind == TEXT:
-            target: Any = tuple(numbers.get(name, len(labels)) for name in names)
+            spoken = tuple(first.labels)
+            target: Any = tuple(numbers.get(label, len(names)) for label in spoken)
         elif kind == SEGMENTS:
-            target = tuple(Segment(*time, numbers[name]) for time, name in zip(times, names, strict=True))
+            segments = (Segment(row.start, row.end, numbers[row.labels[0]]) for row in (first, *others))
+            target = tuple(sorted(segments))
         else:  # the test clips of a verification have other labels
-            target = numbers.setdefault(names[0], len(numbers))
-        splits[row.split].append(Clip(row.path, target, row.line, tuple(names) if kind == TEXT else ()))
-    return {split: tuple(clips) for split, clips in splits.items()}
+            target = numbers.setdefault(first.labels[0], len(numbers))
+        clips[first.split].append(Clip(first.path, target, first.line, spoken))
+    return Probe(path.stem, path, kind, names, **{split: tuple(found) for split, found in clips.items()})
 
 
-def text_units(text: str, units: str) -> list[str]:
-    """Split a text into its units, one of :data:`UNITS`."""
-    words = text.split()
-    return words if units == UNITS[0] else list(" ".join(words))
-
-
-def _kind_of_clips(path: Path, files: Sequence[_File]) -> str:
+def _kind_of_clips(path: Path, rows: Sequence[_Row]) -> str:
     """Tell classification, where training has all labels of the test clips, from verification, where it has none."""
-    labels: dict[str, Counter[str]] = {
-        split: Counter(file.labels[0] for file in files if file.row.split == split) for split in SPLITS
-    }
+    labels = {split: Counter(row.labels[0] for row in rows if row.split == split) for split in SPLITS}
     trained = labels["train"]
+    for row in rows:
+        if row.split == "train" and trained[row.labels[0]] < 2:
+            raise UserError(
+                f"{row.place}: one training clip has the label {short_repr(row.labels[0])}, expected two or more of "
+                "each, because some are held out to choose settings"
+            )
     unknown = []  # splits whose labels training does not have
     for split in ("test", "valid"):
-        new = [file for file in files if file.row.split == split and file.labels[0] not in trained]
-        if new and len(new) < labels[split].total():
+        new = [row for row in rows if row.split == split and row.labels[0] not in trained]
+        if not new:
+            continue
+        unknown.append(split)
+        if len(new) < labels[split].total():
             raise UserError(
-                f"{path}: line {new[0].row.line}: the {split} clip has the label {short_repr(new[0].labels[0])}, which "
-                "no training clip has; take such clips out, or add some for training (or let the two splits share no "
-                "label, which makes it a verification)"
+                f"{new[0].place}: the {split} clip has the label {short_repr(new[0].labels[0])}, which no training "
+                "clip has; take such clips out, or add some for training (or let the two splits share no label, which "
+                "makes it a verification)"
             )
-        if new:
-            unknown.append(split)
-    for file in files:
-        if file.row.split == "train" and trained[file.labels[0]] < 2:
-            raise UserError(
-                f"{path}: line {file.row.line}: one training clip has the label {short_repr(file.labels[0])}, expected "
-                "two or more of each, because some are held out to choose settings"
-            )
-    for split in unknown:
         if len(labels[split]) < 2 or max(labels[split].values()) < 2:
             raise UserError(
                 f"{path}: a verification needs {split} clips of two labels or more, and two clips of one of them; "
@@ -190,58 +163,33 @@ def _kind_of_clips(path: Path, files: Sequence[_File]) -> str:
     return VERIFICATION if unknown else CLIPS
 
 
-def _one_per_file(path: Path, rows: Sequence[_Row]) -> Sequence[_Row]:
-    lines: dict[Path, int] = {}
+def _files(rows: Sequence[_Row], kind: str) -> list[list[_Row]]:
+    """Gather the rows of each file: one, or segments that do not overlap."""
+    files: dict[Path, list[_Row]] = {}
     for row in rows:
-        if row.path in lines:
+        first = files.setdefault(row.path, [row])[0]
+        if row is first:
+            continue
+        if kind != SEGMENTS:
+            raise UserError(f"{row.place} lists {row.path}, which line {first.line} does already; take one out")
+        if row.split != first.split:
             raise UserError(
-                f"{path}: line {row.line} lists {row.path}, which line {lines[row.path]} does already; take one out"
+                f"{row.place} puts {row.path} into {row.split}, line {first.line} into {first.split}; expected all "
+                "segments of a file in one split"
             )
-        lines[row.path] = row.line
-    return rows
-
-
-def _segments(path: Path, rows: Sequence[_Row]) -> list[_File]:
-    """Gather the segments of each file in order of time."""
-    found: dict[Path, list[tuple[float, float, _Row]]] = {}
-    for row in rows:
-        segments = found.setdefault(row.path, [])
-        segments.append((*_times(path, row), row))
-        leader = segments[0][-1]
-        if row.split != leader.split:
-            raise UserError(
-                f"{path}: line {row.line} puts {row.path} into {row.split}, line {leader.line} into {leader.split}; "
-                "expected all segments of a file in one split"
-            )
-    return [_in_order(path, segments) for segments in found.values()]
-
-
-def _times(path: Path, row: _Row) -> tuple[float, float]:
-    try:
-        start, end = (float(row.values[column]) for column in ("start", "end"))
-    except ValueError:
-        start = end = -1.0
-    if not 0 <= start < end < float("inf"):
-        raise UserError(
-            f"{path}: line {row.line} has start {short_repr(row.values['start'])} and end "
-            f"{short_repr(row.values['end'])}, expected seconds from 0 up, the end after the start"
-        )
-    return start, end
-
-
-def _in_order(path: Path, segments: list[tuple[float, float, _Row]]) -> _File:
-    leader = segments[0][-1]
-    segments = sorted(segments, key=lambda segment: segment[:2])
-    for (_, end, row), (start, _, next_row) in zip(segments, segments[1:], strict=False):
-        if start < end:
-            raise UserError(
-                f"{path}: line {next_row.line} begins at {start:g} s, before line {row.line} of the same file ends "
-                f"({end:g} s); expected segments that do not overlap"
-            )
-    _, end, row = segments[-1]
-    if end > (seconds := num_samples(leader.path) / SAMPLE_RATE) + _ROUNDING:
-        raise UserError(f"{path}: line {row.line} ends at {end:g} s, but {leader.path} is {seconds:.3f} s long")
-    return _File(leader, [row.values["label"] for *_, row in segments], [(start, end) for start, end, _ in segments])
+        files[row.path].append(row)
+    for found in files.values() if kind == SEGMENTS else ():
+        in_order = sorted(found, key=lambda row: (row.start, row.end))
+        for row, after in itertools.pairwise(in_order):
+            if after.start < row.end:
+                raise UserError(
+                    f"{after.place} begins at {after.start:g} s, before line {row.line} of the same file ends "
+                    f"({row.end:g} s); expected segments that do not overlap"
+                )
+        last = in_order[-1]
+        if last.end > (seconds := num_samples(last.path) / SAMPLE_RATE) + _ROUNDING:
+            raise UserError(f"{last.place} ends at {last.end:g} s, but {last.path} is {seconds:.3f} s long")
+    return list(files.values())
 
 
 def num_samples(path: Path) -> int:
@@ -255,29 +203,47 @@ def num_samples(path: Path) -> int:
     return len(read_audio(path)) if stated is None else stated
 
 
-def _read_rows(path: Path) -> tuple[tuple[str, ...], list[_Row]]:
-    """Read the columns that count, and the lines."""
+def _read_rows(path: Path, units: str) -> tuple[str, list[_Row]]:
+    """Read the lines, and tell the kind by the columns."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a list of labelled audio files")
     found, table = read_table(path)
-    header = next((columns for columns in _COLUMNS if set(columns) <= set(found)), None)
-    if header is None:
-        expected = ", or ".join(" ".join(columns) for columns in _COLUMNS)
+    kind, header = next(((kind, columns) for kind, columns in _COLUMNS.items() if set(columns) <= set(found)), ("", ()))
+    if not kind:
+        expected = ", or ".join(" ".join(columns) for columns in _COLUMNS.values())
         raise UserError(f"{path}: line 1 is {short_repr(found)}, expected the columns {expected}, separated by tabs")
     rows = []
     for line, fields in table:
         values = {column: fields[column] or "" for column in header}
         values |= {column: value.strip() for column, value in values.items() if column != "path"}
-        place = f"{path}: line {line}"
+        place, split, audio = f"{path}: line {line}", values["split"], path.parent / values["path"]
         if empty := [column for column, value in values.items() if not value]:
             raise UserError(f"{place} has no {empty[0]}, expected {', '.join(header)}, separated by tabs")
-        if values["split"] not in SPLITS:
-            raise UserError(f"{place} has the split {short_repr(values['split'])}, expected {', '.join(SPLITS)}")
-        audio = path.parent / values["path"]
+        if split not in SPLITS:
+            raise UserError(f"{place} has the split {short_repr(split)}, expected {', '.join(SPLITS)}")
         if not audio.is_file():
             raise UserError(f"{place}: {audio} does not exist, expected an audio file")
-        rows.append(_Row(line, values["split"], audio, values))
-    return header, rows
+        if kind == TEXT:
+            words = values["text"].split()
+            labels = words if units == UNITS[0] else list(" ".join(words))
+        else:
+            labels = [values["label"]]
+        times = _times(place, values["start"], values["end"]) if kind == SEGMENTS else (0.0, 0.0)
+        rows.append(_Row(place, line, split, audio, labels, *times))
+    return kind, rows
+
+
+def _times(place: str, start: str, end: str) -> tuple[float, float]:
+    try:
+        times = float(start), float(end)
+    except ValueError:
+        times = -1.0, -1.0
+    if not 0 <= times[0] < times[1] < float("inf"):
+        raise UserError(
+            f"{place} has start {short_repr(start)} and end {short_repr(end)}, expected seconds from 0 up, the end "
+            "after the start"
+        )
+    return times
 
 
 def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:

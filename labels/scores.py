@@ -47,9 +47,7 @@ class Share:
 class EqualErrorRate:
     """The share of pairs with one label that is rejected where an equal share of the other pairs is accepted.
 
-    Args:
-        embeddings: (clips, D), compared by their cosine, all pairs of two clips.
-        labels: (clips,).
+    All pairs of two clips are compared, by the cosine of their embeddings (clips, D); labels are (clips,).
     """
 
     def __init__(self, embeddings: np.ndarray, labels: np.ndarray) -> None:
@@ -81,7 +79,6 @@ def clip_results(kind: str, logits: Tensor, lengths: Tensor | None, targets: Ten
     """Count in each clip what is right (or the errors of a text) and how much there is; a verification keeps logits.
 
     Args:
-        kind: of the list, see :class:`~labels.lists.Probe`.
         logits: (B, frames, outputs), or (B, outputs) for whole clips.
         lengths: (B,) valid frames, or None if all are; read for texts.
         targets: (B, N), see :func:`labels.batches.target_of`; -1 is padding.
@@ -130,15 +127,15 @@ def interval(samples: np.ndarray) -> list[float]:
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of several runs on the same clips, one for each seed.
-
-    Attributes:
-        runs: the scores.
-        num_clips: test clips.
-    """
+    """The scores of several runs on the same clips, one for each seed."""
 
     runs: Sequence[Score]
-    num_clips: int
+    num_clips: int  # of the test
+
+    @property
+    def mean(self) -> float:
+        """The mean over the runs, in per cent."""
+        return float(np.mean([run.value() for run in self.runs]))
 
     @cached_property
     def samples(self) -> np.ndarray:
@@ -151,7 +148,7 @@ class Scored:
         """Return ``mean`` and ``std`` over the runs (0 for one), their ``values``, and ``interval`` over the clips."""
         values = [run.value() for run in self.runs]
         return {
-            "mean": float(np.mean(values)),
+            "mean": self.mean,
             "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
             "values": values,
             "interval": interval(self.samples),

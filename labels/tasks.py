@@ -1,6 +1,5 @@
 """A task: a list of labelled audio, the head for it, the head's loss on a batch, and its score on the test clips."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,26 +18,28 @@ from wav2vec2.files.heads import Head, TaskModel, head_of, with_head
 
 def read_task(
     tsv: Path,
-    own: Head | None,
-    prefix: str = "",
+    contents: dict[str, Any],
+    source: Path,
+    seed: int,
     *,
-    units: str | None = None,
-    layers: str | None = None,
-    pooling: str | None = None,
-) -> tuple[Probe, Head]:
-    """Read a list, and choose the head for it.
+    prefix: str,
+    units: str | None,
+    layers: str | None,
+    pooling: str | None,
+) -> tuple[Probe, dict[str, Any], str]:
+    """Read a list, and give a model's contents the head for it.
 
-    Args:
-        tsv: the list.
-        own: the head that the model has, which decides what the options leave open.
-        prefix: of the options' names.
-        units, layers, pooling: settings of the head; None leaves them open.
+    The head that the model has decides what the options leave open (None); their names begin with ``prefix``.
+
+    Returns:
+        The list, the contents, and whose the head is: "its own" if the model has such a head, or "a fresh", drawn with
+        the seed.
 
     Raises:
         UserError: the list cannot be used, or an option is not for lists of its kind.
     """
-    own_units = None if own is None else own.units
-    text_units = units or own_units or UNITS[0]
+    own = head_of(contents, source)
+    text_units = units or (own and own.units) or UNITS[0]
     probe = read_probe(tsv, text_units)
     is_text, is_clips = probe.kind == TEXT, probe.kind in (CLIPS, VERIFICATION)
     for name, value, is_fitting, needed in (
@@ -53,29 +54,23 @@ def read_task(
                 f"leave out {option}"
             )
     if is_text:
-        return probe, Head(TEXT, probe.labels, units=text_units)
-    kind = CLIPS if is_clips else SEGMENTS
-    if own is not None and own.kind == kind:
-        layers, pooling = layers or own.layers, pooling or own.pooling
-    return probe, Head(
-        kind, probe.labels, layers=layers or "weighted", pooling=(pooling or "mean") if is_clips else None
-    )
-
-
-def with_this_head(
-    contents: dict[str, Any], head: Head, source: str | os.PathLike, seed: int
-) -> tuple[dict[str, Any], str]:
-    """Give a model's contents this head; also say whose it is: "its own" if the model has such a head, or "a fresh"."""
-    if head_of(contents, source) == head:
-        return contents, "its own"
-    return {**contents, **with_head(contents, head, source, torch.Generator().manual_seed(seed))}, "a fresh"
+        head = Head(TEXT, probe.labels, units=text_units)
+    else:
+        kind = CLIPS if is_clips else SEGMENTS
+        if own is not None and own.kind == kind:
+            layers, pooling = layers or own.layers, pooling or own.pooling
+        pooling = (pooling or "mean") if is_clips else None
+        head = Head(kind, probe.labels, layers=layers or "weighted", pooling=pooling)
+    if own == head:
+        return probe, contents, "its own"
+    fresh = with_head(contents, head, source, torch.Generator().manual_seed(seed))
+    return probe, {**contents, **fresh}, "a fresh"
 
 
 def task_loss(kind: str, logits: Tensor, lengths: Tensor | None, targets: Tensor) -> Tensor:
     """CTC for a text, its mean over units, then over utterances; else cross-entropy, its mean over clips or frames.
 
     Args:
-        kind: of the head.
         logits: (B, frames, outputs), or (B, outputs) for whole clips.
         lengths: (B,) valid frames, or None if all are.
         targets: (B, N), see :func:`labels.batches.target_of`; -1 is padding.

@@ -24,11 +24,10 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # These imports take seconds: flags are checked first.
     from evaluation.tables import read_results
-    from report.page import make_report, write_page
+    from report.page import write_report
 
-    report = make_report(args.exp_dir, read_results(args.evaluation) if args.evaluation else None)
-    path = write_page(report, args.exp_dir)
-    for table in report.tables:
+    path, tables = write_report(args.exp_dir, read_results(args.evaluation) if args.evaluation else None)
+    for table in tables:
         print(f"\n{table}")
     print(f"\nreport: {path}")
 

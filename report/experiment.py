@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -27,28 +27,24 @@ from wav2vec2.model import Wav2Vec2Model, with_masks
 
 
 class _Place(NamedTuple):
-    """A training where run.sh puts it: its title, its kind, its folder, its model file, and the name of that model.
-
-    The teacher's has no model: it is as large as the original.
-    """
+    """A training where run.sh puts it."""
 
     title: str
     kind: str
     folder: str
-    model: str | None
+    model: str | None  # its file; that of the teacher's training is as large as the original, and not shown
     model_name: str
 
 
 _PRUNED = f"{CHECKPOINTS}/{PRUNED_MODEL}"
 _JOINT = _Place("Distillation and pruning", DISTILLATION, "", _PRUNED, "after pruning")
+_FINETUNING = _Place("Fine-tuning", FINETUNING, "finetuned", FINETUNED_MODEL, "after fine-tuning")
 _PLACES = (
     _Place("Fine-tuning of the teacher", FINETUNING, "teacher", None, ""),
     _JOINT,
     _Place("Final distillation", DISTILLATION, "final", _PRUNED, "after final distillation"),
-    _Place("Fine-tuning", FINETUNING, "finetuned", FINETUNED_MODEL, "after fine-tuning"),
+    _FINETUNING,
 )
-# finetune.py alone leaves this.
-_FINETUNING_ALONE = _PLACES[-1]._replace(folder="")
 # Each start of a training has a version.
 LOGS = "csv/version_*/metrics.csv"
 
@@ -57,14 +53,13 @@ Column = dict[int, float]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A training of a run: its CSV log, the updates done and the record in its checkpoint, as far as it has them."""
+class Stage(NamedTuple):
+    """A training of a run, as far as it has left these."""
 
     title: str
     log: dict[str, Column]
     num_updates: int | None
-    about: dict[str, Any]
+    about: dict[str, Any]  # the record in its checkpoint
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -73,35 +68,50 @@ class Stage:
         return settings if isinstance(settings, dict) else {}
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model file of a run, named such as "after pruning"; ``shape`` is the model on torch's meta device."""
+class Model(NamedTuple):
+    """A model file of a run, named such as "after pruning"."""
 
     name: str
     path: Path
-    shape: Wav2Vec2Model
+    shape: Wav2Vec2Model  # on torch's meta device
     made_by: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Experiment:
-    """The files of a run so far.
-
-    Attributes:
-        stages: the trainings that have left a log or a checkpoint.
-        original: the student before pruning, on the meta device; None if no checkpoint says it.
-        original_num_params: the teacher's, which sparsity is relative to; None if no checkpoint says it.
-        target_sparsity: wanted, 0 to 1; None if no file says it.
-        notes: why something could not be read.
-    """
+    """The files of a run so far; None is what no file says."""
 
     name: str
-    stages: list[Stage]
-    models: list[Model]
-    original: Wav2Vec2Model | None
-    original_num_params: int | None
-    target_sparsity: float | None
-    notes: list[str]
+    stages: list[Stage] = field(default_factory=list)
+    models: list[Model] = field(default_factory=list)
+    original: Wav2Vec2Model | None = None  # the student before pruning, on the meta device
+    original_num_params: int | None = None  # the teacher's, which sparsity is relative to
+    target_sparsity: float | None = None
+    notes: list[str] = field(default_factory=list)  # why something could not be read
+
+    def read(self, path: Path, reader: Callable[[Path], T]) -> T | None:
+        """Return what ``reader`` makes of a file; None if there is none, or, with a note, if it cannot be read."""
+        try:
+            return reader(path) if path.is_file() else None
+        except (UserError, OSError) as error:
+            self.notes.append(str(error))
+            return None
+
+    def read_stage(self, place: _Place, folder: Path) -> None:
+        """Add a training, if it has left a log or a checkpoint."""
+        path = folder / CHECKPOINTS / LAST_CHECKPOINT
+        saved = self.read(path, partial(read_training_checkpoint, kind=place.kind)) or {}
+        about, last_update = saved.get(place.kind, {}), math.inf
+        if about.get(INTERMEDIATE):  # the log is that of the whole run, one folder up
+            folder, last_update = folder.resolve().parent, saved["global_step"]
+        log: dict[str, Column] = {}
+        # A run that was continued has made the updates after its checkpoint again: the later version counts.
+        for path in sorted(folder.glob(LOGS), key=lambda path: (len(path.parent.name), path.parent.name)):
+            for name, column in (self.read(path, read_log) or {}).items():
+                column = {update: value for update, value in column.items() if update <= last_update}
+                log[name] = dict(sorted({**log.get(name, {}), **column}.items()))
+        if log or saved:
+            self.stages.append(Stage(place.title, log, saved.get("global_step"), about))
 
 
 def read_log(path: Path) -> dict[str, Column]:
@@ -135,36 +145,6 @@ def _number(text: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class _Reader:
-    """Reads files that may be missing or damaged, and notes why one could not be read."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def read(self, path: Path, reader: Callable[[Path], T]) -> T | None:
-        """Return what ``reader`` makes of a file; None if there is none, or it cannot be read."""
-        try:
-            return reader(path) if path.is_file() else None
-        except (UserError, OSError) as error:
-            self.notes.append(str(error))
-            return None
-
-    def stage(self, place: _Place, folder: Path) -> Stage | None:
-        """Read log and checkpoint of a training; None without either."""
-        path = folder / CHECKPOINTS / LAST_CHECKPOINT
-        saved = self.read(path, partial(read_training_checkpoint, kind=place.kind)) or {}
-        about, last_update = saved.get(place.kind, {}), math.inf
-        if about.get(INTERMEDIATE):  # the log is that of the whole run, one folder up
-            folder, last_update = folder.resolve().parent, saved["global_step"]
-        log: dict[str, Column] = {}
-        # A run that was continued has made the updates after its checkpoint again: the later version counts.
-        for path in sorted(folder.glob(LOGS), key=lambda path: (len(path.parent.name), path.parent.name)):
-            for name, column in (self.read(path, read_log) or {}).items():
-                column = {update: value for update, value in column.items() if update <= last_update}
-                log[name] = dict(sorted({**log.get(name, {}), **column}.items()))
-        return Stage(place.title, log, saved.get("global_step"), about) if log or saved else None
-
-
 def shape_of(config: dict[str, Any], source: str | Path) -> Wav2Vec2Model:
     """Build the model of a config without masks, on the meta device.
 
@@ -187,31 +167,23 @@ def read_experiment(exp_dir: Path) -> Experiment:
     Raises:
         UserError: there is neither a log, nor a checkpoint, nor a model.
     """
-    reader, stages, models = _Reader(), [], []
+    found = Experiment(exp_dir.resolve().name)
     is_finetuning = (exp_dir / BEST_MODEL).is_file() or (exp_dir / FINETUNED_MODEL).is_file()
-    for place in (_FINETUNING_ALONE,) if is_finetuning else _PLACES:
+    for place in (_FINETUNING._replace(folder=""),) if is_finetuning else _PLACES:
         folder = exp_dir / place.folder
-        if (stage := reader.stage(place, folder)) is not None:
-            stages.append(stage)
-        if place.model and (model := reader.read(folder / place.model, partial(_read_model, name=place.model_name))):
-            models.append(model)
-    if not stages and not models:
-        found = f"; {reader.notes[0]}" if reader.notes else ""
+        found.read_stage(place, folder)
+        if place.model and (model := found.read(folder / place.model, partial(_read_model, name=place.model_name))):
+            found.models.append(model)
+    if not found.stages and not found.models:
+        reason = f"; {found.notes[0]}" if found.notes else ""
         raise UserError(
             f"{exp_dir}: holds no run: neither {LOGS}, {CHECKPOINTS}/{LAST_CHECKPOINT} nor "
-            f"{CHECKPOINTS}/{PRUNED_MODEL}{found}; give the exp_dir of distill.py, finetune.py or run.sh"
+            f"{CHECKPOINTS}/{PRUNED_MODEL}{reason}; give the exp_dir of distill.py, finetune.py or run.sh"
         )
-    about = next((stage.about for stage in stages if stage.title == _JOINT.title), {})
-    config, original = about.get("student_config"), None
-    if isinstance(config, dict):
-        original = reader.read(exp_dir / CHECKPOINTS / LAST_CHECKPOINT, partial(shape_of, config))
-    pruned_for = next((m.made_by.get("target_sparsity") for m in models if m.name == _JOINT.model_name), None)
-    return Experiment(
-        name=exp_dir.resolve().name,
-        stages=stages,
-        models=models,
-        original=original,
-        original_num_params=about.get("original_num_params"),
-        target_sparsity=pruned_for if isinstance(pruned_for, float) else about.get("target_sparsity"),
-        notes=reader.notes,
-    )
+    about = next((stage.about for stage in found.stages if stage.title == _JOINT.title), {})
+    if isinstance(config := about.get("student_config"), dict):
+        found.original = found.read(exp_dir / CHECKPOINTS / LAST_CHECKPOINT, partial(shape_of, config))
+    found.original_num_params = about.get("original_num_params")
+    pruned_for = next((m.made_by.get("target_sparsity") for m in found.models if m.name == _JOINT.model_name), None)
+    found.target_sparsity = pruned_for if isinstance(pruned_for, float) else about.get("target_sparsity")
+    return found

@@ -54,16 +54,12 @@ class Panel(NamedTuple):
     factor: float = 1
 
 
-def _loss(title: str, term: str) -> Panel:
-    return Panel(title, {"training": f"train_{term}", "held-out speech": f"valid_{term}"})
-
-
+_TERMS = {"": "", ": L1 distance": "_l1", ": squared error": "_mse", ": −cosine": "_cos", " of the task": "_task"}
 PANELS = (
-    _loss("loss", "loss"),
-    _loss("loss: L1 distance", "loss_l1"),
-    _loss("loss: squared error", "loss_mse"),
-    _loss("loss: −cosine", "loss_cos"),
-    _loss("loss of the task", "loss_task"),
+    *(
+        Panel(f"loss{title}", {"training": f"train_loss{term}", "held-out speech": f"valid_loss{term}"})
+        for title, term in _TERMS.items()
+    ),
     Panel("score of the task in validation (%)", {"": "valid_score"}),
     Panel("sparsity (%)", {"expected": "sparsity_expected", "target": "sparsity_target"}, factor=100),
     Panel("multiply-adds gone (%)", {"expected": "macs_expected", "target": "macs_target"}, factor=100),
@@ -96,23 +92,22 @@ def curves(log: Mapping[str, Column]) -> list[Picture]:
     for panel in PANELS:
         lines = {name: log[column] for name, column in panel.lines.items() if any(log.get(column, {}).values())}
         if lines:
-            pictures.append(_curve(panel, lines))
+            pictures.append(_curve(panel.title, lines, panel.factor))
     return pictures
 
 
-def _curve(panel: Panel, lines: Mapping[str, Column]) -> Picture:
+def _curve(title: str, lines: Mapping[str, Column], factor: float) -> Picture:
     with _drawing() as (figure, axes):
         ends = []
         for colour, (name, column) in zip(COLOURS, lines.items(), strict=False):
             updates, values = _thinned(column)
             marker = "o" if len(updates) <= 20 else None
-            axes.plot(updates, panel.factor * values, color=colour, marker=marker, markersize=3.5, label=name)
-            ends.append(f"{name} {panel.factor * next(reversed(column.values())):.4g}".strip())
-        axes.set_title(panel.title)
+            axes.plot(updates, factor * values, color=colour, marker=marker, markersize=3.5, label=name)
+            ends.append(f"{name} {factor * next(reversed(column.values())):.4g}".strip())
+        axes.set(title=title, xlabel="update")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50000 as 50k
-        axes.set_xlabel("update")
         if len(lines) > 1:
             axes.legend()
         return Picture(f"{', '.join(ends)} in the end", _svg(figure))
@@ -134,37 +129,26 @@ def kept_units(unit: str, before: Sequence[int], after: Sequence[int], first_lay
         axes.bar(layers, after, color=COLOURS[0])
         gone = layers[np.array(after) == 0]
         axes.plot(gone, np.zeros(len(gone)), "x", color=COLOURS[1], clip_on=False)
-        axes.set_title(unit)
-        axes.set_xlabel("layer")
+        axes.set(title=unit, xlabel="layer")
         axes.grid(axis="x", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         return Picture(f"{sum(after):,} of {sum(before):,} {unit} kept", _svg(figure))
 
 
-def _label(text: str) -> str:
-    """Make a name from a file fit for a picture: one line, and no formula of matplotlib's."""
-    return single_line(text, 60).replace("$", r"\$")
-
-
 def quality(results: Mapping[str, Any]) -> list[Picture]:
     """Draw quality against parameters and real-time factor, a point for each model of ``evaluate.py``'s results."""
     models = [model for model in results["models"] if model["quality"]]
-    costs = {
-        "parameters": [model["cost"]["num_params"] for model in models],
-        "real-time factor": [
-            model["cost"]["speed"][0]["real_time_factor"] for model in models if model["cost"]["speed"]
-        ],
-    }
+    costs = {"parameters": [model["cost"]["num_params"] for model in models]}
+    if all(model["cost"]["speed"] for model in models):
+        costs["real-time factor"] = [model["cost"]["speed"][0]["real_time_factor"] for model in models]
     pictures = []
-    for title, values in costs.items():
+    for title, values in costs.items() if models else ():
         lines = {}
-        for model, value in zip(models, values, strict=False):
-            low, high = model["quality"]["interval"]
-            mean = model["quality"]["mean"]
+        for model, value in zip(models, values, strict=True):
+            mean, (low, high) = model["quality"]["mean"], model["quality"]["interval"]
             lines[model["name"]] = [Point(value, mean, min(low, mean), max(high, mean))]
-        if values:
-            pictures.append(methods(lines, title))
+        pictures.append(methods(lines, title))
     return pictures
 
 
@@ -182,17 +166,16 @@ def methods(lines: Mapping[str, Sequence[Point]], title: str) -> Picture:
     with _drawing({"figure.figsize": (7.2, 4.8), "figure.subplot.right": 0.75}) as (figure, axes):
         # Colours come again with other markers.
         for (marker, colour), (name, points) in zip(product(MARKERS, COLOURS), lines.items(), strict=False):
+            label = single_line(name, 60).replace("$", r"\$")  # one line, and no formula of matplotlib's
             costs, means, lowest, highest = zip(*sorted(points), strict=True)
             spread = [np.subtract(means, lowest), np.subtract(highest, means)]
-            axes.errorbar(
-                *(costs, means, spread), color=colour, marker=marker, markersize=4, capsize=2, lw=1, label=_label(name)
-            )
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2, "lw": 1}
+            axes.errorbar(costs, means, spread, label=label, **style)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title("quality (log-mel 0, teacher 100)")
-        axes.set_xlabel(title)
+        axes.set(title="quality (log-mel 0, teacher 100)", xlabel=title)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
         return Picture(f"quality against {title}", _svg(figure))
 

@@ -14,7 +14,7 @@ from cli import print_line
 from labels.batches import FrameTimes, LabelledBatch
 from labels.lists import VERIFICATION, Clip, Probe
 from labels.scores import METRICS, Scored
-from labels.tasks import read_task, score_head, task_loss, with_this_head
+from labels.tasks import read_task, score_head, task_loss
 from lightning import ScheduledModule
 from training.checkpoints import (
     BEST_MODEL,
@@ -35,7 +35,7 @@ from training.task import ValidScores, train_head
 from training.trainer import check_settings, data_and_machine, fit
 from wav2vec2.files import checkpoint as ckpt
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.heads import TaskModel, contents_of, head_of, task_model_of
+from wav2vec2.files.heads import TaskModel, contents_of, task_model_of
 from wav2vec2.files.storage import atomic_path
 
 # The scores of the result.
@@ -45,10 +45,7 @@ RESULT = "finetuned.json"
 class SpanMasking(nn.Module):
     """Hides spans of frames behind one learnt frame, as wav2vec 2.0's fine-tuning does (arXiv 2006.11477).
 
-    Args:
-        probability: the share of the frames that spans would cover if none overlapped.
-        length: frames of a span.
-        embed_dim: D.
+    Spans of ``length`` frames would cover the share ``probability`` of the frames if none overlapped.
     """
 
     def __init__(self, probability: float, length: int, embed_dim: int) -> None:
@@ -71,36 +68,30 @@ class FinetuneModule(ScheduledModule):
 
     While the encoder is frozen it computes what it will compute in use: without dropout, and with nothing hidden. Layer
     drop is off: every weight takes part in every update.
-
-    Attributes:
-        scalars: what the last training batch logs.
-        valid_score: of the last validation, in per cent.
     """
 
     compiled_steps = ("hidden_states",)
 
     def __init__(self, model: TaskModel, probe: Probe, valid: Sequence[Clip], settings: FinetuneRunSettings) -> None:
         super().__init__()
-        chosen = settings.finetune
+        chosen, optimisation = settings.finetune, settings.optimisation
         self.model = model
-        optimisation = settings.optimisation
         self.learning_rate, self.weight_decay = optimisation.learning_rate, optimisation.weight_decay
         self.warmup_updates, self.max_updates = optimisation.warmup_updates, optimisation.max_updates
         self.encoder_learning_rate = chosen.encoder_learning_rate
         self.num_frozen = chosen.num_frozen
-        transformer = model.encoder.transformer
-        transformer.layer_drop = 0.0
+        model.encoder.transformer.layer_drop = 0.0
         self.masking: SpanMasking | None = None
         if chosen.mask_prob and chosen.freeze_updates != ALWAYS:
             self.masking = SpanMasking(chosen.mask_prob, chosen.mask_length, model.config["encoder_embed_dim"])
-        freeze_unreached(model, len(transformer.layers))
+        freeze_unreached(model, len(model.encoder.transformer.layers))
         train_head(model)
         model.feature_extractor.requires_grad_(False)
         if chosen.freeze_updates == ALWAYS:
             model.encoder.requires_grad_(False)
         self.scores = ValidScores(probe, valid)
-        self.scalars = {}
-        self.valid_score = math.nan
+        self.scalars = {}  # what the last training batch logs
+        self.valid_score = math.nan  # of the last validation, in per cent
 
     @property
     def is_frozen(self) -> bool:
@@ -224,14 +215,10 @@ def finetune(settings: FinetuneRunSettings) -> LabelledDataModule | None:
     """
     chosen, machine, exp_dir = settings.finetune, settings.machine, settings.machine.exp_dir
     contents = ckpt.read_model_file(chosen.model)
-    probe, head = read_task(
-        settings.data.tsv,
-        head_of(contents, chosen.model),
-        units=settings.data.units,
-        layers=chosen.layers,
-        pooling=chosen.pooling,
+    options = {"units": settings.data.units, "layers": chosen.layers, "pooling": chosen.pooling}
+    probe, contents, whose = read_task(
+        settings.data.tsv, contents, chosen.model, settings.data.seed, prefix="", **options
     )
-    contents, whose = with_this_head(contents, head, chosen.model, settings.data.seed)
     model = task_model_of(contents, chosen.model)
     data = LabelledDataModule(settings.data, probe, FrameTimes.of(model))
     module = FinetuneModule(model, probe, data.clips[VALID_SUBSET], settings)

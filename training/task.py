@@ -12,13 +12,13 @@ from torch import Tensor
 from labels.batches import FrameTimes, LabelledBatch
 from labels.lists import CLIPS, VERIFICATION, Clip, Probe
 from labels.scores import METRICS, clip_results, score_of
-from labels.tasks import read_task, task_loss, with_this_head
+from labels.tasks import read_task, task_loss
 from lightning import States, Term
 from training.data import VALID_SUBSET, LabelledDataModule
 from training.processes import gather
 from training.settings import BatchSettings, TaskSettings
 from wav2vec2.files.checkpoint import build_model
-from wav2vec2.files.heads import TaskModel, head_of
+from wav2vec2.files.heads import TaskModel
 
 
 def train_head(model: TaskModel) -> None:
@@ -30,19 +30,10 @@ def train_head(model: TaskModel) -> None:
 
 
 class ValidScores:
-    """Collects the results of a validation, until all processes have seen their clips.
-
-    Args:
-        probe: the list.
-        clips: the clips to validate on.
-
-    Attributes:
-        kind: what is scored: where training knows the labels of a verification's clips, they are classified.
-        metric: the name of the score.
-        more_is_better: of the score.
-    """
+    """Collects the results of a validation on these clips of a list, until all processes have seen theirs."""
 
     def __init__(self, probe: Probe, clips: Sequence[Clip]) -> None:
+        # Where training knows the labels of a verification's clips, they are classified.
         is_known = probe.kind == VERIFICATION and clips[0].target < len(probe.labels)
         self.kind = CLIPS if is_known else probe.kind
         self.metric, self.more_is_better = METRICS[self.kind]
@@ -68,33 +59,21 @@ def with_task(
 ) -> tuple[dict[str, Any], LabelledDataModule]:
     """Give a student's contents a head for ``--task_tsv``, and make the batches of that list.
 
-    Args:
-        contents: of the student's file.
-        task: the list, and the head.
-        batches: of the run.
-        source: the student's file, named in errors.
-
     Raises:
         UserError: the list cannot be used, see :class:`~training.data.LabelledDataModule`.
     """
     options = {"units": task.task_units, "layers": task.task_layers, "pooling": task.task_pooling}
-    probe, head = read_task(task.task_tsv, head_of(contents, source), "task_", **options)
+    probe, contents, whose = read_task(task.task_tsv, contents, source, batches.seed, prefix="task_", **options)
     with torch.device("meta"):
-        extractor = build_model(contents["config"], source).feature_extractor
-    data = LabelledDataModule(batches, probe, FrameTimes(extractor.stride, extractor.receptive_field))
-    contents, whose = with_this_head(contents, head, source, batches.seed)
+        model = build_model(contents["config"], source)
+    data = LabelledDataModule(batches, probe, FrameTimes.of(model))
     metric = ValidScores(probe, data.clips[VALID_SUBSET]).metric
-    rank_zero_only(print)(f"task of {task.task_tsv}: {whose} head, {len(head.labels)} labels, {metric}", flush=True)
+    rank_zero_only(print)(f"task of {task.task_tsv}: {whose} head, {len(probe.labels)} labels, {metric}", flush=True)
     return contents, data
 
 
 class Task(Term):
-    """The loss of the student's head on the labels of a batch.
-
-    Args:
-        weight: weight in the sum of losses.
-        student: with the head.
-    """
+    """The loss of the student's head on the labels of a batch, with its weight in the sum of losses."""
 
     name = "task"
 
@@ -122,25 +101,16 @@ class Task(Term):
             lengths = torch.full((len(states.frames),), states.frames.size(1), device=states.frames.device)
         if kind == CLIPS:  # labels that only the validation of a verification has are no outputs
             targets = targets.masked_fill(targets >= len(self.head_settings.labels), -1)
-        return task_loss(kind, self.logits(states.student, self._output(states), lengths), lengths, targets)
-
-    def _output(self, states: States) -> Tensor | None:
-        """Return the output of the encoder's ``forward`` (B, frames, D), if the head reads it."""
-        encoder = states.model.encoder
+        output, encoder = None, states.model.encoder
         if not self.reads_student:
-            return encoder(states.frames, states.lengths)
-        if self.head_settings.layers == "weighted":
-            return None
-        return encoder.transformer.finished(states.student[-1])
+            output = encoder(states.frames, states.lengths)
+        elif self.head_settings.layers == "last":
+            output = encoder.transformer.finished(states.student[-1])
+        return task_loss(kind, self.logits(states.student, output, lengths), lengths, targets)
 
 
 class TaskScore(pl.Callback):
-    """Logs the score of a student's head in each validation, with masks as pruning will make them.
-
-    Args:
-        student: with the head.
-        scores: counts the clips that are validated on.
-    """
+    """Logs the score of a student's head in each validation, with masks as pruning will make them."""
 
     def __init__(self, student: TaskModel, scores: ValidScores) -> None:
         self._student = student

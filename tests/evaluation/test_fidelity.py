@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import random_model, small_config
 
-from evaluation.fidelity import HeldOutSpeech, LinearCKA, hidden_states, make_student, measure_fidelity
+from evaluation.fidelity import LinearCKA, Student, held_out_speech, hidden_states, measure_fidelity
 from lightning import DistillLoss, make_projections
 from wav2vec2.audio import read_audio
 from wav2vec2.files import checkpoint
@@ -18,12 +18,9 @@ LAYERS = [0, 1, 3]
 
 
 def compare(teacher: Any, path: Path, corpus: Path, layers: list[int] = LAYERS, mode: str | None = None) -> Any:
-    student = make_student("student", path, checkpoint.load_model(path).eval(), teacher, layers, mode)
-    (found,) = measure_fidelity(teacher, [student], layers, HeldOutSpeech(corpus / "valid.tsv", 1.0, 200))
+    student = Student(path, checkpoint.load_model(path).eval(), teacher, layers, mode)
+    (found,) = measure_fidelity(teacher, [student], held_out_speech(corpus / "valid.tsv", 1.0, 200))
     return found
-
-
-# --- fidelity --------------------------------------------------------------------------------------
 
 
 def gram_cka(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -85,15 +82,13 @@ def test_fidelity_is_the_training_loss_and_cka(mode, corpus, save_student, tmp_p
         assert entry["cka"] == pytest.approx(gram_cka(x, y), rel=1e-5)
 
 
-def test_fidelity_of_a_copy_without_projections(corpus, save_student, tmp_path):
+def test_fidelity_without_projections(corpus, save_student, tmp_path):
+    """The states of a copy are compared as they are; of other dimensions CKA is left."""
     path = save_student(tmp_path / "copy.pth", None)
     found = compare(checkpoint.load_model(path).eval(), path, corpus)
     for entry in found["layers"]:
         assert entry["l1"] == 0 and entry["cosine"] == pytest.approx(1, abs=1e-5) and entry["cka"] == pytest.approx(1)
     assert not found["projections"] and "raw hidden states" in found["note"]
-
-
-def test_fidelity_without_projections_and_with_other_dimensions(corpus, save_student, tmp_path):
     path = save_student(tmp_path / "narrow.pth", None, encoder_embed_dim=12, encoder_head_dim=3)
     found = compare(random_model(small_config("hubert")), path, corpus)
     for entry in found["layers"]:
@@ -107,38 +102,29 @@ def test_fidelity_without_projections_and_with_other_dimensions(corpus, save_stu
 def test_a_model_of_another_program_has_its_last_layer_where_it_has_none_at_that_depth(
     corpus, save_student, tmp_path, num_layers, mode, sources
 ):
-    path = save_student(
-        tmp_path / "shallow.pth",
-        None,
-        encoder_num_layers=num_layers,
-        encoder_use_attention=True,
-        encoder_use_feed_forward=True,
-        encoder_num_heads=[2] * num_layers,
-        encoder_ff_interm_features=20,
-    )
+    changes = {"encoder_num_heads": [2] * num_layers, "encoder_ff_interm_features": 20}
+    changes |= dict.fromkeys(("encoder_use_attention", "encoder_use_feed_forward"), True)
+    path = save_student(tmp_path / "shallow.pth", None, encoder_num_layers=num_layers, **changes)
     found = compare(random_model(small_config("hubert")), path, corpus)
     assert found["mode"] == mode and [entry["source"] for entry in found["layers"]] == sources
 
 
 def test_max_seconds_leaves_long_utterances_out(corpus):
-    assert len(HeldOutSpeech(corpus / "valid.tsv", 0.45, 200)) == 3
+    assert len(held_out_speech(corpus / "valid.tsv", 0.45, 200)) == 3
     with pytest.raises(UserError, match=r"valid\.tsv: none of 4 utterances lasts"):
-        HeldOutSpeech(corpus / "valid.tsv", 0.1, 200)
+        held_out_speech(corpus / "valid.tsv", 0.1, 200)
 
 
 def test_projections_that_do_not_fit(corpus, save_student, tmp_path):
     teacher = random_model(small_config("hubert"))
     path = save_student(tmp_path / "student.pth", "layer2layer")
-    with pytest.raises(
-        UserError, match=r"student\.pth: has 3 projections, expected one for each of the 2 distilled layers"
+    for message, layers, mode in (
+        ("student.pth: has 3 projections, expected one for each of the 2 distilled layers", [0, 3], None),
+        ("student.pth: its projections are those of distill_mode layer2layer, expected", LAYERS, "predlayer"),
+        ("layer 4 is to be distilled", [0, 1, 4], None),
     ):
-        compare(teacher, path, corpus, layers=[0, 3])
-    with pytest.raises(
-        UserError, match=r"student\.pth: its projections are those of distill_mode layer2layer, expected"
-    ):
-        compare(teacher, path, corpus, mode="predlayer")
-    with pytest.raises(UserError, match=r"layer 4 is to be distilled"):
-        compare(teacher, path, corpus, layers=[0, 1, 4])
+        with pytest.raises(UserError, match=message):
+            compare(teacher, path, corpus, layers, mode)
     contents = checkpoint.read_model_file(path)
     for bad in ([1], {0: torch.zeros(2)}):
         checkpoint.save(tmp_path / "bad.pth", {**contents, "distill_linear_projs": bad})
@@ -148,12 +134,6 @@ def test_projections_that_do_not_fit(corpus, save_student, tmp_path):
     checkpoint.save(tmp_path / "bad.pth", {**contents, "distill_linear_projs": bad})
     with pytest.raises(UserError, match=r"bad\.pth"):
         compare(teacher, tmp_path / "bad.pth", corpus)
-
-
-def test_another_frame_rate(corpus, save_student, tmp_path):
-    path = save_student(tmp_path / "s.pth", None, extractor_conv_layer_config=[[10, 10, 5], [12, 3, 2], [8, 3, 2]])
-    with pytest.raises(UserError, match=r"s\.pth: the student's frames do not fit"):
-        compare(random_model(small_config("hubert")), path, corpus)
 
 
 def test_hidden_states_that_are_not_finite():

@@ -8,7 +8,8 @@ import soundfile
 import torch
 from helpers import random_model, small_config
 
-from evaluation import features, probes, scores
+from evaluation import features, probes
+from evaluation.measure import figure_of_merit
 from labels import lists
 from labels.scores import Scored, Share
 from wav2vec2.audio import read_audio
@@ -50,17 +51,12 @@ def test_a_probe_of_noise_is_near_chance():
     assert probes.summary(probe) == {**sizes, **about}
 
 
-def test_the_test_clips_choose_nothing():
+def test_neither_test_clips_nor_constants_choose_anything():
     probe, train, test = synthetic_probe()
     found, other = (probes.run_pooled(train, features, probe, seed=1) for features in (test, torch.randn_like(test)))
-    assert found.score.value() != other.score.value()
-    assert found.layer_weights == other.layer_weights
-
-
-def test_features_that_never_vary_say_nothing():
-    probe, train, test = synthetic_probe()
+    assert found.score.value() != other.score.value() and found.layer_weights == other.layer_weights
     train, test = (torch.cat([part, torch.full_like(part, 7.0)], dim=2) for part in (train, test))
-    test[..., 8:] = -1e6
+    test[..., 8:] = -1e6  # in training these features never vary
     assert probes.run_pooled(train, test, probe, seed=0).score.value() > 95
 
 
@@ -180,7 +176,7 @@ def test_figure_of_merit():
         "control": {"accuracy": scored(0.3), "errors": scored(0.7), "same": same, "worse": scored(0.8)},
     }
     more_is_better = {"accuracy": True, "errors": False, "same": True, "worse": True}
-    found, left_out = scores.figure_of_merit(of, more_is_better, "teacher", "control")
+    found, left_out = figure_of_merit(of, more_is_better, "teacher", "control")
     assert left_out.keys() == {"same", "worse"} and "not better than control" in left_out["same"]
     assert found["teacher"]["mean"] == 100 and found["control"]["mean"] == 0
     assert found["teacher"]["interval"] == [100, 100]

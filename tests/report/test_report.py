@@ -24,7 +24,7 @@ from helpers import (
 
 from report import pictures
 from report.experiment import read_experiment, read_log
-from report.page import make_report, write_page
+from report.page import write_report
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
 
@@ -110,8 +110,9 @@ def results(name: str = "small", task: str = "keywords") -> dict[str, Any]:
     }
 
 
-def write_report(exp_dir: Path, results: dict[str, Any] | None = None) -> Path:
-    return write_page(make_report(exp_dir, results), exp_dir)
+def page_of(exp_dir: Path, results: dict[str, Any] | None = None) -> Path:
+    path, _ = write_report(exp_dir, results)
+    return path
 
 
 class Page(HTMLParser):
@@ -157,7 +158,7 @@ class Page(HTMLParser):
 
 
 def test_page_of_a_run(exp_dir):
-    page = Page(write_report(exp_dir))
+    page = Page(page_of(exp_dir))
     before, after = (int(random_model(small_config("hubert", **c)).get_num_params()) for c in ({}, PRUNED))
     pruned = [f"{after:,}", f"{1 - after / before:.2%}"]
     sizes = [["original", f"{before:,}", "0.00%"], ["after pruning", *pruned], ["after final distillation", *pruned]]
@@ -178,8 +179,8 @@ def test_page_of_a_run(exp_dir):
 
 def test_the_same_files_make_the_same_page(exp_dir):
     """Of the final distillation alone, which is quicker to draw."""
-    first = write_report(exp_dir / "final", results()).read_bytes()
-    assert write_report(exp_dir / "final", results()).read_bytes() == first
+    first = page_of(exp_dir / "final", results()).read_bytes()
+    assert page_of(exp_dir / "final", results()).read_bytes() == first
 
 
 def test_pages_of_parts_of_a_run(exp_dir):
@@ -187,13 +188,13 @@ def test_pages_of_parts_of_a_run(exp_dir):
     models = list(exp_dir.glob("**/*.pth"))
     for path in [*exp_dir.glob("**/last.ckpt"), *models]:
         path.rename(path.with_suffix(".away"))
-    page = Page(write_report(exp_dir))
+    page = Page(page_of(exp_dir))
     assert "2 updates" in page.text and not {"Size", "Architecture"} & set(page.text.split())
     for path in exp_dir.glob("**/metrics.csv"):
         path.unlink()
     for path in models:
         path.with_suffix(".away").rename(path)
-    page = Page(write_report(exp_dir))
+    page = Page(page_of(exp_dir))
     assert page.rows[1][:3] == ["after pruning", "5,085", "-"] and "Architecture" not in page.text
 
 
@@ -209,7 +210,7 @@ def test_page_of_a_size_on_the_way_of_a_run(exp_dir):
     joint, final = read_experiment(exp_dir / "sparsity_0.3").stages
     assert joint.log["train_loss"] == {1: 0.5, 2: 0.25, 4321: 0.1} and joint.log["lambda1"] == {1: 0.1, 2: 0.2}
     assert final.log["train_loss"] == {1: 0.5, 2: 0.25}
-    page = Page(write_report(exp_dir / "sparsity_0.3"))
+    page = Page(page_of(exp_dir / "sparsity_0.3"))
     assert "0.3000 wanted" in page.text and "4,321 of 5,000 updates" in page.text
     assert "training 0.1, held-out speech 0.3 in the end" in page.text
 
@@ -217,7 +218,7 @@ def test_page_of_a_size_on_the_way_of_a_run(exp_dir):
 def test_page_of_a_run_without_pruning(exp_dir):
     for path in ("ckpts", "csv"):
         shutil.rmtree(exp_dir / path)
-    page = Page(write_report(exp_dir))
+    page = Page(page_of(exp_dir))
     assert page.rows[1][0] == "after final distillation" and len(read_experiment(exp_dir).models) == 1
     assert "4,321 of 2,500 updates" in page.text and "Not in this report" not in page.text
     assert not {"Architecture", "pruning"} & set(page.text.split())
@@ -234,21 +235,21 @@ def test_pages_of_a_task(exp_dir):
         checkpoint.save(exp_dir / folder / "ckpts/last.ckpt", trained)
     contents = task_contents(TASK_HEADS[2]) | {"made_by": {"script": "finetune.py", "metric": "accuracy"}}
     checkpoint.save(exp_dir / "finetuned/finetuned.pth", contents)
-    page = Page(write_report(exp_dir))
+    page = Page(page_of(exp_dir))
     titles = [stage.title for stage in read_experiment(exp_dir).stages]
     assert titles == ["Fine-tuning of the teacher", "Distillation and pruning", "Final distillation", "Fine-tuning"]
     assert "345 of 700 updates" in page.text and "training 1.5, held-out speech 2 in the end" in page.text
     assert page.text.count("87.5 in the end") == 3 and "Not in this report" not in page.text
     assert ["mask_prob", "0.0625", "-", "-", "0.0625"] in page.rows
     assert ["after fine-tuning", "metric", "accuracy"] in page.rows and page.rows[4][0] == "after fine-tuning"
-    alone = Page(write_report(exp_dir / "finetuned"))
+    alone = Page(page_of(exp_dir / "finetuned"))
     assert "345 of 700 updates" in alone.text and "87.5 in the end" in alone.text
     assert "Not in this report" not in alone.text and [row[0] for row in alone.rows][1] == "after fine-tuning"
 
 
 def test_damaged_files_are_named_and_the_rest_is_shown(exp_dir):
     (exp_dir / "ckpts/last.ckpt").write_bytes(b"PK\x03\x04 cut short")
-    page = Page(write_report(exp_dir))
+    page = Page(page_of(exp_dir))
     assert "Not in this report: " in page.text and "last.ckpt: damaged, or not a checkpoint" in page.text
     assert "training 0.25" in page.text and "after pruning" in page.text and "Architecture" not in page.text
 
@@ -292,7 +293,7 @@ def test_hostile_text_is_text(tmp_path):
     settings = {HOSTILE: HOSTILE, "train_subset": {"fingerprint": HOSTILE}}
     write_stage(exp_dir, {"settings": settings}, {HOSTILE: HOSTILE})
     write_log(exp_dir / "csv/version_0/metrics.csv", [*LOG, {"step": 2, HOSTILE: 1.0}])
-    page = Page(write_report(exp_dir, results(HOSTILE, HOSTILE)))
+    page = Page(page_of(exp_dir, results(HOSTILE, HOSTILE)))
     assert page.text.count("<script>alert('1')</script>\" {{ 7 * 7 }} &amp; <img") >= 8 and "exp <b>&" in page.text
     assert read_experiment(exp_dir).notes == []
 
