@@ -3,18 +3,15 @@
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import run_command, save_small_model
-
-from training import saving
+from helpers import PRUNING, disturb_run, run_script, save_small_model, small_run
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
@@ -49,8 +46,8 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def manifests(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data")
-    result = run_command(sys.executable, "prepare_data.py", "--data", corpus, "--out", out)
-    assert result.returncode == 0, result.stderr
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_script(monkeypatch, "prepare_data", "--data", corpus, "--out", out)
     return out
 
 
@@ -100,29 +97,23 @@ def labelled(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("teacher") / "teacher.pth", "hubert", "base")
+
+
+@pytest.fixture(scope="session")
+def finished_run(manifests, small_teacher, tmp_path_factory) -> Path:
+    """The experiment of a finished joint distillation, ``small_run`` with ``PRUNING``; write to a copy only."""
+    exp_dir = tmp_path_factory.mktemp("finished") / "exp"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_script(monkeypatch, "distill", *small_run(manifests, small_teacher), *PRUNING, "--exp_dir", exp_dir)
+    return exp_dir
+
+
 @pytest.fixture
-def small_teacher(tmp_path) -> Path:
-    return save_small_model(tmp_path / "teacher.pth", "hubert", "base")
-
-
-class Disturbance:
-    """Calls to make in a run in this process, at the start of chosen updates (the first is 1)."""
-
-    def __init__(self) -> None:
-        self.at: dict[int, Callable[[], None]] = {}
-
-
-@pytest.fixture
-def disturb(monkeypatch) -> Disturbance:
-    disturbance = Disturbance()
-    original = saving.RunCheckpoints.on_train_batch_start
-
-    def on_train_batch_start(self: saving.RunCheckpoints, trainer: Any, *rest: Any) -> None:
-        original(self, trainer, *rest)
-        disturbance.at.pop(trainer.global_step + 1, lambda: None)()
-
-    monkeypatch.setattr(saving.RunCheckpoints, "on_train_batch_start", on_train_batch_start)
-    return disturbance
+def disturb(monkeypatch) -> SimpleNamespace:
+    return disturb_run(monkeypatch)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cli
 from hardconcrete import HardConcrete
-from lightning import (
-    DistillLoss,
-    DistillModule,
-    make_projections,
-)
-from training import speed
+from lightning import DistillLoss, DistillModule, make_projections
+from training import saving, speed
 from training.pairing import freeze_unreached
 from wav2vec2.fast import plain_paths
 from wav2vec2.files import checkpoint
@@ -423,6 +420,19 @@ def assert_same_run(one: Path, other: Path) -> None:
     for key in ("global_step", "loops", "lr_schedulers", "distillation", "finetuning", "callbacks"):
         assert ones.get(key) == others.get(key), key
     assert logged(one) == logged(other)
+
+
+def disturb_run(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Return ``at``: what a run in this process calls, once, at the start of each update (the first is 1)."""
+    disturbance = SimpleNamespace(at={})
+    original = saving.RunCheckpoints.on_train_batch_start
+
+    def on_train_batch_start(self: saving.RunCheckpoints, trainer: Any, *rest: Any) -> None:
+        original(self, trainer, *rest)
+        disturbance.at.pop(trainer.global_step + 1, lambda: None)()
+
+    monkeypatch.setattr(saving.RunCheckpoints, "on_train_batch_start", on_train_batch_start)
+    return disturbance
 
 
 def send(signum: int) -> Callable[[], None]:

@@ -1,6 +1,7 @@
 """Imports go one way, and light ones stay light."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -37,19 +38,14 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def imported_files(path: Path, *, for_types: bool = False) -> set[Path]:
-    """The files of this project that a file imports, at its top or later.
-
-    Args:
-        path: of the file, from the root.
-        for_types: with those that it imports for type hints only.
-    """
+@functools.cache
+def imported_files(path: Path) -> set[Path]:
+    """The files of this project that a file imports, at its top or later, but for type hints only."""
     tree = ast.parse((REPOSITORY / path).read_text())
-    if not for_types:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-                node.body = [ast.Pass()]
     found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -102,19 +98,22 @@ def test_dataset_and_lightning_know_no_runs():
             assert not [name for name in imports(path) if name.startswith(("argparse", "training", "cli"))], path
 
 
-@pytest.mark.parametrize(
-    ("module", "absent"),
-    [
-        ("training.settings", {"torch", "numpy", "transformers", "pytorch_lightning"}),
-        ("wav2vec2.model", {"torchaudio", "transformers", "soundfile", "pytorch_lightning", "safetensors", "numpy.ma"}),
-        ("prepare_data", {"torch", "torchaudio", "transformers", "pytorch_lightning"}),
-        ("training.checkpoints", {"pytorch_lightning", "transformers", "torchaudio", "matplotlib"}),
-    ],
-)
-def test_light_imports(module, absent):
-    code = f"import sys, {module}\nprint(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert not absent & set(result.stdout.split())
+LIGHT = {  # in the order of import, in one process
+    "training.settings": {"torch", "numpy", "transformers", "pytorch_lightning"},
+    "wav2vec2.model": {"torchaudio", "transformers", "soundfile", "pytorch_lightning", "safetensors", "numpy.ma"},
+    "training.checkpoints": {"pytorch_lightning", "transformers", "torchaudio", "matplotlib"},
+}
+
+
+def test_light_imports():
+    code = "\n".join(f"import {module}; print({module!r}, *sys.modules)" for module in LIGHT)
+    lines = [line.split() for line in run_python(f"import sys\n{code}").splitlines()]
+    assert [line[0] for line in lines] == list(LIGHT)
+    assert not [(module, heavy) for module, *found in lines if (heavy := LIGHT[module] & set(found))]
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True).stdout
 
 
 @pytest.mark.parametrize("path", files(), ids=str)
@@ -144,33 +143,29 @@ def scripts() -> list[str]:
     )
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["--no_such_flag"]], ids=["help", "wrong flag"])
-@pytest.mark.parametrize("name", scripts())
-def test_flags_do_not_wait_for_torch(name, flags):
-    assert not run_flags(name, flags) & HEAVY
+WRONG = [
+    ("distill", ["--tsv_dir", "x", "--student_ckpt", "a", "--teacher_ckpt", "b", "--target_sparsity", "2"]),
+    ("final_distill", ["--student_ckpt", "a", "--teacher_ckpt", "b"]),
+    ("prune", ["--distilled_ckpt", "a", "--original_ckpt", "b", "--round_to", "0"]),
+]
+# Runs scripts one after the other in one process, as ``python -m`` does; says how each ended and what is loaded then.
+RUN = """
+import contextlib, io, runpy, sys
+for name, flags, expected in {calls!r}:
+    sys.argv = [name, *flags]
+    status = 0
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            runpy.run_module(name, run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+    print(name, flags, status == expected, {heavy!r} & {{module.partition(".")[0] for module in sys.modules}})
+"""
 
 
-WRONG = {
-    "distill": ["--tsv_dir", "x", "--student_ckpt", "a", "--teacher_ckpt", "b", "--target_sparsity", "2"],
-    "final_distill": ["--student_ckpt", "a", "--teacher_ckpt", "b"],
-    "prune": ["--distilled_ckpt", "a", "--original_ckpt", "b", "--round_to", "0"],
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_values_do_not_wait_for_torch(name):
-    assert not run_flags(name, WRONG[name]) & HEAVY
-
-
-def run_flags(name: str, flags: list[str]) -> set[str]:
-    """The packages that a script has imported where it ends for these flags."""
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = [{name!r}, *{flags!r}]\n"
-        f"try:\n    runpy.run_module({name!r}, run_name='__main__')\n"
-        "except SystemExit as stop:\n    print(stop.code, *sys.modules, sep='\\n', file=sys.stderr)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    status, modules = ("0" if flags == ["--help"] else "2" if "--no_such_flag" in flags else "1"), result.stderr
-    assert f"\n{status}\nsys\n" in f"\n{modules}", modules[-2000:]
-    return {name.partition(".")[0] for name in modules.split()}
+def test_flags_do_not_wait_for_torch():
+    """Neither help, nor a flag that does not exist, nor a value that cannot be."""
+    calls = [(name, [flag], status) for name in scripts() for flag, status in (("--help", 0), ("--no_such_flag", 2))]
+    calls += [(*call, 1) for call in WRONG]
+    lines = run_python(RUN.format(calls=calls, heavy=HEAVY)).splitlines()
+    assert lines == [f"{name} {flags} True set()" for name, flags, _ in calls]
