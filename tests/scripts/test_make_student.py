@@ -125,9 +125,9 @@ def test_every_stage(manifests, tmp_path, monkeypatch, capsys, family, size):
     run_script(monkeypatch, "distill", *flags, *pruning, 0.8, "--exp_dir", tmp_path / "exp")
     run_script(monkeypatch, "prune", "--distilled_ckpt", masked, "--original_ckpt", student)
     pruned = load_as_others_do(masked.with_name("pruned_hubert_base.pth"))
-    before, made = (load_as_others_do(path).get_num_params() for path in (teacher, student))
-    assert abs(1 - pruned.get_num_params() / before - 0.8) < 0.005  # of the teacher
-    assert f"{made:,} -> {pruned.get_num_params():,} parameters" in capsys.readouterr().err
+    before, after = (model.get_num_params() for model in (load_as_others_do(teacher), pruned))
+    assert abs(1 - after / before - 0.8) < 0.005  # of the teacher
+    assert f"{before:,} -> {after:,} parameters, sparsity {1 - after / before:.4f}" in capsys.readouterr().err
     assert pruned.config["encoder_embed_dim"] == 8 and pruned.config["encoder_num_layers"] == 2
     for last, ckpt in ((final, masked.with_name("pruned_hubert_base.pth")), (alone, student)):
         exp_dir = last.parent.parent
