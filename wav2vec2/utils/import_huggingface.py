@@ -97,11 +97,9 @@ def import_huggingface_model(
 ) -> ImportedModel:
     """Import a model saved by transformers' ``save_pretrained``.
 
-    Args:
-        directory: holds config.json, preprocessor_config.json and the weights (safetensors or
-            pytorch_model.bin, in one file or in shards, in full or half precision).
-        dropouts: written into the config; the published training's by default.
-        normalize_waveform: overrides what the extractor's mode decides.
+    The directory holds config.json, preprocessor_config.json and the weights (safetensors or pytorch_model.bin, in one
+    file or in shards, in full or half precision). ``dropouts`` are written into the config; ``normalize_waveform``
+    overrides what the extractor's mode decides.
 
     Raises:
         UserError: a file is missing or damaged, or the model is of another architecture.
