@@ -36,11 +36,9 @@ Splits = dict[str, list[str]]  # split name to its files
 
 
 def find_audio(root: str) -> tuple[list[str], Counter[str]]:
-    """Find every audio file below a folder by its suffix, in either case. Links to folders are followed.
+    """Return the audio files below a folder, as sorted paths from it with ``/``, and the number of others by suffix.
 
-    Returns:
-        The files that libsndfile reads, as sorted paths from ``root`` with ``/``; and the suffixes of other audio and
-        video with the number of files of each.
+    The others are audio and video that libsndfile does not read. Suffixes count, in either case. Links are followed.
     """
     found: list[str] = []
     others: list[str] = []
@@ -105,13 +103,10 @@ def hold_out(paths: list[str], fraction: float, seed: int) -> Splits:
 
 
 def count_samples(path: str) -> tuple[int, str]:
-    """Count the samples of a file at 16 kHz.
+    """Return a file's samples at 16 kHz and ``""``, or 0 and the reason why it cannot be used.
 
     The last sample is read too: the header of a file that was cut short still has the whole count. Where the header
     cannot be trusted, the file is decoded.
-
-    Returns:
-        The samples and ``""``, or 0 and the reason why the file cannot be used.
     """
     if LINE_BREAK.search(path):
         return 0, "a line break in its path"

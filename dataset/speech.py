@@ -19,10 +19,7 @@ MAX_REPLACEMENTS = 20
 
 
 def check_files(manifest: Manifest, sample: int = 256) -> dict[str, str]:
-    """Read the headers of some utterances before training starts, evenly spread over the manifest.
-
-    Returns:
-        Path to reason, one line, of each file that is missing, no audio, or not as long as the manifest says.
+    """Read the headers of some utterances, evenly spread over the manifest; returns path to reason of each bad file.
 
     Raises:
         UserError: the root folder does not exist, or more than half of the files looked at are bad.

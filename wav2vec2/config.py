@@ -287,12 +287,11 @@ class PruningUnit(NamedTuple):
 
 
 # By their names in --pruning_units.
-PRUNING_UNITS = {
-    unit: PruningUnit(entry.name, *row)
-    for entry in fields(SharedConfig)
-    if "unit" in entry.metadata
-    for unit, *row in [entry.metadata["unit"]]
-}
+PRUNING_UNITS: dict[str, PruningUnit] = {}
+for _entry in fields(SharedConfig):
+    if "unit" in _entry.metadata:
+        _name, *_row = _entry.metadata["unit"]
+        PRUNING_UNITS[_name] = PruningUnit(_entry.name, *_row)
 
 
 def with_masks(config: Mapping[str, Any], units: Iterable[str]) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def test_a_damaged_head_in_a_checkpoint(labelled, small_teacher, tmp_path, monke
     path = tmp_path / "ckpts/last.ckpt"
     contents = last_checkpoint(tmp_path)
     for entry, message in (
-        (5, "distillation: head: expected its settings"),
+        (5, "distillation: head: expected kind, labels, units"),
         ({"kind": "clips"}, "distillation: head: expected kind"),
         (None, "weights do not fit the model"),
     ):

@@ -1,6 +1,6 @@
 """Imports HuBERT, wav2vec 2.0 and WavLM from Hugging Face transformers' format, with or without heads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,11 +97,9 @@ def import_huggingface_model(
 ) -> ImportedModel:
     """Import a model saved by transformers' ``save_pretrained``.
 
-    Args:
-        directory: holds config.json, preprocessor_config.json and the weights (safetensors or
-            pytorch_model.bin, in one file or in shards, in full or half precision).
-        dropouts: written into the config; the published training's by default.
-        normalize_waveform: overrides what the extractor's mode decides.
+    The directory holds config.json, preprocessor_config.json and the weights (safetensors or pytorch_model.bin, in one
+    file or in shards, in full or half precision). ``dropouts`` are written into the config; ``normalize_waveform``
+    overrides what the extractor's mode decides.
 
     Raises:
         UserError: a file is missing or damaged, or the model is of another architecture.
@@ -219,34 +217,29 @@ def _stated_normalization(directory: Path) -> bool | None:
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
     """Read all tensors of the first weight file that exists, in one piece or in shards."""
-    for name in _WEIGHT_FILES:
-        if (directory / name).is_file():
-            return _read_weight_file(directory / name)
-        index = directory / f"{name}.index.json"
-        if index.is_file():
-            weights: dict[str, Tensor] = {}
-            for shard in _shard_paths(index):
-                weights |= _read_weight_file(shard)
-            return weights
-    raise UserError(f"{directory}: no weights; expected {' or '.join(_WEIGHT_FILES)}, or their shards with an index")
-
-
-def _shard_paths(index: Path) -> Iterator[Path]:
-    weight_map = read_json(index, _WRITTEN_BY).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: no weight_map that names the shards; download it again")
-    for name in sorted({str(name) for name in weight_map.values()}):
-        path = index.parent / name
-        if path.parent != index.parent or not path.is_file():
-            problem = f"names the shard {short_repr(name)}, which is not beside it"
-            raise UserError(f"{index}: {problem}; download the whole model")
-        yield path
-
-
-def _read_weight_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    weights = read_torch_file(path)
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise UserError(f"{path}: expected a dict of tensors by name, found {type(weights).__name__}")
+    weights: dict[str, Tensor] = {}
+    for path in _weight_paths(directory):
+        found = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+            raise UserError(f"{path}: expected a dict of tensors by name, found {type(found).__name__}")
+        weights |= found
     return weights
+
+
+def _weight_paths(directory: Path) -> list[Path]:
+    for file_name in _WEIGHT_FILES:
+        index = directory / f"{file_name}.index.json"
+        if (directory / file_name).is_file():
+            return [directory / file_name]
+        if not index.is_file():
+            continue
+        weight_map = read_json(index, _WRITTEN_BY).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: no weight_map that names the shards; download it again")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if (directory / name).parent != directory or not (directory / name).is_file():
+                problem = f"names the shard {short_repr(name)}, which is not beside it"
+                raise UserError(f"{index}: {problem}; download the whole model")
+        return [directory / name for name in names]
+    raise UserError(f"{directory}: no weights; expected {' or '.join(_WEIGHT_FILES)}, or their shards with an index")

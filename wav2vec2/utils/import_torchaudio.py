@@ -79,15 +79,9 @@ def import_torchaudio(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the config and the state dict, in our names, of a published network or of its first layers.
 
-    Args:
-        state_dict: as ``torchaudio.pipelines`` downloads it, or ``state_dict()`` of torchaudio's model, in full or
-            half precision. An output layer of any size (``aux``) is kept.
-        normalize_waveform: the model expects normalised waveforms. By default as in torchaudio's bundle of the
-            network, which normalises outside of the model: true for those with a layer_norm extractor.
-
-    Returns:
-        The arguments of ``wav2vec2_model``, with the dropouts of the published pre-training, and its state dict.
-        Networks that differ only in dropouts and training (HuBERT and wav2vec 2.0 Base) share a config.
+    The weights are as ``torchaudio.pipelines`` downloads them, in full or half precision; an output layer (``aux``) is
+    kept. Waveforms are normalised by default as in torchaudio's bundle: for models with a layer_norm extractor.
+    Networks that differ only in dropouts and training (HuBERT and wav2vec 2.0 Base) share a config.
 
     Raises:
         UserError: the names or shapes are not those of a published network; it says what was found.
