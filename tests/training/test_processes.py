@@ -359,6 +359,7 @@ def test_a_signal_before_training_ends_the_processes_that_were_started(manifests
     flags = [*small_run(manifests, small_teacher, gpus=2), "--exp_dir", tmp_path / "exp"]
     process = start_script("distill", *flags, output=tmp_path / "output")
     other = second_process(process.pid)
+    time.sleep(0.3)  # Lightning notes a process that it has started, and waits a second or more
     os.kill(process.pid, signal.SIGTERM)
     process.join(10)
     assert process.exitcode == 143
