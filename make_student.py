@@ -57,9 +57,7 @@ def main(args: argparse.Namespace) -> None:
 
     pl.seed_everything(seed, verbose=False)
     if chosen.student_config is not None or chosen.init_layers is not None:
-        contents, origins = slice_model(
-            contents, chosen.changes, chosen.layers or chosen.init_layers, str(chosen.model)
-        )
+        contents, origins = slice_model(contents, chosen.changes, chosen.layers, str(chosen.model))
         rank_zero_only(print)(f"student of {chosen.model}: {origins}", flush=True)
     if data is not None:
         contents = train_extractor(settings, data, contents)

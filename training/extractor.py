@@ -81,7 +81,7 @@ def train_extractor(settings: StudentRunSettings, data: SpeechDataModule, conten
         UserError, Interrupted: as :func:`training.distillation.train`.
     """
     chosen = settings.student
-    light = with_extractor(contents, LIGHT if chosen.extractor == LIGHT else chosen.extractor_layers)
+    light = with_extractor(contents, chosen.extractor_layers)
     teacher, student = _up_to_projection(contents), _up_to_projection(light)
     student.encoder.requires_grad_(False)
     train(settings, data, teacher, student, nn.ModuleList([nn.Identity()]))

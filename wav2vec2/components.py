@@ -464,8 +464,7 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         num_frames = x.size(1)
         if num_frames == 0:  # torch has no convolution over nothing
             return x
-        x, mask = x.transpose(1, 2), self._tap_mask()
-        x = self.conv(x) if mask is None else self.conv(x, mask)  # exporters put a plain Conv1d here
+        x = self.conv(x.transpose(1, 2), self._tap_mask())
         return F.gelu(x[..., :num_frames]).transpose(1, 2)  # an even kernel makes one frame too many
 
     def _tap_mask(self) -> Tensor | None:
