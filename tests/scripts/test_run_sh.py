@@ -196,6 +196,8 @@ def start_run_sh(*arguments: object, until: str, **environment: object) -> subpr
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # The tests may run in the background of a shell, where SIGINT is ignored: bash could not trap it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stdout:
         if line.startswith(until):

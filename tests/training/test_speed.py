@@ -220,9 +220,9 @@ def test_a_compiled_run_has_the_same_numbers_and_may_go_on_without(
 
 def test_what_cannot_be_compiled(manifests, small_teacher, tmp_path, monkeypatch, capsys):
     flags = (*small_run(manifests, small_teacher), *PRUNING, "--exp_dir", tmp_path, "--compile")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
-    assert run_to_exit(monkeypatch, "distill", *flags) == 1
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+        assert run_to_exit(monkeypatch, "distill", *flags) == 1
     message = error_line(capsys)
     assert "--compile: torch.compile needs a C++ compiler" in message and "install g++" in message
     torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()

@@ -57,7 +57,8 @@ def test_load_folder_and_hub(tmp_path, monkeypatch):
     write_hub_folder(tmp_path / "folder", {"config": model.config, "state_dict": model.state_dict()})
     asked = []
 
-    def download(repo_id: str, revision: str | None = None) -> Path:
+    def download(repo_id: str, revision: str | None, filename: str | None) -> Path:
+        assert filename is None
         asked.append((repo_id, revision))
         return tmp_path / "folder"
 
