@@ -353,7 +353,9 @@ def logged(exp_dir: Path) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for version in _versions(exp_dir):
         new = [{name: row[name] for name in row if name not in speed.COLUMNS and row[name]} for row in version]
-        rows = [row for row in rows if int(row["step"]) < int(new[0]["step"])] + [row for row in new if len(row) > 1]
+        if new:  # a killed run may have written no row
+            rows = [row for row in rows if int(row["step"]) < int(new[0]["step"])]
+        rows += [row for row in new if len(row) > 1]
     return rows
 
 
