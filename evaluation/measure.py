@@ -81,7 +81,7 @@ def figure_of_merit(
 
     Args:
         scored: by the name of the features, then of the probe.
-        more_is_better: of each probe's score.
+        more_is_better: for each probe, whether a higher score is better.
         top: the teacher's name.
         bottom: the control's name.
 

@@ -78,7 +78,7 @@ class LinearProbe(nn.Module):
     Args:
         mean, deviation: (layers, D) of the training features.
         weight: (outputs, D) to begin with.
-        norm: of the sum.
+        norm: True for a LayerNorm behind the sum.
     """
 
     mean: Tensor

@@ -102,7 +102,7 @@ def export_huggingface(contents: Mapping[str, Any], folder: Path, model_type: st
     only, is not in them, so config.json switches that masking off.
 
     Args:
-        contents: of a model file.
+        contents: the contents of a model file.
         folder: made if it is not there.
         model_type: "hubert" or "wav2vec2", which are the same network; the default is "hubert". WavLM is "wavlm".
 

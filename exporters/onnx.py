@@ -89,7 +89,7 @@ def write_onnx(model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> list
 
     Args:
         model: in eval mode, on the CPU.
-        options: of the files.
+        options: how the files are made.
         folder: made if it is not there.
 
     Raises:

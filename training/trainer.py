@@ -51,7 +51,7 @@ def fit(
     Args:
         resumed: path and contents of the checkpoint to continue from, if any; it is known to fit.
         flops: operations of one waveform's share of an update, by its samples.
-        record: what a checkpoint says of the run.
+        record: makes the entries that a checkpoint has about the run.
         title: one line, printed at the start.
         callbacks: the stage's own; they see an update before it is saved.
         validates_last: validate the last update, wherever it falls.

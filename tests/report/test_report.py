@@ -75,7 +75,7 @@ PARTS = ("conv", "projection", "attention", "feed_forward")
 
 
 def results(name: str = "small", task: str = "keywords") -> dict[str, Any]:
-    """What evaluate.py writes, of a teacher and a model."""
+    """Results as evaluate.py writes them, for a teacher and a model."""
     models = []
     for number, model in enumerate(("teacher", name)):
         layers = [{"layer": n, "l1": 0.1 * n, "cosine": 0.9, "cka": None} for n in (0, 1, 3)]
@@ -178,7 +178,7 @@ def test_page_of_a_run(exp_dir):
 
 
 def test_the_same_files_make_the_same_page(exp_dir):
-    """Of the final distillation alone, which is quicker to draw."""
+    """The final distillation alone is quicker to draw."""
     first = page_of(exp_dir / "final", results()).read_bytes()
     assert page_of(exp_dir / "final", results()).read_bytes() == first
 

@@ -30,7 +30,7 @@ def write_audio(path: Path, num_samples: int = 1600, sample_rate: int = SAMPLE_R
 
 @dataclass
 class Result:
-    """What a run of the script left behind."""
+    """The files and lines that a run of the script left behind."""
 
     returncode: int
     stdout: str
@@ -188,7 +188,7 @@ def write_float(path: Path, value: float) -> None:
 
 
 def remove_length(path: Path) -> None:
-    """What an encoder leaves in the header of a FLAC file that writes to a pipe."""
+    """A FLAC encoder that writes to a pipe leaves this in the header."""
     contents = bytearray(path.read_bytes())
     contents[21] &= 0xF0
     contents[22:26] = bytes(4)

@@ -1,4 +1,4 @@
-"""Where data and models meet: no crop is shorter than what the models make a frame of."""
+"""Data and models meet here: no crop is shorter than a frame of the models."""
 
 from pathlib import Path
 from typing import Any

@@ -95,7 +95,7 @@ def test_padding_is_not_matched():
 
 
 def test_labels_that_are_no_outputs_do_not_count():
-    """Of the clips that validate a verification."""
+    """The clips that validate a verification have labels that training does not know."""
     student = masked_model_with_its_head(task_contents(TASK_HEADS[2]), [], "model.pth")
     batch = labelled_batch(student)._replace(targets=torch.tensor([[1], [7]]))
     task = Task(1.0, student)

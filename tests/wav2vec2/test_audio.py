@@ -97,7 +97,7 @@ def test_resampled_length_is_the_one_that_is_counted(sample_rate):
 
 @pytest.mark.parametrize("sample_rate", [8012, 22_255, 44_056])
 def test_other_rates_are_torchaudios(sample_rate):
-    """Where it can still tabulate its filter, in float32."""
+    """The filter is that of torchaudio wherever it can still tabulate its own, in float32."""
     waveform = noise(sample_rate)
     expected = resample(waveform, sample_rate, SAMPLE_RATE)
     torch.testing.assert_close(resample_to_16k(waveform, sample_rate), expected[:16_000], rtol=0, atol=5e-4)

@@ -57,8 +57,8 @@ def read_json(path: Path, expected: str, advice: str = "download it again") -> d
     """Read a JSON object.
 
     Args:
-        expected: what should be there, for the error about a missing file.
-        advice: what to do about a damaged file.
+        expected: names the wanted file in the error about a missing one.
+        advice: tells the user what to do about a damaged file.
 
     Raises:
         UserError: the file is missing, not JSON, or not an object.
