@@ -32,7 +32,14 @@ from training import saving, speed
 from training.pairing import freeze_unreached
 from wav2vec2.fast import plain_paths
 from wav2vec2.files import checkpoint
-from wav2vec2.files.heads import Head, contents_of, joined_state, task_model_of, with_head
+from wav2vec2.files.heads import (
+    Head,
+    contents_of,
+    joined_state,
+    masked_model_with_its_head,
+    task_model_of,
+    with_head,
+)
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model, with_masks
 from wav2vec2.utils.import_huggingface import import_huggingface_model
 from wav2vec2.utils.importing import ImportedModel
@@ -314,7 +321,7 @@ def finetuning_run(tsv: Path, model: Path, **changes: object) -> list[object]:
 
 def load_masked_model(path: Path, units: list[str]) -> Wav2Vec2Model:
     """The student that joint distillation begins with."""
-    return checkpoint.masked_model_of(checkpoint.read_model_file(path), units, path)
+    return masked_model_with_its_head(checkpoint.read_model_file(path), units, path)
 
 
 def load_as_others_do(path: Path) -> torch.nn.Module:

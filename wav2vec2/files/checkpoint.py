@@ -1,7 +1,7 @@
 """Model files ``{"state_dict", "config", ...}`` of plain data: written, read, checked, and built into models."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..components import published_state
-from ..model import Wav2Vec2Model, wav2vec2_model, with_masks
+from ..model import Wav2Vec2Model, wav2vec2_model
 from . import hub
 from .errors import UserError, listed, short_repr
 from .storage import atomic_path
@@ -129,13 +129,4 @@ def model_of(contents: Mapping[str, Any], source: Source) -> Wav2Vec2Model:
     """Build the model of checked contents."""
     model = build_model(contents["config"], source)
     model.load_state_dict(published_state(contents["state_dict"]))
-    return model
-
-
-def masked_model_of(contents: Mapping[str, Any], units: Iterable[str], source: Source) -> Wav2Vec2Model:
-    """Build the model of checked contents with fresh masks on ``units`` (names as in ``--pruning_units``)."""
-    model = build_model(with_masks(contents["config"], units), source)
-    # Only the state of the masks can be absent from the file.
-    fresh_masks = {key: value for key, value in model.state_dict().items() if key.endswith("log_alpha")}
-    load_state(model, {**fresh_masks, **contents["state_dict"]}, source)
     return model

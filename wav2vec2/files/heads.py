@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import check_config
+from ..config import check_config, with_masks
 from ..model import Wav2Vec2Model
 from ..task_model import TEXT, Head, TaskModel
-from .checkpoint import Source, build_model, check_weights, masked_model_of, model_of
+from .checkpoint import Source, build_model, check_weights, load_state, model_of
 from .errors import UserError, short_repr
 
 _PREFIX = "head."  # of the head's weights among the model's
@@ -69,8 +69,14 @@ def model_with_its_head(contents: Mapping[str, Any], source: Source) -> Wav2Vec2
 
 
 def masked_model_with_its_head(contents: Mapping[str, Any], units: Iterable[str], source: Source) -> Wav2Vec2Model:
-    """Build the model of checked contents with fresh masks on ``units``, and with its head if there is one."""
-    model = masked_model_of(contents, units, source)
+    """Build the model of checked contents with fresh masks on ``units``, and with its head if there is one.
+
+    ``units`` are names as in ``--pruning_units``.
+    """
+    model = build_model(with_masks(contents["config"], units), source)
+    # Only the state of the masks can be absent from the file.
+    fresh_masks = {key: value for key, value in model.state_dict().items() if key.endswith("log_alpha")}
+    load_state(model, {**fresh_masks, **contents["state_dict"]}, source)
     if "head" not in contents:
         return model
     with torch.random.fork_rng(devices=()):  # later random numbers must not depend on the head

@@ -21,7 +21,11 @@ FILE_SUFFIXES = (".pth", ".pt", ".ckpt")  # of files that torch.save writes
 
 
 class _Inert:
-    """Stands for a foreign class or function: keeps the pickled state and ignores arguments."""
+    """Stands for a foreign class or function: keeps the pickled state and ignores arguments.
+
+    The state of ``argparse.Namespace`` is its attributes. omegaconf's DictConfig and ListConfig have a dict or list of
+    nodes under ``_content``, and its value nodes have their value under ``_val``.
+    """
 
     state: Any = None
 
@@ -32,18 +36,6 @@ class _Inert:
         self.state = state
 
 
-class _Namespace(_Inert):
-    """``argparse.Namespace``; the state is its attributes."""
-
-
-class _ConfigContainer(_Inert):
-    """omegaconf's DictConfig and ListConfig; ``state["_content"]`` is a dict or list of nodes."""
-
-
-class _ConfigValue(_Inert):
-    """omegaconf's value nodes; ``state["_val"]`` is the value."""
-
-
 def _plain_dict(*_factory: Any) -> dict[Any, Any]:
     """Stands for ``collections.defaultdict``: an empty dict without a factory."""
     return {}
@@ -52,14 +44,12 @@ def _plain_dict(*_factory: Any) -> dict[Any, Any]:
 # The training state, which is never read, holds numpy's scalars and arrays. numpy 1 and 2 name them differently.
 _NUMPY_NAMES = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
 _NUMPY_NAMES += ["numpy.dtype", "numpy.ndarray"]
-_NODES = ("AnyNode", "BooleanNode", "FloatNode", "IntegerNode", "StringNode")
-_OTHERS = ("fairseq.data.dictionary.Dictionary", "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata")
+_NODES = [f"nodes.{name}Node" for name in ("Any", "Boolean", "Float", "Integer", "String")]
+_NODES += ["dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata"]
+_OTHERS = ("argparse.Namespace", "fairseq.data.dictionary.Dictionary", "typing.Any")
 _SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_Namespace, "argparse.Namespace"),
-    (_ConfigContainer, "omegaconf.dictconfig.DictConfig"),
-    (_ConfigContainer, "omegaconf.listconfig.ListConfig"),
-    *((_ConfigValue, f"omegaconf.nodes.{name}") for name in _NODES),
-    *((_Inert, name) for name in (*_NUMPY_NAMES, *_OTHERS, "typing.Any")),
+    *((_Inert, name) for name in (*_NUMPY_NAMES, *_OTHERS)),
+    *((_Inert, f"omegaconf.{name}") for name in _NODES),
     (_plain_dict, "collections.defaultdict"),
     # Python 2's names for these, "__builtin__.dict" and "__builtin__.long" among them, are translated by torch.
     (dict, "builtins.dict"),
@@ -113,11 +103,8 @@ def kind_of_path(path: Path) -> str | None:
             head = file.read(9)
         # The length of its header, then JSON. Files of torch.save are zip files or pickles.
         if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-            if not (path.parent / "config.json").is_file():
-                return f"a safetensors file; with the config.json that belongs to it, {_convert_folder(path.parent)}"
-            if not _transformers_type(path.parent):
-                return f"a safetensors file; give the folder that it lies in, {path.parent}"
-            return f"a safetensors file; {_convert_folder(path.parent)}"
+            own = f"give the folder that it lies in, {path.parent}"
+            return f"a safetensors file; {own}, or, if transformers wrote it, {_convert_folder(path.parent)}"
         return placeholder(path)
     return None
 
@@ -176,12 +163,8 @@ def to_plain(value: Any, source: str | PathLike) -> Any:
 
 
 def _to_plain(value: Any) -> Any:
-    if isinstance(value, _Namespace):
-        value = value.state
-    elif isinstance(value, _ConfigContainer):
-        value = value.state["_content"]
-    elif isinstance(value, _ConfigValue):
-        return value.state["_val"]
+    if isinstance(value, _Inert) and isinstance(value.state, dict):
+        value = value.state.get("_content", value.state.get("_val", value.state))
     if isinstance(value, dict):
         return {key: _to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -22,10 +22,10 @@ from .importing import (
     Architecture,
     Dropouts,
     ImportedModel,
-    check_sample_rate,
     compare_outputs,
     import_weights,
     load_source_state,
+    stated_normalization,
 )
 from .quiet import quiet
 
@@ -203,7 +203,7 @@ def _read_checkpoint(path: str | PathLike) -> tuple[Mapping[str, Any], dict[str,
             problem = "a fine-tuned model that does not hold its backbone's settings (w2v_args)"
             raise UserError(f"{source}: {problem}; convert the pre-trained checkpoint, or the same model from the hub")
         settings, backbone_task = _split_settings(backbone, f"{source}: w2v_args")
-        check_sample_rate((backbone_task or {}).get("sample_rate"), f"{source}: w2v_args: sample_rate")
+        stated_normalization(backbone_task or {}, "sample_rate", "normalize", f"{source}: w2v_args")
     return weights, settings, task
 
 
@@ -220,42 +220,33 @@ def _split_settings(settings: dict[str, Any], place: str) -> tuple[dict[str, Any
 def _read_architecture(
     settings: dict[str, Any], task: dict[str, Any], weights: Mapping[str, Any], source: str
 ) -> Architecture:
-    def setting(name: str, kind: type) -> Any:
-        value = settings.get(name, _DEFAULTS[name])
-        if type(value) is not kind:
-            problem = f"setting {name} is {short_repr(value)}"
-            raise UserError(f"{source}: {problem}, expected {kind.__name__}; the file is damaged")
-        return value
-
     is_wavlm = "relative_position_embedding" in settings or any(".self_attn.grep_" in name for name in weights)
     family = "WavLM" if is_wavlm else _family(settings, weights, source)
+    settings = _DEFAULTS | settings
     for name, accepted in (_ACCEPTED | (_ACCEPTED_OF_WAVLM if is_wavlm else {})).items():
-        value = settings.get(name, _DEFAULTS.get(name, accepted[0]))
+        value = settings.get(name, accepted[0])
         if not any(type(value) is type(option) and value == option for option in accepted):
             problem = f"{family} with {name} {short_repr(value)}, expected {' or '.join(map(repr, accepted))}"
             raise UserError(f"{source}: {problem}; such a model has no counterpart here and cannot be converted")
-    check_sample_rate(task.get("sample_rate"), f"{source}: sample_rate")
-    normalizes = task.get("normalize")
-    if normalizes is not None and not isinstance(normalizes, bool):
-        raise UserError(f"{source}: setting normalize is {short_repr(normalizes)}, expected bool; the file is damaged")
 
-    num_layers, num_heads = setting("encoder_layers", int), setting("encoder_attention_heads", int)
+    # The config refuses numbers and flags that are impossible.
+    num_layers, num_heads = settings["encoder_layers"], settings["encoder_attention_heads"]
     attention: dict[str, Any] = {"encoder_num_heads": num_heads}
     if is_wavlm:
-        attention = wavlm_attention(num_layers, num_heads, setting("num_buckets", int), setting("max_distance", int))
+        attention = wavlm_attention(num_layers, num_heads, settings["num_buckets"], settings["max_distance"])
     config = {
-        "extractor_mode": _EXTRACTOR_MODES[setting("extractor_mode", str)],
-        "extractor_conv_layer_config": parse_conv_layers(setting("conv_feature_layers", str), source),
-        "extractor_conv_bias": setting("conv_bias", bool),
-        "encoder_embed_dim": setting("encoder_embed_dim", int),
-        "encoder_pos_conv_kernel": setting("conv_pos", int),
-        "encoder_pos_conv_groups": setting("conv_pos_groups", int),
+        "extractor_mode": _EXTRACTOR_MODES[settings["extractor_mode"]],
+        "extractor_conv_layer_config": parse_conv_layers(settings["conv_feature_layers"], source),
+        "extractor_conv_bias": settings["conv_bias"],
+        "encoder_embed_dim": settings["encoder_embed_dim"],
+        "encoder_pos_conv_kernel": settings["conv_pos"],
+        "encoder_pos_conv_groups": settings["conv_pos_groups"],
         "encoder_num_layers": num_layers,
         **attention,
-        "encoder_ff_interm_features": setting("encoder_ffn_embed_dim", int),
-        "encoder_layer_norm_first": setting("layer_norm_first", bool),
+        "encoder_ff_interm_features": settings["encoder_ffn_embed_dim"],
+        "encoder_layer_norm_first": settings["layer_norm_first"],
     }
-    return Architecture(family, config, normalizes)
+    return Architecture(family, config, stated_normalization(task, "sample_rate", "normalize", source))
 
 
 def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -> str:
@@ -269,28 +260,23 @@ def _family(settings: dict[str, Any], weights: Mapping[str, Any], source: str) -
     return _FAMILIES[name]
 
 
-def parse_conv_layers(expression: str, source: str = "conv_feature_layers") -> list[list[int]]:
+def parse_conv_layers(expression: Any, source: str = "conv_feature_layers") -> Any:
     """Read fairseq's conv layers, a Python expression such as ``[(512,10,5)] + [(512,3,2)] * 4``, without running it.
 
+    The config checks the result.
+
     Raises:
-        UserError: it holds more than lists and tuples of whole numbers, joined by + and repeated by *, or too many
-            layers.
+        UserError: it holds more than lists and tuples of whole numbers, joined by + and repeated by *.
     """
     try:
-        if len(expression) > _LONGEST_EXPRESSION:
-            raise ValueError(f"longer than {_LONGEST_EXPRESSION} characters")
+        if not isinstance(expression, str) or len(expression) > _LONGEST_EXPRESSION:
+            raise ValueError(f"not a text of at most {_LONGEST_EXPRESSION} characters")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the parser, about input that is refused below
-            layers = _evaluate(ast.parse(expression.strip(), mode="eval").body)
-        if not isinstance(layers, list) or not 0 < len(layers) <= MAX_CONV_LAYERS:
-            raise ValueError(f"not a list of 1 to {MAX_CONV_LAYERS} layers")
-        for layer in layers:
-            if not isinstance(layer, list) or len(layer) != 3 or not all(type(n) is int and n > 0 for n in layer):
-                raise ValueError(f"{short_repr(layer)} is not (channels, kernel, stride)")
+            return _evaluate(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         problem = f"conv_feature_layers {short_repr(expression)} cannot be read ({single_line(str(error))})"
         raise UserError(f"{source}: {problem}, expected lists of (channels, kernel, stride)") from error
-    return layers
 
 
 def _evaluate(node: ast.expr) -> Any:

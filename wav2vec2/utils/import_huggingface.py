@@ -16,10 +16,10 @@ from .importing import (
     Architecture,
     Dropouts,
     ImportedModel,
-    check_sample_rate,
     compare_outputs,
     import_weights,
     load_source_state,
+    stated_normalization,
 )
 from .quiet import quiet
 
@@ -207,10 +207,7 @@ def _stated_normalization(directory: Path) -> bool | None:
             settings = settings.get("feature_extractor", {})
         if not isinstance(settings, dict):
             raise UserError(f"{path}: expected a JSON object under feature_extractor, found {short_repr(settings)}")
-        check_sample_rate(settings.get("sampling_rate"), f"{path}: sampling_rate")
-        normalizes = settings.get("do_normalize")
-        if normalizes is not None and not isinstance(normalizes, bool):
-            raise UserError(f"{path}: do_normalize is {short_repr(normalizes)}, expected true or false; mend it")
+        normalizes = stated_normalization(settings, "sampling_rate", "do_normalize", str(path))
         stated = stated if normalizes is None else normalizes
     return stated
 

@@ -63,10 +63,14 @@ def normalizes_waveform(extractor_mode: str) -> bool:
     return extractor_mode == "layer_norm"
 
 
-def check_sample_rate(found: Any, place: str) -> None:
-    """Refuse a stated sample rate other than 16 kHz; ``place`` is named in errors."""
-    if found is not None and found != SAMPLE_RATE:
-        raise UserError(f"{place} is {short_repr(found)}, expected {SAMPLE_RATE}; convert a 16 kHz model")
+def stated_normalization(settings: Mapping[str, Any], rate_key: str, flag_key: str, place: str) -> bool | None:
+    """Return what a source's settings say of waveform normalisation; refuses a sample rate other than 16 kHz."""
+    rate, normalizes = settings.get(rate_key), settings.get(flag_key)
+    if rate is not None and rate != SAMPLE_RATE:
+        raise UserError(f"{place}: {rate_key} is {short_repr(rate)}, expected {SAMPLE_RATE}; convert a 16 kHz model")
+    if normalizes is not None and not isinstance(normalizes, bool):
+        raise UserError(f"{place}: {flag_key} is {short_repr(normalizes)}, expected true or false; mend it")
+    return normalizes
 
 
 def backbone_of(weights: Mapping[str, Tensor], anchor: str) -> tuple[str, dict[str, Tensor], dict[str, str]]:
