@@ -166,11 +166,16 @@ class Wav2Vec2Model(nn.Module):
         self.eval()  # the deterministic masks
         kept_dims = self.encoder.kept_dims()
         self.encoder.prune(self.feature_extractor.prune())
-        if self.aux is not None and kept_dims is not None:
-            prune_inputs(self.aux, kept_dims)
+        if kept_dims is not None:
+            for layer in self._output_layers():
+                prune_inputs(layer, kept_dims)
         sizes: dict[str, Any] = {unit.switch: False for unit in PRUNING_UNITS.values()}
         self._config = replace(self._config, encoder_embed_dim=self.encoder.embed_dim, **sizes)
         return self.config
+
+    def _output_layers(self) -> list[nn.Linear]:
+        """Return the layers that read hidden states."""
+        return [] if self.aux is None else [self.aux]
 
     @property
     def config(self) -> dict[str, Any]:

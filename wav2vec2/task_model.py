@@ -11,7 +11,6 @@ from .config import ModelConfig
 from .files.errors import short_repr
 from .kinds import CLIPS, LAYERS, POOLINGS, SEGMENTS, TEXT, UNITS
 from .model import Wav2Vec2Model
-from .pruning_utils import prune_inputs
 
 # What each setting of a head may be, by kind; None where the kind has no such setting.
 _CHOICES: dict[str, dict[str, tuple[str | None, ...]]] = {
@@ -123,12 +122,6 @@ class TaskModel(Wav2Vec2Model):
         states = hidden_states if is_weighted or output is None else [output]
         return self.apply_aux(states[0]) if self.head is None else self.head(states, lengths)
 
-    @torch.no_grad()
-    def prune(self) -> dict[str, Any]:
-        kept_dims = self.eval().encoder.kept_dims()  # eval: the deterministic masks
-        config = super().prune()
-        if self.head is not None and kept_dims is not None:
-            for layer in (self.head.attention, self.head.linear):
-                if layer is not None:
-                    prune_inputs(layer, kept_dims)
-        return config
+    def _output_layers(self) -> list[nn.Linear]:
+        own = [] if self.head is None else [self.head.linear, self.head.attention]
+        return super()._output_layers() + [layer for layer in own if layer is not None]

@@ -5,6 +5,8 @@ Reading a folder needs safetensors; only asking the hub needs huggingface_hub.
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,26 @@ def is_hub_id(text: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII))
 
 
+@contextmanager
+def asking_hub(wanted: str) -> Iterator[Any]:
+    """Yield the module huggingface_hub; where it is missing or fails, a UserError names what was ``wanted``."""
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise UserError(
+            f"{wanted}: no such folder, and asking the hub needs huggingface_hub: pip install huggingface_hub"
+        ) from error
+    try:
+        yield huggingface_hub
+    # No network, no such model, file or revision, not public, not a valid id.
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(
+            f"{wanted}: the Hugging Face hub did not give it ({type(error).__name__}: {one_line(error)}); check the "
+            "name and the network, or give a folder"
+        ) from error
+
+
 def download(repo_id: str, revision: str | None = None, filename: str | None = None) -> Path:
     """Fetch a model from the Hugging Face hub, or from its local cache.
 
@@ -114,28 +136,13 @@ def download(repo_id: str, revision: str | None = None, filename: str | None = N
         UserError: huggingface_hub is missing, the hub does not give the model, or it holds files of another kind.
     """
     wanted = repo_id + (f", file {filename}" if filename else "") + (f" (revision {revision})" if revision else "")
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as error:
-        raise UserError(
-            f"{wanted}: no such folder, and asking the hub needs huggingface_hub: pip install huggingface_hub"
-        ) from error
-    try:
+    with asking_hub(wanted) as hub:
         if filename is not None:
-            return Path(huggingface_hub.hf_hub_download(repo_id, filename, revision=revision))
+            return Path(hub.hf_hub_download(repo_id, filename, revision=revision))
         files = [WEIGHTS, CONFIG, CARD]
-        folder = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files))
+        folder = Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=files))
         if (folder / CONFIG).is_file():
             return folder
-        names = [
-            name for name in huggingface_hub.list_repo_files(repo_id, revision=revision) if name.endswith(FILE_SUFFIXES)
-        ]
-    # No network, no such model, file or revision, not public, not a valid id.
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise UserError(
-            f"{wanted}: the Hugging Face hub did not give it ({type(error).__name__}: {one_line(error)}); check the "
-            "name and the network, or give a folder"
-        ) from error
+        names = [name for name in hub.list_repo_files(repo_id, revision=revision) if name.endswith(FILE_SUFFIXES)]
     advice = f'load one of them: wav2vec2.load("{repo_id}", filename="{names[0]}")' if names else "give another"
     raise UserError(f"{repo_id}: a repository without {CONFIG}, {listed('model files', names)}; {advice}")

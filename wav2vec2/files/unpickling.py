@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .errors import UserError, listed, single_line
-from .storage import placeholder, read_json
+from .storage import placeholder
 
 FILE_SUFFIXES = (".pth", ".pt", ".ckpt")  # of files that torch.save writes
 
@@ -94,10 +94,9 @@ def read_torch_file(path: str | PathLike) -> Any:
 def kind_of_path(path: Path) -> str | None:
     """Describe a folder, a safetensors file or a placeholder, and what to do with it; None for all else."""
     if path.is_dir():
-        if _transformers_type(path):
-            command = f"python convert_hubert_from_hf.py --model {path}"
-            return f"a folder in transformers' format, where a file is wanted; convert it: {command}"
-        return f"a folder, where a file is wanted; give a file, {listed('in it', model_files(path))}"
+        own = f"give a file, {listed('in it', model_files(path))}"
+        convert = f"convert it: python convert_hubert_from_hf.py --model {path}"
+        return f"a folder, where a file is wanted; {own}, or, if transformers wrote it, {convert}"
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(9)
@@ -129,14 +128,6 @@ def kind_of_contents(contents: Any, path: str | PathLike) -> str | None:
         advice = _convert_folder(Path(path).parent)
         return f"bare weights without their config, as transformers' pytorch_model.bin; {advice}"
     return None
-
-
-def _transformers_type(folder: Path) -> Any:
-    """Return ``model_type`` of the folder's config.json, which all folders of transformers have, or None."""
-    try:
-        return read_json(folder / "config.json", "").get("model_type")
-    except (UserError, OSError):
-        return None
 
 
 def _convert_folder(folder: Path) -> str:

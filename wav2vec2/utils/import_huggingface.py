@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import wavlm_attention
 from ..files.errors import UserError, one_line, short_repr
-from ..files.hub import TRANSFORMERS_NAMES
+from ..files.hub import TRANSFORMERS_NAMES, asking_hub
 from ..files.storage import read_json, read_safetensors
 from ..files.unpickling import kind_of_contents, kind_of_path, read_torch_file
 from .importing import (
@@ -78,17 +78,10 @@ def fetch_huggingface_model(model: str) -> Path:
         raise UserError(f"--model {model}: {kind or 'a file'}, where a folder with config.json is wanted")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"--model {model}: no such folder; give one with config.json, or a hub id (ORG/NAME)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        directory = Path(snapshot_download(model, allow_patterns=["*.json", "model*.safetensors"]))
+    with asking_hub(f"--model {model}") as hub:
+        directory = Path(hub.snapshot_download(model, allow_patterns=["*.json", "model*.safetensors"]))
         if not any(directory.glob("model*.safetensors")):
-            directory = Path(snapshot_download(model, allow_patterns=["*.json", "pytorch_model*.bin"]))
-    except (OSError, ValueError) as error:  # no network, no such model, not public, not a valid id
-        raise UserError(
-            f"--model {model}: no such local directory, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}); check the name and the network, or download it and give its directory"
-        ) from error
+            directory = Path(hub.snapshot_download(model, allow_patterns=["*.json", "pytorch_model*.bin"]))
     return directory
 
 
