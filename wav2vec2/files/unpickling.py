@@ -148,9 +148,10 @@ def to_plain(value: Any, source: str | PathLike) -> Any:
     """Replace Namespace, DictConfig, ListConfig and their nodes in ``value`` by dicts, lists and plain values."""
     try:
         return _to_plain(value)
-    except (RecursionError, KeyError, TypeError) as error:
-        reason = f"the settings in the file are damaged ({type(error).__name__})"
-        raise UserError(f"{source}: {reason}; download it again") from error
+    except RecursionError as error:
+        raise UserError(
+            f"{source}: the settings in the file are damaged (endless); download it again"
+        ) from error
 
 
 def _to_plain(value: Any) -> Any:

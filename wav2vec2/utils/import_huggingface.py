@@ -10,7 +10,7 @@ from ..config import wavlm_attention
 from ..files.errors import UserError, one_line, short_repr
 from ..files.hub import TRANSFORMERS_NAMES, asking_hub
 from ..files.storage import read_json, read_safetensors
-from ..files.unpickling import kind_of_contents, kind_of_path, read_torch_file
+from ..files.unpickling import kind_of_contents, read_torch_file
 from .importing import (
     FIRST_CONV,
     Architecture,
@@ -74,7 +74,7 @@ def fetch_huggingface_model(model: str) -> Path:
         if (directory.parent / "config.json").is_file():
             problem = "a file, where the folder that it lies in is wanted"
             raise UserError(f"--model {model}: {problem}; give --model {directory.parent}")
-        kind = kind_of_path(directory) or kind_of_contents(read_torch_file(directory), model)
+        kind = kind_of_contents(read_torch_file(directory), model)
         raise UserError(f"--model {model}: {kind or 'a file'}, where a folder with config.json is wanted")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"--model {model}: no such folder; give one with config.json, or a hub id (ORG/NAME)")

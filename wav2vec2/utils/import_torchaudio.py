@@ -123,10 +123,8 @@ def recognize(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict[str
     network, factory, options = _NETWORKS[traits]
     with torch.device("meta"):
         config = factory(**options).config
-    num_layers, most = (
-        len({match[1] for name in weights if (match := _LAYER.match(name))}),
-        config["encoder_num_layers"],
-    )
+    num_layers = len({match[1] for name in weights if (match := _LAYER.match(name))})
+    most = config["encoder_num_layers"]
     if not 0 < num_layers <= most:
         raise UserError(f"{source}: found {num_layers} layers, expected the {most} of {network}, or the first of them")
     per_layer = [key for key in config if isinstance(config[key], list) and key != "extractor_conv_layer_config"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..audio import SAMPLE_RATE
 from ..components import published_name, published_state
 from ..files import checkpoint
-from ..files.errors import UserError, listed, short_repr
+from ..files.errors import UserError, short_repr
 from ..model import Wav2Vec2Model, normalize_waveforms
 from .converter_flags import Dropouts
 
@@ -152,16 +152,9 @@ def import_weights(
     expected = checkpoint.expected_state(config, source)
     prefix, weights, dropped = backbone_of(weights, source_name(FIRST_CONV, names))
     sources = {name: prefix + source_name(name, names) for name in expected if name != DUMMY_WEIGHT}
-    missing = [found for found in sources.values() if found not in weights]
-    left_over = weights.keys() - sources.values()
-    if missing or left_over:
-        raise UserError(
-            f"{source}: the weights are not those of a {architecture.family} model with the config beside them: "
-            f"{listed('missing', missing)}; {listed('left over', [name for name in weights if name in left_over])}; "
-            "nothing was converted, because the result would not be the same model"
-        )
     # Before any memory is taken for the model, whose size the source claims.
-    checkpoint.check_weights({found: expected[name] for name, found in sources.items()}, weights, source)
+    wanted = {found: expected[name] for name, found in sources.items()}
+    checkpoint.check_weights(wanted, weights, f"{source}: {architecture.family}")
     model = checkpoint.build_model(config, source)
     state_dict = {name: weights[found].detach().float() for name, found in sources.items()}
     state_dict[DUMMY_WEIGHT] = torch.ones(expected[DUMMY_WEIGHT].shape)
