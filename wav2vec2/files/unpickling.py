@@ -149,9 +149,7 @@ def to_plain(value: Any, source: str | PathLike) -> Any:
     try:
         return _to_plain(value)
     except RecursionError as error:
-        raise UserError(
-            f"{source}: the settings in the file are damaged (endless); download it again"
-        ) from error
+        raise UserError(f"{source}: the settings in the file are damaged (endless); download it again") from error
 
 
 def _to_plain(value: Any) -> Any:
