@@ -35,7 +35,7 @@ class CheckpointIO(TorchCheckpointIO):
     The run's own checkpoint ``last`` is written again and again: the one before is kept, and one that cannot be written
     (a full disk) must not cost the run, so ``error`` says what happened. Others are written once, or the run ends.
     ``loaded`` is the path and contents of a checkpoint that has been read already, so that it is not read twice.
-    ``record`` is what every checkpoint says of its run, unless a callback has said otherwise.
+    ``record`` is what a checkpoint says of its run, unless it is saved with ``storage_options`` to take its place.
     """
 
     def __init__(self, last: Path, loaded: tuple[Path, dict[str, Any]] | None, record: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ class CheckpointIO(TorchCheckpointIO):
         self.error: str | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path, checkpoint = Path(path), {**self._record, **checkpoint}
+        path, checkpoint = Path(path), {**checkpoint, **(storage_options or self._record)}
         if path != self._last:
             save_or_end(path, checkpoint)
             return
@@ -174,7 +174,6 @@ class SizeCheckpoints(Callback):
 
     def __init__(self, module: DistillModule, exp_dir: Path, sizes: Sequence[str], record: dict[str, Any]) -> None:
         self._budgets, self._exp_dir, self._sizes, self._record = module.budgets, exp_dir, sizes, record
-        self._saving: str | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -185,16 +184,10 @@ class SizeCheckpoints(Callback):
         for size in self._sizes:
             if budget.target(step - 1) < float(size) <= budget.target(step):
                 path = self._exp_dir / f"{SIZE_FOLDER}{size}" / CHECKPOINTS / LAST_CHECKPOINT
-                self._saving = size
-                trainer.save_checkpoint(path, weights_only=False)
-                self._saving = None
+                # prune.py makes a model of this size from it: the targets are those of this update.
+                about = self._record | {INTERMEDIATE: True, "target_sparsity": float(size)}
+                if "macs" in self._budgets:
+                    about["target_macs"] = self._budgets["macs"].target(step)
+                trainer.save_checkpoint(path, weights_only=False, storage_options={DISTILLATION: about})
                 if trainer.is_global_zero:
                     print_line(f"sparsity {size}: saved update {step} in {path}")
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Make the targets of an intermediate size this update's: prune.py turns it into a model of that size."""
-        if self._saving is not None:
-            entries = {INTERMEDIATE: True, "target_sparsity": float(self._saving)}
-            if "macs" in self._budgets:
-                entries["target_macs"] = self._budgets["macs"].target(trainer.global_step)
-            checkpoint[DISTILLATION] = self._record | entries
