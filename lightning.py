@@ -75,11 +75,6 @@ class DistillLoss(nn.Module):
         self.l2_weight, self.l1_weight, self.cos_weight = l2_weight, l1_weight, cos_weight
         self.cos_type, self.weight = cos_type, weight
 
-    @property
-    def is_on(self) -> bool:
-        """True if any part has a weight."""
-        return bool(self.weight and (self.l2_weight or self.l1_weight or self.cos_weight))
-
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Return the weighted sum for two tensors (..., D), and its parts (mse, l1, cos), 0 where the weight is."""
         if student.dtype in (torch.float16, torch.bfloat16):  # as CUDA's autocast does
@@ -179,7 +174,7 @@ class DistillModule(ScheduledModule):
         student_model: trained; has masks if ``use_reg``.
         distill_mode: "layer2layer" (student layer k learns teacher layer k) or "predlayer" (all teacher layers are
             predicted from the student's last output, as DistilHuBERT).
-        distill_layers: the teacher's layers, indices into the list of ``extract_features``.
+        distill_layers: the teacher's layers, indices into the list of ``extract_features``; none leave out equation 1.
         distill_linear_projs: one per entry of ``distill_layers``, see :func:`make_projections`.
         reg_learning_rate: for log_alpha (descent) and for λ1, λ2 (ascent); ``learning_rate`` is for all other weights.
         target_sparsity, target_macs: shares of parameters and multiply-adds to remove, see :class:`SparsityBudget`.
@@ -236,8 +231,6 @@ class DistillModule(ScheduledModule):
         if use_reg and not self.controls_exactly:
             self.lambda1, self.lambda2 = (nn.Parameter(torch.tensor(0.0)) for _ in range(2))
         self._choose_layers(distill_mode)
-        if not distill_loss.is_on:
-            distill_linear_projs.requires_grad_(False)
         self.train()
 
     def _choose_layers(self, mode: DistillMode) -> None:
@@ -246,10 +239,8 @@ class DistillModule(ScheduledModule):
         depth, student_depth = (len(model.encoder.transformer.layers) for model in models)
         sources = [student_layer(k, depth, student_depth) if mode == "layer2layer" else student_depth for k in layers]
         self.source_layers = sources  # the student's, for each distilled layer
-        self.reads_student = self.distill_loss.is_on
-        self.teacher_layers, self.student_depth = [], 0
-        if self.distill_loss.is_on:
-            self.teacher_layers, self.student_depth = sorted(layers), max(sources)
+        self.reads_student = bool(layers)
+        self.teacher_layers, self.student_depth = sorted(layers), max(sources, default=0)
         if self.term is not None:
             self.teacher_layers = sorted({*self.teacher_layers, *self.term.teacher_layers})
             self.student_depth = max(self.student_depth, self.term.student_depth)
@@ -320,7 +311,7 @@ class DistillModule(ScheduledModule):
             student = self.student_model.encoder.extract_features(frames, padded_lengths, max(1, self.student_depth))
         zero = frames.new_zeros(())
         loss, means, term_loss = zero, [zero] * 3, zero
-        if self.distill_loss.is_on:
+        if self.distill_layers:
             sources = zip(self.distill_linear_projs, self.source_layers, strict=True)
             predictions = [projection(student[layer]) for projection, layer in sources]
             expected = [teacher[layer] for layer in self.distill_layers]

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cli
 from hardconcrete import HardConcrete
 from lightning import DistillLoss, DistillModule, make_projections
-from training import saving, speed
+from training import saving
 from training.pairing import freeze_unreached
 from wav2vec2.fast import plain_paths
 from wav2vec2.files import checkpoint
@@ -346,6 +346,18 @@ def error_line(capsys: pytest.CaptureFixture) -> str:
     return lines[0].removeprefix("error: ")
 
 
+# The columns of a run's log that say how fast it was.
+SPEED_COLUMNS = (
+    "audio_seconds_per_second",
+    "updates_per_second",
+    "data_wait",
+    "tflops_per_second",
+    "share_of_peak",
+    "peak_memory_gb",
+    "compiled_graphs",
+)
+
+
 def _versions(exp_dir: Path) -> list[list[dict[str, str]]]:
     """The rows of each version of a run's log: each start of the run writes one."""
     versions = sorted((exp_dir / "csv").iterdir(), key=lambda version: int(version.name.removeprefix("version_")))
@@ -359,7 +371,7 @@ def logged(exp_dir: Path) -> list[dict[str, str]]:
     """
     rows: list[dict[str, str]] = []
     for version in _versions(exp_dir):
-        new = [{name: row[name] for name in row if name not in speed.COLUMNS and row[name]} for row in version]
+        new = [{name: row[name] for name in row if name not in SPEED_COLUMNS and row[name]} for row in version]
         if new:  # a killed run may have written no row
             rows = [row for row in rows if int(row["step"]) < int(new[0]["step"])]
         rows += [row for row in new if len(row) > 1]

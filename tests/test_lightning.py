@@ -433,7 +433,8 @@ class Smoothness(Term):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_term_beside_equation_1_or_alone(alone):
-    changes = {"distill_loss": DistillLoss(0, 0, 0, "raw")} if alone else {}
+    projections = make_projections("layer2layer", [], 16, 16)
+    changes = {"distill_layers": [], "distill_linear_projs": projections} if alone else {}
     module = make_module(term=Smoothness(), **changes)
     batch = (random_waveforms(800, 800)[0], None)
     loss, scalars = module.loss(batch, "train")

@@ -14,7 +14,7 @@ from training.saving import SizeCheckpoints
 from training.settings import DistillationSettings, DistillSettings, MachineSettings
 from training.speed import FastTeacher, update_flops
 from training.task import Task, TaskScore, ValidScores, train_head, with_task
-from training.trainer import check_settings, data_and_machine, fit
+from training.trainer import check_settings, fit
 from wav2vec2.fast import fast_paths
 from wav2vec2.files import checkpoint as ckpt
 from wav2vec2.files.errors import UserError
@@ -72,9 +72,10 @@ def train(
     student.recompute_activations(machine.checkpoint_activations)
     if settings.models.student_dropout is not None:
         student.set_dropout(settings.models.student_dropout)
+    record = _record(recorded, module)
     callbacks: list[pl.Callback] = [FastTeacher(teacher)] if fast_paths() else []
     if sizes:
-        callbacks.append(SizeCheckpoints(module, machine.exp_dir, sizes))
+        callbacks.append(SizeCheckpoints(module, machine.exp_dir, sizes, record))
     if isinstance(data, LabelledDataModule) and isinstance(student, TaskModel):
         callbacks.append(TaskScore(student, ValidScores(data.probe, data.clips[VALID_SUBSET])))
     num_params = [sum(p.numel() for p in model.parameters()) for model in (teacher, student)]
@@ -85,11 +86,9 @@ def train(
         module,
         resumed,
         flops=update_flops(module),
-        record=lambda: {DISTILLATION: _record(recorded, module)},
-        title=f"{settings.stage}: teacher {num_params[0]:,} parameters, student {num_params[1]:,}; {layers}; "
-        f"{data_and_machine(data, machine)}",
+        record={DISTILLATION: record},
+        title=f"teacher {num_params[0]:,} parameters, student {num_params[1]:,}; {layers}",
         callbacks=callbacks,
-        validates_last=settings.task is not None,
     )
 
 

@@ -32,7 +32,7 @@ from training.saving import save_or_end
 from training.settings import ALWAYS, FinetuneRunSettings
 from training.speed import forward_flops
 from training.task import ValidScores, train_head
-from training.trainer import check_settings, data_and_machine, fit
+from training.trainer import check_settings, fit
 from wav2vec2.files import checkpoint as ckpt
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import TaskModel, contents_of, task_model_of
@@ -79,7 +79,7 @@ class FinetuneModule(ScheduledModule):
         self.learning_rate, self.weight_decay = optimisation.learning_rate, optimisation.weight_decay
         self.warmup_updates, self.max_updates = optimisation.warmup_updates, optimisation.max_updates
         self.encoder_learning_rate = chosen.encoder_learning_rate
-        self.num_frozen = chosen.num_frozen
+        self.num_frozen = math.inf if chosen.freeze_updates == ALWAYS else int(chosen.freeze_updates)
         model.encoder.transformer.layer_drop = 0.0
         self.masking: SpanMasking | None = None
         if chosen.mask_prob and chosen.freeze_updates != ALWAYS:
@@ -243,11 +243,9 @@ def finetune(settings: FinetuneRunSettings) -> LabelledDataModule | None:
         module,
         resumed,
         flops=lambda num_samples: (1 if chosen.freeze_updates == ALWAYS else 3) * per_waveform(num_samples),
-        record=lambda: {FINETUNING: {"settings": recorded}},
-        title=f"{settings.stage}: {num_params:,} parameters; {whose} head, "
-        f"{len(probe.labels)} labels, {metric}; {data_and_machine(data, machine)}",
+        record={FINETUNING: {"settings": recorded}},
+        title=f"{num_params:,} parameters; {whose} head, {len(probe.labels)} labels, {metric}",
         callbacks=[BestModel(module, exp_dir / BEST_MODEL, made_by)],
-        validates_last=True,
     )
     return data if trainer.is_global_zero else None
 

@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,18 @@ class CheckpointIO(TorchCheckpointIO):
     The run's own checkpoint ``last`` is written again and again: the one before is kept, and one that cannot be written
     (a full disk) must not cost the run, so ``error`` says what happened. Others are written once, or the run ends.
     ``loaded`` is the path and contents of a checkpoint that has been read already, so that it is not read twice.
+    ``record`` is what a checkpoint says of its run, unless it is saved with ``storage_options`` to take its place.
     """
 
-    def __init__(self, last: Path, loaded: tuple[Path, dict[str, Any]] | None) -> None:
+    def __init__(self, last: Path, loaded: tuple[Path, dict[str, Any]] | None, record: dict[str, Any]) -> None:
         super().__init__()
-        self._last = last
-        self._loaded = loaded
+        self._last, self._loaded, self._record = last, loaded, record
         # A run goes on from the previous checkpoint because last.ckpt is damaged: that must not replace it.
         self._keep_previous = loaded is not None and loaded[0].name == PREVIOUS_CHECKPOINT
         self.error: str | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
+        path, checkpoint = Path(path), {**checkpoint, **(storage_options or self._record)}
         if path != self._last:
             save_or_end(path, checkpoint)
             return
@@ -92,18 +92,8 @@ def _keep_as(path: Path, name: Path) -> None:
         os.replace(temporary, name)
 
 
-class RunRecord(Callback):
-    """Adds to every checkpoint what it says of its run, before other callbacks look at it."""
-
-    def __init__(self, record: Callable[[], dict[str, Any]]) -> None:
-        self._record = record
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint.update(self._record())
-
-
 class LastValidation(Callback):
-    """Validates the last update, wherever it falls."""
+    """Validates the last update of a run with labels, wherever it falls."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == trainer.max_steps:
@@ -118,12 +108,10 @@ class RunCheckpoints(Callback):
     ) -> None:
         self._path, self._guard, self._io = path, guard, io
         self._save_interval, self._updates_per_epoch = save_interval, updates_per_epoch
-        self._updates_done = 0
         self._last_saved: int | None = None
         self._save_after_validation = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._updates_done = trainer.global_step
         self._last_saved = trainer.global_step if trainer.ckpt_path else None
         starts = gather(trainer.global_step)
         if len(set(starts)) > 1:
@@ -145,9 +133,8 @@ class RunCheckpoints(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._updates_done:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of an update
-        self._updates_done = trainer.global_step
         step, intervals = trainer.global_step, (self._save_interval, self._updates_per_epoch, trainer.max_steps)
         if self._guard.signum or any(step % interval == 0 for interval in intervals):
             # A run continued from before a validation would not make up for it.
@@ -185,33 +172,22 @@ class SizeCheckpoints(Callback):
     It stands before :class:`RunCheckpoints`: a run continued from behind such an update would not make up for it.
     """
 
-    def __init__(self, module: DistillModule, exp_dir: Path, sizes: Sequence[str]) -> None:
-        self._budgets, self._exp_dir, self._sizes = module.budgets, exp_dir, sizes
-        self._updates_done = 0
-        self._saving: str | None = None
+    def __init__(self, module: DistillModule, exp_dir: Path, sizes: Sequence[str], record: dict[str, Any]) -> None:
+        self._budgets, self._exp_dir, self._sizes, self._record = module.budgets, exp_dir, sizes, record
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._updates_done = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        if step == self._updates_done:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of an update
-        self._updates_done = step
-        budget = self._budgets["sparsity"]
+        step, budget = trainer.global_step, self._budgets["sparsity"]
         for size in self._sizes:
             if budget.target(step - 1) < float(size) <= budget.target(step):
                 path = self._exp_dir / f"{SIZE_FOLDER}{size}" / CHECKPOINTS / LAST_CHECKPOINT
-                self._saving = size
-                trainer.save_checkpoint(path, weights_only=False)
-                self._saving = None
+                # prune.py makes a model of this size from it: the targets are those of this update.
+                about = self._record | {INTERMEDIATE: True, "target_sparsity": float(size)}
+                if "macs" in self._budgets:
+                    about["target_macs"] = self._budgets["macs"].target(step)
+                trainer.save_checkpoint(path, weights_only=False, storage_options={DISTILLATION: about})
                 if trainer.is_global_zero:
                     print_line(f"sparsity {size}: saved update {step} in {path}")
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Make the targets of an intermediate size this update's: prune.py turns it into a model of that size."""
-        if self._saving is not None:
-            entries = {INTERMEDIATE: True, "target_sparsity": float(self._saving)}
-            if "macs" in self._budgets:
-                entries["target_macs"] = self._budgets["macs"].target(trainer.global_step)
-            checkpoint[DISTILLATION] |= entries

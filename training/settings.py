@@ -7,7 +7,6 @@ here needs torch, so that wrong flags are refused at once.
 import argparse
 import dataclasses
 import json
-import math
 import re
 import typing
 from collections.abc import Callable, Sequence
@@ -69,29 +68,11 @@ _recorded = partial(_option, recorded=True)
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """Base of the groups of settings: makes flags from fields, and fields from flags."""
+    """Base of the groups of settings, each field of which is a flag."""
 
     @classmethod
-    def add_to(cls, parser: argparse.ArgumentParser) -> None:
-        """Add one flag for each field."""
-        group = parser.add_argument_group((cls.__doc__ or "").partition(".")[0].lower())
-        hints = typing.get_type_hints(cls)
-        for option in dataclasses.fields(cls):
-            kind, choices = hints[option.name], option.metadata["choices"]
-            if type(None) in typing.get_args(kind):  # X | None
-                kind = typing.get_args(kind)[0]
-            if typing.get_origin(kind) is Literal:
-                kind, choices = str, typing.get_args(kind)
-            is_required = option.default is MISSING
-            default = None if is_required else option.default
-            options = {"type": kind, "choices": choices or None, "required": is_required, "default": default}
-            if kind is bool:
-                options = {"action": "store_true"}
-            group.add_argument(f"--{option.name}", help=option.metadata["help"], **options)
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Self:
-        """Make the settings that parsed flags give; a UserError names an option that is wrong."""
+    def from_args(cls, args: argparse.Namespace) -> Self | None:
+        """Make the settings that parsed flags give, None where they are not used; a UserError names a wrong option."""
         return cls(**{option.name: getattr(args, option.name) for option in dataclasses.fields(cls)})
 
     def __post_init__(self) -> None:
@@ -208,11 +189,10 @@ class TaskSettings(_Settings):
     task_pooling: Literal["mean", "attentive"] | None = _recorded(None, "as --pooling of finetune.py")
 
     @classmethod
-    def if_given(cls, args: argparse.Namespace) -> Self | None:
-        """Make the settings that parsed flags give; None where no labels are to be learnt."""
+    def from_args(cls, args: argparse.Namespace) -> Self | None:
         if args.task_tsv is not None:
-            settings = cls.from_args(args)
-            return settings if settings.task_weight else None
+            settings = super().from_args(args)
+            return settings if args.task_weight else None
         for option in dataclasses.fields(cls):
             value = getattr(args, option.name)
             if value and value != option.default:
@@ -263,7 +243,7 @@ class PruningSettings(_Settings):
     )
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Self:
+    def from_args(cls, args: argparse.Namespace) -> Self | None:
         control = args.sparsity_control or ("lagrangian" if args.target_macs is None else "exact")
         return super().from_args(argparse.Namespace(**{**vars(args), "sparsity_control": control}))
 
@@ -546,11 +526,6 @@ class FinetuneSettings(_Settings):
                 f"--freeze_updates: expected a number of updates, or {ALWAYS}, found {short_repr(self.freeze_updates)}"
             )
 
-    @property
-    def num_frozen(self) -> float:
-        """The updates in which the encoder is not trained."""
-        return math.inf if self.freeze_updates == ALWAYS else int(self.freeze_updates)
-
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRunSettings(RunSettings):
@@ -573,13 +548,21 @@ def recorded_defaults() -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser, run: type[RunSettings], **defaults: Any) -> None:
     """Add the flags of a run; ``defaults`` are those that are the stage's own."""
-    for group in run.groups().values():
-        group.add_to(parser)
-    # Whether these are given decides, see TaskSettings.if_given and PruningSettings.from_args.
+    # Whether these are given decides, see TaskSettings.from_args and PruningSettings.from_args.
     defaults = {"task_tsv": None, "sparsity_control": None} | defaults
-    for action in parser._actions:
-        if action.dest in defaults:
-            action.required, action.default = False, defaults[action.dest]
+    for settings in run.groups().values():
+        group = parser.add_argument_group((settings.__doc__ or "").partition(".")[0].lower())
+        hints = typing.get_type_hints(settings)
+        for option in dataclasses.fields(settings):
+            kind, choices = hints[option.name], option.metadata["choices"]
+            if type(None) in typing.get_args(kind):  # X | None
+                kind = typing.get_args(kind)[0]
+            if typing.get_origin(kind) is Literal:
+                kind, choices = str, typing.get_args(kind)
+            default = defaults.get(option.name, option.default)
+            given: dict[str, Any] = {"required": True} if default is MISSING else {"default": default}
+            given |= {"action": "store_true"} if kind is bool else {"type": kind, "choices": choices or None}
+            group.add_argument(f"--{option.name}", help=option.metadata["help"], **given)
 
 
 _Run = TypeVar("_Run", bound=RunSettings)
@@ -587,7 +570,5 @@ _Run = TypeVar("_Run", bound=RunSettings)
 
 def read_arguments(args: argparse.Namespace, run: type[_Run]) -> _Run:
     """Make the settings that parsed flags give, checked as far as they can be without torch and any file but them."""
-    values: dict[str, Any] = {}
-    for name, group in run.groups().items():
-        values[name] = group.if_given(args) if issubclass(group, TaskSettings) else group.from_args(args)
+    values: dict[str, Any] = {name: group.from_args(args) for name, group in run.groups().items()}
     return run(**values)

@@ -112,16 +112,6 @@ PEAK_TFLOPS = {
     "RTX 4090": (165, 82.6),
     "RTX 3090": (71, 35.6),
 }
-# What is logged; these differ from run to run.
-COLUMNS = (
-    "audio_seconds_per_second",
-    "updates_per_second",
-    "data_wait",
-    "tflops_per_second",
-    "share_of_peak",
-    "peak_memory_gb",
-    "compiled_graphs",
-)
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
@@ -170,7 +160,7 @@ class FetchTimer(Profiler):
 
 
 class Throughput(Callback):
-    """Logs :data:`COLUMNS` of this process, each over the updates since they were logged last; validation is left out.
+    """Logs the speed of this process over the updates since it was logged last; validation is left out.
 
     ``data_wait`` is the share of the time that training waited for a batch; ``tflops_per_second`` counts ``flops``, the
     operations of one waveform's share of an update, by its samples; ``share_of_peak`` is that of the device's data

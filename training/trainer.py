@@ -19,9 +19,9 @@ from torch.distributed import DistNetworkError, DistStoreError
 from cli import print_line
 from lightning import ScheduledModule, linear_warmup_decay
 from training.checkpoints import CHECKPOINTS, CONTINUE, LAST_CHECKPOINT, REMOVED_SETTINGS, changed_settings, exclusive
-from training.data import BatchDataModule
+from training.data import BatchDataModule, LabelledDataModule
 from training.processes import cluster_environment
-from training.saving import CheckpointIO, LastValidation, RunCheckpoints, RunRecord
+from training.saving import CheckpointIO, LastValidation, RunCheckpoints
 from training.settings import AUTO, MachineSettings, RunSettings
 from training.signals import StopRequest, leave_signals_alone
 from training.speed import FetchTimer, Throughput, UpdateProgressBar, check_compiler, compile_steps, keep_freed_memory
@@ -41,20 +41,18 @@ def fit(
     resumed: tuple[Path, dict[str, Any]] | None,
     *,
     flops: Callable[[int], float],
-    record: Callable[[], dict[str, Any]],
+    record: dict[str, Any],
     title: str,
     callbacks: Sequence[pl.Callback] = (),
-    validates_last: bool = False,
 ) -> pl.Trainer:
     """Train a module for ``--max_updates``, and say where its last checkpoint is.
 
     Args:
         resumed: path and contents of the checkpoint to continue from, if any; it is known to fit.
         flops: operations of one waveform's share of an update, by its samples.
-        record: makes the entries that a checkpoint has about the run.
-        title: one line, printed at the start.
+        record: what every checkpoint says of the run.
+        title: the models and what they learn, for the line that is printed at the start.
         callbacks: the stage's own; they see an update before it is saved.
-        validates_last: validate the last update, wherever it falls.
 
     Raises:
         UserError: the run cannot go on.
@@ -64,17 +62,16 @@ def fit(
     last = machine.exp_dir / CHECKPOINTS / LAST_CHECKPOINT
     _prepare(machine, module)
     batches_per_epoch = len(data.sampler(data.train_subset, machine.num_processes, 0, accum_grad))
-    io, timer = CheckpointIO(last, resumed), FetchTimer()
+    io, timer = CheckpointIO(last, resumed, record), FetchTimer()
     start = resumed[1]["global_step"] if resumed is not None else 0
     with StopRequest() as stop, contextlib.ExitStack() as stack:
         guard = UpdateGuard(module, stop, clip_norm=optimisation.clip_norm, max_bad_files=data.max_bad_files)
         watching = [
-            RunRecord(record),
             LearningRateMonitor(logging_interval="step"),
             guard,
             Throughput(timer, flops, machine),
             UpdateProgressBar(settings.stage),
-            *([LastValidation()] if validates_last else []),
+            *([LastValidation()] if isinstance(data, LabelledDataModule) else []),
             *callbacks,
             RunCheckpoints(last, guard, io, machine.save_interval, batches_per_epoch // accum_grad),
         ]
@@ -82,7 +79,12 @@ def fit(
         stop.launcher = trainer.strategy.launcher
         if trainer.is_global_zero:
             stack.enter_context(exclusive(machine.exp_dir))
-            print(title, flush=True)
+            batches, compiled = data.batches[data.train_subset], ", compiled" if machine.compile else ""
+            print(
+                f"{settings.stage}: {title}; {sum(map(len, batches))} utterances in {len(batches)} batches; "
+                f"{machine.num_processes} x {machine.devices[0]}, precision {machine.precision}{compiled}",
+                flush=True,
+            )
         if resumed is not None:
             if trainer.is_global_zero:
                 print(f"{settings.stage}: continuing {resumed[0]} after update {start}", flush=True)
@@ -198,15 +200,6 @@ def _adapt(checkpoint: dict[str, Any], module: ScheduledModule, accum_grad: int)
         rates = {"lr": group["lr"] * factor, "initial_lr": group["lr"], "weight_decay": group["weight_decay"]}
         saved.update(**rates, name=group["name"])  # the first group's was another once
         saved["fused"] = fast_paths()
-
-
-def data_and_machine(data: BatchDataModule, machine: MachineSettings) -> str:
-    """The end of the first line of a run."""
-    batches = data.batches[data.train_subset]
-    return (
-        f"{sum(map(len, batches))} utterances in {len(batches)} batches; {machine.num_processes} x "
-        f"{machine.devices[0]}, precision {machine.precision}{', compiled' if machine.compile else ''}"
-    )
 
 
 def _prepare(machine: MachineSettings, module: ScheduledModule) -> None:

@@ -8,6 +8,7 @@ import torch
 from helpers import (
     FAMILIES,
     PRUNING,
+    SPEED_COLUMNS,
     assert_same_run,
     error_line,
     hubert_base_flops,
@@ -30,7 +31,7 @@ from torch._subclasses import FakeTensorMode
 
 from lightning import DistillModule
 from training import speed
-from training.speed import COLUMNS, FetchTimer, forward_flops, peak_flops, update_flops
+from training.speed import FetchTimer, forward_flops, peak_flops, update_flops
 from wav2vec2.fast import fast_paths, plain_paths
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
@@ -273,9 +274,9 @@ def test_a_run_logs_its_speed(manifests, small_teacher, tmp_path, monkeypatch):
     rows = logged_speed(tmp_path)
     assert [int(row["step"]) for row in rows] == [2, 5]
     for row in rows:
-        values = {name: float(row[name]) for name in COLUMNS if row.get(name)}
+        values = {name: float(row[name]) for name in SPEED_COLUMNS if row.get(name)}
         # There is no data sheet of this machine's CPU.
-        assert values.keys() == set(COLUMNS) - {"share_of_peak", "compiled_graphs"}
+        assert values.keys() == set(SPEED_COLUMNS) - {"share_of_peak", "compiled_graphs"}
         assert 0 <= values["data_wait"] < 1 and values["tflops_per_second"] > 0 and values["peak_memory_gb"] > 0.1
         # Each update has two batches of up to three crops of 0.2 s.
         ratio = values["audio_seconds_per_second"] / values["updates_per_second"]

@@ -92,7 +92,7 @@ class Overflowing(nn.Module):
         nan_at: batches, from 0, whose loss is NaN.
     """
 
-    is_on, weight = True, 1.0
+    weight = 1.0
 
     def __init__(self, loss: DistillLoss, gain: float, nan_at: Sequence[int]) -> None:
         super().__init__()
