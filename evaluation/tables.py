@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from labels.lists import TEXT
+from wav2vec2.config import unit_counts
 from wav2vec2.files.errors import UserError
 
 # The hub's names for metrics; others are written with underscores.
@@ -203,23 +204,6 @@ def quality_table(results: dict[str, Any]) -> Table:
 
 
 # --- architecture ----------------------------------------------------------------------------------
-
-
-def unit_counts(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Count the units of each layer by kind in a complete config; 0 where the whole block is gone."""
-
-    def left(counts: list[int], used: list[bool]) -> list[int]:
-        return [count if is_used else 0 for count, is_used in zip(counts, used, strict=True)]
-
-    if "encoder_remaining_heads" in config:
-        heads = [len(remaining) for remaining in config["encoder_remaining_heads"]]
-    else:
-        heads = config["encoder_num_heads"]
-    return {
-        "conv channels": [channels for channels, *_ in config["extractor_conv_layer_config"]],
-        "heads": left(heads, config["encoder_use_attention"]),
-        "FFN dimensions": left(config["encoder_ff_interm_features"], config["encoder_use_feed_forward"]),
-    }
 
 
 def architecture_tables(before: dict[str, Any], after: dict[str, Any]) -> list[Table]:

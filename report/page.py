@@ -7,9 +7,10 @@ from typing import Any
 import jinja2
 
 from evaluation.cost import cost, counted_on
-from evaluation.tables import Table, architecture_tables, cost_table, evaluation_tables, unit_counts
+from evaluation.tables import Table, architecture_tables, cost_table, evaluation_tables
 from report.experiment import Experiment, Stage, read_experiment
 from report.pictures import Picture, curves, kept_units, quality
+from wav2vec2.config import unit_counts
 from wav2vec2.files.errors import single_line
 from wav2vec2.files.storage import atomic_path
 
