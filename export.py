@@ -116,14 +116,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def measured_metrics(args: argparse.Namespace, config: dict[str, Any]) -> list[dict[str, Any]]:
     """Read what --evaluation says of the model with this config, without its head's scores if the head is dropped."""
-    from evaluation.tables import card_metrics, model_of_shape, read_results
+    from evaluation.tables import card_metrics, model_of_shape, results_of
 
-    results = read_results(args.evaluation)
-    try:
+    with results_of(args.evaluation) as results:
         measured = model_of_shape(results, config, args.model)
         return card_metrics(results, {**measured, "head": None} if args.drop_head else measured)
-    except UserError as error:
-        raise UserError(f"--evaluation {args.evaluation}: {error}") from error
 
 
 def described_file(path: Path) -> str:

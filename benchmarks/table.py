@@ -7,16 +7,15 @@ OUT/table.md and, where the quality was measured, methods-parameters.svg and met
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import cli
-from evaluation.tables import read_results
+from evaluation.tables import results_of
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.storage import atomic_path
+from wav2vec2.files.storage import atomic_path, read_json
 
 NOTES = """
 Means over the seeds of training; in brackets the lowest and the highest. RTF: real-time factor, seconds of work per
@@ -37,8 +36,7 @@ class Run(NamedTuple):
 
 def probed_runs(path: Path) -> list[Run]:
     """Read the runs of a row, the teacher and the controls, from a results file of evaluate.py."""
-    results = read_results(path)
-    try:
+    with results_of(path) as results:
         runs = [
             Run(name, None, {probe: found["mean"] for probe, found in probes.items()})
             for name, probes in results["controls"].items()
@@ -56,8 +54,6 @@ def probed_runs(path: Path) -> list[Run]:
                 **{probe: probed["mean"] for probe, probed in model["probes"].items()},
             }
             runs.append(Run(row, size, {name: value for name, value in found.items() if value is not None}))
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not measured by benchmarks.rows ({type(error).__name__}: {error})") from error
     return runs
 
 
@@ -72,7 +68,7 @@ def grouped(out: Path) -> list[list[Run]]:
     for path in sorted(out.glob("*/finetuned/finetuned.json")):
         row, rest = path.parent.parent.name.split("-", 1)  # ROW-LIST-SIZE-SEED
         labels, size, _ = rest.rsplit("-", 2)
-        test = json.loads(path.read_text(encoding="utf-8"))["test"]
+        test = read_json(path, "the score that finetune.py writes", "run benchmarks.rows again")["test"]
         groups.setdefault((row, size), []).append(Run(row, size, {f"{labels}: {test['metric']}": test["value"]}))
     if not groups:
         raise UserError(f"{out}: has neither ROW.json nor finetuned.json; run benchmarks.rows")

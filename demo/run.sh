@@ -22,8 +22,8 @@ python=$python exp_dir=$out/exp teacher_ckpt=$out/mini-hubert.pth tsv_dir=$out/d
 final=$out/exp/final/ckpts/pruned_hubert_base.pth
 "$python" evaluate.py --teacher "$out/mini-hubert.pth" --models "$out/exp/ckpts/pruned_hubert_base.pth" "$final" \
     --names "after pruning" "after final distillation" --tsv "$out/data/valid.tsv" --distill_layers 0.2,4,6 \
-    --speed_seconds --device cpu --out "$out/exp/evaluation.json" >"$out/exp/evaluate.log"
-"$python" -m report "$out/exp" --evaluation "$out/exp/evaluation.json"
+    --speed_seconds --device cpu --out "$out/exp/evaluation.json"
+"$python" -m report "$out/exp" --evaluation "$out/exp/evaluation.json" >>"$out/exp/report.log" # run.sh has shown it
 printf '\nto load it:\n  import wav2vec2\n  model = wav2vec2.load("%s")\n' "$final"
 echo
 echo "demo finished in $((SECONDS - start)) s"

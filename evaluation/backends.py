@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from dataset.manifest import read_manifest
 from evaluation.features import ModelFeatures, Run
-from exporters.onnx import DEFAULT_OPSET, ONNX, ONNX_INT8, OnnxOptions, check_onnx, write_onnx
+from exporters.onnx import ONNX, ONNX_INT8, OnnxOptions, write_onnx
+from exporters.options import DEFAULT_OPSET, check_onnx
 from wav2vec2.audio import SAMPLE_RATE, read_audio
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.hub import WEIGHTS

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import progress
-from labels.batches import FrameTimes, read_clip, target_of
+from labels.batches import FrameTimes, read_clips, target_of
 from labels.lists import SEGMENTS, Clip, Probe
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.errors import UserError
@@ -24,14 +23,20 @@ Run = Callable[[Tensor], Sequence[Tensor] | Tensor]
 _WINDOW, _HOP = 400, 320
 
 
-def check_finite(states: Sequence[Tensor], model_source: str, audio_source: str) -> None:
-    """Raise a :class:`UserError` that names both sources if a hidden state holds NaN or infinite values."""
+def hidden_states(run: Run, waveform: Tensor, model_source: str, audio_source: str) -> list[Tensor]:
+    """Run a model on one waveform (T,) on its device; returns its hidden states, (frames, D) each.
+
+    Raises:
+        UserError: a hidden state holds NaN or infinite values; both sources are named.
+    """
+    states = [state[0] for state in run(waveform[None])]
     for layer, state in enumerate(states):
         if not state.isfinite().all():
             raise UserError(
                 f"{model_source}: hidden state {layer} holds NaN or infinite values for {audio_source}, expected "
                 "numbers; the model's training failed, or its file is damaged"
             )
+    return states
 
 
 class Features:
@@ -60,9 +65,7 @@ class ModelFeatures(Features):
 
     @torch.no_grad()
     def frames(self, waveform: Tensor, place: str) -> Tensor:
-        states = [state[0] for state in self.run(waveform[None].to(self._device))]
-        check_finite(states, self.name, place)
-        return torch.stack(states).float().cpu()
+        return torch.stack(hidden_states(self.run, waveform.to(self._device), self.name, place)).float().cpu()
 
 
 class LogMel(Features):
@@ -87,14 +90,9 @@ class LogMel(Features):
         return torch.cat([energies.mean(1), energies.std(1, correction=0)])[None]
 
 
-def _read(features: Features, probe: Probe, clips: Sequence[Clip]) -> Iterator[tuple[Clip, Tensor]]:
-    for clip in progress(clips, f"{features.name}: {probe.name}", unit="clip", leave=False):
-        yield clip, read_clip(probe, clip, features.times.window)
-
-
 def pooled_features(features: Features, probe: Probe, clips: Sequence[Clip]) -> Tensor:
     """Make features of whole clips: (clips, layers, D)."""
-    read = _read(features, probe, clips)
+    read = read_clips(probe, clips, features.times.window, features.name)
     return torch.stack([features.pooled(waveform, probe.place(clip)) for clip, waveform in read])
 
 
@@ -140,7 +138,7 @@ def frames_on_disk(features: Features, probe: Probe, clips: Sequence[Clip]) -> I
         path, shape, scale = Path(folder) / "frames", torch.Size(), torch.ones(0)
         counts, targets = [], []
         with path.open("wb") as file:
-            for clip, waveform in _read(features, probe, clips):
+            for clip, waveform in read_clips(probe, clips, features.times.window, features.name):
                 found = features.frames(waveform, probe.place(clip)).transpose(0, 1)  # (frames, layers, D)
                 if not len(scale):  # pre-norm models reach values that half precision does not
                     shape, scale = found.shape[1:], found.abs().amax((0, 2)).clamp(min=1.0)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cli import progress
 from dataset.manifest import read_manifest
-from evaluation.features import check_finite
+from evaluation.features import Run, hidden_states
 from lightning import DistillMode, make_projections, student_layer
 from training.pairing import check_pair
 from wav2vec2.audio import SAMPLE_RATE, read_audio
@@ -99,13 +99,15 @@ class Student:
             check_pair(teacher, model, layers, mode)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        self.path, self.model, self.mode, self.layers = path, model, mode, layers
+        self.path, self.mode, self.layers = path, mode, layers
         self.sources = [own_depth] * len(layers)  # the hidden states that stand for the layers
         if mode == "layer2layer":
             self.sources = [student_layer(layer, depth, own_depth) for layer in layers]
+        self._run = up_to(max(self.sources), model)
         dims = model.config["encoder_embed_dim"], teacher.config["encoder_embed_dim"]
         device = next(model.parameters()).device
-        self._projections = None
+        self._projections: nn.ModuleList | None = None  # without any, nothing but CKA is compared
+        self._note: str | None = None
         if state:
             num_found = sum(key.endswith("weight") for key in state)
             if num_found != len(layers):
@@ -116,8 +118,12 @@ class Student:
             self._projections = make_projections(mode, [[layer] for layer in layers], *dims)
             load_state(self._projections, state, path)
             self._projections.to(device)
-        # Without projections, states of one size can still be compared as they are.
-        self._is_comparable = bool(state) or dims[0] == dims[1]
+        elif dims[0] == dims[1]:
+            self._projections = nn.ModuleList(nn.Identity() for _ in layers)
+            self._note = "no projections in the file: L1 and cosine are those of the raw hidden states"
+        else:
+            self._note = "no projections in the file, and other dimensions than the teacher's: no L1 and cosine"
+        self._has_own = bool(state)
         self._cka = [LinearCKA(dims, device) for _ in layers]
         self._sums = np.zeros((len(layers), 2))  # of L1 and cosine
         self._num_utterances = 0
@@ -125,12 +131,12 @@ class Student:
     def update(self, waveform: Tensor, expected: Sequence[Tensor], audio_source: str) -> None:
         """Add an utterance (T,) and the teacher's hidden states of it, (frames, D) each."""
         self._num_utterances += 1
-        actual = hidden_states(self.model, waveform, max(self.sources), str(self.path), audio_source)
+        actual = hidden_states(self._run, waveform, str(self.path), audio_source)
         for number, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
             x, y = actual[source], expected[layer]
             self._cka[number].update(x, y)
-            if self._is_comparable:
-                predicted = x if self._projections is None else self._projections[number](x)
+            if self._projections is not None:
+                predicted = self._projections[number](x)
                 l1, cosine = F.l1_loss(predicted, y), F.cosine_similarity(predicted, y, dim=-1).mean()
                 self._sums[number] += float(l1), float(cosine)
 
@@ -141,20 +147,15 @@ class Student:
         missing, or None) and ``layers``: for each distilled layer ``layer``, ``source`` (the student's hidden state),
         ``l1`` and ``cosine`` (None if sizes differ and there is no projection) and ``cka``.
         """
-        note = None
-        if not self._is_comparable:
-            note = "no projections in the file, and other dimensions than the teacher's: no L1 and cosine"
-        elif self._projections is None:
-            note = "no projections in the file: L1 and cosine are those of the raw hidden states"
         means: list[list[float | None]] = [[None, None]] * len(self.layers)
-        if self._is_comparable:
+        if self._projections is not None:
             means = (self._sums / self._num_utterances).tolist()
         rows = zip(self.layers, self.sources, means, self._cka, strict=True)
         return {
             "mode": self.mode,
-            "projections": self._projections is not None,
+            "projections": self._has_own,
             "num_utterances": self._num_utterances,
-            "note": note,
+            "note": self._note,
             "layers": [
                 {"layer": layer, "source": source, "l1": l1, "cosine": cosine, "cka": cka.compute()}
                 for layer, source, (l1, cosine), cka in rows
@@ -198,18 +199,9 @@ def held_out_speech(path: Path, max_seconds: float, min_samples: int) -> list[tu
     return utterances
 
 
-def hidden_states(
-    model: Wav2Vec2Model, waveform: Tensor, num_layers: int, model_source: str, audio_source: str
-) -> list[Tensor]:
-    """Run a model up to a layer on one waveform (T,): the projected extractor output and the layers' (frames, D).
-
-    Raises:
-        UserError: a hidden state is not finite; the sources are named.
-    """
-    # extract_features runs at least one layer.
-    states, _ = model.extract_features(waveform[None], num_layers=max(1, num_layers))
-    check_finite(states, model_source, audio_source)
-    return [state[0] for state in states]
+def up_to(layer: int, model: Wav2Vec2Model) -> Run:
+    """Run a model no further than it takes for the hidden state of a layer; at least one layer runs."""
+    return lambda waveforms: model.extract_features(waveforms, num_layers=max(1, layer))[0]
 
 
 @torch.inference_mode()
@@ -221,10 +213,10 @@ def measure_fidelity(
     Raises:
         UserError: a file cannot be read or has changed, or a model's hidden states are not finite.
     """
-    device = next(teacher.parameters()).device
+    device, run = next(teacher.parameters()).device, up_to(max(students[0].layers), teacher)
     for path, length in progress(speech, "fidelity", unit="utterance"):
         waveform = read_audio(path, 0, length, length).to(device)
-        expected = hidden_states(teacher, waveform, max(students[0].layers), "the teacher", path)
+        expected = hidden_states(run, waveform, "the teacher", path)
         for student in students:
             student.update(waveform, expected, path)
     hours = sum(length for _, length in speech) / SAMPLE_RATE / 3600

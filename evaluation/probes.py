@@ -78,7 +78,7 @@ class LinearProbe(nn.Module):
     Args:
         mean, deviation: (layers, D) of the training features.
         weight: (outputs, D) to begin with.
-        norm: True for a LayerNorm behind the sum.
+        norm: applied to the sum.
     """
 
     mean: Tensor

@@ -22,7 +22,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from labels.lists import TEXT
+from wav2vec2.config import unit_counts
 from wav2vec2.files.errors import UserError
+from wav2vec2.files.storage import read_json
 
 # The hub's names for metrics; others are written with underscores.
 _METRIC_TYPES = {"frame accuracy": "accuracy", "word error rate": "wer", "character error rate": "cer"}
@@ -46,49 +48,35 @@ class Table(NamedTuple):
         return "\n".join([f"{self.title}:", *text, *self.notes])
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Read the results of evaluate.py.
+@contextmanager
+def results_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the results of evaluate.py for a block that uses them; errors in the block name the file.
 
     Raises:
-        UserError: the file does not exist, or is not JSON of a dict.
+        UserError: the file does not exist, is no JSON object, or does not hold what the block looks for.
     """
+    results = read_json(path, "the JSON that evaluate.py writes", "run evaluate.py again")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: does not exist, expected the JSON that evaluate.py writes") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not the JSON that evaluate.py writes ({error})") from error
-    if not isinstance(results, dict):
-        raise UserError(f"{path}: not the JSON that evaluate.py writes, found a {type(results).__name__}")
-    return results
-
-
-@contextmanager
-def _results_of_evaluate() -> Iterator[None]:
-    """Name the fault in one line if what reads results fails."""
-    try:
-        yield
+        yield results
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"not the results of evaluate.py ({type(error).__name__}: {error})") from error
+        problem = f"not the results of evaluate.py that are expected here ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {problem}") from error
 
 
 def evaluation_tables(results: dict[str, Any]) -> list[Table]:
-    """Make the tables of a results file: cost, and fidelity and probes as far as they were measured.
-
-    Raises:
-        UserError: ``results`` are not those of evaluate.py.
-    """
-    with _results_of_evaluate():
-        models = results["models"]
-        tables = [cost_table(models, results["macs_counted_on"]), part_table(models)]
-        if any(model["fidelity"] for model in models):
-            tables.append(fidelity_table(models))
-        if results["probes"]:
-            tables.append(probe_table(results))
-        if any(model.get("head") for model in models) and results["probes"]:  # older results have no heads
-            tables.append(head_table(models))
-        if any(model["quality"] for model in models):
-            tables.append(quality_table(results))
+    """Make the tables of a results file: cost, and fidelity and probes as far as they were measured."""
+    models = results["models"]
+    tables = [cost_table(models, results["macs_counted_on"]), part_table(models)]
+    if any(model["fidelity"] for model in models):
+        tables.append(fidelity_table(models))
+    if results["probes"]:
+        tables.append(probe_table(results))
+    if any(model.get("head") for model in models) and results["probes"]:  # older results have no heads
+        tables.append(head_table(models))
+    if any(model["quality"] for model in models):
+        tables.append(quality_table(results))
     return tables
 
 
@@ -205,23 +193,6 @@ def quality_table(results: dict[str, Any]) -> Table:
 # --- architecture ----------------------------------------------------------------------------------
 
 
-def unit_counts(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Count the units of each layer by kind in a complete config; 0 where the whole block is gone."""
-
-    def left(counts: list[int], used: list[bool]) -> list[int]:
-        return [count if is_used else 0 for count, is_used in zip(counts, used, strict=True)]
-
-    if "encoder_remaining_heads" in config:
-        heads = [len(remaining) for remaining in config["encoder_remaining_heads"]]
-    else:
-        heads = config["encoder_num_heads"]
-    return {
-        "conv channels": [channels for channels, *_ in config["extractor_conv_layer_config"]],
-        "heads": left(heads, config["encoder_use_attention"]),
-        "FFN dimensions": left(config["encoder_ff_interm_features"], config["encoder_use_feed_forward"]),
-    }
-
-
 def architecture_tables(before: dict[str, Any], after: dict[str, Any]) -> list[Table]:
     """Tabulate kept units as ``after/before``: by layer of the transformer and of the extractor, and of all layers.
 
@@ -250,21 +221,17 @@ def model_of_shape(results: dict[str, Any], config: Mapping[str, Any], path: Pat
     """Find the entry of ``models`` that PyTorch ran with this config, whatever its head; of several, by its file name.
 
     Raises:
-        UserError: there is none, or more than one, or ``results`` are not those of evaluate.py.
+        UserError: there is none, or more than one.
     """
 
     def shape(config: Mapping[str, Any]) -> dict[str, Any]:
         return {**json.loads(json.dumps(config)), "aux_num_out": None}
 
-    with _results_of_evaluate():
-        found = [
-            model
-            for model in results["models"]
-            if model.get("backend", "torch") == "torch" and shape(model["config"]) == shape(config)
-        ]
-        found = [model for model in found if Path(model["path"]).name == path.name] or found
-        names = ", ".join(str(model["name"]) for model in results["models"])
+    models = [model for model in results["models"] if model.get("backend", "torch") == "torch"]
+    found = [model for model in models if shape(model["config"]) == shape(config)]
+    found = [model for model in found if Path(model["path"]).name == path.name] or found
     if len(found) != 1:
+        names = ", ".join(str(model["name"]) for model in results["models"])
         raise UserError(
             f"{len(found)} of its models ({names}) have the shape of {path}, expected 1; measure it with "
             f"evaluate.py --models {path}"
@@ -273,11 +240,7 @@ def model_of_shape(results: dict[str, Any], config: Mapping[str, Any], path: Pat
 
 
 def card_metrics(results: dict[str, Any], model: dict[str, Any]) -> list[dict[str, Any]]:
-    """List the scores of an entry of ``models`` in per cent, as keywords of huggingface_hub's EvalResult.
-
-    Raises:
-        UserError: ``results`` are not those of evaluate.py.
-    """
+    """List the scores of an entry of ``models`` in per cent, as keywords of huggingface_hub's EvalResult."""
 
     def entry(task: str, name: str, metric: str, how: str, value: float) -> dict[str, Any]:
         return {
@@ -289,20 +252,19 @@ def card_metrics(results: dict[str, Any], model: dict[str, Any]) -> list[dict[st
             "metric_value": round(float(value), 4),
         }
 
-    with _results_of_evaluate():
-        probes, head = results["probes"], model.get("head") or {"scores": {}}
-        scores = [(name, probes[name]["metric"], "linear probe (%)", found) for name, found in model["probes"].items()]
-        scores += [(name, found["metric"], "own head (%)", found) for name, found in head["scores"].items()]
-        tasks = {TEXT: "automatic-speech-recognition"}
-        found = [
-            entry(tasks.get(probes[name]["kind"], "audio-classification"), name, metric, how, score["mean"])
-            for name, metric, how, score in scores
-        ]
-        if quality := model["quality"]:
-            name, how = ", ".join(quality["probes"]), "log-mel is 0, the teacher 100"
-            found.append(entry("feature-extraction", name, "quality", how, quality["mean"]))
-        cosines = [layer["cosine"] for layer in (model["fidelity"] or {"layers": []})["layers"]]
-        if cosines and None not in cosines:
-            name, how = Path(model["fidelity"]["tsv"]).stem, "mean of the distilled layers"
-            found.append(entry("feature-extraction", name, "cosine with the teacher", how, fmean(cosines)))
+    probes, head = results["probes"], model.get("head") or {"scores": {}}
+    scores = [(name, probes[name]["metric"], "linear probe (%)", found) for name, found in model["probes"].items()]
+    scores += [(name, found["metric"], "own head (%)", found) for name, found in head["scores"].items()]
+    tasks = {TEXT: "automatic-speech-recognition"}
+    found = [
+        entry(tasks.get(probes[name]["kind"], "audio-classification"), name, metric, how, score["mean"])
+        for name, metric, how, score in scores
+    ]
+    if quality := model["quality"]:
+        name, how = ", ".join(quality["probes"]), "log-mel is 0, the teacher 100"
+        found.append(entry("feature-extraction", name, "quality", how, quality["mean"]))
+    cosines = [layer["cosine"] for layer in (model["fidelity"] or {"layers": []})["layers"]]
+    if cosines and None not in cosines:
+        name, how = Path(model["fidelity"]["tsv"]).stem, "mean of the distilled layers"
+        found.append(entry("feature-extraction", name, "cosine with the teacher", how, fmean(cosines)))
     return found

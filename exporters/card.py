@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wav2vec2.audio import SAMPLE_RATE
-from wav2vec2.config import is_wavlm
+from wav2vec2.config import is_wavlm, unit_counts
 from wav2vec2.files.errors import UserError, listed
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.task_model import CLIPS, SEGMENTS, TEXT, TaskModel
@@ -59,6 +59,7 @@ def card_text(
         "eval_results": [EvalResult(**entry) for entry in evaluation] or None,
         "code_license": CODE_LICENCE,
     }
+    units = unit_counts(config)
     labels = [label.strip() or "space" for label in head.labels] if head else []
     card = ModelCard.from_template(
         ModelCardData(**data),
@@ -72,7 +73,7 @@ def card_text(
         recognises=f"{_RECOGNISES[head.kind]}; {listed('labels', labels, most=40)}" if head else None,
         num_params=int(model.get_num_params()),
         frames_per_second=SAMPLE_RATE / model.feature_extractor.stride,
-        layers=_layers(config),
+        layers=list(zip(units["heads"], units["FFN dimensions"], strict=True)),
         format_name=format_name,
         code_licence=CODE_LICENCE,
         **facts,
@@ -82,11 +83,3 @@ def card_text(
 
 def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
-
-
-def _layers(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return the number of heads and the feed-forward width of each layer, 0 where it has no such block."""
-    heads = map(len, config["encoder_remaining_heads"]) if is_wavlm(config) else config["encoder_num_heads"]
-    has_attention, has_feed_forward = config["encoder_use_attention"], config["encoder_use_feed_forward"]
-    blocks = zip(heads, has_attention, config["encoder_ff_interm_features"], has_feed_forward, strict=True)
-    return [(heads * attends, width * feeds) for heads, attends, width, feeds in blocks]

@@ -24,7 +24,7 @@ from wav2vec2.utils.quiet import quiet
 from .chunks import Chunk, by_chunks, chunk_windows
 from .comparison import CHECKED_BATCHES, LARGEST_DIFFERENCE, Run, compare, noise
 from .int8 import LARGEST_ONNX_FILE, quantize
-from .options import DEFAULT_OPSET, check_onnx
+from .options import DEFAULT_OPSET
 
 ONNX, ONNX_INT8 = "model.onnx", "model.int8.onnx"
 # So many windows of the speech are enough to measure ranges on.
@@ -89,13 +89,12 @@ def write_onnx(model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> list
 
     Args:
         model: in eval mode, on the CPU.
-        options: how the files are made.
+        options: how the files are made; :func:`~.options.check_onnx` has accepted the opset.
         folder: made if it is not there.
 
     Raises:
-        UserError: see :func:`~.options.check_onnx`; or model.onnx differs from the model by too much.
+        UserError: model.onnx differs from the model by too much, or PyTorch's exporter cannot write it.
     """
-    check_onnx(options.opset)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / ONNX]
     with quiet():

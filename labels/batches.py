@@ -1,7 +1,7 @@
 """From a list of labelled audio to waveforms with their labels, one clip at a time or in padded batches."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from cli import progress
 from dataset.batches import Crop
 from dataset.speech import first_readable, with_replacements
 from labels.lists import SEGMENTS, TEXT, Clip, Probe, num_samples
@@ -52,22 +53,23 @@ def target_of(kind: str, clip: Clip, times: Tensor) -> Tensor:
     return torch.tensor(clip.target if kind == TEXT else [clip.target])
 
 
-def read_clip(probe: Probe, clip: Clip, window: int) -> Tensor:
-    """Read a clip, (T,) at 16 kHz.
+def read_clips(probe: Probe, clips: Sequence[Clip], window: int, reader: str) -> Iterator[tuple[Clip, Tensor]]:
+    """Read clips one after the other, each (T,) at 16 kHz; a progress bar names the ``reader``.
 
     Raises:
-        UserError: it cannot be read, is shorter than the ``window`` samples of a frame, or holds values that are not
+        UserError: one cannot be read, is shorter than the ``window`` samples of a frame, or holds values that are not
             finite. The message names the line of the list.
     """
-    place = probe.place(clip)
-    try:
-        waveform = read_audio(clip.path)
-    except UserError as error:
-        raise UserError(f"{place}: {error}; mend the file or take its line out") from error
-    if not waveform.isfinite().all():
-        raise UserError(f"{place}: {clip.path} holds samples that are NaN or infinite; take its line out")
-    _check_frames(probe, clip, len(waveform), window)
-    return waveform
+    for clip in progress(clips, f"{reader}: {probe.name}", unit="clip", leave=False):
+        place = probe.place(clip)
+        try:
+            waveform = read_audio(clip.path)
+        except UserError as error:
+            raise UserError(f"{place}: {error}; mend the file or take its line out") from error
+        if not waveform.isfinite().all():
+            raise UserError(f"{place}: {clip.path} holds samples that are NaN or infinite; take its line out")
+        _check_frames(probe, clip, len(waveform), window)
+        yield clip, waveform
 
 
 def _check_frames(probe: Probe, clip: Clip, length: int, window: int) -> None:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cli import progress
-from labels.batches import FrameTimes, read_clip, target_of
+from labels.batches import FrameTimes, read_clips, target_of
 from labels.lists import CLIPS, SEGMENTS, TEXT, UNITS, VERIFICATION, Clip, Probe, read_probe
 from labels.scores import Score, clip_results, score_of
 from wav2vec2.files.errors import UserError, short_repr
@@ -129,8 +128,8 @@ def score_head(model: TaskModel, probe: Probe, source: str) -> Score:
 def _logits(model: TaskModel, probe: Probe, clips: Sequence[Clip], source: str) -> Iterator[tuple[Clip, Tensor]]:
     """Each clip with its logits on the CPU, (frames, outputs), or (outputs,) for whole clips."""
     window, device = model.feature_extractor.receptive_field, next(model.parameters()).device
-    for clip in progress(clips, f"{source}: own head, {probe.name}", unit="clip", leave=False):
-        (logits,), _ = model(read_clip(probe, clip, window)[None].to(device))
+    for clip, waveform in read_clips(probe, clips, window, f"{source}, own head"):
+        (logits,), _ = model(waveform[None].to(device))
         if not logits.isfinite().all():
             raise UserError(
                 f"{source}: its head gives NaN or infinite values for {probe.place(clip)}, expected numbers; its "

@@ -23,10 +23,9 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # These imports take seconds: flags are checked first.
-    from evaluation.tables import read_results
     from report.page import write_report
 
-    path, tables = write_report(args.exp_dir, read_results(args.evaluation) if args.evaluation else None)
+    path, tables = write_report(args.exp_dir, args.evaluation)
     for table in tables:
         print(f"\n{table}")
     print(f"\nreport: {path}")

@@ -7,9 +7,10 @@ from typing import Any
 import jinja2
 
 from evaluation.cost import cost, counted_on
-from evaluation.tables import Table, architecture_tables, cost_table, evaluation_tables, unit_counts
+from evaluation.tables import Table, architecture_tables, cost_table, evaluation_tables, results_of
 from report.experiment import Experiment, Stage, read_experiment
 from report.pictures import Picture, curves, kept_units, quality
+from wav2vec2.config import unit_counts
 from wav2vec2.files.errors import single_line
 from wav2vec2.files.storage import atomic_path
 
@@ -66,16 +67,21 @@ def setting_tables(experiment: Experiment, results: Mapping[str, Any]) -> list[T
     return [table for table in tables if table.rows]
 
 
-def write_report(exp_dir: Path, results: dict[str, Any] | None = None) -> tuple[Path, list[Table]]:
+def write_report(exp_dir: Path, evaluated: Path | None = None) -> tuple[Path, list[Table]]:
     """Write ``EXP_DIR/report.html`` on what there is of a run; returns its path and its tables of measurements.
 
-    The same files make the same page. ``results`` are those of evaluate.py.
+    The same files make the same page. ``evaluated`` is a file of evaluate.py.
 
     Raises:
-        UserError: there is no run in ``exp_dir``, or ``results`` are not those of evaluate.py.
+        UserError: there is no run in ``exp_dir``, or ``evaluated`` does not hold results of evaluate.py.
         OSError: the page cannot be written.
     """
-    evaluation = [] if results is None else evaluation_tables(results)
+    results: dict[str, Any] = {}
+    evaluation: list[Table] = []
+    evaluation_pictures: list[Picture] = []
+    if evaluated is not None:
+        with results_of(evaluated) as results:
+            evaluation, evaluation_pictures = evaluation_tables(results), quality(results)
     experiment = read_experiment(exp_dir)
     sizes = size_table(experiment)
     architecture: list[Table] = []
@@ -101,8 +107,8 @@ def write_report(exp_dir: Path, results: dict[str, Any] | None = None) -> tuple[
         progress=progress,
         curves=curves,
         evaluation=evaluation,
-        evaluation_pictures=quality(results) if results else [],
-        settings=setting_tables(experiment, results or {}),
+        evaluation_pictures=evaluation_pictures,
+        settings=setting_tables(experiment, results),
     )
     out = exp_dir / PAGE
     with atomic_path(out) as temporary:

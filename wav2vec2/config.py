@@ -7,6 +7,7 @@ Each field states its meaning and its possible values once. The arguments of ``w
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from operator import mul
 from typing import Any, NamedTuple
 
 from .files.errors import short_repr
@@ -239,6 +240,16 @@ ModelConfig = HubertConfig | WavLMConfig
 def is_wavlm(config: Mapping[str, Any]) -> bool:
     """Return whether a config is WavLM's; all others are HuBERT's or wav2vec 2.0's."""
     return "encoder_remaining_heads" in config
+
+
+def unit_counts(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Count the units of each layer by kind in a complete config; 0 where the whole block is gone."""
+    heads = map(len, config["encoder_remaining_heads"]) if is_wavlm(config) else config["encoder_num_heads"]
+    return {
+        "conv channels": [channels for channels, *_ in config["extractor_conv_layer_config"]],
+        "heads": list(map(mul, heads, config["encoder_use_attention"])),
+        "FFN dimensions": list(map(mul, config["encoder_ff_interm_features"], config["encoder_use_feed_forward"])),
+    }
 
 
 def wavlm_attention(num_layers: Any, num_heads: Any, num_buckets: Any, max_distance: Any) -> dict[str, Any]:

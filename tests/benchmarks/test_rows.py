@@ -251,9 +251,9 @@ def test_table_of_labels(tmp_path, monkeypatch):
 def test_bad_folders(out, tmp_path, monkeypatch, capsys):
     write(out / "exact.json", models=[entry("DPHuBERT", 1, 0.1, {}, 1)], controls={})
     assert run_to_exit(monkeypatch, "benchmarks.table", out) == 1
-    assert "exact.json: not measured by benchmarks.rows (ValueError: " in error_line(capsys)
+    assert "exact.json: not the results of evaluate.py that are expected here (ValueError: " in error_line(capsys)
     (out / "exact.json").write_text("{")
     assert run_to_exit(monkeypatch, "benchmarks.table", out) == 1
-    assert "exact.json: not the JSON that evaluate.py writes" in error_line(capsys)
+    assert "exact.json: not readable as JSON" in error_line(capsys)
     assert run_to_exit(monkeypatch, "benchmarks.table", tmp_path / "none") == 1
     assert "has neither ROW.json nor finetuned.json; run benchmarks.rows" in error_line(capsys)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import random_model, small_config
 
-from evaluation.fidelity import LinearCKA, Student, held_out_speech, hidden_states, measure_fidelity
+from evaluation.features import hidden_states
+from evaluation.fidelity import LinearCKA, Student, held_out_speech, measure_fidelity, up_to
 from lightning import DistillLoss, make_projections
 from wav2vec2.audio import read_audio
 from wav2vec2.files import checkpoint
@@ -139,8 +140,8 @@ def test_projections_that_do_not_fit(corpus, save_student, tmp_path):
 def test_hidden_states_that_are_not_finite():
     model = random_model(small_config("hubert"))
     waveform = torch.randn(4000)
-    assert len(hidden_states(model, waveform, 3, "model.pth", "a.wav")) == 4
+    assert len(hidden_states(up_to(3, model), waveform, "model.pth", "a.wav")) == 4
     with torch.no_grad():
         model.encoder.transformer.layers[0].feed_forward.output_dense.weight.fill_(3e38)
     with pytest.raises(UserError, match=r"model\.pth: hidden state 1 holds NaN or infinite values for a\.wav"):
-        hidden_states(model, waveform, 3, "model.pth", "a.wav")
+        hidden_states(up_to(3, model), waveform, "model.pth", "a.wav")

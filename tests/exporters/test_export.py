@@ -426,7 +426,7 @@ def test_missing_packages(tmp_path: Path, monkeypatch, capsys) -> None:
     ("flags", "changes", "message"),
     [
         (("--formats", "onnx", "--int8", "--tsv", "nowhere.tsv"), {}, "nowhere.tsv: no such file"),
-        (("--evaluation", "none.json"), {}, "none.json: does not exist, expected the JSON that evaluate.py writes"),
+        (("--evaluation", "none.json"), {}, "none.json: no such file; expected the JSON that evaluate.py writes"),
         ((), {"encoder_prune_attention_heads": True}, "has masks on head; prune.py makes"),
     ],
 )

@@ -111,7 +111,11 @@ def results(name: str = "small", task: str = "keywords") -> dict[str, Any]:
 
 
 def page_of(exp_dir: Path, results: dict[str, Any] | None = None) -> Path:
-    path, _ = write_report(exp_dir, results)
+    evaluated = None
+    if results is not None:
+        evaluated = exp_dir / "evaluation.json"
+        evaluated.write_text(json.dumps(results))
+    path, _ = write_report(exp_dir, evaluated)
     return path
 
 
@@ -279,8 +283,8 @@ def test_bad_input_is_one_line(exp_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "other.json").write_text('{"models": [{"name": 1}]}')
     for arguments, message in (
         ((tmp_path,), "holds no run: neither csv/version_*/metrics.csv"),
-        ((exp_dir, "--evaluation", teacher), "teacher.pth: not the JSON that evaluate.py writes"),
-        ((exp_dir, "--evaluation", tmp_path / "list.json"), "list.json: not the JSON that evaluate.py writes"),
+        ((exp_dir, "--evaluation", teacher), "teacher.pth: not readable as JSON"),
+        ((exp_dir, "--evaluation", tmp_path / "list.json"), "list.json: expected a JSON object, found list"),
         ((exp_dir, "--evaluation", tmp_path / "other.json"), "not the results of evaluate.py"),
     ):
         assert run_to_exit(monkeypatch, "report.__main__", *arguments) == 1
