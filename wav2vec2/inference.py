@@ -394,9 +394,8 @@ def _is_file(value: Any) -> bool:
 
 def is_input(value: Any) -> bool:
     """Return whether a value is one input, and not several; what cannot be iterated over is one that errors name."""
-    if isinstance(value, (str, os.PathLike)) or hasattr(value, "__array__") or _is_item(value) or _is_file(value):
-        return True
-    return not (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
+    is_one = isinstance(value, (str, os.PathLike)) or hasattr(value, "__array__") or _is_item(value) or _is_file(value)
+    return is_one or not (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
 
 
 def _audio_of_item(item: Any, name: str, sample_rate: int) -> tuple[Any, int]:
