@@ -38,3 +38,8 @@ class WordsPipeline(AutomaticSpeechRecognitionPipeline):
         _restore_names(self.model.config)
         tokenizer: Any = self.tokenizer
         tokenizer.decode = partial(tokenizer.decode, spaces_between_special_tokens=True)
+
+    def postprocess(self, model_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Text, and with ``return_timestamps`` its words: each unit, which transformers calls a character, is one."""
+        units = {"return_timestamps": "char"} if kwargs.get("return_timestamps") == "word" else {}
+        return super().postprocess(model_outputs, *args, **{**kwargs, **units})

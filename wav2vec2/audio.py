@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from io import BytesIO
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -81,18 +82,21 @@ def num_samples_at_16k(num_frames: int, sample_rate: int) -> int:
 
 
 @contextmanager
-def checked_audio(path: str | os.PathLike, length: int | None = None) -> "Iterator[SoundFile]":
+def checked_audio(
+    path: str | os.PathLike, length: int | None = None, contents: bytes | None = None
+) -> "Iterator[SoundFile]":
     """Open an audio file; any error, inside the ``with`` block too, is reported as the file's.
 
     The file's ``seekable()`` is true only if a seek gives the samples that reading from the start gives. ``length`` is
-    the number of samples at 16 kHz that its header must state, if it states any.
+    the number of samples at 16 kHz that its header must state, if it states any. A file in memory has its ``contents``
+    and a ``path`` that only names it in errors.
 
     Raises:
         AudioError: the file is missing, cannot be read or decoded, has another length, or states a rate that no
             recording has.
         UserError: a package that reads it is not installed.
     """
-    if not os.path.isfile(path):
+    if contents is None and not os.path.isfile(path):
         raise AudioError(f"{path}: no such file, expected audio; check the path")
     try:
         from soundfile import SoundFile
@@ -100,7 +104,7 @@ def checked_audio(path: str | os.PathLike, length: int | None = None) -> "Iterat
         raise UserError(f"{path}: reading audio needs soundfile, which is missing; pip install soundfile") from error
     try:
         # As bytes: soundfile insists on UTF-8 in a str, which a file name on Linux need not be.
-        with SoundFile(os.fsencode(path)) as file:
+        with SoundFile(os.fsencode(path) if contents is None else BytesIO(contents)) as file:
             if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
                 problem = (
                     f"states a sample rate of {file.samplerate} Hz, expected {LOWEST_RATE} Hz to {HIGHEST_RATE} Hz"
@@ -116,17 +120,16 @@ def checked_audio(path: str | os.PathLike, length: int | None = None) -> "Iterat
     except (UserError, ImportError):
         raise
     except Exception as error:  # soundfile's, numpy's or torch's: the file decides
-        raise AudioError(f"{path}: {_reason(path, error)}") from error
+        raise AudioError(f"{path}: {_reason(path, contents, error)}") from error
 
 
-def _reason(path: str | os.PathLike, error: Exception) -> str:
+def _reason(path: str | os.PathLike, contents: bytes | None, error: Exception) -> str:
     """Say what is wrong with a file that could not be read, and what to do."""
     try:
         if isinstance(error, OSError):
             raise error
-        with open(path, "rb") as file:
-            head = file.read(64)
-            num_bytes = os.fstat(file.fileno()).st_size
+        with open(path, "rb") if contents is None else BytesIO(contents) as file:
+            head, num_bytes = file.read(64), file.seek(0, os.SEEK_END)
     except OSError as failure:  # no permission, a failing disk, a network folder that went away
         return f"reading it fails ({failure.strerror or one_line(failure)}), expected audio; check the disk"
     for pattern, kind in _FOREIGN.items():
@@ -171,13 +174,17 @@ def mono_blocks(file: "SoundFile") -> "Iterator[np.ndarray]":
 
 
 def read_audio(
-    path: str | os.PathLike, offset: int = 0, num_samples: int | None = None, length: int | None = None
+    path: str | os.PathLike,
+    offset: int = 0,
+    num_samples: int | None = None,
+    length: int | None = None,
+    contents: bytes | None = None,
 ) -> "Tensor":
     """Read an audio file as 16 kHz mono, or ``num_samples`` of it from sample ``offset`` on.
 
     Other rates are resampled and channels averaged. A whole file takes the memory of its samples (0.23 GB an hour,
-    briefly twice) and of a minute as decoded. All numbers are samples at 16 kHz; ``length`` is that of
-    :func:`checked_audio`.
+    briefly twice) and of a minute as decoded. All numbers are samples at 16 kHz; ``length`` and ``contents`` are those
+    of :func:`checked_audio`.
 
     Returns:
         (T,) float32.
@@ -188,7 +195,7 @@ def read_audio(
     """
     import torch
 
-    with checked_audio(path, length) as file:
+    with checked_audio(path, length, contents) as file:
         wanted = sys.maxsize if num_samples is None else num_samples
         if file.seekable() and file.samplerate == SAMPLE_RATE:
             file.seek(min(offset, file.frames))

@@ -117,9 +117,9 @@ def extract(
 
     Args:
         model: in eval mode, as :func:`load` returns it.
-        inputs: a waveform, the path of an audio file, or an iterable of both. A waveform is a tensor or array
-            (samples,) of floats with full scale 1, or of int16, int32 or uint8, which are scaled; or a decoded item
-            of ``datasets``, a dict with ``array`` and ``sampling_rate``.
+        inputs: a waveform, an audio file, or an iterable of both. A waveform is a tensor, array or list (samples,) of
+            floats with full scale 1, or of int16, int32 or uint8, which are scaled. A file is its path, its bytes, or
+            opened as binary. Items of ``datasets`` have ``array`` and ``sampling_rate``, or ``bytes`` or ``path``.
         layers: hidden states to return. None means all: 0 is the projected extractor output, k the output of layer k.
             One number, which may be negative (-1 is the last), or several. ``"output"`` is the result of the model's
             ``forward``: the last hidden state after a pre-norm model's final norm, or, with ``aux_num_out``, the
@@ -195,7 +195,7 @@ def extract_iter(
     if model.training:
         raise UserError("model: is in training mode, where dropout acts; call model.eval(), or use wav2vec2.load")
     if is_input(inputs):
-        raise UserError(f"inputs: expected several waveforms or paths, found {short_repr(inputs)}; put it into a list")
+        raise UserError(f"inputs: expected several, found one of type {type(inputs).__name__}; put it into a list")
     rate = _checked_rate(sample_rate, "sample_rate")
     extraction = _Extraction(model, layers, batch_seconds, max_seconds, context_seconds)
     return extraction.results(inputs, rate, lookahead_seconds * SAMPLE_RATE, on_error)
@@ -277,11 +277,13 @@ class _Extraction:
     @torch.no_grad()
     def _utterance(self, value: Any, name: str, sample_rate: int) -> _Utterance:
         """Read and check one input; ``name`` stands for it in errors, unless it is a file."""
+        if _is_item(value):
+            value, sample_rate = _audio_of_item(value, name, sample_rate)
         if isinstance(value, (str, os.PathLike)):
             name, waveform = os.fspath(value), read_audio(value)
+        elif _is_file(value):
+            waveform = read_audio(name, contents=_contents(value, name))
         else:
-            if _is_decoded(value):
-                value, sample_rate = _array_and_rate(value, name)
             waveform = resample_to_16k(_as_waveform(value, name), sample_rate)
         extractor = self.model.feature_extractor
         num_frames = extractor.num_frames(len(waveform))
@@ -380,58 +382,98 @@ def _checked_layers(layers: int | Sequence[int] | str | None, num_states: int) -
     return [layer % num_states for layer in indices]
 
 
-def _is_decoded(value: Any) -> bool:
+def _is_item(value: Any) -> bool:
     """Return whether a value is an audio item of ``datasets``: a dict, or a decoder of torchcodec."""
     return isinstance(value, Mapping) or hasattr(value, "get_all_samples")
 
 
+def _is_file(value: Any) -> bool:
+    """Return whether a value is an audio file in memory, or an open one."""
+    return isinstance(value, (bytes, bytearray, memoryview)) or hasattr(value, "read")
+
+
 def is_input(value: Any) -> bool:
-    """Return whether a value is one input, and not several."""
-    return isinstance(value, (str, os.PathLike)) or hasattr(value, "__array__") or _is_decoded(value)
+    """Return whether a value is one input, and not several; what cannot be iterated over is one that errors name."""
+    is_one = isinstance(value, (str, os.PathLike)) or hasattr(value, "__array__") or _is_item(value) or _is_file(value)
+    return is_one or not (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
 
 
-def _array_and_rate(item: Any, name: str) -> tuple[Any, int]:
-    """Return the waveform of an audio item of ``datasets``, and its rate."""
+def _audio_of_item(item: Any, name: str, sample_rate: int) -> tuple[Any, int]:
+    """Return the waveform or file of an audio item of ``datasets``, and the waveform's rate."""
     if not isinstance(item, Mapping):
         try:
             samples = item.get_all_samples()
+            item = {"array": samples.data.mean(0), "sampling_rate": samples.sample_rate}
         except Exception as error:  # the file decides
             raise AudioError(f"{name}: cannot be decoded ({one_line(error)}), expected audio") from error
-        item = {"array": samples.data.mean(0), "sampling_rate": samples.sample_rate}
-    if not item.keys() >= {"array", "sampling_rate"}:
-        wanted = "a decoded item of datasets with 'array' and 'sampling_rate'"
-        raise UserError(f"{name}: expected {wanted}, found {short_repr(item)}")
-    return item["array"], _checked_rate(item["sampling_rate"], f"{name}: sampling_rate")
+    if item.keys() >= {"array", "sampling_rate"}:
+        return item["array"], _checked_rate(item["sampling_rate"], f"{name}: sampling_rate")
+    for key in ("bytes", "path"):  # beside bytes, the path is only a name
+        if item.get(key) is not None:
+            return item[key], sample_rate
+    wanted = "an item of datasets with 'array' and 'sampling_rate', 'bytes' or 'path'"
+    raise UserError(f"{name}: expected {wanted}, found a dict with the keys {short_repr(list(item))}")
 
 
 def _checked_rate(value: Any, name: str) -> int:
     """Return a sample rate given as any type of number."""
     try:
         rate = int(value)
-    except (TypeError, ValueError, OverflowError):
-        rate = 0
-    if rate != value or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        is_whole = bool(rate == value)
+    except Exception:  # the value decides: arrays and tensors of several numbers raise what they like
+        rate, is_whole = 0, False
+    if not is_whole or not LOWEST_RATE <= rate <= HIGHEST_RATE:
         expected = f"expected a number of Hz from {LOWEST_RATE} to {HIGHEST_RATE}"
-        raise UserError(f"{name}: found {short_repr(rate if rate == value else value)}, {expected}")
+        raise UserError(f"{name}: found {short_repr(rate if is_whole else value)}, {expected}")
     return rate
 
 
-def _as_waveform(value: Any, name: str) -> Tensor:
-    """Return a tensor or array as (T,) float32 on the CPU, at full scale 1."""
-    if not hasattr(value, "__array__"):
-        raise UserError(f"{name}: found {short_repr(value)}, expected a path, or a tensor or array (samples,)")
+def _contents(value: Any, name: str) -> bytes:
+    """Return the bytes of a file in memory, or of an open one from where it stands."""
     try:
-        # A copy: torch does not take every array as it is (read-only, reversed).
-        waveform = value.detach() if isinstance(value, Tensor) else torch.from_numpy(value.__array__().copy())
-    except TypeError as error:
-        raise UserError(f"{name}: an array of {value.dtype}, expected floats or int16") from error
+        if hasattr(value, "read"):
+            memoryview(value.read(0))  # before a file opened as text decodes what it holds
+            value = value.read()
+        contents = memoryview(value).tobytes()
+    except Exception as error:  # the object decides
+        raise UserError(f"{name}: cannot be read ({one_line(error)}), expected bytes: open(path, 'rb')") from error
+    if not contents:
+        raise UserError(f"{name}: has no bytes left, expected audio; go back to its beginning with seek(0)")
+    return contents
+
+
+def _as_waveform(value: Any, name: str) -> Tensor:
+    """Return a tensor, array or list of numbers as (T,) float32 on the CPU, at full scale 1."""
+    if not hasattr(value, "__array__") and not isinstance(value, Sequence):
+        raise UserError(f"{name}: found {short_repr(value)}, expected a path, bytes, or a tensor or array (samples,)")
+    try:
+        waveform = _plain_tensor(value)
+    except Exception as error:  # torch's, numpy's or the object's own: the value decides
+        raise UserError(f"{name}: cannot be used ({one_line(error)}), expected floats or int16") from error
     if waveform.ndim != 1:
         advice = "average channels, and give several waveforms as a list"
         raise UserError(f"{name}: has shape {list(waveform.shape)}, expected (samples,); {advice}")
     if not waveform.is_floating_point() and waveform.dtype not in _FULL_SCALE:
         raise UserError(f"{name}: holds {waveform.dtype}, expected floats (full scale 1), int16, int32 or uint8")
     full_scale, silence = _FULL_SCALE.get(waveform.dtype, (1, 0))
-    return (waveform.cpu().float() - silence) / full_scale
+    return (waveform.float() - silence) / full_scale
+
+
+def _plain_tensor(value: Any) -> Tensor:
+    """Return a tensor, array or list as a dense tensor on the CPU."""
+    if isinstance(value, Tensor):
+        if value.is_nested or torch.masked.is_masked_tensor(value):
+            raise TypeError("it is nested or masked")
+        return value.detach().to_dense().cpu()
+    import numpy as np
+
+    if np.ma.is_masked(value):
+        raise ValueError("some of its samples are masked")
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiubc":
+        raise TypeError(f"it holds {array.dtype.name}")
+    # A copy: torch does not take every array as it is (read-only, reversed, of the other byte order).
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 
 
 class _FixedNorm(nn.Module):

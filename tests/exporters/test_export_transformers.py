@@ -1,5 +1,6 @@
 """export.py --formats huggingface of models that transformers does not know: with code of their own."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from exporters.modeling_dphubert import (
     DPHuBERTForCTC,
     DPHuBERTModel,
 )
+from exporters.pipeline_dphubert import WordsPipeline
 from wav2vec2.files import checkpoint
 from wav2vec2.files.heads import contents_of, task_model_of
 from wav2vec2.model import Wav2Vec2Model, normalize_waveforms
@@ -231,6 +233,38 @@ def test_losses_of_classes(exported) -> None:
         chosen = labels.flatten() >= 0
         wanted = result.logits.flatten(0, -2).log_softmax(-1)[chosen, labels.flatten()[chosen]]
         torch.testing.assert_close(result.loss, -wanted.mean())
+
+
+@pytest.mark.parametrize("name", ["characters", "words"])
+def test_timestamps(exported, name: str) -> None:
+    """The times of units are those of the frames in which they are the best; long audio is cut and joined again."""
+    folder, models = exported
+    asr = transformers.AutomaticSpeechRecognitionPipeline if name == "characters" else WordsPipeline
+    tokenizer = transformers.Wav2Vec2CTCTokenizer.from_pretrained(folder / name)
+    feature_extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder / name)
+    network = (DPHuBERTForCTC if name == "characters" else transformers.HubertForCTC).from_pretrained(folder / name)
+    pipe = asr(network, tokenizer=tokenizer, feature_extractor=feature_extractor)
+    waveform = random_waveforms(8000)[0][0]
+    with torch.no_grad():
+        best = models[name](waveform[None])[0][0].argmax(-1).tolist()
+    hop = models[name].feature_extractor.stride / 16_000
+    wanted, end = [], 0
+    for unit, frames in itertools.groupby(best):
+        start, end = end, end + len(list(frames))
+        if unit:
+            wanted.append((models[name].labels[unit - 1], start * hop, end * hop))
+    for options in ({}, {"chunk_length_s": 0.4, "stride_length_s": 0.1}):
+        units = pipe(waveform.numpy(), return_timestamps="char", **options)
+        words = pipe(waveform.numpy(), return_timestamps="word", **options)
+        assert words["text"] == units["text"] and [word["text"] for word in words["chunks"]] == words["text"].split()
+        if not options:
+            assert [(unit["text"], *unit["timestamp"]) for unit in units["chunks"]] == [
+                (label, pytest.approx(start), pytest.approx(end)) for label, start, end in wanted
+            ]
+        if name == "words":
+            assert words == units
+        assert all(x["timestamp"][1] <= y["timestamp"][0] for x, y in itertools.pairwise(words["chunks"]))
+        assert len(words["chunks"]) > 1 and words["chunks"][-1]["timestamp"][1] <= 0.5
 
 
 OUTSIDE = """

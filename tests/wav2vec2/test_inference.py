@@ -1,10 +1,13 @@
 """Loading any model for use, and features of any audio: batched, chunked, from files, with torch alone."""
 
+import array
 import doctest
+import io
 import itertools
 import math
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -187,8 +190,24 @@ def test_kinds_of_waveforms():
         whole_numbers / 32768,
         (whole_numbers / 32768)[::-1][::-1],
         torch.from_numpy(whole_numbers / 32768).requires_grad_(),
+        torch.from_numpy(whole_numbers / 32768).to_sparse(),
+        whole_numbers.astype(">i2"),
+        (whole_numbers / 32768).astype(">f4"),
+        (whole_numbers / 32768)[::-1].astype(">f8")[::-1],
+        np.frombuffer((whole_numbers / 32768).astype("<f4").tobytes(), "<f4"),  # read-only
+        np.ma.masked_invalid(whole_numbers / 32768),  # nothing is
+        {"array": (whole_numbers / 32768).tolist(), "sampling_rate": 16_000},
     ):
         torch.testing.assert_close(wav2vec2.extract(model, waveform), expected, rtol=1e-5, atol=1e-5)
+    # What could be several inputs is one waveform only among others.
+    sequences = [(whole_numbers / 32768).tolist(), tuple(whole_numbers / 32768), array.array("h", whole_numbers)]
+    for found in wav2vec2.extract(model, sequences):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = torch.from_numpy(whole_numbers / 32768).to(dtype)
+        torch.testing.assert_close(
+            wav2vec2.extract(model, rounded), alone(model, rounded.float()), rtol=1e-5, atol=1e-5
+        )
     # 8 bits have silence at 128, and steps of 1/128.
     coarse = torch.from_numpy(whole_numbers // 256 + 128).to(torch.uint8)
     torch.testing.assert_close(
@@ -250,15 +269,39 @@ def test_results_can_be_trained_on():
         (torch.tensor([0.0, float("nan"), float("inf")] * 100), "200 of its 300 samples are NaN or infinite"),
         (torch.zeros(300, dtype=torch.int64), "holds torch.int64, expected floats"),
         (torch.zeros(300, dtype=torch.complex64), "holds torch.complex64"),
-        (np.array(["a"] * 300), "expected floats or int16"),
-        (Path("gone.flac"), "gone.flac: no such file"),
-        ({"audio": torch.zeros(300)}, "input 0: expected a decoded item of datasets with 'array'"),
+        (np.array(["a"] * 300), r"input: cannot be used \(it holds str32\), expected floats or int16"),
+        (np.zeros(300, dtype=[("left", ">f4"), ("right", ">f4")]), r"input: cannot be used \(it holds void64\)"),
+        (np.array([None] * 300), r"cannot be used \(it holds object\)"),
+        (np.zeros(300, dtype=">c8"), "holds torch.complex64"),
+        (np.zeros(300, dtype=">u2"), "holds torch.uint16"),
+        (np.zeros(300, dtype=bool), "holds torch.bool"),
         (
-            {"path": "a.wav", "bytes": b"RIFF", "sampling_rate": 16_000},
-            "input 0: expected a decoded item of datasets with 'array'",
+            np.ma.masked_array(np.zeros(300), [True] + [False] * 299),
+            r"cannot be used \(some of its samples are masked\)",
         ),
+        (torch.zeros(300, device="meta"), r"cannot be used \(Cannot copy out of meta tensor"),
+        (torch.quantize_per_tensor(torch.zeros(300), 0.1, 0, torch.qint8), "holds torch.qint8"),
+        (torch.nested.nested_tensor([torch.zeros(300)], layout=torch.jagged), r"cannot be used \(it is nested"),
+        (torch.eye(300).to_sparse(), r"has shape \[300, 300\]"),
+        (None, "input: found None, expected a path, bytes, or a tensor"),
+        (Path("gone.flac"), "gone.flac: no such file"),
+        (
+            {"audio": torch.zeros(300)},
+            r"input 0: expected an item of datasets .*, found a dict with the keys \['audio'\]",
+        ),
+        ({"path": None, "bytes": None}, "input 0: expected an item of datasets"),
+        ({"path": "a.wav", "bytes": b"secret"}, r"input 0: cannot be decoded \(Format not recognised; 6 bytes\)"),
+        ({"path": "gone.flac", "bytes": None}, "gone.flac: no such file"),
+        (b"secret", r"input 0: cannot be decoded \(Format not recognised; 6 bytes\)"),
+        (memoryview(b"\0\0\0\x20ftypM4A secret"), "input 0: cannot be decoded: it is MPEG-4"),
+        (b"", "input 0: has no bytes left"),
+        (io.StringIO("secret"), r"input 0: cannot be read \(.* not 'str'\), expected bytes: open\(path, 'rb'\)"),
+        (io.BufferedWriter(io.BytesIO()), r"input 0: cannot be read \(read\)"),
         ({"array": torch.zeros(2, 300), "sampling_rate": 16_000}, r"input 0: has shape \[2, 300\]"),
-        ({"array": [0.0] * 300, "sampling_rate": 16_000}, r"input 0: found \[0.0, .*, expected a path, or a tensor"),
+        ({"array": [0] * 300, "sampling_rate": 16_000}, "input 0: holds torch.int64"),
+        ({"array": [b"secret"], "sampling_rate": 16_000}, r"input 0: cannot be used \(it holds bytes48\)"),
+        ({"array": [[0.0], []], "sampling_rate": 16_000}, r"input 0: cannot be used \(setting an array element"),
+        ({"array": torch.zeros(300), "sampling_rate": torch.ones(2)}, "input 0: sampling_rate: found <Tensor>"),
         ({"array": torch.zeros(300), "sampling_rate": None}, "input 0: sampling_rate: found None, expected a number"),
         ({"array": torch.zeros(300), "sampling_rate": np.int64(5)}, "input 0: sampling_rate: found 5, expected"),
         (Decoder(None, 16_000), r"input 0: cannot be decoded \(no audio stream\)"),
@@ -266,8 +309,9 @@ def test_results_can_be_trained_on():
 )
 def test_inputs_that_cannot_be_used(waveform, message):
     model = random_model(small_config("hubert"))
-    with pytest.raises(UserError, match=message.replace("input:", "input 0:")):
+    with pytest.raises(UserError, match=message.replace("input:", "input 0:")) as caught:
         wav2vec2.extract(model, waveform)
+    assert "secret" not in str(caught.value)
     good = torch.ones(RECEPTIVE_FIELD)
     errors: dict[int, UserError] = {}
     results = list(wav2vec2.extract_iter(model, [good, waveform, good], on_error=errors.__setitem__))
@@ -298,8 +342,9 @@ def test_misuse():
     with pytest.raises(UserError, match="training mode"):
         wav2vec2.extract(model.train(), torch.zeros(3000))
     model.eval()
-    with pytest.raises(UserError, match="put it into a list"):
-        wav2vec2.extract_iter(model, torch.zeros(3000))
+    for one in (torch.zeros(3000), b"secret", io.BytesIO(b"secret"), {"bytes": b"secret"}, None):
+        with pytest.raises(UserError, match=f"found one of type {type(one).__name__}; put it into a list"):
+            wav2vec2.extract_iter(model, one)
     with pytest.raises(UserError, match=r"input 0: found 0\.5, expected a path"):
         wav2vec2.extract(model, [0.5, 0.25])
 
@@ -388,6 +433,37 @@ def test_files(tmp_path):
     torch.testing.assert_close(mixed, expected, rtol=1e-2, atol=1e-2)  # the file has 16 bits
     with pytest.raises(UserError, match=r"noise.wav: cannot be decoded \(.*\), expected audio"):
         wav2vec2.extract(model, [tmp_path / "stereo.wav", tmp_path / "noise.wav"])
+
+
+@pytest.mark.parametrize("name", ["a.flac", "a.wav", "a.mp3", "a.ogg"])
+def test_files_in_memory(tmp_path, name):
+    """Uploads, members of archives, and what datasets gives with Audio(decode=False)."""
+    model = random_model(small_config("hubert"))
+    path = tmp_path / name
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 30_000), 44_100)
+    expected, contents = wav2vec2.extract(model, path, layers=-1), path.read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(path, name)
+    behind = io.BytesIO(b"header" + contents)
+    behind.seek(6)
+    with open(path, "rb") as file, zipfile.ZipFile(tmp_path / "a.zip") as archive, archive.open(name) as member:
+        forms = [contents, bytearray(contents), memoryview(contents), np.bytes_(contents), behind, file, member]
+        forms += [{"bytes": contents, "path": "gone.wav"}, {"bytes": None, "path": str(path)}, {"path": path}]
+        for form in forms:
+            assert torch.equal(wav2vec2.extract(model, form, layers=-1, sample_rate=8000), expected)
+        assert not file.closed
+        with pytest.raises(UserError, match=r"input 0: has no bytes left, .* seek\(0\)"):
+            wav2vec2.extract(model, file)
+        file.seek(0)
+        assert torch.equal(wav2vec2.extract(model, [path, file], layers=-1)[1], expected)
+
+
+def test_text_is_no_audio(tmp_path):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.zeros(3000), 16_000)
+    for encoding in ("utf-8", "latin-1"):
+        with path.open(encoding=encoding) as file, pytest.raises(UserError, match=r"input 0: cannot be read .*'rb'"):
+            wav2vec2.extract(random_model(small_config("hubert")), file)
 
 
 @pytest.mark.parametrize("sample_rate", [16_000, 8_000, 44_100])
