@@ -406,6 +406,7 @@ def test_a_changed_program_is_refused() -> None:
         ),
         (("--formats", "onnx", "--chunk_seconds", "nan"), "--chunk_seconds: expected 0 to 60, found nan"),
         (("--card", "nowhere.yaml"), "nowhere.yaml"),
+        (("--out", "o\udcff"), r"--out o\\udcff: its name is not UTF-8"),
     ],
 )
 def test_wrong_flags(flags: tuple[str, ...], message: str, tmp_path: Path, monkeypatch, capsys) -> None:

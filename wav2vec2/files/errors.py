@@ -3,6 +3,7 @@
 import re
 import reprlib
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 
@@ -56,6 +57,14 @@ def visible(text: str, keep: str = "") -> str:
 def markdown(text: str) -> str:
     """Return ``text`` on one line, in which nothing is Markdown or HTML."""
     return _MARKDOWN.sub(r"\\\g<0>", visible(" ".join(text.split()))).replace("<", "&lt;")
+
+
+def check_utf8(option: str, path: Path) -> None:
+    """Refuse a path that is not UTF-8, where a library is to write (TensorBoard, safetensors, onnxruntime)."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} {path}: its name is not UTF-8, which libraries cannot write to; rename it") from None
 
 
 def one_line(error: Exception) -> str:
