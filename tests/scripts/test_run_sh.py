@@ -172,7 +172,7 @@ def test_config_of_an_editor_on_windows(tmp_path, mark, line_end):
     config.write_bytes((mark + line_end.join(lines)).encode())
     distill, *_ = commands(config)
     assert value(distill, "--seed") == "4" and value(distill, "--exp_dir") == "my exp" and "--compile" in distill
-    assert "\r" not in "".join(sum(commands(config), []))
+    assert r"\r" not in str(commands(config))
 
 
 @pytest.mark.parametrize(
