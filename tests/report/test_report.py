@@ -303,7 +303,7 @@ def test_hostile_text_is_text(tmp_path):
 
 
 def test_names_that_cannot_be_seen(tmp_path):
-    """A name that is not UTF-8, or steers what shows it, is there as text; so is one that matplotlib would leave out."""
+    """A name that is not UTF-8, or would steer a terminal, is there as text; so is one that matplotlib leaves out."""
     exp_dir, name = tmp_path / "exp\udcff", "_a$x$\u202e\udcff\x9b"
     write_stage(exp_dir, {"settings": {"model": name}}, {name: name})
     write_log(exp_dir / "csv/version_0/metrics.csv", LOG)
