@@ -1,16 +1,17 @@
 """Shared by every script around its ``main``: one-line errors, quiet Ctrl-C, honest exit status, progress."""
 
 import argparse
+import contextlib
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from wav2vec2.files.errors import UserError
+from wav2vec2.files.errors import UserError, visible
 
 # Seconds between the lines of a progress bar in a log file.
 LOG_SECONDS = 30.0
@@ -26,6 +27,19 @@ class Interrupted(Exception):
 
 class AllProcessesError(UserError):
     """An error that all processes of a run raise together, so that the first one can speak for all."""
+
+
+class _VisibleOutput:
+    """A stream that shows what would steer the terminal: text from files is part of what scripts print."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(visible(text, keep="\n\t"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -48,21 +62,22 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     Expected errors are :class:`UserError` and ``OSError`` (a missing file, a full disk). Anything
     else is a defect of the program and keeps its traceback. A signal exits 128 plus its number, as shells count.
     """
-    # A file name on Linux is bytes, which UTF-8 need not hold: printing it must not end a run.
+    # The terminal's encoding need not have all of Unicode: printing a file name must not end a run.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main(args)
+        with contextlib.redirect_stdout(_VisibleOutput(sys.stdout)):
+            main(args)
     except Interrupted as stop:
         _leave_unless_first()
-        print(stop, file=sys.stderr)
+        print(visible(str(stop)), file=sys.stderr)
         sys.exit(128 + stop.signum)
     except (UserError, OSError) as error:
         if isinstance(error, AllProcessesError):
             _leave_unless_first()
         if args.debug:
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + visible(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -83,7 +98,7 @@ def _leave_unless_first() -> None:
 
 def print_line(message: str) -> None:
     """Print a line on stderr without breaking a progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(visible(message), file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -92,6 +107,7 @@ def progress(items: Iterable | None, desc: str, **options: Any) -> tqdm:
 
     The bar goes over ``items``; with None it is moved by hand. ``options`` are those of ``tqdm``.
     """
+    desc = visible(desc)
     if sys.stderr.isatty():
         return tqdm(items, desc, dynamic_ncols=True, **options)
     # tqdm's own thread would write a line at least every maxinterval.

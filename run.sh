@@ -54,9 +54,15 @@ make_student=()   # flags of make_student.py, which makes the student from stude
 finetune_first=() # flags of finetune.py, which makes teacher and student from teacher_ckpt
 finetune=()       # flags of finetune.py for the compressed model
 known=$(compgen -v)
-source "$(realpath "$conf")"
+if LC_ALL=C grep -q -e $'\r$' -e $'^\xef\xbb\xbf' "$conf"; then # from an editor on Windows
+    source <(LC_ALL=C sed $'1s/^\xef\xbb\xbf//; s/\r$//' "$conf")
+else
+    source "$(realpath "$conf")"
+fi
 unknown=$(compgen -v | grep -vxF -e known -e _ -e PIPESTATUS -f <(echo "$known")) && fail "$conf: unknown:" $unknown
 eval "$environment"
+[[ "$exp_dir$tsv_dir$teacher_ckpt$student_ckpt${shared[*]}${distill[*]}${final[*]}" != *$'\r'* ]] ||
+    fail "$conf: a file that it sources has line ends of Windows, expected those of Unix: sed -i 's/\r$//' FILE"
 : "${exp_dir:?$conf does not set it}"
 [[ " ${shared[*]} ${distill[*]} ${final[*]}" == *" --task_tsv"* ]] || : "${tsv_dir:?$conf does not set it}"
 : "${teacher_ckpt:?$conf does not set it}"

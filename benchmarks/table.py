@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import cli
 from evaluation.tables import results_of
-from wav2vec2.files.errors import UserError
+from wav2vec2.files.errors import UserError, markdown
 from wav2vec2.files.storage import atomic_path, read_json
 
 NOTES = """
@@ -94,7 +94,8 @@ def table(groups: Sequence[Sequence[Run]]) -> str:
     """Make the table in Markdown: a line for each group."""
     scores = dict.fromkeys(name for group in groups for run in group for name in run.values)
     columns = [*COSTS, *(name for name in scores if name not in (*COSTS, "quality")), "quality"]
-    lines = [["", "off", *columns, "seeds"], ["---"] * (len(columns) + 3)]
+    names = [markdown(name).replace("|", r"\|") for name in columns]
+    lines = [["", "off", *names, "seeds"], ["---"] * (len(columns) + 3)]
     for group in groups:
         row, size, _ = group[0]
         found = {name: [run.values[name] for run in group if name in run.values] for name in columns}

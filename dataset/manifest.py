@@ -4,6 +4,7 @@ The root folder is on the first line; each other line is ``relative path<TAB>sam
 """
 
 import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +13,37 @@ import numpy as np
 from wav2vec2.files.errors import UserError, short_repr
 
 
+class Paths:
+    """Paths in one buffer, by number.
+
+    Loader processes share it. Each would end up with its own copy of a list (33 MB for 300,000 files), because every
+    str counts its references inside itself. In an array of str, each path would take the memory of the longest.
+    """
+
+    def __init__(self, paths: Collection[str]) -> None:
+        encoded = [path.encode(errors="surrogateescape") for path in paths]
+        self._buffer = b"".join(encoded)
+        sizes = np.array([len(path) for path in encoded])
+        self._ends = np.cumsum(sizes)
+        self._starts = self._ends - sizes
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        return self._buffer[self._starts[index] : self._ends[index]].decode(errors="surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The utterances of one split."""
 
     path: Path  # the manifest itself
     root: Path  # the folder that paths start from
-    # (N,) str, the audio files. Loader processes share an array. Each would end up with its own copy of a list (33 MB
-    # for 300,000 files), because every str counts its references inside itself.
-    paths: np.ndarray
+    paths: Paths  # the N audio files
     lengths: np.ndarray  # (N,) int64, samples at 16 kHz
 
     def full_path(self, index: int) -> str:
@@ -62,4 +85,4 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
             lengths.append(int(count))
     if not lengths:
         raise UserError(f"{path}: no utterance is listed, expected one a line below the root folder")
-    return Manifest(path, Path(root), np.array(list(line_numbers)), np.array(lengths, dtype=np.int64))
+    return Manifest(path, Path(root), Paths(line_numbers), np.array(lengths, dtype=np.int64))

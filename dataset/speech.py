@@ -38,10 +38,10 @@ def check_files(manifest: Manifest, sample: int = 256) -> dict[str, str]:
         except AudioError as error:
             bad_files[path] = str(error)
     if len(bad_files) > len(chosen) // 2:
-        raise UserError(
-            f"{manifest.path}: {len(bad_files)} of {len(chosen)} files looked at cannot be used, the first: "
-            f"{next(iter(bad_files.values()))}; the corpus has moved or changed, run prepare_data.py again"
-        )
+        first = next(iter(bad_files.values()))
+        advice = "" if "prepare_data.py" in first else "; the corpus has moved or changed, run prepare_data.py again"
+        num_bad = f"{len(bad_files)} of {len(chosen)} files looked at"
+        raise UserError(f"{manifest.path}: {num_bad} cannot be used, the first: {first}{advice}")
     return bad_files
 
 

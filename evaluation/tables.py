@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from labels.lists import TEXT
 from wav2vec2.config import unit_counts
-from wav2vec2.files.errors import UserError
+from wav2vec2.files.errors import UserError, visible
 from wav2vec2.files.storage import read_json
 
 # The hub's names for metrics; others are written with underscores.
@@ -40,12 +40,12 @@ class Table(NamedTuple):
 
     def __str__(self) -> str:
         """Align the first column to the left and the others to the right, above the notes."""
-        lines = [self.header, *self.rows]
+        lines = [[visible(cell) for cell in line] for line in (self.header, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join([line[0].ljust(widths[0]), *(map(str.rjust, line[1:], widths[1:]))]).rstrip() for line in lines
         ]
-        return "\n".join([f"{self.title}:", *text, *self.notes])
+        return "\n".join([f"{self.title}:", *text, *map(visible, self.notes)])
 
 
 @contextmanager

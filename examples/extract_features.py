@@ -11,11 +11,8 @@ skipped: call the command again after an interruption. Files that cannot be used
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-from tqdm import tqdm
 
 import cli
 import wav2vec2
@@ -110,7 +107,7 @@ def extract_all(args: argparse.Namespace, jobs: dict[Path, Path]) -> Iterator[tu
     shown = cli.progress(results, "extracting", total=len(jobs))
     for number, ((out, audio), features) in enumerate(zip(jobs.items(), shown, strict=True)):
         if features is None:
-            tqdm.write(reasons[number], file=sys.stderr)
+            cli.print_line(reasons[number])
             yield audio, reasons[number]
             continue
         if features.dtype == torch.bfloat16:  # numpy has none

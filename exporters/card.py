@@ -1,6 +1,7 @@
 """Writes the README.md of an exported model: contents, loading, measurements, origin.
 
-The text is in card.md, a template in the form of huggingface_hub's own model cards.
+The text is in card.md, a template in the form of huggingface_hub's own model cards. What comes from files goes through
+``text`` there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.config import is_wavlm, unit_counts
-from wav2vec2.files.errors import UserError, listed
+from wav2vec2.files.errors import UserError, listed, markdown, single_line
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.task_model import CLIPS, SEGMENTS, TEXT, TaskModel
 
@@ -64,6 +65,8 @@ def card_text(
     card = ModelCard.from_template(
         ModelCardData(**data),
         str(Path(__file__).with_name("card.md")),
+        text=markdown,
+        single_line=single_line,
         title=data["model_name"],
         base_model=_as_list(metadata.get("base_model")),
         datasets=_as_list(metadata.get("datasets")),

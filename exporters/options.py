@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wav2vec2.files.errors import UserError, one_line, short_repr
+from wav2vec2.files.errors import UserError, check_utf8, one_line, short_repr
 
 # By format, the library that the hub names for it.
 FORMATS = {"huggingface": "transformers", "onnx": "onnx"}
@@ -63,6 +63,7 @@ def check_flags(args: argparse.Namespace) -> list[str]:
             problem = "nothing is measured on it; give --int8 or --chunk_seconds, too"
         if problem:
             raise UserError(f"--{name}: {problem}")
+    check_utf8("--out", args.out)
     for folder in [args.out / name for name in formats]:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(

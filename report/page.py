@@ -96,7 +96,7 @@ def write_report(exp_dir: Path, evaluated: Path | None = None) -> tuple[Path, li
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
-        # Text from files may hold characters that steer a terminal.
+        # Text from files may hold characters that cannot be seen, or no UTF-8.
         finalize=lambda value: single_line(value, 2000) if type(value) is str else value,
     )
     page = environment.get_template(PAGE).render(

@@ -166,7 +166,8 @@ def methods(lines: Mapping[str, Sequence[Point]], title: str) -> Picture:
     with _drawing({"figure.figsize": (7.2, 4.8), "figure.subplot.right": 0.75}) as (figure, axes):
         # Colours come again with other markers.
         for (marker, colour), (name, points) in zip(product(MARKERS, COLOURS), lines.items(), strict=False):
-            label = single_line(name, 60).replace("$", r"\$")  # one line, and no formula of matplotlib's
+            # One line, and neither a formula of matplotlib's nor a label that its legend leaves out.
+            label = re.sub("^_", " _", single_line(name, 60)).replace("$", r"\$")
             costs, means, lowest, highest = zip(*sorted(points), strict=True)
             spread = [np.subtract(means, lowest), np.subtract(highest, means)]
             style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2, "lw": 1}

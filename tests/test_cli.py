@@ -1,8 +1,12 @@
-"""Progress in log files and on terminals."""
+"""Progress in log files and on terminals; text from files on terminals."""
+
+import argparse
+import sys
 
 import pytest
 
 import cli
+from wav2vec2.files.errors import UserError
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -24,3 +28,38 @@ def test_progress_fills_no_log_file(is_terminal, monkeypatch, capsys):
     else:
         assert lines(0.05) == 0
         assert 4 <= lines(0.5) <= 10  # 200 s
+
+
+# A title of the terminal, a line that overwrites another, a direction that is turned round, half a surrogate pair.
+STEERING = "\x1b]0;PWNED\a\r\x9b2J\u202egpj.\u2066\udcff"
+SHOWN = r"\x1b]0;PWNED\x07\r\x9b2J\u202egpj.\u2066\udcff"
+ORDINARY = "Zoë\u00a05\u202f% 聲\u3000می\u200cخواهم 👩\u200d🔬 e\u0301 \\x1b"
+
+
+def test_text_from_files_is_shown(capsys, monkeypatch):
+    """Whatever a script prints goes to the terminal as text; other languages stay as they are."""
+    text = ORDINARY + STEERING
+
+    def main(args: argparse.Namespace) -> None:
+        print(f"{text}\n\t{text}", flush=True)
+        cli.print_line(text)
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+        list(cli.progress([1], text))
+        raise UserError(f"{text}\n{text}")
+
+    stdout = sys.stdout
+    with pytest.raises(SystemExit):
+        cli.run(main, argparse.Namespace(debug=False))
+    assert sys.stdout is stdout
+    shown, printed = ORDINARY + SHOWN, capsys.readouterr()
+    assert printed.out == f"{shown}\n\t{shown}\n"
+    on_one_line = " ".join(ORDINARY.split()) + SHOWN.replace(r"\r", " ")
+    assert printed.err.startswith(f"{shown}\n\r{shown}:")
+    assert printed.err.endswith(f"\nerror: {on_one_line} {on_one_line}\n")
+
+    def interrupted(args: argparse.Namespace) -> None:
+        raise cli.Interrupted(15, text)
+
+    with pytest.raises(SystemExit):
+        cli.run(interrupted, argparse.Namespace(debug=False))
+    assert capsys.readouterr().err == f"{shown}\n"

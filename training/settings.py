@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from labels.lists import UNITS
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
 from wav2vec2.config import PRUNING_UNITS
-from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.files.errors import UserError, check_utf8, short_repr
 from wav2vec2.files.storage import read_json
 
 # The published number of GPUs of one node (run.sh), place of the teacher and sparsity.
@@ -364,6 +364,7 @@ class MachineSettings(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_utf8("--exp_dir", self.exp_dir)
         resumed = self.resume_checkpoint
         if resumed not in (None, AUTO) and not Path(str(resumed)).is_file():
             raise UserError(f"--resume_checkpoint: {resumed} does not exist; give a .ckpt of a run, or {AUTO}")

@@ -113,6 +113,12 @@ def checked_audio(
             is_exact = file.format in _EXACT_FORMATS and file.subtype in _EXACT_ENCODINGS
             if not is_exact or file.frames == _UNKNOWN_LENGTH:
                 file.seekable = lambda: False  # or soundfile itself would seek, after every read
+            at_16k = num_samples_at_16k(file.frames, file.samplerate)
+            if length == file.frames != at_16k:
+                problem = (
+                    f"{length} samples, counted at its own rate of {file.samplerate} Hz, expected {at_16k} at 16 kHz"
+                )
+                raise AudioError(f"{path}: is listed with {problem}; write the manifest with prepare_data.py")
             if length is not None and (stated := stated_length(file)) not in (None, length):
                 problem = f"{stated} samples long (at 16 kHz), expected {length} as it was listed"
                 raise AudioError(f"{path}: is {problem}: the file has changed since")

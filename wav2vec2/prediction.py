@@ -19,7 +19,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .audio import SAMPLE_RATE
-from .files.errors import UserError, single_line
+from .files.errors import UserError, visible
 
 # Functions import what needs torch, so that the command refuses a wrong flag first.
 if TYPE_CHECKING:
@@ -127,14 +127,14 @@ def _stretches(model: "TaskModel", best: list[int]) -> list[Stretch]:
 
 
 def lines(path: str, found: Prediction) -> list[str]:
-    """Return the lines to write for one file; control characters in labels become question marks."""
+    """Return the lines to write for one file, as :func:`~.files.errors.visible` shows them."""
     if isinstance(found, str):
         rows = [[found]]
     elif isinstance(found, Labelled):
         rows = [[found.label, f"{found.probability:.4f}"]]
     else:
         rows = [[f"{start:.3f}", f"{end:.3f}", label] for start, end, label in found]
-    return ["\t".join([path, *(single_line(field, len(field)) for field in row)]) for row in rows]
+    return ["\t".join([visible(path), *(visible(" ".join(field.split())) for field in row)]) for row in rows]
 
 
 def parse_args() -> argparse.Namespace:
@@ -153,13 +153,13 @@ def main() -> int:
     from .inference import load
 
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding need not have all of Unicode
     status = 0
 
     def report(_: int | None, error: Exception) -> None:
         nonlocal status
         status = 1
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + visible(" ".join(str(error).split())), file=sys.stderr)
 
     try:
         model = load(args.model, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -247,6 +247,10 @@ def test_table_of_labels(tmp_path, monkeypatch):
     assert (found["off"], found["seeds"], found["quality"]) == ("0.9", "2", "")
     assert not list(tmp_path.glob("*.svg"))
 
+    write(tmp_path / "by_task-<b>|_\n-0.9-0/finetuned/finetuned.json", test={"metric": "accuracy", "value": 5})
+    run_script(monkeypatch, "benchmarks.table", tmp_path)
+    assert r"| &lt;b>\|\_ : accuracy |" in (tmp_path / "table.md").read_text()
+
 
 def test_bad_folders(out, tmp_path, monkeypatch, capsys):
     write(out / "exact.json", models=[entry("DPHuBERT", 1, 0.1, {}, 1)], controls={})

@@ -1,5 +1,6 @@
 """Reading a manifest: what is tolerated, and the error of everything else."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,24 @@ def test_manifest_is_read(tmp_path, contents, root, rows):
     path.write_bytes(contents)
     manifest = read_manifest(path)
     assert manifest.path == path and manifest.root == Path(root)
-    assert dict(zip(manifest.paths.tolist(), manifest.lengths.tolist(), strict=True)) == rows
+    assert dict(zip(manifest.paths, manifest.lengths.tolist(), strict=True)) == rows
     assert manifest.full_path(0) == f"{root}/{next(iter(rows))}"
-    # Both are arrays: of lists, each loader process would come to hold a copy.
-    assert isinstance(manifest.paths, np.ndarray) and manifest.paths.dtype.kind == "U"
+    assert [manifest.paths[index] for index in range(len(rows))] == list(rows) and len(manifest.paths) == len(rows)
+    assert manifest.paths[-1] == list(rows)[-1]
     assert manifest.lengths.dtype == np.int64
+
+
+def test_a_long_path_costs_itself(tmp_path):
+    """Memory is that of the paths' bytes, and of a few objects that loader processes share."""
+    names = [f"train/{number}.flac" for number in range(20_000)]
+    names.insert(7, "ä" * 1500 + ".flac")
+    (tmp_path / "train.tsv").write_text("/root\n" + "".join(f"{name}\t5\n" for name in names), encoding="utf-8")
+    manifest = read_manifest(tmp_path / "train.tsv")
+    assert list(manifest.paths) == names
+    assert len(pickle.dumps(manifest)) < 1_000_000
+    assert list(pickle.loads(pickle.dumps(manifest)).paths) == names
+    # Of a list of str, each loader process would come to hold a copy.
+    assert all(isinstance(part, (bytes, np.ndarray)) for part in vars(manifest.paths).values())
 
 
 def test_absolute_path_needs_no_root(tmp_path):

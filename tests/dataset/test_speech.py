@@ -13,7 +13,7 @@ from torchaudio.functional import resample
 from dataset.batches import BatchSampler, Crop, make_batches
 from dataset.manifest import Manifest, read_manifest
 from dataset.speech import MAX_REPLACEMENTS, SpeechDataset, check_files
-from wav2vec2.audio import SAMPLE_RATE, AudioError, num_samples_at_16k, read_audio
+from wav2vec2.audio import SAMPLE_RATE, AudioError, checked_audio, num_samples_at_16k, read_audio
 from wav2vec2.files.errors import UserError
 
 
@@ -250,6 +250,25 @@ def test_a_corpus_that_has_moved_or_changed(tmp_path):
     with pytest.raises(UserError, match=r"train\.tsv: 4 of 6 .*0\.flac: no such.* has moved or changed, run") as error:
         check_files(manifest)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("suffix", "rate"), [("flac", 44_100), ("mp3", 8_000), ("wav", 48_000)])
+def test_a_manifest_that_counts_at_the_files_own_rate(tmp_path, suffix, rate):
+    """Other programs' manifests have the same form; the files have not changed."""
+    for number in range(3):
+        soundfile.write(tmp_path / f"{number}.{suffix}", noise(20_000), rate)
+    counts = [soundfile.info(tmp_path / f"{number}.{suffix}").frames for number in range(3)]
+    rows = "".join(f"{number}.{suffix}\t{count}\n" for number, count in enumerate(counts))
+    (tmp_path / "train.tsv").write_text(f"{tmp_path}\n{rows}")
+    with pytest.raises(
+        UserError, match=rf"train\.tsv: 3 of 3 .*own rate of {rate} Hz, expected .*prepare_data"
+    ) as error:
+        check_files(read_manifest(tmp_path / "train.tsv"))
+    assert "changed" not in str(error.value)
+    # Of one sample, both counts are the same.
+    soundfile.write(tmp_path / "one.flac", noise(1), 44_100)
+    with checked_audio(tmp_path / "one.flac", 1):
+        pass
 
 
 def test_root_that_has_moved(tmp_path):

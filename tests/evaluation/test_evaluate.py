@@ -11,7 +11,7 @@ import soundfile
 import torch
 from helpers import REPOSITORY, error_line, one_layer_config, run_script, run_to_exit, save_small_model, task_contents
 
-from evaluation.tables import card_metrics, evaluation_tables, model_of_shape
+from evaluation.tables import Table, card_metrics, evaluation_tables, model_of_shape
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
 from wav2vec2.model import wav2vec2_model
@@ -162,6 +162,19 @@ def test_own_heads_are_scored_beside_the_probes(files, corpus, monkeypatch, caps
     for model in results["models"]:
         del model["head"]  # as older results are
     assert "Own heads" not in [table.title for table in evaluation_tables(results)]
+
+
+def test_tables_show_names_as_text():
+    """Names keep their columns, whatever they hold."""
+    table = Table("T", ["", "a\nb"], [["\x1b[2J\n", "1"], ["聲\udcff", "22"]], ["\u202e"])
+    width = len(r"\x1b[2J\n")
+    assert str(table).splitlines() == [
+        "T:",
+        " " * width + r"  a\nb",
+        r"\x1b[2J\n" + "     1",
+        r"聲\udcff".ljust(width) + "    22",
+        r"\u202e",
+    ]
 
 
 def test_names_of_files_that_are_called_alike(files, corpus, monkeypatch):

@@ -28,6 +28,7 @@ from helpers import (
     small_config,
 )
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from torch import Tensor
 
 from evaluation import backends
@@ -314,6 +315,46 @@ def test_card(tmp_path: Path) -> None:
     assert "target_sparsity" not in card.text  # it was None
 
 
+# What would be Markdown or HTML, steer a terminal, or is no UTF-8; and how it is shown.
+FOREIGN = "`x` \n\n# PWNED\n\n---\n<b>&lt; ![x](y://z) **b** _i_ ~~s~~ {{ 7 * 7 }}\x1b[2J\u202e\udcff snake_case"
+SHOWN = r"`x` # PWNED --- <b>&lt; ![x](y://z) **b** _i_ ~~s~~ {{ 7 * 7 }}\x1b[2J\u202e\udcff snake_case"
+
+
+def rendered(card: str) -> tuple[str, set[str]]:
+    """The text of a card as a reader sees it, and the kinds of what it is made of."""
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(ModelCard(card).text)
+    inline = [part for token in tokens for part in token.children or []]
+    kinds = {token.tag or token.type for token in (*tokens, *inline)}
+    return "\n".join(part.content for part in inline if part.type in ("text", "text_special", "code_inline")), kinds
+
+
+def test_text_from_files_is_no_markdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names, labels and settings of a stranger's file are shown in the card as they are, and mean nothing there."""
+    head = Head("clips", (FOREIGN, "#1"), layers="last", pooling="mean")
+    made_by = {FOREIGN: FOREIGN, 7: [FOREIGN], "script": "a_b.py"}
+    name, out = "# <b> _i_ \udcff\n# PWNED", tmp_path / "# <b> _o_"
+    contents = contents_with_head(head, small_config("hubert", "base"))
+    checkpoint.save(tmp_path / f"{name}.pth", {**contents, "made_by": made_by})
+    run_script(monkeypatch, "export", "--model", tmp_path / f"{name}.pth", "--out", out)
+    readme = (out / "huggingface" / "README.md").read_text(encoding="utf-8")
+    assert "- made by, script: `a_b.py`" in readme
+
+    facts = {"model_class": "AutoModel", "own_code": True, "measured": ["same"]}
+    plain = card_text(random_model(small_config("hubert")), "huggingface", {}, **facts)
+    score = {"task_type": "x", "dataset_type": FOREIGN, "dataset_name": FOREIGN}
+    score |= {"metric_type": FOREIGN, "metric_name": FOREIGN, "metric_value": 91.5}
+    metadata = {"model_name": FOREIGN, "base_model": FOREIGN, "datasets": [FOREIGN]}
+    scored = card_text(random_model(small_config("hubert")), "huggingface", metadata, [score], **facts)
+    for text, shown in ((readme, ["# <b> _o_", r"# <b> _i_ \udcff # PWNED", SHOWN[:80]]), (scored, [SHOWN] * 5)):
+        seen, kinds = rendered(text)
+        joined = seen.replace("\n", "")
+        for words in shown:
+            assert words in joined
+            joined = joined.replace(words, "", 1)
+        assert kinds <= rendered(plain)[1] | {"text_special"}
+        assert not re.search("[\x1b\u202e]|^# PWNED|<b", text.split("\n---\n", 1)[1], re.MULTILINE)
+
+
 def test_card_without_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The card says in words what it does not know."""
     config = small_config("hubert", "large")
@@ -365,6 +406,7 @@ def test_a_changed_program_is_refused() -> None:
         ),
         (("--formats", "onnx", "--chunk_seconds", "nan"), "--chunk_seconds: expected 0 to 60, found nan"),
         (("--card", "nowhere.yaml"), "nowhere.yaml"),
+        (("--out", "o\udcff"), r"--out o\\udcff: its name is not UTF-8"),
     ],
 )
 def test_wrong_flags(flags: tuple[str, ...], message: str, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -302,6 +302,17 @@ def test_hostile_text_is_text(tmp_path):
     assert read_experiment(exp_dir).notes == []
 
 
+def test_names_that_cannot_be_seen(tmp_path):
+    """A name that is not UTF-8, or would steer a terminal, is there as text; so is one that matplotlib leaves out."""
+    exp_dir, name = tmp_path / "exp\udcff", "_a$x$\u202e\udcff\x9b"
+    write_stage(exp_dir, {"settings": {"model": name}}, {name: name})
+    write_log(exp_dir / "csv/version_0/metrics.csv", LOG)
+    page = Page(page_of(exp_dir, results(name, name)))
+    shown = r"_a$x$\u202e\udcff\x9b"
+    assert rf" {shown}" in pictures.methods({name: [pictures.Point(1, 2, 1, 3)]}, "size").svg
+    assert page.text.count(shown) >= 8 and r"exp\udcff" in page.text and name not in page.text
+
+
 # --- logs and pictures -----------------------------------------------------------------------------
 
 

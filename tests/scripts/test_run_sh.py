@@ -157,6 +157,24 @@ def test_by_the_task_alone(tmp_path):
     assert not (tmp_path / "exp").exists()
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_config_of_an_editor_on_windows(tmp_path, mark, line_end):
+    lines = [
+        "source conf/demo.conf",
+        "exp_dir='my exp'",
+        "shared+=(",
+        "    --seed 4 # a word",
+        ")",
+        "distill+=(--compile)",
+    ]
+    config = tmp_path / "my own.conf"
+    config.write_bytes((mark + line_end.join(lines)).encode())
+    distill, *_ = commands(config)
+    assert value(distill, "--seed") == "4" and value(distill, "--exp_dir") == "my exp" and "--compile" in distill
+    assert r"\r" not in str(commands(config))
+
+
 @pytest.mark.parametrize(
     ("contents", "flags", "message"),
     [
@@ -166,6 +184,7 @@ def test_by_the_task_alone(tmp_path):
         ("source conf/demo.conf\nprunes=no\n", [], "{config}: expected true or false, and one of them true"),
         ("source conf/demo.conf\nprunes=false\ndistills_on=false\n", [], "found prunes=false distills_on=false"),
         (None, [], "{config}: no such config"),
+        ("source conf/demo.conf\nsource <(printf 'shared+=(\\r\\n--seed 4\\r\\n)')\n", [], "has line ends of Windows"),
         ("source conf/demo.conf\n", ["--exp_dir", "x"], "--exp_dir: all stages would take it; set exp_dir=..."),
     ],
 )

@@ -202,6 +202,11 @@ def test_required_flags():
     assert required == {"student_ckpt"}
 
 
+def test_a_folder_that_libraries_cannot_write_to():
+    with pytest.raises(UserError, match="--exp_dir e\udcff: its name is not UTF-8"):
+        MachineSettings(accelerator="cpu", exp_dir=Path("e\udcff"))
+
+
 def test_padding_is_not_compiled(monkeypatch):
     args = parse(distill, monkeypatch, "--task_tsv", "labels.tsv", "--compile")
     with pytest.raises(UserError, match="--compile: batches of --task_tsv have padding"):

@@ -95,6 +95,22 @@ def test_command(tmp_path, monkeypatch, capsys, head):
     assert run(monkeypatch, path, *paths) == 0
 
 
+def test_command_shows_labels_and_paths_as_text(tmp_path, monkeypatch, capsys):
+    """A label or a file name of a stranger's does not steer the terminal, or make fields and lines of its own."""
+    label = "\x1b[2J\tz\r\n\u202eo聲\udcff"
+    head = Head("clips", (label, label + "2"), layers="last", pooling="mean")
+    checkpoint.save(tmp_path / "model.pth", task_contents(head, "hubert", "large"))
+    path = tmp_path / "\x1b[2J\t\n  \u202e.wav"
+    soundfile.write(path, random_waveforms(900)[0][0].numpy(), SAMPLE_RATE)
+    (bad := tmp_path / "\x1b.wav").write_text("no audio")
+    assert run(monkeypatch, tmp_path / "model.pth", bad, path) == 1
+    printed = capsys.readouterr()
+    name, shown, _ = printed.out.split("\t")
+    assert name == rf"{tmp_path}/\x1b[2J\t\n  \u202e.wav"
+    assert shown.removesuffix("2") == r"\x1b[2J z \u202eo聲\udcff" and printed.out.count("\n") == 1
+    assert r"/\x1b.wav: cannot be decoded" in printed.err and "\x1b" not in printed.err
+
+
 def test_command_names_a_model_without_a_head(tmp_path, monkeypatch, capsys):
     path = save_small_model(tmp_path / "model.pth", "hubert", "base")
     assert run(monkeypatch, path, tmp_path / "a.wav") == 1

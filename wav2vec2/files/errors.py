@@ -1,6 +1,9 @@
-"""The exception for errors that a user can mend, and helpers that show the contents of files in its messages."""
+"""The exception for errors that a user can mend, and helpers that show text from files: in messages, in Markdown."""
 
+import re
 import reprlib
+import unicodedata
+from pathlib import Path
 from typing import Any
 
 
@@ -23,6 +26,9 @@ class _ShortRepr(reprlib.Repr):
         return super().repr_int(x, level) if x.bit_length() < 512 else "<a number of over 150 digits>"
 
 
+# An underscore between letters, as in file_name, is none of Markdown's.
+_MARKDOWN = re.compile(r"[\\`*\[\]&$~]|(?<![^\W_])_|_(?![^\W_])|^[#+>-]")
+
 _SHORT_REPR = _ShortRepr()
 _SHORT_REPR.maxlevel, _SHORT_REPR.maxstring, _SHORT_REPR.maxother = 3, 60, 60
 
@@ -33,8 +39,32 @@ def short_repr(value: Any) -> str:
 
 
 def single_line(text: str, most: int = 200) -> str:
-    """Return the first ``most`` characters of ``text`` on one line; control characters become question marks."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text[: 2 * most].split()))[:most]
+    """Return the first ``most`` characters of ``text`` on one line, as :func:`visible` shows them."""
+    return visible(" ".join(text[: 2 * most].split()))[:most]
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Return ``text`` with escapes such as ``\\x1b`` for what steers a terminal, cannot be seen, or is not UTF-8.
+
+    The characters of ``keep`` stay. So do spaces of other widths, and the joiners of Persian, Hindi and emoji.
+    """
+    keep += "\u200c\u200d"
+    return "".join(
+        c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in text
+    )
+
+
+def markdown(text: str) -> str:
+    """Return ``text`` on one line, in which nothing is Markdown or HTML."""
+    return _MARKDOWN.sub(r"\\\g<0>", visible(" ".join(text.split()))).replace("<", "&lt;")
+
+
+def check_utf8(option: str, path: Path) -> None:
+    """Refuse a path that is not UTF-8, where a library is to write (TensorBoard, safetensors, onnxruntime)."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} {path}: its name is not UTF-8, which libraries cannot write to; rename it") from None
 
 
 def one_line(error: Exception) -> str:

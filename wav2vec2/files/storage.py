@@ -68,7 +68,7 @@ def read_json(path: Path, expected: str, advice: str = "download it again") -> d
     try:
         if (num_bytes := path.stat().st_size) > _MAX_JSON_BYTES:
             raise ValueError(f"{num_bytes:,} bytes, expected at most {_MAX_JSON_BYTES:,}")
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         reason = placeholder(path) or f"not readable as JSON ({one_line(error)}); {advice}"
         raise UserError(f"{path}: {reason}") from error

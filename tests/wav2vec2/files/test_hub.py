@@ -30,6 +30,7 @@ from exporters.huggingface import export_huggingface
 from wav2vec2.files import checkpoint, hub
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import contents_of, head_of, model_with_its_head
+from wav2vec2.files.storage import read_json
 
 
 def pruned_contents(family: str = "wavlm", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -209,6 +210,11 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     for name in ("snapshot_download", "hf_hub_download", "list_repo_files"):
         monkeypatch.setattr(huggingface_hub, name, getattr(server, name))
     return server
+
+
+def test_json_of_an_editor_on_windows(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a":\r\n1}\r\n')
+    assert read_json(tmp_path / "a.json", "settings") == {"a": 1}
 
 
 def test_download(server: Hub) -> None:
