@@ -23,7 +23,7 @@ from ..model import (
     wavlm_base,
     wavlm_large,
 )
-from .importing import DUMMY_WEIGHT, FIRST_CONV, backbone_of, normalizes_waveform, without_wrappers
+from .importing import DUMMY_WEIGHT, FIRST_CONV, backbone_of, names_of, normalizes_waveform
 
 _ENCODER_NORM = "encoder.transformer.layer_norm.weight"
 _LAYER = re.compile(r"encoder\.transformer\.layers\.(\d+)\.")
@@ -70,10 +70,7 @@ def is_torchaudio_state(state_dict: Any) -> bool:
     return (
         isinstance(state_dict, Mapping)
         and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items())
-        and all(
-            any(f".{without_wrappers(name)}".endswith(f".{key}") for name in state_dict)
-            for key in (FIRST_CONV, _ENCODER_NORM)
-        )
+        and all(names_of(key, state_dict) for key in (FIRST_CONV, _ENCODER_NORM))
     )
 
 

@@ -68,9 +68,9 @@ def stated_normalization(settings: Mapping[str, Any], rate_key: str, flag_key: s
     return normalizes
 
 
-def without_wrappers(name: str) -> str:
-    """Take ``_orig_mod.``, ``_fsdp_wrapped_module.`` and the like out of a tensor's name; a first ``module.`` stays."""
-    return _WRAPPER.sub("", name)
+def names_of(weight: str, names: Iterable[str]) -> list[str]:
+    """Return a source's names of a weight, under whatever prefixes and in whatever wrappers."""
+    return [name for name in names if f".{_WRAPPER.sub('', name)}".endswith(f".{weight}")]
 
 
 def backbone_of(
@@ -88,13 +88,12 @@ def backbone_of(
     Raises:
         UserError: there are several backbones.
     """
-    anchors = [name for name in weights if f".{without_wrappers(name)}".endswith(f".{anchor}")]
-    if len(anchors) > 1:
+    if len(anchors := names_of(anchor, weights)) > 1:
         raise UserError(f"{source}: {listed('models', anchors)}, expected one; make a file with the tensors of one")
-    prefix = without_wrappers(anchors[0]).removesuffix(anchor) if anchors else ""
+    prefix = _WRAPPER.sub("", anchors[0]).removesuffix(anchor) if anchors else ""
     kept, dropped = {}, {}
     for name, tensor in weights.items():
-        name = without_wrappers(name)
+        name = _WRAPPER.sub("", name)
         if not name.startswith(prefix):
             words, wrappers = name.split("."), prefix.split(".")
             depth = next((i for i, pair in enumerate(zip(words, wrappers, strict=False)) if pair[0] != pair[1]), 0)
