@@ -94,7 +94,7 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
 
 def found_in(folder: Path) -> str:
     """Say what lies in a folder without the wanted file, and what to do if that is another form of a model."""
-    names = sorted(path.name for path in folder.glob("*"))
+    names = sorted(path.name + ("" if path.exists() else " (a broken link)") for path in folder.glob("*"))
     advice = next((a for pattern, a in _OTHER_FORMS.items() if any(re.fullmatch(pattern, name) for name in names)), "")
     return f"found {listed('entries', names)}{advice and f', {advice}'}"
 

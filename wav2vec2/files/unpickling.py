@@ -4,7 +4,6 @@ torch's ``weights_only`` unpickler calls only the names on an allow-list. This m
 fairseq and its relatives need beyond tensors, each replaced by a stand-in that only holds data.
 """
 
-import os
 import re
 import warnings
 import zipfile
@@ -101,12 +100,10 @@ def kind_of_path(path: Path) -> str | None:
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(9)
-            file.seek(-min(path.stat().st_size, 2**16), os.SEEK_END)
-            tail = file.read()
-        if head.startswith(b"PK") and (b"/constants.pkl" in tail or b"/archive_format" in tail):  # in a zip's directory
-            return (
-                "a program (TorchScript or torch.export), not a checkpoint; give the checkpoint that it was made from"
-            )
+            file.seek(max(path.stat().st_size - 2**16, 0))
+            tail = file.read()  # with a zip's directory
+        if head[:2] == b"PK" and (b"/constants.pkl" in tail or b"/archive_format" in tail):
+            return "a program (TorchScript or torch.export), not a checkpoint; give the checkpoint that it came from"
         # The length of its header, then JSON. Files of torch.save are zip files or pickles.
         if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
             own = f"give the folder that it lies in, {path.parent}"

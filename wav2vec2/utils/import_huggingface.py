@@ -241,5 +241,5 @@ def _weight_paths(directory: Path) -> list[Path]:
                 problem = f"names the shard {short_repr(name)}, which is not beside it"
                 raise UserError(f"{index}: {problem}; download the whole model")
         return [directory / name for name in names]
-    expected = f"{' or '.join(_WEIGHT_FILES)}, or their shards with an index"
-    raise UserError(f"{directory}: no weights; expected {expected}, {found_in(directory)}")
+    expected = f"expected {' or '.join(_WEIGHT_FILES)}, or their shards with an index, {found_in(directory)}"
+    raise UserError(f"{directory}: no weights; {expected}")

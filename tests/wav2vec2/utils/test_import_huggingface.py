@@ -548,6 +548,15 @@ def test_folder_without_usable_weights(names: list[str], message: str, tmp_path:
         wav2vec2.load(configured)
 
 
+def test_snapshot_copied_without_its_blobs(tmp_path: Path) -> None:
+    """The hub's cache holds links."""
+    directory = copy_fixture("hubert_base", tmp_path / "model")
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").symlink_to("../../blobs/0123")
+    with pytest.raises(UserError, match=r"no weights; .*model\.safetensors \(a broken link\)"):
+        import_huggingface_model(directory)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "config.json"])
 def test_pointer_of_git_lfs(file: str, tmp_path: Path) -> None:
     directory = copy_fixture("hubert_base", tmp_path / "model")
