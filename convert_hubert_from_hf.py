@@ -1,10 +1,10 @@
-"""Convert a HuBERT, wav2vec 2.0 or WavLM from Hugging Face transformers into a model file (.pth).
+"""Convert a HuBERT, wav2vec 2.0, WavLM or UniSpeech from Hugging Face transformers into a model file (.pth).
 
     python convert_hubert_from_hf.py
     python convert_hubert_from_hf.py --model facebook/hubert-large-ll60k
     python convert_hubert_from_hf.py --model path/to/directory --out pretrained/mine.pth
 
-Heads (CTC, pre-training, classification) are left out. The outputs of the converted model are compared
+Heads and decoders are left out. The outputs of the converted model are compared
 with those of transformers before anything is written.
 """
 

@@ -646,6 +646,8 @@ def make_pair(family: str, size: str, directory: Path, **changes: Any) -> tuple[
         "hubert": (transformers.HubertConfig, transformers.HubertModel),
         "wav2vec2": (transformers.Wav2Vec2Config, transformers.Wav2Vec2Model),
         "wavlm": (transformers.WavLMConfig, transformers.WavLMModel),
+        "unispeech": (transformers.UniSpeechConfig, transformers.UniSpeechModel),
+        "unispeech-sat": (transformers.UniSpeechSatConfig, transformers.UniSpeechSatModel),
     }
     config_class, model_class = classes[family]
     theirs = model_class(config_class(**settings)).eval()

@@ -21,9 +21,12 @@ from torch import Tensor
 import wav2vec2
 from wav2vec2 import audio, inference
 from wav2vec2.audio import read_audio
+from wav2vec2.fast import plain_paths
 from wav2vec2.files import checkpoint, hub
 from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.utils.import_fairseq import import_fairseq_model
+from wav2vec2.utils.import_huggingface import fetch_huggingface_model
 
 KINDS = list(itertools.product(("hubert", "wavlm"), ("base", "large")))
 RECEPTIVE_FIELD = 60  # samples, of the small models
@@ -136,6 +139,43 @@ def test_load_refuses(tmp_path):
 
 
 # One input and several
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+@pytest.mark.parametrize(("family", "size"), KINDS)
+@torch.no_grad()
+def test_trace(tmp_path, family, size):
+    """The TorchScript program of a loaded model gives its outputs, of batches of other sizes and lengths too."""
+    model = wav2vec2.load(save_small_model(tmp_path / "model.pth", family, size))
+    with plain_paths():
+        program = torch.jit.trace(model, random_waveforms(3000, 2100))
+    torch.jit.save(program, tmp_path / "program.pt")
+    program = torch.jit.load(tmp_path / "program.pt")
+    for batch in (random_waveforms(3000, 2100), random_waveforms(900), random_waveforms(8000, 61, 5003)):
+        torch.testing.assert_close(program(*batch), model(*batch), rtol=1e-5, atol=1e-5)
+        with plain_paths():
+            output, lengths = model(*batch)
+        assert torch.equal(program(*batch)[0], output) and torch.equal(program(*batch)[1], lengths)
+
+
+class Halving(torch.nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("kind", ["traced", "scripted", "exported"])
+def test_a_program_is_no_checkpoint(tmp_path, kind):
+    path, example = tmp_path / "program.pt2", (torch.zeros(1),)
+    if kind == "exported":
+        torch.export.save(torch.export.export(Halving(), example), path)
+    else:
+        torch.jit.save(torch.jit.trace(Halving(), example) if kind == "traced" else torch.jit.script(Halving()), path)
+    for read in (wav2vec2.load, import_fairseq_model, lambda path: fetch_huggingface_model(str(path))):
+        with pytest.raises(
+            UserError, match=r"program\.pt2: a program \(TorchScript or torch\.export\), not a checkpoint"
+        ):
+            read(path)
 
 
 @pytest.mark.parametrize(("family", "size"), KINDS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_same_frames, make_pair, random_waveforms, transformers_stages
 
-FAMILIES = ["hubert", "wav2vec2", "wavlm"]
+FAMILIES = ["hubert", "wav2vec2", "wavlm", "unispeech", "unispeech-sat"]
 SIZES = ["base", "large"]
 
 

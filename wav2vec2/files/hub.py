@@ -33,6 +33,14 @@ CTC_PREFIX = "lm_head."  # transformers' "aux."
 _CONFIG_KEYS = {"head", *(field.name for family in (HubertConfig, WavLMConfig) for field in fields(family))}
 _ADVICE = "export or download it again"
 
+# Files and folders that show another form of a model -> what to do with it.
+_OTHER_FORMS = {
+    "snapshots": "a cache of the hub; give a folder in its snapshots",
+    r"checkpoint-\d+": "checkpoints of a training; give one of them",
+    "adapter_.*": "an adapter; merge it into its model (PEFT's merge_and_unload) and give what that saves",
+    r".*\.(h5|msgpack|onnx|gguf|ot|tflite|nemo)": "a model of another framework; get its weights for PyTorch",
+}
+
 
 def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
     """Read a folder that export.py wrote.
@@ -50,7 +58,7 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
         UserError: the folder is of another kind, or a file is missing or damaged.
     """
-    folder, expected = Path(folder), f"a folder with {CONFIG} and {WEIGHTS}"
+    folder, expected = Path(folder), f"a folder with {CONFIG} and {WEIGHTS}, {found_in(Path(folder))}"
     if not (folder / CONFIG).is_file() and (names := model_files(folder)):
         raise UserError(f"{folder}: a folder without {CONFIG}, {listed('model files', names)}; give one of them")
     settings = read_json(folder / CONFIG, expected, _ADVICE)
@@ -82,6 +90,13 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
         own = {name.removeprefix("head."): state_dict.pop(name) for name in names}
         contents["head"] = {**head, "state_dict": own} if isinstance(head, dict) else head
     return contents
+
+
+def found_in(folder: Path) -> str:
+    """Say what lies in a folder without the wanted file, and what to do if that is another form of a model."""
+    names = sorted(path.name + ("" if path.exists() else " (a broken link)") for path in folder.glob("*"))
+    advice = next((a for pattern, a in _OTHER_FORMS.items() if any(re.fullmatch(pattern, name) for name in names)), "")
+    return f"found {listed('entries', names)}{advice and f', {advice}'}"
 
 
 def _our_name(name: str, model_type: str | None) -> str:

@@ -92,7 +92,7 @@ def read_torch_file(path: str | PathLike) -> Any:
 
 
 def kind_of_path(path: Path) -> str | None:
-    """Describe a folder, a safetensors file or a placeholder, and what to do with it; None for all else."""
+    """Describe a folder, a safetensors file, a program or a placeholder, and what to do with it; None for all else."""
     if path.is_dir():
         own = f"give a file, {listed('in it', model_files(path))}"
         convert = f"convert it: python convert_hubert_from_hf.py --model {path}"
@@ -100,6 +100,10 @@ def kind_of_path(path: Path) -> str | None:
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(9)
+            file.seek(max(path.stat().st_size - 2**16, 0))
+            tail = file.read()  # with a zip's directory
+        if head[:2] == b"PK" and (b"/constants.pkl" in tail or b"/archive_format" in tail):
+            return "a program (TorchScript or torch.export), not a checkpoint; give the checkpoint that it came from"
         # The length of its header, then JSON. Files of torch.save are zip files or pickles.
         if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
             own = f"give the folder that it lies in, {path.parent}"

@@ -54,8 +54,8 @@ _EXTRACTOR_NAMES = {
     for mode, place in (("group_norm", "2"), ("layer_norm", "2.1"))
 }
 
-# A fine-tuned model holds the backbone under this name, and its settings under w2v_args.
-_FINE_TUNED = "w2v_encoder.w2v_model."
+# A fine-tuned model, with or without a decoder, holds the backbone under this name, and its settings under w2v_args.
+_FINE_TUNED = "encoder.w2v_model."
 
 _FAMILIES = {"hubert": "HuBERT", "wav2vec2": "wav2vec 2.0"}
 _FAMILY_BY_KEY = {"label_embs_concat": "hubert", "quantizer.vars": "wav2vec2"}
@@ -99,7 +99,7 @@ _LONGEST_EXPRESSION = 4000  # characters
 def import_fairseq_model(
     path: str | PathLike, dropouts: Dropouts | None = None, normalize_waveform: bool | None = None
 ) -> ImportedModel:
-    """Import a fairseq-format checkpoint: pre-trained, or fine-tuned with CTC (the head is left out).
+    """Import a fairseq-format checkpoint: pre-trained, or fine-tuned (head and decoder are left out).
 
     ``dropouts`` are written into the config; ``normalize_waveform`` overrides what the extractor's mode decides.
 
@@ -197,7 +197,7 @@ def _read_checkpoint(path: str | PathLike) -> tuple[Mapping[str, Any], dict[str,
         reason = f"expected the model's settings under 'cfg' or 'args', found keys {short_repr([*contents])}"
         raise UserError(f"{source}: {reason}; give a checkpoint that fairseq or WavLM's program wrote")
     settings, task = _split_settings(found_settings, f"{source}: {entry}")
-    if any(_FINE_TUNED in name for name in weights):
+    if "w2v_args" in settings or any(_FINE_TUNED in name for name in weights):
         backbone = settings.get("w2v_args")
         if not isinstance(backbone, dict):
             problem = "a fine-tuned model that does not hold its backbone's settings (w2v_args)"

@@ -1,4 +1,4 @@
-"""Imports HuBERT, wav2vec 2.0 and WavLM from Hugging Face transformers' format, with or without heads."""
+"""Imports HuBERT, wav2vec 2.0, WavLM and UniSpeech from transformers' format, with or without heads or a decoder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import wavlm_attention
 from ..files.errors import UserError, one_line, short_repr
-from ..files.hub import TRANSFORMERS_NAMES, asking_hub
+from ..files.hub import TRANSFORMERS_NAMES, asking_hub, found_in
 from ..files.storage import read_json, read_safetensors
 from ..files.unpickling import kind_of_contents, read_torch_file
 from .importing import (
@@ -34,6 +34,14 @@ FAMILIES = {
     "hubert": Family("HuBERT", "HubertModel"),
     "wav2vec2": Family("wav2vec 2.0", "Wav2Vec2Model"),
     "wavlm": Family("WavLM", "WavLMModel"),
+    "unispeech": Family("UniSpeech", "UniSpeechModel"),
+    "unispeech-sat": Family("UniSpeech-SAT", "UniSpeechSatModel"),
+}
+# What keeps out their kin.
+_OTHER_NETWORKS = {
+    "data2vec-audio": "a stack of positional convolutions",
+    "wav2vec2-conformer": "Conformer layers",
+    "wav2vec2-bert": "Conformer layers on filter banks",
 }
 
 EXTRACTOR_MODES = {"group": "group_norm", "layer": "layer_norm"}
@@ -100,10 +108,8 @@ def import_huggingface_model(
     directory = Path(directory)
     architecture = _read_architecture(directory)
     weights = _read_weights(directory)
-    adapters = [name for name in weights if "adapter" in name]
-    if adapters or (directory / "adapter_config.json").exists():
-        problem = f"an adapter ({adapters[0] if adapters else 'adapter_config.json'})"
-        raise UserError(f"{directory}: holds {problem}; convert the model that it was added to")
+    if (directory / "adapter_config.json").exists():
+        raise UserError(f"{directory}: holds an adapter (adapter_config.json); convert the model that it was added to")
     return import_weights(
         architecture, dropouts or Dropouts(), normalize_waveform, weights, TRANSFORMERS_NAMES, str(directory)
     )
@@ -135,14 +141,17 @@ def compare_with_source(imported: ImportedModel, directory: str | Path) -> float
 
 def _source_config(source: Path) -> Any:
     """Build transformers' config of the backbone alone, which fills in the settings that older files lack."""
-    settings = read_json(source, _WRITTEN_BY)
+    settings = read_json(source, f"{_WRITTEN_BY}, {found_in(source.parent)}")
+    if isinstance(settings.get("encoder"), dict):  # of a model with a decoder
+        settings = settings["encoder"]
     model_type = settings.get("model_type")
     if "encoder_embed_dim" in settings:
         raise UserError(f"{source}: describes a model of this project, which needs no conversion; give its folder")
     families = list(FAMILIES)
     if model_type not in families:
         problem = f"model_type {short_repr(model_type)}, expected one of {families}"
-        raise UserError(f"{source}: {problem}; other architectures cannot be converted")
+        reason = _OTHER_NETWORKS.get(str(model_type), "another architecture")
+        raise UserError(f"{source}: {problem}; {reason} cannot be converted")
     for name, (accepted, meaning) in ACCEPTED.items():
         found = settings.get(name, accepted)
         if found != accepted:
@@ -232,4 +241,5 @@ def _weight_paths(directory: Path) -> list[Path]:
                 problem = f"names the shard {short_repr(name)}, which is not beside it"
                 raise UserError(f"{index}: {problem}; download the whole model")
         return [directory / name for name in names]
-    raise UserError(f"{directory}: no weights; expected {' or '.join(_WEIGHT_FILES)}, or their shards with an index")
+    expected = f"expected {' or '.join(_WEIGHT_FILES)}, or their shards with an index, {found_in(directory)}"
+    raise UserError(f"{directory}: no weights; {expected}")

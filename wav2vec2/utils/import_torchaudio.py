@@ -23,7 +23,7 @@ from ..model import (
     wavlm_base,
     wavlm_large,
 )
-from .importing import DUMMY_WEIGHT, FIRST_CONV, backbone_of, normalizes_waveform
+from .importing import DUMMY_WEIGHT, FIRST_CONV, backbone_of, names_of, normalizes_waveform
 
 _ENCODER_NORM = "encoder.transformer.layer_norm.weight"
 _LAYER = re.compile(r"encoder\.transformer\.layers\.(\d+)\.")
@@ -70,7 +70,7 @@ def is_torchaudio_state(state_dict: Any) -> bool:
     return (
         isinstance(state_dict, Mapping)
         and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items())
-        and all(any(f".{name}".endswith(f".{key}") for name in state_dict) for key in (FIRST_CONV, _ENCODER_NORM))
+        and all(names_of(key, state_dict) for key in (FIRST_CONV, _ENCODER_NORM))
     )
 
 
@@ -88,7 +88,7 @@ def import_torchaudio(
     """
     if not is_torchaudio_state(state_dict):
         raise UserError(f"{source}: expected tensors under torchaudio's names ({FIRST_CONV}, ...), found others")
-    weights = our_names(state_dict)
+    weights = our_names(state_dict, source)
     if _ENCODER_NORM not in weights:
         raise UserError(f"{source}: the weights of more than one model, expected those of one")
     name, config = recognize(weights, source)
@@ -137,12 +137,12 @@ def recognize(weights: Mapping[str, Tensor], source: str) -> tuple[str, dict[str
     return network, config
 
 
-def our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def our_names(state_dict: Mapping[str, Tensor], source: str = "torchaudio weights") -> dict[str, Tensor]:
     """Rename tensors from torchaudio's names to ours; heads, targets and wrappers of the names are left out."""
     weights: dict[str, Tensor] = {}
-    prefix, kept, _ = backbone_of(state_dict, FIRST_CONV)
+    prefix, kept, _ = backbone_of(state_dict, FIRST_CONV, source)
     for name, tensor in kept.items():
-        name = name.removeprefix(prefix) if name.startswith(prefix) else f"{name} outside of {prefix}"
+        name = name.removeprefix(prefix)
         packed = _PACKED.fullmatch(name)
         if packed is None:
             weights[name] = tensor

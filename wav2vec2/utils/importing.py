@@ -12,7 +12,7 @@ from torch import Tensor
 from ..audio import SAMPLE_RATE
 from ..components import published_name, published_state
 from ..files import checkpoint
-from ..files.errors import UserError, short_repr
+from ..files.errors import UserError, listed, short_repr, single_line
 from ..model import Wav2Vec2Model, normalize_waveforms
 from .converter_flags import Dropouts
 
@@ -22,28 +22,23 @@ FIRST_CONV = "feature_extractor.conv_layers.0.conv.weight"
 
 _LARGEST_DIFFERENCE = 1e-4
 
-# Tensors beside or around a backbone that the model does not use, in any source: names, or prefixes up to a dot.
+# Tensors under a backbone's own prefix that the model does not use, in any source: names, or prefixes up to a dot.
 _LEFT_OUT = {
     "mask_emb": "replaces masked frames in pre-training",
     "masked_spec_embed": "replaces masked frames in training",
-    "mask_generator": "replaces masked frames in pre-training",
     "final_proj": "pre-training target projection",
     "label_embs_concat": "HuBERT's cluster embeddings, pre-training targets",
-    "logit_generator": "HuBERT's cluster embeddings and projection, pre-training targets",
     "quantizer": "wav2vec 2.0's codebooks, pre-training targets",
     "project_q": "wav2vec 2.0's projection of the quantised targets",
     "project_hid": "wav2vec 2.0's projection onto the pre-training targets",
     "target_glu": "gate on pre-training targets",
-    "proj": "CTC head",
     "lm_head": "CTC head",
-    "layer_weights": "classification head, weighted sum of layers",
     "projector": "classification head",
     "classifier": "classification head",
-    "tdnn": "speaker verification head (x-vector)",
-    "objective": "speaker verification loss",
 }
-# Left out around a backbone only, because the backbone has one of its own.
-_LEFT_OUT_AROUND = {"feature_extractor": "speaker verification head (x-vector), beside the backbone's own extractor"}
+
+# What torch (compile, checkpointing, FSDP) and fairscale put before the names of what they wrap, and DDP's "module.".
+_WRAPPER = re.compile(r"(?<![^.])_\w+_mod(?:ule)?\.|(?<=\.)module\.")
 
 
 class Architecture(NamedTuple):
@@ -73,36 +68,46 @@ def stated_normalization(settings: Mapping[str, Any], rate_key: str, flag_key: s
     return normalizes
 
 
-def backbone_of(weights: Mapping[str, Tensor], anchor: str) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-    """Find a backbone among a source's tensors, whatever heads and pre-training targets lie beside it or around it.
+def names_of(weight: str, names: Iterable[str]) -> list[str]:
+    """Return a source's names of a weight, under whatever prefixes and in whatever wrappers."""
+    return [name for name in names if f".{_WRAPPER.sub('', name)}".endswith(f".{weight}")]
 
-    ``anchor`` is a name that every backbone in this format has. What precedes it is the prefix of wrappers
-    (``module.``, ``model.``, ``hubert.``, ``w2v_encoder.w2v_model.``, ...).
+
+def backbone_of(
+    weights: Mapping[str, Tensor], anchor: str, source: str = "weights"
+) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+    """Find a backbone among a source's tensors, whatever lies beside it or around it.
+
+    ``anchor`` is a name that every backbone in this format has. What precedes it is the backbone's prefix
+    (``module.``, ``hubert.``, ``encoder.w2v_model.``, ...), and what has another prefix is no part of it.
 
     Returns:
-        The wrapper's prefix; the other tensors by their full names, unknown ones included, with weight normalisation
-        as in :func:`published_state`; and what was left out: source name or prefix -> reason.
+        The prefix; the tensors under it by their full names without wrappers, unknown ones included, with weight
+        normalisation as in :func:`published_state`; and what was left out: source name or prefix -> reason.
+
+    Raises:
+        UserError: there are several backbones.
     """
-    prefix = min(
-        (name.removesuffix(anchor) for name in weights if f".{name}".endswith(f".{anchor}")), key=len, default=""
-    )
-    known = {name: entry for name in weights if (entry := _left_out(name, prefix))}
-    kept = {name: tensor for name, tensor in weights.items() if name not in known}
-    return prefix, published_state(kept), dict(known.values())
+    if len(anchors := names_of(anchor, weights)) > 1:
+        raise UserError(f"{source}: {listed('models', anchors)}, expected one; make a file with the tensors of one")
+    prefix = _WRAPPER.sub("", anchors[0]).removesuffix(anchor) if anchors else ""
+    kept, dropped = {}, {}
+    for name, tensor in weights.items():
+        name = _WRAPPER.sub("", name)
+        if not name.startswith(prefix):
+            words, wrappers = name.split("."), prefix.split(".")
+            depth = next((i for i, pair in enumerate(zip(words, wrappers, strict=False)) if pair[0] != pair[1]), 0)
+            dropped[".".join(words[: depth + 1])] = f"outside of the model, {prefix}*"
+        elif known := _left_out(name.removeprefix(prefix)):
+            dropped[prefix + known] = _LEFT_OUT[known]
+        else:
+            kept[name] = tensor
+    return prefix, published_state(kept), dropped
 
 
-def _left_out(name: str, prefix: str) -> tuple[str, str] | None:
-    """Return the entry of :data:`_LEFT_OUT` that covers a tensor, with its wrappers' names, and the reason."""
-    wrappers = prefix.split(".")[:-1]
-    for depth in range(len(wrappers), -1, -1):  # a wrapper may hold a head beside the backbone, or around it
-        around = "".join(f"{part}." for part in wrappers[:depth])
-        if not name.startswith(around):
-            continue
-        known_names = _LEFT_OUT if depth == len(wrappers) else _LEFT_OUT | _LEFT_OUT_AROUND
-        for known, reason in known_names.items():
-            if f"{name}.".startswith(f"{around}{known}."):
-                return around + known, reason
-    return None
+def _left_out(name: str) -> str | None:
+    """Return the entry of :data:`_LEFT_OUT` that covers a tensor of the backbone."""
+    return next((known for known in _LEFT_OUT if f"{name}.".startswith(f"{known}.")), None)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def import_weights(
     names: Sequence[tuple[str, str]],
     source: str,
 ) -> ImportedModel:
-    """Build the model and fill it. Every parameter must be found, and every tensor used or known to be left out.
+    """Build the model and fill it. Every parameter must be found, and every tensor under its prefix be used or known.
 
     Args:
         normalize_waveform: the model expects normalised waveforms; None follows :func:`normalizes_waveform`.
@@ -150,7 +155,7 @@ def import_weights(
             f"{str(not normalizes).lower()} follows it"
         )
     expected = checkpoint.expected_state(config, source)
-    prefix, weights, dropped = backbone_of(weights, source_name(FIRST_CONV, names))
+    prefix, weights, dropped = backbone_of(weights, source_name(FIRST_CONV, names), source)
     sources = {name: prefix + source_name(name, names) for name in expected if name != DUMMY_WEIGHT}
     # Before any memory is taken for the model, whose size the source claims.
     wanted = {found: expected[name] for name, found in sources.items()}
@@ -206,7 +211,7 @@ def load_source_state(model: torch.nn.Module, weights: Mapping[str, Tensor], anc
     wanted = {published_name(name): name for name in model.state_dict()}
     found = {name.removeprefix(prefix): tensor.float() for name, tensor in weights.items()}
     found = {wanted.get(name, name): tensor for name, tensor in found.items()}
-    untouched = {name: tensor for name, tensor in model.state_dict().items() if _left_out(name, "")}
+    untouched = {name: tensor for name, tensor in model.state_dict().items() if _left_out(name)}
     model.load_state_dict(untouched | found)
 
 
@@ -234,5 +239,8 @@ def write_model(imported: ImportedModel, out: Path) -> None:
         f"extractor: {config['extractor_mode']}, bias {config['extractor_conv_bias']}, [channels, kernel, stride] "
         f"{config['extractor_conv_layer_config']}; waveform normalised: {config['normalize_waveform']}"
     )
-    left_out = [f"left out: {name} ({reason})" for name, reason in imported.dropped.items()]
+    left_out = []
+    for reason in dict.fromkeys(imported.dropped.values()):
+        names = ", ".join(name for name, why in imported.dropped.items() if why == reason)
+        left_out.append(f"left out: {single_line(names, 400)} ({single_line(reason)})")
     print(*imported.remarks, *left_out, f"{num_params:,} parameters, written to {out}", sep="\n")

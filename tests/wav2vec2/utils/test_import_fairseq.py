@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from wav2vec2.files.errors import UserError
 from wav2vec2.files.unpickling import read_torch_file
 from wav2vec2.utils.import_fairseq import compare_with_fairseq, import_fairseq_model, parse_conv_layers
 from wav2vec2.utils.import_huggingface import import_huggingface_model
+from wav2vec2.utils.importing import write_model
 
 CHECKPOINTS = {
     path.parent.relative_to(FIXTURES).as_posix(): path for path in sorted(FIXTURES.glob("*/*/checkpoint.pt"))
@@ -172,7 +174,7 @@ def test_sample_rate(layout: str, flag: bool | None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.encoder.", "w2v_model."])
 def test_wrapped_names(prefix: str, tmp_path: Path) -> None:
-    """Also with another program's targets and heads beside the wrapper; what is not known is still refused."""
+    """Also with another program's targets and a head beside the wrapper; what is unknown inside is still refused."""
     contents = read(HUBERT)
     wrapped = {prefix + name: tensor for name, tensor in contents["model"].items()}
     wrapped |= {"lm_head.weight": torch.zeros(3, 48), f"{prefix}project_hid.bias": torch.zeros(2)}
@@ -181,8 +183,47 @@ def test_wrapped_names(prefix: str, tmp_path: Path) -> None:
     check_same_model(imported, import_fairseq_model(HUBERT))
     assert {f"{prefix}label_embs_concat", f"{prefix}project_hid", "lm_head"} <= imported.dropped.keys()
     wrapped |= {"layer_norm.weight": torch.zeros(32)}  # outside, under a name that the backbone has inside
-    with pytest.raises(UserError, match=r"1 left over \(layer_norm.weight\)"):
+    imported = import_fairseq_model(save(path, contents | {"model": wrapped}))
+    check_same_model(imported, import_fairseq_model(HUBERT))
+    assert imported.dropped["layer_norm"] == f"outside of the model, {prefix}*"
+    wrapped |= {f"{prefix}layer_norm.extra": torch.zeros(32)}
+    with pytest.raises(UserError, match=rf"1 left over \({prefix}layer_norm.extra\)"):
         import_fairseq_model(save(path, contents | {"model": wrapped}))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"model._orig_mod.module.{name}",
+        lambda name: name.replace("layers.", "layers._orig_mod."),
+        lambda name: re.sub(r"(layers\.\d+)\.", r"\1._checkpoint_wrapped_module.", name),
+        lambda name: re.sub(r"(layers\.\d+)\.", r"\1._fsdp_wrapped_module._checkpoint_wrapped_module.", name),
+        lambda name: "_fsdp_wrapped_module._fpw_module." + name.replace("encoder.", "encoder._fsdp_wrapped_module."),
+        lambda name: name.replace("encoder.", "encoder.module."),
+        lambda name: name.replace("weight", "_orig_mod.weight"),
+    ],
+)
+@pytest.mark.parametrize("path", [HUBERT, WAVLM])
+def test_wrappers_inside_names(path: Path, wrap: Callable[[str], str], tmp_path: Path) -> None:
+    """As torch.compile, activation checkpointing, FSDP and DDP leave them, around the model or around its parts."""
+    contents = read(path)
+    weights = {wrap(name): tensor for name, tensor in contents["model"].items()}
+    check_same_model(
+        import_fairseq_model(save(tmp_path / "checkpoint.pt", contents | {"model": weights})),
+        import_fairseq_model(path),
+    )
+
+
+@pytest.mark.parametrize("prefixes", [("student.", "teacher."), ("", "ema."), ("model.", "_orig_mod.model.")])
+def test_two_models_in_one_file(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    """Neither is taken for the wanted one, and both are named."""
+    contents = read(HUBERT)
+    weights = {prefix + name: tensor for prefix in prefixes for name, tensor in contents["model"].items()}
+    first, second = (rf"{prefix}feature_extractor\.conv_layers\.0\.0\.weight" for prefix in prefixes)
+    with pytest.raises(UserError, match=rf"checkpoint\.pt: 2 models \({first}, {second}\), expected one"):
+        import_fairseq_model(save(tmp_path / "checkpoint.pt", contents | {"model": weights}))
 
 
 @pytest.mark.parametrize("path", [HUBERT, WAVLM, WAV2VEC2_LARGE])
@@ -269,28 +310,64 @@ def test_numpy_in_the_training_state(core: str, zip_format: bool, tmp_path: Path
     check_same_model(import_fairseq_model(path), import_fairseq_model(HUBERT))
 
 
+DECODER = ["decoder.embed_tokens.weight", "decoder.layers.0.fc1.bias", "decoder.layer_norm.weight"]
+
+
 @pytest.mark.parametrize("w2v_args", ["cfg", "namespace", None])
-def test_fine_tuned(w2v_args: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "prefix", "others"),
+    [
+        ("wav2vec_ctc", "w2v_encoder.w2v_model.", {"w2v_encoder.proj": ["w2v_encoder.proj.bias"]}),
+        ("wav2vec_seq2seq", "encoder.w2v_model.", {"encoder.proj": ["encoder.proj.bias"], "decoder": DECODER}),
+        ("hubert_ctc", "w2v_encoder.w2v_model.", {"decoder": DECODER, "criterion_state": ["criterion_state"]}),
+        ("hubert_seq2seq", "module.encoder.w2v_model.", {"module.decoder": [f"module.{name}" for name in DECODER]}),
+        (
+            "xm_transformer",
+            "encoder.w2v_encoder.w2v_model.",
+            {"encoder.adaptor": ["encoder.adaptor.layers.0.0.weight"], "decoder": DECODER},
+        ),
+    ],
+)
+def test_fine_tuned(
+    kind: str,
+    prefix: str,
+    others: dict[str, list[str]],
+    w2v_args: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With CTC, with a decoder, of speech translation: the encoder is taken, the rest listed."""
     contents = read(WAV2VEC2_LARGE)
     pretraining_only = ("quantizer.", "project_q.", "final_proj.")
     weights = {
-        f"w2v_encoder.w2v_model.{name}": tensor
-        for name, tensor in contents["model"].items()
-        if not name.startswith(pretraining_only)
+        prefix + name: tensor for name, tensor in contents["model"].items() if not name.startswith(pretraining_only)
     }
-    weights |= {"w2v_encoder.proj.weight": torch.zeros(32, 64), "w2v_encoder.proj.bias": torch.zeros(32)}
+    weights |= {name: torch.zeros(32, 64) for names in others.values() for name in names}
     backbone = contents["cfg"]
     if w2v_args == "namespace":
         settings = {key: value for key, value in backbone["model"].items() if key != "_name"}
         backbone = argparse.Namespace(arch="wav2vec2", **settings)
-    model_settings = {"_name": "wav2vec_ctc", "w2v_path": "/nowhere", "w2v_args": backbone if w2v_args else None}
-    cfg = {"model": model_settings, "task": {"_name": "audio_finetuning", "normalize": True}}
-    path = save(tmp_path / "checkpoint.pt", {"cfg": cfg, "model": weights})
+    model_settings = {"_name": kind, "w2v_path": "/nowhere", "w2v_args": backbone if w2v_args else None}
+    task = {"_name": "audio_finetuning", "normalize": True}
+    cfg = {"cfg": {"model": model_settings, "task": task}}
+    if w2v_args == "namespace":  # the layout of 2020
+        cfg = {"args": argparse.Namespace(arch=kind, normalize=True, w2v_args=backbone)}
+    path = save(tmp_path / "checkpoint.pt", cfg | {"model": weights})
     if w2v_args is None:
         with pytest.raises(UserError, match="w2v_args"):
             import_fairseq_model(path)
-    else:
-        check_same_model(import_fairseq_model(path), import_fairseq_model(WAV2VEC2_LARGE))
+        return
+    imported = import_fairseq_model(path)
+    check_same_model(imported, import_fairseq_model(WAV2VEC2_LARGE))
+    outside = {name for name, reason in imported.dropped.items() if reason == f"outside of the model, {prefix}*"}
+    assert outside == others.keys()
+    write_model(imported, tmp_path / "model.pth")
+    assert f"left out: {', '.join(others)} (outside of the model, {prefix}*)\n" in capsys.readouterr().out
+    del weights[f"{prefix}encoder.layers.1.fc1.bias"]
+    weights[f"{prefix}extra"] = torch.zeros(1)
+    inside = rf"1 missing \({prefix}encoder.layers.1.fc1.bias\), 1 left over \({prefix}extra\)"
+    with pytest.raises(UserError, match=inside):
+        import_fairseq_model(save(path, cfg | {"model": weights}))
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,10 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import wav2vec2
 from wav2vec2.files.errors import UserError
 from wav2vec2.utils.import_huggingface import compare_with_source, fetch_huggingface_model, import_huggingface_model
-from wav2vec2.utils.importing import Dropouts
+from wav2vec2.utils.importing import Dropouts, write_model
 
 HF = FIXTURES / "hf"
 NAMES = sorted(path.name for path in HF.iterdir())
@@ -207,6 +208,45 @@ def test_heads(fixture: str, model_class: str, tmp_path: Path) -> None:
     check_same_model(imported, import_huggingface_model(HF / fixture))
     assert len(imported.dropped) >= 2
     assert compare_with_source(imported, tmp_path) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "model_class"),
+    [
+        ("unispeech", "UniSpeechForPreTraining"),
+        ("unispeech", "UniSpeechForCTC"),
+        ("unispeech-sat", "UniSpeechSatForPreTraining"),
+        ("unispeech-sat", "UniSpeechSatForXVector"),
+    ],
+)
+def test_heads_of_unispeech(family: str, model_class: str, tmp_path: Path) -> None:
+    import transformers
+
+    _, ours = make_pair(family, "large", tmp_path / "bare")
+    headed = getattr(transformers, model_class).from_pretrained(tmp_path / "bare", codevector_dim=8, vocab_size=8)
+    headed.save_pretrained(tmp_path / "headed")
+    imported = import_huggingface_model(tmp_path / "headed", normalize_waveform=False)
+    assert imported.family.lower() == family
+    assert imported.config == ours.config
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in imported.model.state_dict().items())
+    assert compare_with_source(imported, tmp_path / "headed") < 1e-5
+
+
+def test_model_with_a_decoder(tmp_path: Path) -> None:
+    """The encoder of transformers' speech-encoder-decoder; its settings are an entry of config.json."""
+    import transformers
+
+    theirs, ours = make_pair("wav2vec2", "base", tmp_path / "bare")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    bert = transformers.BertConfig(is_decoder=True, add_cross_attention=True, vocab_size=8, **sizes)
+    config = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(theirs.config, bert)
+    both = transformers.SpeechEncoderDecoderModel(config=config)
+    both.encoder.load_state_dict(theirs.state_dict())
+    both.save_pretrained(tmp_path / "both")
+    imported = import_huggingface_model(tmp_path / "both", normalize_waveform=False)
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in imported.model.state_dict().items())
+    assert {"decoder", "enc_to_dec_proj"} <= imported.dropped.keys()
+    assert compare_with_source(imported, tmp_path / "both") < 1e-5
 
 
 def test_wav2vec2_large(tmp_path: Path) -> None:
@@ -394,8 +434,10 @@ def test_file_where_its_folder_is_wanted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fixture", "settings", "message"),
     [
-        ("hubert_base", {"model_type": "data2vec-audio"}, "model_type 'data2vec-audio'"),
-        ("hubert_base", {"model_type": "wav2vec2-conformer"}, "model_type 'wav2vec2-conformer'"),
+        ("hubert_base", {"model_type": "data2vec-audio"}, "model_type 'data2vec-audio', .* positional convolutions"),
+        ("hubert_base", {"model_type": "wav2vec2-conformer"}, "model_type 'wav2vec2-conformer', .*Conformer"),
+        ("hubert_base", {"model_type": "wav2vec2-bert"}, "model_type 'wav2vec2-bert', .*Conformer .* filter banks"),
+        ("hubert_base", {"encoder": {"model_type": "whisper"}}, "model_type 'whisper'.* another architecture"),
         ("hubert_base", {"model_type": ["hubert"]}, "model_type"),
         ("hubert_base", {"encoder_embed_dim": 48}, "this project, which needs no conversion"),
         ("wav2vec2_base", {"add_adapter": True}, "add_adapter is True"),
@@ -430,7 +472,7 @@ def test_refused_configs(fixture: str, settings: dict[str, Any], message: str, t
         (lambda weights: weights.pop("encoder.layers.1.attention.k_proj.bias"), "layers.1.attention.k_proj.bias"),
         (lambda weights: weights.update(extra=torch.zeros(2)), r"1 left over \(extra\)"),
         (lambda weights: weights.update({"lm_heads.bias": torch.zeros(2)}), r"1 left over \(lm_heads.bias\)"),
-        (lambda weights: weights.update({"adapter.proj.bias": torch.zeros(2)}), "holds an adapter"),
+        (lambda weights: weights.update({"adapter.proj.bias": torch.zeros(2)}), r"1 left over \(adapter.proj.bias\)"),
         (lambda weights: weights["encoder.layer_norm.bias"].fill_(torch.nan), "NaN"),
         (
             lambda weights: weights.update({"encoder.layer_norm.bias": torch.zeros(48, dtype=torch.int8)}),
@@ -441,6 +483,87 @@ def test_refused_configs(fixture: str, settings: dict[str, Any], message: str, t
 def test_refused_weights(edit: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         import_huggingface_model(edit_weights(copy_fixture("hubert_base", tmp_path / "model"), edit))
+
+
+def test_what_lies_outside_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names that nobody foresaw, heads that are called adapters, and tensors of any type; all in one line."""
+
+    def wrap(weights: dict[str, Tensor]) -> None:
+        for name in list(weights):
+            weights[f"model.hubert.{name}"] = weights.pop(name)
+        others = (
+            "model.head.adapter.weight",
+            "model.head.bias",
+            "steps",
+            "ema\x1b[2J.decay",
+            "encoder.layer_norm.bias",
+        )
+        weights |= {name: torch.zeros(2, dtype=torch.int64) for name in others}
+
+    directory = edit_weights(copy_fixture("hubert_base", tmp_path / "model"), wrap)
+    imported = import_huggingface_model(directory)
+    check_same_model(imported, import_huggingface_model(HF / "hubert_base"))
+    assert compare_with_source(imported, directory) < 1e-5
+    write_model(imported, tmp_path / "model.pth")
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.endswith(" (outside of the model, model.hubert.*)")]
+    for name in ("left out: ", "model.head", "steps", "encoder"):
+        assert name in line
+    assert "\x1b" not in printed
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["tf_model.h5"], r"tf_model\.h5.* another framework"),
+        (["flax_model.msgpack", "vocab.json"], r"flax_model\.msgpack.* another framework"),
+        (["onnx/", "model.onnx"], r"model\.onnx, onnx.* another framework"),
+        (["model-q4.gguf"], r"model-q4\.gguf.* another framework"),
+        (["adapter_config.json", "adapter_model.safetensors"], "adapter_model.*an adapter; merge it"),
+        (["adapter_model.bin"], "an adapter; merge it"),
+        (["blobs/", "refs/", "snapshots/"], "a cache of the hub; give a folder in its snapshots"),
+        (["checkpoint-500/", "checkpoint-1000/"], "checkpoints of a training; give one of them"),
+        (["model-00001-of-00002.safetensors"], r"found \d entries \(.*model-00001-of-00002\.safetensors"),
+        ([], r"found \d entr"),
+    ],
+)
+def test_folder_without_usable_weights(names: list[str], message: str, tmp_path: Path) -> None:
+    """What lies there instead is said, with or without a config, by the converter and by ``load``."""
+    bare, configured = tmp_path / "bare", copy_fixture("hubert_base", tmp_path / "configured")
+    (configured / "model.safetensors").unlink()
+    for folder in (bare, configured):
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            (folder / name).mkdir() if name.endswith("/") else (folder / name).write_bytes(b"\x89")
+    with pytest.raises(UserError, match=rf"bare/config\.json: no such file.*{message}"):
+        import_huggingface_model(fetch_huggingface_model(str(bare)))
+    with pytest.raises(UserError, match=rf"bare/config\.json: no such file.*{message}"):
+        wav2vec2.load(bare)
+    if "adapter_config.json" in names:
+        message = "adapter_config.json"
+    with pytest.raises(UserError, match=message):
+        import_huggingface_model(configured)
+    (configured / "config.json").write_text("{}")  # as version 1 wrote it, our config alone
+    with pytest.raises(UserError, match=r"configured/model\.safetensors: no such file; expected a folder with .*found"):
+        wav2vec2.load(configured)
+
+
+def test_snapshot_copied_without_its_blobs(tmp_path: Path) -> None:
+    """The hub's cache holds links."""
+    directory = copy_fixture("hubert_base", tmp_path / "model")
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").symlink_to("../../blobs/0123")
+    with pytest.raises(UserError, match=r"no weights; .*model\.safetensors \(a broken link\)"):
+        import_huggingface_model(directory)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_pointer_of_git_lfs(file: str, tmp_path: Path) -> None:
+    directory = copy_fixture("hubert_base", tmp_path / "model")
+    (directory / "model.safetensors").unlink()
+    (directory / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 377569754\n")
+    with pytest.raises(UserError, match=rf"{file}: a pointer of Git LFS"):
+        import_huggingface_model(directory)
 
 
 def test_refused_directories(tmp_path: Path) -> None:

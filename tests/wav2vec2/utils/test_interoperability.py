@@ -352,10 +352,13 @@ def test_torchaudio_names_in_other_forms() -> None:
     waveform = random_waveforms(4000)[0]
     with torch.inference_mode():
         torch.testing.assert_close(model.eval()(waveform)[0], reference.eval()(waveform)[0], atol=1e-5, rtol=0)
-    weights["encoder.transformer.layer_norm.weight"] = torch.zeros(768)
-    with pytest.raises(
-        UserError, match=r"1 left over \(encoder.transformer.layer_norm.weight outside of module.wav2vec2.\)"
-    ):
+    weights["encoder.transformer.layer_norm.weight"] = torch.zeros(768)  # outside, so not this model's
+    assert all(torch.equal(tensor, found[name]) for name, tensor in import_torchaudio(weights)[1].items())
+    compiled = {name.replace("layers.", "layers._orig_mod."): tensor for name, tensor in weights.items()}
+    assert is_torchaudio_state(compiled)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in import_torchaudio(compiled)[1].items())
+    weights |= {name.replace("wav2vec2", "teacher"): tensor for name, tensor in weights.items()}
+    with pytest.raises(UserError, match=r"weights: 2 models \(module\.wav2vec2\..*, module\.teacher\..*\)"):
         import_torchaudio(weights)
 
 
