@@ -2,44 +2,140 @@
 
 import json
 import os
+import re
+import shutil
+import stat
+import sys
 import tempfile
+import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, one_line
+from .errors import UserError, one_line, single_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Far above any settings file of a model.
 _MAX_JSON_BYTES = 2**26
+# Where numbers of processes are unique: this machine, or this container.
+_PROCESSES = "/proc/self/ns/pid"
+_MACHINE = zlib.crc32(f"{os.uname().nodename} {os.path.exists(_PROCESSES) and os.readlink(_PROCESSES)}".encode())
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` that becomes ``path`` if the block succeeds.
+    """Yield a temporary name that becomes ``path`` if the block makes a file or a folder there and succeeds.
 
-    Any earlier file stays until then; if the block fails, the temporary file is removed.
+    Any earlier file stays until then; if the block fails, nothing is left. A device or a pipe is not replaced: it is
+    written to.
+
+    Raises:
+        UserError: ``path`` cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    stream = _stream(path)
+    with _one_line(path), _beside(path if stream is None else Path(tempfile.gettempdir(), path.name)) as temporary:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a checkpoint is shared as any output is
-        # The name must not reach the disk before the contents do, or a crash of the machine leaves an empty file.
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        if stream is not None:
+            sys.stdout.flush()
+            with temporary.open("rb") as file, open(stream, "ab", closefd=isinstance(stream, Path)) as out:
+                shutil.copyfileobj(file, out)
+            return
+        if temporary.is_file():
+            umask = os.umask(0)
+            os.umask(umask)
+            with suppress(OSError):  # some file systems keep no permissions
+                temporary.chmod(0o666 & ~umask)  # some libraries make private files; a result is shared as any is
+            # The name must not reach the disk before the contents do, or a crash of the machine leaves an empty file.
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def check_writable(path: Path, is_folder: bool = False) -> None:
+    """Try the place of a result before the work for it: write, rename and remove a small file there.
+
+    Raises:
+        UserError: it cannot be written, or a folder is in the way; of a folder, one with contents.
+    """
+    if not is_folder and _stream(path) is not None:
+        return
+    with _one_line(path), _beside(path) as temporary:
+        if path.is_dir() and (not is_folder or any(path.iterdir())):
+            raise UserError(f"{path}: a folder is in the way; remove it, or give another place")
+        temporary.write_bytes(b"tried")
+        temporary.replace(renamed := temporary.parent.with_suffix(".tried"))
+        renamed.unlink()
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield the name of ``path`` in a temporary folder beside it; those that killed processes left are removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = f".{path.name[:50]}."
+    for old in _left_in(path.parent.absolute()):
+        if old.name.startswith(start) and _is_abandoned(old):
+            shutil.rmtree(old, ignore_errors=True)
+    prefix = f"{start}{_MACHINE}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(
+        prefix=prefix, suffix=".tmp", dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
+        yield Path(folder, path.name)
+
+
+@cache
+def _left_in(folder: Path) -> list[Path]:
+    """List temporary folders; once, as a folder of results may have very many files."""
+    return list(folder.glob(".*.tmp"))
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Return True if the process that made a temporary folder is gone; of another machine, if a day has passed."""
+    # No lock tells: some file systems have none, and on others a lock keeps even its own process from writing.
+    found = re.search(r"\.(\d+)-(\d+)-\w{8}\.tmp$", folder.name)
+    try:
+        if found and int(found[1]) == _MACHINE:
+            os.kill(int(found[2]), 0)
+            return False
+        return found is not None and time.time() - folder.stat().st_mtime > 24 * 3600
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+
+
+def _stream(path: Path) -> int | Path | None:
+    """Return a device or a pipe, the descriptor of this process's own output, or None for all else."""
+    with suppress(OSError):
+        found = path.stat()
+        for descriptor in (1, 2):
+            if os.path.samestat(found, os.fstat(descriptor)):
+                return descriptor
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            return path
+    return None
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Turn an error of the disk, which torch's and safetensors' writers wrap in others, into a UserError."""
+    try:
+        yield
+    except UserError:
         raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError) and "(os error " not in str(cause):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        reason = single_line(str(cause))
+        is_full = re.search(r"No space|quota exceeded|too large|requested and", reason)  # the last is numpy's
+        advice = "make room" if is_full else "mend that, or give another place"
+        raise UserError(f"{path}: could not be written ({reason}); {advice}") from error
 
 
 def placeholder(path: Path) -> str | None:
