@@ -91,11 +91,14 @@ def main(args: argparse.Namespace) -> None:
         except UserError as error:
             cli.print_line(f"warning: {error}; the tables are printed all the same")
     results = evaluate(args, layers, args.backends.split(","))
-    for table in evaluation_tables(results):
-        print(f"\n{table}")
+    try:
+        if args.out:
+            with atomic_path(args.out) as temporary:
+                temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    finally:
+        for table in evaluation_tables(results):
+            print(f"\n{table}")
     if args.out:
-        with atomic_path(args.out) as temporary:
-            temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         print(f"\nwritten to {args.out}")
 
 

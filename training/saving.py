@@ -56,7 +56,7 @@ class CheckpointIO(TorchCheckpointIO):
                 _keep_as(path, path.with_name(PREVIOUS_CHECKPOINT))
             ckpt.save(path, checkpoint)
             self._keep_previous = False
-        except UserError as error:
+        except (UserError, OSError) as error:
             self.error = str(error)
 
     def load_checkpoint(
@@ -148,12 +148,9 @@ class RunCheckpoints(Callback):
         if self._io.error is None:
             self._last_saved = trainer.global_step
             return
-        if self._last_saved is None:  # and to go on would be in vain
-            raise UserError(f"{self._io.error}; then {CONTINUE}")
-        message = (
-            f"{self._io.error}; update {trainer.global_step} is not saved, that of update {self._last_saved} stays"
-        )
-        if self._guard.signum or trainer.global_step == trainer.max_steps:
+        kept = "there is none before it" if self._last_saved is None else f"that of update {self._last_saved} stays"
+        message = f"{self._io.error}; update {trainer.global_step} is not saved, {kept}"
+        if self._last_saved is None or self._guard.signum or trainer.global_step == trainer.max_steps:
             raise UserError(f"{message}; then {CONTINUE}")
         print_line(f"warning: {message}; training goes on")
 

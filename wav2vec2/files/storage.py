@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 import tempfile
 import time
 import zlib
@@ -15,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, one_line, single_line
+from .errors import UserError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,15 +41,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     with _one_line(path), _beside(path if stream is None else Path(tempfile.gettempdir(), path.name)) as temporary:
         yield temporary
         if stream is not None:
-            sys.stdout.flush()
+            print(end="", flush=True)  # what was printed before comes first
             with temporary.open("rb") as file, open(stream, "ab", closefd=isinstance(stream, Path)) as out:
                 shutil.copyfileobj(file, out)
             return
         if temporary.is_file():
-            umask = os.umask(0)
-            os.umask(umask)
-            with suppress(OSError):  # some file systems keep no permissions
-                temporary.chmod(0o666 & ~umask)  # some libraries make private files; a result is shared as any is
             # The name must not reach the disk before the contents do, or a crash of the machine leaves an empty file.
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -61,13 +56,15 @@ def check_writable(path: Path, is_folder: bool = False) -> None:
     """Try the place of a result before the work for it: write, rename and remove a small file there.
 
     Raises:
-        UserError: it cannot be written, or a folder is in the way; of a folder, one with contents.
+        UserError: it cannot be written, or it is taken: by a folder, or by what is not an empty one.
     """
-    if not is_folder and _stream(path) is not None:
+    stream = None if is_folder else _stream(path)
+    if isinstance(stream, int) or (stream is not None and os.access(stream, os.W_OK)):
         return
     with _one_line(path), _beside(path) as temporary:
-        if path.is_dir() and (not is_folder or any(path.iterdir())):
-            raise UserError(f"{path}: a folder is in the way; remove it, or give another place")
+        taken = (path.is_file() or (path.is_dir() and any(path.iterdir()))) if is_folder else path.is_dir()
+        if taken:
+            raise UserError(f"{path}: is there already; remove it, or give another place")
         temporary.write_bytes(b"tried")
         temporary.replace(renamed := temporary.parent.with_suffix(".tried"))
         renamed.unlink()
@@ -81,10 +78,8 @@ def _beside(path: Path) -> Iterator[Path]:
     for old in _left_in(path.parent.absolute()):
         if old.name.startswith(start) and _is_abandoned(old):
             shutil.rmtree(old, ignore_errors=True)
-    prefix = f"{start}{_MACHINE}-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(
-        prefix=prefix, suffix=".tmp", dir=path.parent, ignore_cleanup_errors=True
-    ) as folder:
+    start += f"{_MACHINE}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(".tmp", start, path.parent, ignore_cleanup_errors=True) as folder:
         yield Path(folder, path.name)
 
 
@@ -127,12 +122,12 @@ def _one_line(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cause: BaseException | None = error
+        cause: Any = error
         while cause is not None and not isinstance(cause, OSError) and "(os error " not in str(cause):
             cause = cause.__context__
         if cause is None:
             raise
-        reason = single_line(str(cause))
+        reason = one_line(cause)
         is_full = re.search(r"No space|quota exceeded|too large|requested and", reason)  # the last is numpy's
         advice = "make room" if is_full else "mend that, or give another place"
         raise UserError(f"{path}: could not be written ({reason}); {advice}") from error
