@@ -62,8 +62,7 @@ def check_writable(path: Path, is_folder: bool = False) -> None:
     if isinstance(stream, int) or (stream is not None and os.access(stream, os.W_OK)):
         return
     with _one_line(path), _beside(path) as temporary:
-        taken = (path.is_file() or (path.is_dir() and any(path.iterdir()))) if is_folder else path.is_dir()
-        if taken:
+        if path.exists() and (any(path.iterdir()) if is_folder else path.is_dir()):
             raise UserError(f"{path}: is there already; remove it, or give another place")
         temporary.write_bytes(b"tried")
         temporary.replace(renamed := temporary.parent.with_suffix(".tried"))
