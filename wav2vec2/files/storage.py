@@ -61,7 +61,10 @@ def check_writable(path: Path, is_folder: bool = False) -> None:
     stream = None if is_folder else _stream(path)
     if isinstance(stream, int) or (stream is not None and os.access(stream, os.W_OK)):
         return
-    with _one_line(path), _beside(path) as temporary:
+    first = path  # what does not exist yet: folders are not made before there is something to keep in them
+    while not os.path.lexists(first.parent):
+        first = first.parent
+    with _one_line(path), _beside(first) as temporary:
         if path.exists() and (any(path.iterdir()) if is_folder else path.is_dir()):
             raise UserError(f"{path}: is there already; remove it, or give another place")
         temporary.write_bytes(b"tried")
