@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         try:
             check_writable(args.out)
         except UserError as error:
-            cli.print_line(f"warning: {error}; the tables are printed all the same")
+            cli.print_line(f"warning: {error}; the tables are printed")
     results = evaluate(args, layers, args.backends.split(","))
     try:
         if args.out:

@@ -1,5 +1,6 @@
 """Writes files whole or not at all; reads JSON and safetensors of others and reports defects as UserError."""
 
+import errno
 import json
 import os
 import re
@@ -52,21 +53,21 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.replace(path)
 
 
-def check_writable(path: Path, is_folder: bool = False) -> None:
-    """Try the place of a result before the work for it: write, rename and remove a small file there.
+def check_writable(path: Path) -> None:
+    """Try the place of a file before the work for it: write, rename and remove a small one there.
 
     Raises:
-        UserError: it cannot be written, or it is taken: by a folder, or by what is not an empty one.
+        UserError: it cannot be written.
     """
-    stream = None if is_folder else _stream(path)
+    stream = _stream(path)
     if isinstance(stream, int) or (stream is not None and os.access(stream, os.W_OK)):
         return
     first = path  # what does not exist yet: folders are not made before there is something to keep in them
     while not os.path.lexists(first.parent):
         first = first.parent
     with _one_line(path), _beside(first) as temporary:
-        if path.exists() and (any(path.iterdir()) if is_folder else path.is_dir()):
-            raise UserError(f"{path}: is there already; remove it, or give another place")
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         temporary.write_bytes(b"tried")
         temporary.replace(renamed := temporary.parent.with_suffix(".tried"))
         renamed.unlink()
