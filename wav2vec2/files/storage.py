@@ -109,7 +109,7 @@ def _stream(path: Path) -> int | Path | None:
     """Return a device or a pipe, the descriptor of this process's own output, or None for all else."""
     with suppress(OSError):
         found = path.stat()
-        for descriptor in (1, 2):
+        for descriptor in (1, 2, *([int(path.name)] if path.name.isdecimal() else [])):  # /dev/fd/3
             if os.path.samestat(found, os.fstat(descriptor)):
                 return descriptor
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):

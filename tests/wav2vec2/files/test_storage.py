@@ -160,9 +160,10 @@ def test_a_device_and_a_pipe_are_written_to(tmp_path: Path) -> None:
         "print('before')\ncheck_writable(Path(sys.argv[1]))\n"
         "with atomic_path(sys.argv[1]) as temporary:\n    temporary.write_text('result\\n')\nprint('behind')\n"
     )
-    for name in ("/dev/stdout", "/dev/fd/1"):
+    for name in ("/dev/stdout", "/dev/fd/1", "/dev/fd/3"):
+        command = ["bash", "-c", 'exec "$@" 3>&1', "", sys.executable, "-c", code, name]
         with (tmp_path / "output").open("w") as output:
-            subprocess.run([sys.executable, "-c", code, name], stdout=output, cwd=REPOSITORY, check=True)
+            subprocess.run(command, stdout=output, cwd=REPOSITORY, check=True)
         assert (tmp_path / "output").read_text() == "before\nresult\nbehind\n"
     with pytest.raises(UserError, match=r"/dev/full: could not be written \(.*No space left.*make room"):
         write(Path("/dev/full"))
