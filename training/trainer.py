@@ -28,7 +28,6 @@ from training.speed import FetchTimer, Throughput, UpdateProgressBar, check_comp
 from training.updates import UpdateGuard
 from wav2vec2.fast import fast_paths
 from wav2vec2.files.errors import UserError, one_line
-from wav2vec2.files.storage import check_writable
 
 _Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 # Lightning's names of --precision.
@@ -80,7 +79,6 @@ def fit(
         stop.launcher = trainer.strategy.launcher
         if trainer.is_global_zero:
             stack.enter_context(exclusive(machine.exp_dir))
-            check_writable(last)
             batches, compiled = data.batches[data.train_subset], ", compiled" if machine.compile else ""
             print(
                 f"{settings.stage}: {title}; {sum(map(len, batches))} utterances in {len(batches)} batches; "
