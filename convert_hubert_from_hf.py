@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from cli import make_parser, run
+from wav2vec2.files.storage import check_writable
 from wav2vec2.utils.converter_flags import add_converter_flags, importer_options
 
 
@@ -24,7 +25,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    options = importer_options(args)
+    options, out = importer_options(args), args.out or Path("pretrained") / f"{Path(args.model).resolve().name}.hf.pth"
+    check_writable(out)
     # After the flags: --help and a wrong flag should not wait for torch.
     from wav2vec2.utils.import_huggingface import compare_with_source, fetch_huggingface_model, import_huggingface_model
     from wav2vec2.utils.importing import write_model
@@ -33,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     imported = import_huggingface_model(directory, **options)
     difference = compare_with_source(imported, directory)
     print(f"largest difference from transformers' outputs: {difference:.1e}")
-    write_model(imported, args.out or Path("pretrained") / f"{Path(args.model).resolve().name}.hf.pth")
+    write_model(imported, out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from cli import make_parser, run
+from wav2vec2.files.storage import check_writable
 from wav2vec2.utils.converter_flags import add_converter_flags, importer_options
 
 
@@ -23,7 +24,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    options = importer_options(args)
+    options, out = importer_options(args), args.out or Path("pretrained") / f"{args.ckpt.stem}.pth"
+    check_writable(out)
     # After the flags: --help and a wrong flag should not wait for torch.
     from wav2vec2.utils.import_fairseq import compare_with_fairseq, import_fairseq_model
     from wav2vec2.utils.importing import write_model
@@ -32,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     difference = compare_with_fairseq(imported, args.ckpt)
     if difference is not None:
         print(f"largest difference from fairseq's outputs: {difference:.1e}")
-    write_model(imported, args.out or Path("pretrained") / f"{args.ckpt.stem}.pth")
+    write_model(imported, out)
 
 
 if __name__ == "__main__":

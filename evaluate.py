@@ -24,7 +24,7 @@ from pathlib import Path
 import cli
 from wav2vec2.audio import MAX_SECONDS
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.storage import atomic_path
+from wav2vec2.files.storage import atomic_path, check_writable
 
 BACKENDS = ("torch", "onnx", "onnx-int8")
 # Every published extractor makes frames of this.
@@ -85,12 +85,19 @@ def main(args: argparse.Namespace) -> None:
     from training.settings import parse_distill_layers
 
     layers = [layer for group in parse_distill_layers(args.distill_layers) for layer in group]
-    results = evaluate(args, layers, args.backends.split(","))
     if args.out:
-        with atomic_path(args.out) as temporary:
-            temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    for table in evaluation_tables(results):
-        print(f"\n{table}")
+        try:
+            check_writable(args.out)
+        except UserError as error:
+            cli.print_line(f"warning: {error}; the tables are printed")
+    results = evaluate(args, layers, args.backends.split(","))
+    try:
+        if args.out:
+            with atomic_path(args.out) as temporary:
+                temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    finally:
+        for table in evaluation_tables(results):
+            print(f"\n{table}")
     if args.out:
         print(f"\nwritten to {args.out}")
 

@@ -20,15 +20,13 @@ where card.yaml holds what the card cannot know, under the keys of the hub's mod
 
 import argparse
 import hashlib
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import cli
 from exporters.options import FORMATS, ONNX_FLAGS, OUTPUTS, check_flags, read_card
 from wav2vec2.files.errors import UserError
+from wav2vec2.files.storage import atomic_path, check_writable
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,6 +63,7 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     formats, metadata = check_flags(args), read_card(args.card)
+    check_writable(args.out / "README.md")
     # Imports from here on take seconds, which a wrong flag need not wait for.
     from evaluation.backends import read_speech
     from evaluation.cost import UTTERANCE_SECONDS, macs_per_second
@@ -93,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
     onnx = OnnxOptions(args.outputs, args.opset, args.int8, chosen_chunk(model, args), speech)
     metadata = {"model_name": args.out.resolve().name, **metadata}
     for name in formats:
-        with new_folder(args.out / name) as folder:
+        with atomic_path(args.out / name) as folder:
+            folder.mkdir()
             if name == "huggingface":
                 found = write_huggingface(contents, model, folder, args.model_type)
             else:
@@ -101,17 +101,6 @@ def main(args: argparse.Namespace) -> None:
             text = card_text(model, name, metadata, evaluation, **facts, **found)
             (folder / "README.md").write_text(text, encoding="utf-8")
         print(args.out / name, *found["measured"], sep="\n  ")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder that becomes ``path``, which may exist if it is empty, once the block has succeeded."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        folder = Path(temporary) / path.name
-        folder.mkdir()
-        yield folder
-        folder.replace(path)
 
 
 def measured_metrics(args: argparse.Namespace, config: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ import cli
 from dataset.corpus import LINE_BREAK, FolderPatterns, Splits, count_all, find_audio, hold_out, split_by_folder
 from wav2vec2.audio import AUDIO_SUFFIXES, CONVERT, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE
 from wav2vec2.files.errors import UserError
-from wav2vec2.files.storage import atomic_path
+from wav2vec2.files.storage import atomic_path, check_writable
 
 LIBRISPEECH_SPLITS = {
     "train100": ["train-clean-100"],
@@ -130,6 +130,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--data {args.data!r}: a tab or line break in the path breaks the manifest; rename the folder")
     if args.num_workers < 1:
         raise UserError(f"--num_workers {args.num_workers}: expected 1 or more")
+    check_writable(out / f"{REJECTED}.tsv")
     found = list_audio(root)
     split = choose_rule(found, args)
     candidates = split(found)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import cli
 from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.files.storage import check_writable
 
 if TYPE_CHECKING:  # at run time torch is imported where it is needed: wrong flags and --help need not wait for it
     from wav2vec2.model import Wav2Vec2Model
@@ -81,6 +82,7 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(before["config"], indent=2))
         print(f"made already, from the same files with the same settings: {out}", file=sys.stderr)
         return
+    check_writable(out)
     contents, summary = prune(distilled, original["config"], args)
     save(out, {**contents, "made_by": made_by})
     print(json.dumps(contents["config"], indent=2))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cli
 from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.files.storage import check_writable
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,6 +54,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files: {out}")
         return
 
+    check_writable(out)
     student_state, projections = checkpoints.split_state_dict(trained)
     head, source = checkpoints.recorded_head(trained["distillation"], path), args.config_path or path
     config = with_outputs(config, head)

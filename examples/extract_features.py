@@ -18,7 +18,7 @@ import cli
 import wav2vec2
 from wav2vec2.audio import AUDIO_SUFFIXES
 from wav2vec2.files.errors import UserError, short_repr
-from wav2vec2.files.storage import atomic_path, read_json
+from wav2vec2.files.storage import atomic_path, check_writable, read_json
 
 DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16"}
 SETTINGS, FAILED = "settings.json", "failed.tsv"
@@ -94,6 +94,7 @@ def extract_all(args: argparse.Namespace, jobs: dict[Path, Path]) -> Iterator[tu
     import numpy as np
     import torch
 
+    check_writable(args.out / FAILED)
     model = wav2vec2.load(args.model, device=args.device, dtype=getattr(torch, DTYPES[args.precision]))
     reasons: dict[int, str] = {}
     results = wav2vec2.extract_iter(

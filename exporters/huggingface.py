@@ -5,7 +5,9 @@ with the code of its network, modeling_dphubert.py. Both folders are read back b
 """
 
 import json
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ from wav2vec2.files.checkpoint import read_model_file
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import head_of, joined_state
 from wav2vec2.files.hub import CONFIG, CTC_PREFIX, OWN_ENTRY, OWN_PREFIX, OWN_TYPE, TRANSFORMERS_NAMES, WEIGHTS
-from wav2vec2.files.storage import atomic_path
 from wav2vec2.model import Wav2Vec2Model, normalize_waveforms
 from wav2vec2.task_model import CLIPS, SEGMENTS, TEXT, Head
 from wav2vec2.utils.import_huggingface import ACCEPTED, EXTRACTOR_MODES, FAMILIES
@@ -132,12 +133,14 @@ def export_huggingface(contents: Mapping[str, Any], folder: Path, model_type: st
     settings["custom_pipelines"] = pipelines
     files = {CONFIG: settings, **_processor_files(config, model_type, head)}
     tensors = {theirs: weights[name].detach().cpu().contiguous() for name, theirs in names.items()}
-    with atomic_path(folder / WEIGHTS) as temporary:  # safetensors itself makes files that others cannot read
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, source in code_files(_MODELING if model_type == OWN_TYPE else _PIPELINE).items():
         (folder / name).write_text(source, encoding="utf-8")
+    with suppress(OSError):  # some file systems keep no permissions
+        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors itself makes files that others cannot read
     return model_type
 
 

@@ -45,7 +45,7 @@ def quantize(
         "weight_type": QuantType.QInt8,
         "use_external_data_format": source.stat().st_size > LARGEST_ONNX_FILE,
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=destination.parent) as folder:  # where there must be room anyway
         quantized = products = Path(folder) / "products.onnx"
         quantize_dynamic(
             source,

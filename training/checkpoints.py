@@ -16,6 +16,7 @@ from training.settings import AUTO, recorded_defaults
 from wav2vec2.files import checkpoint as ckpt
 from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.files.heads import Head, head_of
+from wav2vec2.files.storage import check_writable
 
 CHECKPOINTS = "ckpts"
 LAST_CHECKPOINT = "last.ckpt"
@@ -180,8 +181,9 @@ def exclusive(exp_dir: Path) -> Iterator[None]:
     """Hold ``exp_dir`` for this run, whose process keeps the lock; a file system without locks has none.
 
     Raises:
-        UserError: another run holds it.
+        UserError: another run holds it, or checkpoints cannot be written there.
     """
+    check_writable(exp_dir / CHECKPOINTS / LAST_CHECKPOINT)
     exp_dir.mkdir(parents=True, exist_ok=True)
     with (exp_dir / ".lock").open("a+") as file:
         try:

@@ -36,7 +36,7 @@ from training.trainer import check_settings, fit
 from wav2vec2.files import checkpoint as ckpt
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import TaskModel, contents_of, task_model_of
-from wav2vec2.files.storage import atomic_path
+from wav2vec2.files.storage import atomic_path, check_writable
 
 # The scores of the result.
 RESULT = "finetuned.json"
@@ -260,6 +260,7 @@ def finish(settings: FinetuneRunSettings, data: LabelledDataModule) -> None:
     if result.is_file() and made_before(out, made_by) is not None:
         print(f"{settings.stage}: complete already: {out}")
         return
+    check_writable(out)
     model = task_model_of(contents, best).eval().to(own_device(settings.machine))
     metric, _ = METRICS[data.probe.kind]
     scored = Scored([score_head(model, data.probe, out.name)], len(data.probe.test)).summary()

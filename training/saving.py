@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from training.signals import requeue_slurm_job
 from training.updates import UpdateGuard
 from wav2vec2.files import checkpoint as ckpt
 from wav2vec2.files.errors import UserError
+from wav2vec2.files.storage import atomic_path
 
 
 class CheckpointIO(TorchCheckpointIO):
@@ -56,8 +56,8 @@ class CheckpointIO(TorchCheckpointIO):
                 _keep_as(path, path.with_name(PREVIOUS_CHECKPOINT))
             ckpt.save(path, checkpoint)
             self._keep_previous = False
-        except (OSError, RuntimeError) as error:
-            self.error = _reason(error)
+        except (UserError, OSError) as error:
+            self.error = str(error)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -68,28 +68,21 @@ class CheckpointIO(TorchCheckpointIO):
         return ckpt.read(path)
 
 
-def _reason(error: OSError | RuntimeError) -> str:
-    """Why a checkpoint could not be written; torch's archive writer hides that a full disk cut it short."""
-    return str(error if isinstance(error, OSError) else error.__context__ or error)
-
-
 def save_or_end(path: Path, contents: dict[str, Any]) -> None:
     """Write a file that the run cannot go on without; a UserError if it cannot be written."""
     try:
         ckpt.save(path, contents)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: could not be saved ({_reason(error)}); make room, then {CONTINUE}") from error
+    except UserError as error:
+        raise UserError(f"{error}; then {CONTINUE}") from error
 
 
 def _keep_as(path: Path, name: Path) -> None:
     """Give the file at ``path`` a second name, or copy it where the file system cannot do that."""
-    with tempfile.TemporaryDirectory(prefix=f".{name.name}.", dir=path.parent) as folder:
-        temporary = Path(folder) / name.name
+    with atomic_path(name) as temporary:
         try:
             os.link(path, temporary)
         except OSError:
             shutil.copyfile(path, temporary)
-        os.replace(temporary, name)
 
 
 class LastValidation(Callback):
@@ -155,10 +148,10 @@ class RunCheckpoints(Callback):
         if self._io.error is None:
             self._last_saved = trainer.global_step
             return
-        kept = f"that of update {self._last_saved} stays" if self._last_saved is not None else "there is none before it"
-        message = f"{self._path}: update {trainer.global_step} could not be saved ({self._io.error}); {kept}"
-        if self._guard.signum or trainer.global_step == trainer.max_steps:
-            raise UserError(f"{message}; make room, then {CONTINUE}")
+        kept = "there is none before it" if self._last_saved is None else f"that of update {self._last_saved} stays"
+        message = f"{self._io.error}; update {trainer.global_step} is not saved, {kept}"
+        if self._last_saved is None or self._guard.signum or trainer.global_step == trainer.max_steps:
+            raise UserError(f"{message}; then {CONTINUE}")
         print_line(f"warning: {message}; training goes on")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

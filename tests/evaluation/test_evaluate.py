@@ -119,6 +119,17 @@ def test_teacher_alone_without_probes(files, corpus, tmp_path, monkeypatch, caps
     assert teacher["probes"] == results["controls"] == results["probes"] == {} and teacher["cost"]["speed"] == []
 
 
+def test_a_place_that_cannot_be_written(files, corpus, tmp_path, monkeypatch, capsys):
+    """It is said before anything is measured; what is measured is shown, as it may have taken hours."""
+    changes = {**dict.fromkeys(("models", "names", "tsv", "probes")), "speed_seconds": []}
+    capsys.readouterr()
+    assert run_to_exit(monkeypatch, "evaluate", *command(files, corpus, **changes, out=tmp_path)) == 1
+    printed = capsys.readouterr()
+    first, *_, last = printed.err.splitlines()
+    assert first.startswith(f"warning: {tmp_path}: could not be written ([Errno 21] Is a directory); mend that, or")
+    assert last.startswith(f"error: {tmp_path}: could not be written (") and "SUPERB-style MACs" in printed.out
+
+
 @pytest.mark.slow
 def test_backends(files, corpus, save_student, monkeypatch, capsys):
     """Each export is timed and probed; float32 knows what PyTorch knows."""

@@ -1,7 +1,9 @@
 """export.py: ONNX files against PyTorch on other batches and lengths, without this project; cards, flags, refusals."""
 
 import json
+import os
 import re
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from evaluation import backends
 from exporters import chunks, comparison, int8
 from exporters import onnx as export_onnx
 from exporters.card import card_text
+from exporters.huggingface import export_huggingface
 from exporters.options import read_card
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
@@ -495,6 +498,28 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     source = ("--model", tmp_path / "model.pth", "--out", tmp_path / "out", "--formats", "onnx")
     assert run_to_exit(monkeypatch, "export", *source) == 1
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch, capsys) -> None:
+    checkpoint.save(tmp_path / "model.pth", contents_of(random_model(small_config("hubert"))))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in ("huggingface", "onnx"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        flags = ("--model", tmp_path / "model.pth", "--out", tmp_path / "out", "--formats", name)
+        assert run_to_exit(monkeypatch, "export", *flags) == 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        line = error_line(capsys)
+        assert line.startswith(f"{tmp_path / 'out' / name}: could not be written (") and line.endswith("; make room")
+        assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_file_system_that_keeps_no_permissions(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    export_huggingface(contents_of(random_model(small_config("hubert"))), tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_operators_that_are_not_standard(tmp_path: Path) -> None:

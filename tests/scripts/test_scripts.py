@@ -333,6 +333,25 @@ def test_bad_input_ends_before_training(manifests, small_teacher, tmp_path, monk
     assert not (tmp_path / "exp").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("convert_hubert_from_hf", "--model", "nowhere"),
+        ("convert_wavlm_from_fairseq", "--ckpt", "nowhere"),
+        ("export", "--model", "nowhere"),
+        ("prepare_data", "--data", "."),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_place_is_tried_before_the_work(tmp_path, monkeypatch, capsys, command):
+    """Here that would fail at its first step."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    out = Path("file") / "below"
+    assert run_to_exit(monkeypatch, *command, "--out", out) == 1
+    assert error_line(capsys).startswith(f"{out}")
+
+
 @pytest.mark.parametrize("script", ["prune", "save_final_ckpt", "final_distill"])
 def test_checkpoints_of_the_wrong_kind(manifests, small_teacher, tmp_path, monkeypatch, capsys, script):
     """Each later stage, given the teacher where it wants its predecessor's output."""

@@ -34,6 +34,7 @@ from helpers import (
 import lightning
 from training import saving
 from wav2vec2.files import checkpoint
+from wav2vec2.files.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +81,7 @@ def test_stopped_while_a_size_is_saved(manifests, small_teacher, tmp_path, monke
 
     def fail(path: Path, contents: dict[str, Any]) -> None:
         if path.parent.parent.name == "sparsity_0.26":
-            raise OSError("No space left on device")
+            raise UserError(f"{path}: could not be written (No space left on device); make room")
         save(path, contents)
 
     flags = (*flags, "--exp_dir", exp_dir, "--resume_checkpoint", "auto")
@@ -89,7 +90,8 @@ def test_stopped_while_a_size_is_saved(manifests, small_teacher, tmp_path, monke
         context.setattr(saving.ckpt, "save", fail)
         assert run_to_exit(context, "distill", *flags) != 0
     path = exp_dir / "sparsity_0.26" / "ckpts" / "last.ckpt"
-    assert error_line(capsys).startswith(f"{path}: could not be saved (No space left on device); make room, then")
+    message = error_line(capsys)
+    assert message.startswith(f"{path}: could not be written (No space left on device); make room; then continue with")
     assert last_checkpoint(exp_dir)["global_step"] == 6
     first = (exp_dir / "sparsity_0.2" / "ckpts" / "last.ckpt").stat().st_mtime_ns
     run_script(monkeypatch, "distill", *flags)
@@ -448,8 +450,8 @@ def test_full_disk(manifests, small_teacher, tmp_path, monkeypatch, disturb, cap
     capsys.readouterr()
     run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp")
     printed = capsys.readouterr().err
-    assert steps == [2] and f"warning: {last}: update 4 could not be saved (" in printed
-    assert "that of update 2 stays; training goes on" in printed
+    assert steps == [2] and f"warning: {last}: could not be written ([Errno 27] File too large); make room" in printed
+    assert "update 4 is not saved, that of update 2 stays; training goes on" in printed
     assert_same_run(tmp_path / "whole", tmp_path / "exp")
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
@@ -457,8 +459,24 @@ def test_full_disk(manifests, small_teacher, tmp_path, monkeypatch, disturb, cap
     assert run_to_exit(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "late") == 1
     restore_file_size()
     message = error_line(capsys)
-    assert "update 6 could not be saved" in message and "make room" in message
+    assert "make room; update 6 is not saved, that of update 4 stays; then continue with" in message
     assert last_checkpoint(tmp_path / "late")["global_step"] == 4
     assert not [path for path in (tmp_path / "late" / "ckpts").iterdir() if path.name.startswith(".")]
     run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "late", "--resume_checkpoint", "auto")
     assert_same_run(tmp_path / "whole", tmp_path / "late")
+
+
+def test_a_first_checkpoint_that_cannot_be_saved(manifests, small_teacher, tmp_path, monkeypatch, disturb, capsys):
+    """Nothing would be left of the run: it ends there. What can be known is known before the first update."""
+    flags = [*small_run(manifests, small_teacher, max_updates=6, save_interval=2), *PRUNING]
+    ckpts, done = tmp_path / "exp" / "ckpts", []
+    disturb.at |= {1: ckpts.touch, 3: lambda: done.append(3)}
+    capsys.readouterr()
+    assert run_to_exit(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp") == 1
+    message = error_line(capsys)
+    assert message.startswith(f"{ckpts / 'last.ckpt'}: could not be written ([Errno 17] File exists: '{ckpts}'); mend")
+    assert "update 2 is not saved, there is none before it; then continue with" in message
+    disturb.at = {1: lambda: done.append(1)}
+    assert run_to_exit(monkeypatch, "distill", *flags, "--exp_dir", tmp_path / "exp") == 1
+    assert error_line(capsys).startswith(f"{ckpts / 'last.ckpt'}: could not be written ([Errno 17]")
+    assert not done

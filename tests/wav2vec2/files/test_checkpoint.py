@@ -1,7 +1,6 @@
 """Model files: written whole or not at all, read without running code, every fault one line that names the file."""
 
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from helpers import load_masked_model, masks_of, random_model, small_config, write_hub_folder
 
 from wav2vec2.files import checkpoint
-from wav2vec2.files import storage as files
 from wav2vec2.files.errors import UserError
 from wav2vec2.model import PRUNING_UNITS, with_masks
 
@@ -68,27 +66,6 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
         checkpoint.save(path, {"weights": torch.zeros(1000), "bad": Unwritable()})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.pth"]
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_interrupted_block_writes_nothing(error: type[BaseException], tmp_path: Path) -> None:
-    """Also when the user stops it."""
-    with pytest.raises(error), files.atomic_path(tmp_path / "model.pth") as temporary:  # noqa: PT012
-        temporary.write_bytes(b"half")
-        assert not (tmp_path / "model.pth").exists()
-        raise error
-    assert os.listdir(tmp_path) == []
-
-
-def test_permissions_are_those_of_any_file(tmp_path: Path) -> None:
-    """A shared checkpoint can be read by others, as the umask says."""
-    before = os.umask(0o027)
-    try:
-        checkpoint.save(tmp_path / "model.pth", {})
-        assert os.umask(0o027) == 0o027
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "model.pth").stat().st_mode) == 0o640
 
 
 # --- reading
