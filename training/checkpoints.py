@@ -7,14 +7,15 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from cli import print_line
 from training.settings import AUTO, recorded_defaults
 from wav2vec2.files import checkpoint as ckpt
-from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.files.errors import UserError, listed, short_repr, single_line
 from wav2vec2.files.heads import Head, head_of
 
 CHECKPOINTS = "ckpts"
@@ -40,6 +41,9 @@ REMOVED_SETTINGS = (
     *("star_weight", "unit_weight", "unit_layer", "num_units", "ema"),
     *("student_extractor", "extractor_updates", "student_config", "init_layers"),
 )
+# The numbers in what a checkpoint says of its run, beside its settings. All are below MAX_NUMBER.
+_NUMBERS = ("target_sparsity", "target_macs", "original_num_params", "original_num_macs")
+MAX_NUMBER = 2**53
 # What messages advise.
 CONTINUE = f"continue with --resume_checkpoint {AUTO}"
 
@@ -85,12 +89,20 @@ def read_training_checkpoint(path: str | os.PathLike, kind: str = DISTILLATION) 
     contents = {kind: {}, AVERAGED: {}, **contents}
     for name, wanted in {"global_step": int, kind: dict, AVERAGED: dict}.items():
         if type(value := contents.get(name)) is not wanted:
-            raise UserError(f"{path}: {name}: expected {wanted.__name__}, found {value!r:.80}; it is damaged")
+            raise UserError(f"{path}: {name}: expected {wanted.__name__}, found {short_repr(value)}; it is damaged")
     for name in ("state_dict", AVERAGED):
         for key, value in contents[name].items():
             is_named = isinstance(key, str) and isinstance(value, Tensor)
             if not (is_named and value.is_floating_point() and value.isfinite().all()):
                 raise UserError(f"{path}: {name}: {short_repr(key)} is not a tensor of finite floats; it is damaged")
+    settings = contents[kind].get("settings")
+    numbers = {"global_step": contents["global_step"], **{name: contents[kind].get(name) for name in _NUMBERS}}
+    for name, value in [*numbers.items(), *(settings.items() if isinstance(settings, dict) else ())]:
+        is_word = isinstance(name, str) and isinstance(value, str) and name not in numbers
+        is_number = isinstance(name, str) and isinstance(value, (int, float)) and abs(value) < MAX_NUMBER
+        if not (is_word or is_number or value is None):
+            found = f"{short_repr(name)}: {short_repr(value)}"
+            raise UserError(f"{path}: {kind}: expected numbers and words by name, found {found}; it is damaged")
     return contents
 
 
@@ -139,7 +151,49 @@ def changed_settings(recorded: dict[str, Any] | None, current: dict[str, Any]) -
         return ["its settings are not recorded there"]
     defaults = recorded_defaults()
     there, now = ({**dict.fromkeys(recorded.keys() | current.keys()), **defaults, **own} for own in (recorded, current))
-    return [f"{name}: {there[name]} there, {now[name]} now" for name in sorted(now) if there[name] != now[name]]
+    names = [name for name in sorted(now) if there[name] != now[name]]
+    return [f"{name}: {single_line(str(there[name]))} there, {now[name]} now" for name in names]
+
+
+def restorable(expected: Any, found: Any, place: str) -> Any:
+    """Return what of ``found``, from a checkpoint, a fresh run would save as well: ``expected``, with other values.
+
+    An empty dict is expected where texts by name may be, None where a number may be; numbered entries may be missing.
+    Tensors are copied: an optimiser writes to their memory as if it were laid out as the expected one's.
+
+    Raises:
+        UserError: something is missing, or of another kind; names its ``place``.
+    """
+    if type(found) is not type(expected):
+        if expected is not None or type(found) is not float:
+            refuse(place, type(expected).__name__, short_repr(found))
+    elif isinstance(found, dict) and not expected:
+        if not all(isinstance(text, str) for item in found.items() for text in item):
+            refuse(place, "texts by name", short_repr(found))
+    elif isinstance(found, dict):
+        if missing := [key for key in expected if isinstance(key, str) and key not in found]:
+            refuse(place, f"{short_repr(list(expected))}", listed("missing", missing))
+        return {key: restorable(expected[key], found[key], f"{place}: {key}") for key in expected if key in found}
+    elif isinstance(found, list):
+        if len(found) != len(expected):
+            refuse(place, f"{len(expected)} entries", f"{len(found)}")
+        return [restorable(*pair, place) for pair in zip(expected, found, strict=True)]
+    elif isinstance(found, Tensor):
+        shapes = [f"{list(tensor.shape)} of {tensor.dtype}" for tensor in (expected, found)]
+        if shapes[0] != shapes[1] or not found.isfinite().all():
+            refuse(place, f"finite numbers, {shapes[0]}", shapes[1])
+        return torch.empty_like(expected).copy_(found)
+    elif type(found) is int and not 0 <= found < MAX_NUMBER:
+        refuse(place, "a count", short_repr(found))
+    return found
+
+
+def refuse(place: str, wanted: str, found: str) -> NoReturn:
+    """Raise the UserError about something in a checkpoint that cannot be restored."""
+    raise UserError(
+        f"{place}: expected {wanted}, found {found}; the checkpoint is damaged, or of another run: continue another "
+        f"({PREVIOUS_CHECKPOINT} beside it, if it is there), or start afresh with another --exp_dir"
+    )
 
 
 def split_state_dict(contents: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
