@@ -41,7 +41,7 @@ REMOVED_SETTINGS = (
     *("star_weight", "unit_weight", "unit_layer", "num_units", "ema"),
     *("student_extractor", "extractor_updates", "student_config", "init_layers"),
 )
-# The numbers in what a checkpoint says of its run, beside its settings. All are below MAX_NUMBER.
+# The numbers in what a checkpoint says of its run, beside its settings. Whole ones are below MAX_NUMBER.
 _NUMBERS = ("target_sparsity", "target_macs", "original_num_params", "original_num_macs")
 MAX_NUMBER = 2**53
 # What messages advise.
@@ -98,9 +98,9 @@ def read_training_checkpoint(path: str | os.PathLike, kind: str = DISTILLATION) 
     settings = contents[kind].get("settings")
     numbers = {"global_step": contents["global_step"], **{name: contents[kind].get(name) for name in _NUMBERS}}
     for name, value in [*numbers.items(), *(settings.items() if isinstance(settings, dict) else ())]:
-        is_word = isinstance(name, str) and isinstance(value, str) and name not in numbers
-        is_number = isinstance(name, str) and isinstance(value, (int, float)) and abs(value) < MAX_NUMBER
-        if not (is_word or is_number or value is None):
+        is_word = isinstance(value, str) and name not in numbers
+        is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < MAX_NUMBER)
+        if not (isinstance(name, str) and (is_word or is_number or value is None)):
             found = f"{short_repr(name)}: {short_repr(value)}"
             raise UserError(f"{path}: {kind}: expected numbers and words by name, found {found}; it is damaged")
     return contents
@@ -172,7 +172,7 @@ def restorable(expected: Any, found: Any, place: str) -> Any:
             refuse(place, "texts by name", short_repr(found))
     elif isinstance(found, dict):
         if missing := [key for key in expected if isinstance(key, str) and key not in found]:
-            refuse(place, f"{short_repr(list(expected))}", listed("missing", missing))
+            refuse(place, "all that this run saves", listed("missing", missing))
         return {key: restorable(expected[key], found[key], f"{place}: {key}") for key in expected if key in found}
     elif isinstance(found, list):
         if len(found) != len(expected):
@@ -180,8 +180,10 @@ def restorable(expected: Any, found: Any, place: str) -> Any:
         return [restorable(*pair, place) for pair in zip(expected, found, strict=True)]
     elif isinstance(found, Tensor):
         shapes = [f"{list(tensor.shape)} of {tensor.dtype}" for tensor in (expected, found)]
-        if shapes[0] != shapes[1] or not found.isfinite().all():
-            refuse(place, f"finite numbers, {shapes[0]}", shapes[1])
+        if shapes[0] != shapes[1]:
+            refuse(place, *shapes)
+        if not found.isfinite().all():
+            refuse(place, "finite numbers", "NaN or infinite ones")
         return torch.empty_like(expected).copy_(found)
     elif type(found) is int and not 0 <= found < MAX_NUMBER:
         refuse(place, "a count", short_repr(found))

@@ -200,8 +200,8 @@ def check_settings(path: Path, about: dict[str, Any], recorded: dict[str, Any], 
 def _restore(path: Path, checkpoint: dict[str, Any], module: ScheduledModule, trainer: Any) -> None:
     """Leave in a checkpoint what Lightning shall restore, held to what this run would save.
 
-    The optimiser's settings, the schedule and the counts of updates and batches are this run's: with the settings of
-    the checkpoint, they are the same.
+    The optimiser's settings, the schedule and the counts of batches are this run's: with the settings of the
+    checkpoint, they are the same.
 
     Raises:
         UserError: something is missing, or does not belong to this run.
@@ -228,8 +228,12 @@ def _restore(path: Path, checkpoint: dict[str, Any], module: ScheduledModule, tr
     optimiser, loops, step = restored["optimizer_states"][0], restored["loops"]["fit_loop"], restored["global_step"]
     if optimiser["param_groups"] != numbers:
         refuse(f"{path}: optimizer_states: param_groups", short_repr(numbers), short_repr(optimiser["param_groups"]))
+    if any(each["step"] < 0 or (each["exp_avg_sq"] < 0).any() for each in optimiser["state"].values()):
+        refuse(f"{path}: optimizer_states: state", "squares and steps", "negative numbers")
+    done = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    if done != step:
+        refuse(f"{path}: loops", f"the counts of {step} updates", f"{done}")
 
-    loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"] = step
     ready = step * trainer.accumulate_grad_batches
     for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
         is_behind = counts["completed"] < counts["ready"]  # saved at the end of a batch
