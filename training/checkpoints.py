@@ -41,9 +41,11 @@ REMOVED_SETTINGS = (
     *("star_weight", "unit_weight", "unit_layer", "num_units", "ema"),
     *("student_extractor", "extractor_updates", "student_config", "init_layers"),
 )
-# The numbers in what a checkpoint says of its run, beside its settings. Whole ones are below MAX_NUMBER.
-_NUMBERS = ("target_sparsity", "target_macs", "original_num_params", "original_num_macs")
+# The numbers that a checkpoint says of its run beside its settings: least and greatest.
 MAX_NUMBER = 2**53
+_SHARE, _SIZE = (0, 1), (1, MAX_NUMBER)
+_NUMBERS = {"global_step": (0, MAX_NUMBER), "target_sparsity": _SHARE, "target_macs": _SHARE}
+_NUMBERS |= {"original_num_params": _SIZE, "original_num_macs": _SIZE}
 # What messages advise.
 CONTINUE = f"continue with --resume_checkpoint {AUTO}"
 
@@ -95,14 +97,17 @@ def read_training_checkpoint(path: str | os.PathLike, kind: str = DISTILLATION) 
             is_named = isinstance(key, str) and isinstance(value, Tensor)
             if not (is_named and value.is_floating_point() and value.isfinite().all()):
                 raise UserError(f"{path}: {name}: {short_repr(key)} is not a tensor of finite floats; it is damaged")
+    for name, (least, most) in _NUMBERS.items():
+        value = {**contents[kind], "global_step": contents["global_step"]}.get(name)
+        if value is not None and not (type(value) in (int, float) and least <= value <= most):
+            found = f"expected a number from {least} to {most}, found {short_repr(value)}"
+            raise UserError(f"{path}: {name}: {found}; it is damaged")
     settings = contents[kind].get("settings")
-    numbers = {"global_step": contents["global_step"], **{name: contents[kind].get(name) for name in _NUMBERS}}
-    for name, value in [*numbers.items(), *(settings.items() if isinstance(settings, dict) else ())]:
-        is_word = isinstance(value, str) and name not in numbers
-        is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < MAX_NUMBER)
-        if not (isinstance(name, str) and (is_word or is_number or value is None)):
-            found = f"{short_repr(name)}: {short_repr(value)}"
-            raise UserError(f"{path}: {kind}: expected numbers and words by name, found {found}; it is damaged")
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) <= MAX_NUMBER)
+        if not (isinstance(name, str) and (is_number or isinstance(value, str | None))):
+            found = f"expected numbers and words by name, found {short_repr(name)}: {short_repr(value)}"
+            raise UserError(f"{path}: {kind}: settings: {found}; it is damaged")
     return contents
 
 
