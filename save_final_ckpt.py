@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     student_state, projections = checkpoints.split_state_dict(trained)
     head, source = checkpoints.recorded_head(trained["distillation"], path), args.config_path or path
     config = with_outputs(config, head)
-    model = load_student(config, head, student_state, source, f"{path} in the model of {source}")
+    model = load_student(config, head, student_state, f"{path} in the model of {source}")
     save(out, {**contents_of(model), "config": config, "distill_linear_projs": projections, "made_by": made_by})
     print(f"{model.get_num_params():,} parameters: {out}")
 

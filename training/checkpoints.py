@@ -43,9 +43,8 @@ REMOVED_SETTINGS = (
 )
 # The numbers that a checkpoint says of its run beside its settings: least and greatest.
 MAX_NUMBER = 2**53
-_SHARE, _SIZE = (0, 1), (1, MAX_NUMBER)
-_NUMBERS = {"global_step": (0, MAX_NUMBER), "target_sparsity": _SHARE, "target_macs": _SHARE}
-_NUMBERS |= {"original_num_params": _SIZE, "original_num_macs": _SIZE}
+_NUMBERS = {"global_step": (0, MAX_NUMBER), **dict.fromkeys(("target_sparsity", "target_macs"), (0, 1))}
+_NUMBERS |= dict.fromkeys(("original_num_params", "original_num_macs"), (1, MAX_NUMBER))
 # What messages advise.
 CONTINUE = f"continue with --resume_checkpoint {AUTO}"
 
@@ -100,7 +99,7 @@ def read_training_checkpoint(path: str | os.PathLike, kind: str = DISTILLATION) 
     for name, (least, most) in _NUMBERS.items():
         value = {**contents[kind], "global_step": contents["global_step"]}.get(name)
         if value is not None and not (type(value) in (int, float) and least <= value <= most):
-            found = f"expected a number from {least} to {most}, found {short_repr(value)}"
+            found = f"expected {least} to {most}, found {short_repr(value)}"
             raise UserError(f"{path}: {name}: {found}; it is damaged")
     settings = contents[kind].get("settings")
     for name, value in settings.items() if isinstance(settings, dict) else ():
@@ -171,7 +170,7 @@ def restorable(expected: Any, found: Any, place: str) -> Any:
     """
     if type(found) is not type(expected):
         if expected is not None or type(found) is not float:
-            refuse(place, type(expected).__name__, short_repr(found))
+            refuse(place, "a number" if expected is None else type(expected).__name__, short_repr(found))
     elif isinstance(found, dict) and not expected:
         if not all(isinstance(text, str) for item in found.items() for text in item):
             refuse(place, "texts by name", short_repr(found))
@@ -231,9 +230,9 @@ def made_before(out: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
     """The contents of a model file if it is whole and was made by the same script from the same input; else None."""
     try:
         contents = ckpt.read_model_file(out)
-    except (UserError, OSError):
+        return contents if contents.get("made_by") == made_by else None
+    except (UserError, OSError, RuntimeError):  # the last from comparing with a tensor
         return None
-    return contents if contents.get("made_by") == made_by else None
 
 
 @contextmanager

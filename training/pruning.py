@@ -79,18 +79,15 @@ def _masked_model(
         raise UserError(f"{args.distilled_ckpt}: {found}")
     head = recorded_head(training, args.distilled_ckpt)
     config = with_outputs(with_masks(recorded or original_config, masked_units(state)), head)
-    source = f"{args.distilled_ckpt} in the model of {args.original_ckpt}"
-    return load_student(config, head, state, source, source)
+    return load_student(config, head, state, f"{args.distilled_ckpt} in the model of {args.original_ckpt}")
 
 
-def load_student(
-    config: dict[str, Any], head: Head | None, state: dict[str, Tensor], config_source: Source, source: Source
-) -> Wav2Vec2Model:
+def load_student(config: dict[str, Any], head: Head | None, state: dict[str, Tensor], source: Source) -> Wav2Vec2Model:
     """Build the student of a training checkpoint, and load its weights strictly."""
     with torch.device("meta"):  # before memory is taken for what the config says of its layers
-        expected = build_with_head(config, head, config_source).state_dict()
+        expected = build_with_head(config, head, source).state_dict()
     check_weights(expected, published_state(state), source)
-    model = build_with_head(config, head, config_source)
+    model = build_with_head(config, head, source)
     load_state(model, state, source)
     return model
 

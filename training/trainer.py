@@ -59,7 +59,7 @@ def fit(
     """Train a module for ``--max_updates``, and say where its last checkpoint is.
 
     Args:
-        resumed: path and contents of the checkpoint to continue from, if any; it is known to fit.
+        resumed: path and contents of the checkpoint to continue from, if any; weights and settings are known to fit.
         flops: operations of one waveform's share of an update, by its samples.
         record: what every checkpoint says of the run.
         title: the models and what they learn, for the line that is printed at the start.
