@@ -27,6 +27,7 @@ from training.checkpoints import (
     exclusive,
     refuse,
     restorable,
+    shown,
 )
 from training.data import BatchDataModule, LabelledDataModule
 from training.processes import cluster_environment
@@ -182,7 +183,7 @@ def check_settings(path: Path, about: dict[str, Any], recorded: dict[str, Any], 
     before = about.get("settings")
     gone = set(REMOVED_SETTINGS) - recorded.keys()
     if isinstance(before, dict) and (removed := sorted(gone & before.keys())):
-        given = ", ".join(f"--{name} {before[name]}" for name in removed)
+        given = ", ".join(f"--{name} {shown(before[name])}" for name in removed)
         raise UserError(
             f"{path}: made with {given}, which this version does not have; continue it with the version before "
             "(students of another shape, or with a light extractor, are made by make_student.py now)"

@@ -253,7 +253,6 @@ def test_what_does_not_belong_to_the_run(labelled, small_teacher, tmp_path, monk
         ("callbacks", "BestModel", {"score": "x"}, "BestModel: score: expected a number, found 'x'"),
         ("state_dict", "masking.x", torch.ones(1), "weights do not fit the model: 0 missing, 1 left over (x)"),
         ("state_dict", "y", torch.ones(1), "weights do not fit the model: 0 missing, 1 left over (y)"),
-        ("finetuning", "settings", {"seed": torch.ones(2)}, "settings: expected numbers and words by name"),
     ):
         contents = last_checkpoint(tmp_path)
         contents[part][name] = value
