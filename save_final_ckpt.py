@@ -29,8 +29,9 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # These import torch, for which wrong flags and --help need not wait.
     from training import checkpoints
-    from wav2vec2.files.checkpoint import load_state, read_model_file, save
-    from wav2vec2.files.heads import build_with_head, contents_of, with_outputs
+    from training.pruning import load_student
+    from wav2vec2.files.checkpoint import read_model_file, save
+    from wav2vec2.files.heads import contents_of, with_outputs
     from wav2vec2.model import with_masks
 
     path = args.ckpt_after_final_distill
@@ -58,8 +59,7 @@ def main(args: argparse.Namespace) -> None:
     student_state, projections = checkpoints.split_state_dict(trained)
     head, source = checkpoints.recorded_head(trained["distillation"], path), args.config_path or path
     config = with_outputs(config, head)
-    model = build_with_head(config, head, source)
-    load_state(model, student_state, f"{path} in the model of {source}")
+    model = load_student(config, head, student_state, f"{path} in the model of {source}")
     save(out, {**contents_of(model), "config": config, "distill_linear_projs": projections, "made_by": made_by})
     print(f"{model.get_num_params():,} parameters: {out}")
 

@@ -7,14 +7,15 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from cli import print_line
 from training.settings import AUTO, recorded_defaults
 from wav2vec2.files import checkpoint as ckpt
-from wav2vec2.files.errors import UserError, short_repr
+from wav2vec2.files.errors import UserError, listed, short_repr, single_line
 from wav2vec2.files.heads import Head, head_of
 from wav2vec2.files.storage import check_writable
 
@@ -41,6 +42,10 @@ REMOVED_SETTINGS = (
     *("star_weight", "unit_weight", "unit_layer", "num_units", "ema"),
     *("student_extractor", "extractor_updates", "student_config", "init_layers"),
 )
+# The numbers that a checkpoint says of its run beside its settings: least and greatest.
+MAX_NUMBER = 2**53
+_NUMBERS = {"global_step": (0, MAX_NUMBER), **dict.fromkeys(("target_sparsity", "target_macs"), (0, 1))}
+_NUMBERS |= dict.fromkeys(("original_num_params", "original_num_macs"), (1, MAX_NUMBER))
 # What messages advise.
 CONTINUE = f"continue with --resume_checkpoint {AUTO}"
 
@@ -86,12 +91,17 @@ def read_training_checkpoint(path: str | os.PathLike, kind: str = DISTILLATION) 
     contents = {kind: {}, AVERAGED: {}, **contents}
     for name, wanted in {"global_step": int, kind: dict, AVERAGED: dict}.items():
         if type(value := contents.get(name)) is not wanted:
-            raise UserError(f"{path}: {name}: expected {wanted.__name__}, found {value!r:.80}; it is damaged")
+            raise UserError(f"{path}: {name}: expected {wanted.__name__}, found {short_repr(value)}; it is damaged")
     for name in ("state_dict", AVERAGED):
         for key, value in contents[name].items():
             is_named = isinstance(key, str) and isinstance(value, Tensor)
             if not (is_named and value.is_floating_point() and value.isfinite().all()):
                 raise UserError(f"{path}: {name}: {short_repr(key)} is not a tensor of finite floats; it is damaged")
+    for name, (least, most) in _NUMBERS.items():
+        value = {**contents[kind], "global_step": contents["global_step"]}.get(name)
+        if value is not None and not (type(value) in (int, float) and least <= value <= most):
+            found = f"expected {least} to {most}, found {short_repr(value)}"
+            raise UserError(f"{path}: {name}: {found}; it is damaged")
     return contents
 
 
@@ -138,9 +148,60 @@ def changed_settings(recorded: dict[str, Any] | None, current: dict[str, Any]) -
     """List the settings that differ from those that a checkpoint records, each as ``name: there, now``."""
     if not isinstance(recorded, dict):
         return ["its settings are not recorded there"]
+    recorded = {name: value for name, value in recorded.items() if isinstance(name, str)}
     defaults = recorded_defaults()
     there, now = ({**dict.fromkeys(recorded.keys() | current.keys()), **defaults, **own} for own in (recorded, current))
-    return [f"{name}: {there[name]} there, {now[name]} now" for name in sorted(now) if there[name] != now[name]]
+    # A tensor or a nest, which no run records now, is not compared.
+    same = [name for name in now if isinstance(there[name], str | int | float | None) and there[name] == now[name]]
+    return [f"{name}: {shown(there[name])} there, {now[name]} now" for name in sorted(now.keys() - same)]
+
+
+def shown(value: Any) -> str:
+    """Return a setting from a checkpoint on one short line."""
+    return single_line(value) if isinstance(value, str) else short_repr(value)
+
+
+def restorable(expected: Any, found: Any, place: str) -> Any:
+    """Return what of ``found``, from a checkpoint, a fresh run would save as well: ``expected``, with other values.
+
+    An empty dict is expected where texts by name may be, None where a number may be; numbered entries may be missing.
+    Tensors are copied: an optimiser writes to their memory as if it were laid out as the expected one's.
+
+    Raises:
+        UserError: something is missing, or of another kind; names its ``place``.
+    """
+    if type(found) is not type(expected):
+        if expected is not None or type(found) is not float:
+            refuse(place, "a number" if expected is None else type(expected).__name__, short_repr(found))
+    elif isinstance(found, dict) and not expected:
+        if not all(isinstance(text, str) for item in found.items() for text in item):
+            refuse(place, "texts by name", short_repr(found))
+    elif isinstance(found, dict):
+        if missing := [key for key in expected if isinstance(key, str) and key not in found]:
+            refuse(place, "all that this run saves", listed("missing", missing))
+        return {key: restorable(expected[key], found[key], f"{place}: {key}") for key in expected if key in found}
+    elif isinstance(found, list):
+        if len(found) != len(expected):
+            refuse(place, f"{len(expected)} entries", f"{len(found)}")
+        return [restorable(*pair, place) for pair in zip(expected, found, strict=True)]
+    elif isinstance(found, Tensor):
+        shapes = [f"{list(tensor.shape)} of {tensor.dtype}" for tensor in (expected, found)]
+        if shapes[0] != shapes[1]:
+            refuse(place, *shapes)
+        if not found.isfinite().all():
+            refuse(place, "finite numbers", "NaN or infinite ones")
+        return torch.empty_like(expected).copy_(found)
+    elif type(found) is int and not 0 <= found < MAX_NUMBER:
+        refuse(place, "a count", short_repr(found))
+    return found
+
+
+def refuse(place: str, wanted: str, found: str) -> NoReturn:
+    """Raise the UserError about something in a checkpoint that cannot be restored."""
+    raise UserError(
+        f"{place}: expected {wanted}, found {found}; the checkpoint is damaged, or of another run: continue another "
+        f"({PREVIOUS_CHECKPOINT} beside it, if it is there), or start afresh with another --exp_dir"
+    )
 
 
 def split_state_dict(contents: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -171,9 +232,9 @@ def made_before(out: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
     """The contents of a model file if it is whole and was made by the same script from the same input; else None."""
     try:
         contents = ckpt.read_model_file(out)
-    except (UserError, OSError):
+        return contents if contents.get("made_by") == made_by else None
+    except (UserError, OSError, RuntimeError):  # the last from comparing with a tensor
         return None
-    return contents if contents.get("made_by") == made_by else None
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from training.checkpoints import (
     fingerprint,
     made_before,
     part_of,
+    restorable,
 )
 from training.data import TEST_SUBSET, TRAIN_SUBSET, VALID_SUBSET, LabelledDataModule
 from training.pairing import freeze_unreached
@@ -256,7 +257,8 @@ def finish(settings: FinetuneRunSettings, data: LabelledDataModule) -> None:
     if not best.is_file():
         raise UserError(f"{best}: is gone, expected the best model of this run; train again with another --exp_dir")
     contents = ckpt.read_model_file(best)
-    made_by = contents["made_by"]
+    made_by: Any = contents.get("made_by")
+    restorable({"update": 0, "metric": "", "valid": 0.0}, made_by, f"{best}: made_by")
     if result.is_file() and made_before(out, made_by) is not None:
         print(f"{settings.stage}: complete already: {out}")
         return

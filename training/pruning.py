@@ -9,9 +9,9 @@ from torch import Tensor
 from cli import print_line
 from training.checkpoints import INTERMEDIATE, recorded_head, split_state_dict
 from wav2vec2.components import published_state
-from wav2vec2.files.checkpoint import build_model, check_weights, load_state
+from wav2vec2.files.checkpoint import Source, build_model, check_weights, load_state
 from wav2vec2.files.errors import UserError, short_repr
-from wav2vec2.files.heads import build_with_head, contents_of, with_outputs
+from wav2vec2.files.heads import Head, build_with_head, contents_of, with_outputs
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
 from wav2vec2.sparsity import (
     Size,
@@ -49,11 +49,14 @@ def prune(
     _warn_if_unfinished(distilled, shift, args)
 
     num_unrounded = num_params_without_rounding(model) if args.round_to > 1 else 0  # it takes a copy of the model
-    kept_dims = model.eval().encoder.kept_dims()
+    kept_dims, embed_dim = model.eval().encoder.kept_dims(), model.encoder.embed_dim
     model.prune()
     if kept_dims is not None:  # the dimensions of frames that are left
         for key, value in projections.items():
             if key.endswith("weight"):
+                if value.ndim != 2 or value.size(1) != embed_dim:
+                    found = f"{key} has shape {list(value.shape)}, expected {embed_dim} columns"
+                    raise UserError(f"{args.distilled_ckpt}: distill_linear_projs: {found}; it is damaged")
                 projections[key] = value[:, kept_dims].clone()
     num_params = int(model.get_num_params())
     sparsity = f"sparsity {1 - num_params / original.params:.4f}"
@@ -76,8 +79,12 @@ def _masked_model(
         raise UserError(f"{args.distilled_ckpt}: {found}")
     head = recorded_head(training, args.distilled_ckpt)
     config = with_outputs(with_masks(recorded or original_config, masked_units(state)), head)
-    source = f"{args.distilled_ckpt} in the model of {args.original_ckpt}"
-    with torch.device("meta"):  # before memory is taken for what the checkpoint says of its layers
+    return load_student(config, head, state, f"{args.distilled_ckpt} in the model of {args.original_ckpt}")
+
+
+def load_student(config: dict[str, Any], head: Head | None, state: dict[str, Tensor], source: Source) -> Wav2Vec2Model:
+    """Build the student of a training checkpoint, and load its weights strictly."""
+    with torch.device("meta"):  # before memory is taken for what the config says of its layers
         expected = build_with_head(config, head, source).state_dict()
     check_weights(expected, published_state(state), source)
     model = build_with_head(config, head, source)

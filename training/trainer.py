@@ -18,7 +18,17 @@ from torch.distributed import DistNetworkError, DistStoreError
 
 from cli import print_line
 from lightning import ScheduledModule, linear_warmup_decay
-from training.checkpoints import CHECKPOINTS, CONTINUE, LAST_CHECKPOINT, REMOVED_SETTINGS, changed_settings, exclusive
+from training.checkpoints import (
+    CHECKPOINTS,
+    CONTINUE,
+    LAST_CHECKPOINT,
+    REMOVED_SETTINGS,
+    changed_settings,
+    exclusive,
+    refuse,
+    restorable,
+    shown,
+)
 from training.data import BatchDataModule, LabelledDataModule
 from training.processes import cluster_environment
 from training.saving import CheckpointIO, LastValidation, RunCheckpoints
@@ -26,8 +36,10 @@ from training.settings import AUTO, MachineSettings, RunSettings
 from training.signals import StopRequest, leave_signals_alone
 from training.speed import FetchTimer, Throughput, UpdateProgressBar, check_compiler, compile_steps, keep_freed_memory
 from training.updates import UpdateGuard
+from wav2vec2.components import published_state
 from wav2vec2.fast import fast_paths
-from wav2vec2.files.errors import UserError, one_line
+from wav2vec2.files import checkpoint as ckpt
+from wav2vec2.files.errors import UserError, one_line, short_repr
 
 _Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 # Lightning's names of --precision.
@@ -48,7 +60,7 @@ def fit(
     """Train a module for ``--max_updates``, and say where its last checkpoint is.
 
     Args:
-        resumed: path and contents of the checkpoint to continue from, if any; it is known to fit.
+        resumed: path and contents of the checkpoint to continue from, if any; weights and settings are known to fit.
         flops: operations of one waveform's share of an update, by its samples.
         record: what every checkpoint says of the run.
         title: the models and what they learn, for the line that is printed at the start.
@@ -88,7 +100,7 @@ def fit(
         if resumed is not None:
             if trainer.is_global_zero:
                 print(f"{settings.stage}: continuing {resumed[0]} after update {start}", flush=True)
-            _adapt(resumed[1], module, accum_grad)
+            _restore(*resumed, module, trainer)
         with errors_in_one_line(MisconfigurationException):
             trainer.fit(module, datamodule=data, ckpt_path=resumed[0] if resumed else None, weights_only=True)
     if trainer.is_global_zero:
@@ -171,7 +183,7 @@ def check_settings(path: Path, about: dict[str, Any], recorded: dict[str, Any], 
     before = about.get("settings")
     gone = set(REMOVED_SETTINGS) - recorded.keys()
     if isinstance(before, dict) and (removed := sorted(gone & before.keys())):
-        given = ", ".join(f"--{name} {before[name]}" for name in removed)
+        given = ", ".join(f"--{name} {shown(before[name])}" for name in removed)
         raise UserError(
             f"{path}: made with {given}, which this version does not have; continue it with the version before "
             "(students of another shape, or with a light extractor, are made by make_student.py now)"
@@ -186,20 +198,55 @@ def check_settings(path: Path, about: dict[str, Any], recorded: dict[str, Any], 
         print_line(f"warning: {path} is continued with other settings: {'; '.join(changes)}")
 
 
-def _adapt(checkpoint: dict[str, Any], module: ScheduledModule, accum_grad: int) -> None:
-    """Take this run's ``accum_grad`` and learning rates; with those of the checkpoint, this changes nothing."""
-    step = checkpoint["global_step"]
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counts in (progress["total"], progress["current"]):
-        shift = step * accum_grad - counts["ready"]
-        counts.update({name: count + shift for name, count in counts.items()})
+def _restore(path: Path, checkpoint: dict[str, Any], module: ScheduledModule, trainer: Any) -> None:
+    """Leave in a checkpoint what Lightning shall restore, held to what this run would save.
+
+    The optimiser's settings, the schedule and the counts of batches are this run's: with the settings of the
+    checkpoint, they are the same.
+
+    Raises:
+        UserError: something is missing, or does not belong to this run.
+    """
+    own: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(own)
+    weights = published_state(checkpoint["state_dict"])
+    ckpt.check_weights(own["state_dict"], weights, path)
+    configured: Any = module.configure_optimizers()
+    groups = configured["optimizer"].state_dict()["param_groups"]
+    parameters = [p.detach() for group in configured["optimizer"].param_groups for p in group["params"]]
+    moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}
+    numbers = [{"params": group["params"]} for group in groups]
+    expected = {
+        "global_step": 0,
+        "loops": {"fit_loop": trainer.fit_loop.state_dict()},
+        "callbacks": {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())},
+        "optimizer_states": [{"state": moments, "param_groups": numbers}],
+    }
+    scaler, name = trainer.precision_plugin.state_dict(), type(trainer.precision_plugin).__qualname__
+    if scaler and name in checkpoint:  # not if it was trained with another --precision
+        expected[name] = scaler
+    restored = restorable(expected, checkpoint, str(path))
+    optimiser, loops, step = restored["optimizer_states"][0], restored["loops"]["fit_loop"], restored["global_step"]
+    if optimiser["param_groups"] != numbers:
+        refuse(f"{path}: optimizer_states: param_groups", short_repr(numbers), short_repr(optimiser["param_groups"]))
+    if any(each["step"] < 0 or (each["exp_avg_sq"] < 0).any() for each in optimiser["state"].values()):
+        refuse(f"{path}: optimizer_states: state", "squares and steps", "negative numbers")
+    done = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    if done != step:
+        refuse(f"{path}: loops", f"the counts of {step} updates", f"{done}")
+
+    ready = step * trainer.accumulate_grad_batches
+    for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
+        is_behind = counts["completed"] < counts["ready"]  # saved at the end of a batch
+        counts |= dict.fromkeys(counts, ready) | {"completed": ready - is_behind}
     factor = linear_warmup_decay(module.warmup_updates, module.max_updates)(step)
-    groups = module.parameter_groups()
-    checkpoint["lr_schedulers"][0]["base_lrs"] = [group["lr"] for group in groups]
-    for saved, group in zip(checkpoint["optimizer_states"][0]["param_groups"], groups, strict=True):
-        rates = {"lr": group["lr"] * factor, "initial_lr": group["lr"], "weight_decay": group["weight_decay"]}
-        saved.update(**rates, name=group["name"])  # the first group's was another once
-        saved["fused"] = fast_paths()
+    rates = [group["initial_lr"] * factor for group in groups]
+    optimiser["param_groups"] = [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)]
+    schedule = configured["lr_scheduler"]["scheduler"].state_dict()
+    schedule |= {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    checkpoint.clear()
+    checkpoint |= {**restored, "state_dict": weights, "lr_schedulers": [schedule]}
+    checkpoint["pytorch-lightning_version"] = pl.__version__  # nothing is left to migrate
 
 
 def _prepare(machine: MachineSettings, module: ScheduledModule) -> None:

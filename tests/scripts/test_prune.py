@@ -161,3 +161,32 @@ def test_impossible_number(prune, monkeypatch, capsys, value: int) -> None:
     flags = ("--distilled_ckpt", prune.checkpoint, "--original_ckpt", prune.teacher, "--round_to", value)
     assert run_to_exit(monkeypatch, "prune", *flags) == 1
     assert error_line(capsys).startswith("--round_to: expected a whole number from 1 to 1000000, found ")
+
+
+def test_a_made_up_size_takes_no_memory(prune, monkeypatch, capsys) -> None:
+    """The layers of 4 TB each that the config asks for are never made; nor is a file by something else compared."""
+    contents = torch.load(prune.checkpoint, weights_only=True)
+    own = contents["distillation"]["student_config"]
+    size = {"encoder_embed_dim": 2**20, "encoder_ff_interm_features": [2**20] * 3}
+    contents["distillation"]["student_config"] = {**own, **size, "encoder_num_heads": [2**18] * 3}
+    out = prune.checkpoint.with_name("pruned_hubert_base.pth")
+    plain = checkpoint.read_model_file(prune.teacher)
+    keys = ("script", "config_path", "ckpt_after_final_distill")
+    checkpoint.save(out, {**plain, "made_by": dict.fromkeys(keys, torch.ones(2))})
+    torch.save(contents, prune.checkpoint)
+    assert run_to_exit(monkeypatch, "save_final_ckpt", "--ckpt_after_final_distill", prune.checkpoint) == 1
+    message = error_line(capsys)
+    assert message.startswith(f"{prune.checkpoint} in the model of ") and "weights do not fit the model" in message
+
+
+def test_projections_of_another_shape(manifests, small_teacher, tmp_path, monkeypatch, capsys) -> None:
+    flags = small_run(manifests, small_teacher, max_updates=2, pruning_units="embed", target_sparsity=0.2)
+    run_script(monkeypatch, "distill", *flags, "--exp_dir", tmp_path)
+    last = tmp_path / "ckpts" / "last.ckpt"
+    contents = torch.load(last, weights_only=True)
+    contents["state_dict"]["distill_linear_projs.0.weight"] = torch.ones(3)
+    torch.save(contents, last)
+    capsys.readouterr()
+    assert run_to_exit(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", small_teacher) == 1
+    message = f"{last}: distill_linear_projs: 0.weight has shape [3], expected 16 columns; it is damaged"
+    assert error_line(capsys) == message

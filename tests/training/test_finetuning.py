@@ -239,6 +239,35 @@ def test_a_finished_run_is_not_run_again_but_finished_if_it_is_not(
     assert error_line(capsys).startswith(f"{tmp_path / 'best.pth'}: is gone")
 
 
+@pytest.mark.slow
+def test_what_does_not_belong_to_the_run(labelled, small_teacher, tmp_path, monkeypatch, capsys, disturb):
+    flags = finetuning_run(labelled / "clips.tsv", small_teacher, max_updates=4, valid_interval=1, mask_prob=0)
+    disturb.at[2] = send(signal.SIGTERM)
+    assert run_to_exit(monkeypatch, "finetune", *flags, "--exp_dir", tmp_path) == 143
+    path, odd = tmp_path / "ckpts" / "last.ckpt", tmp_path / "odd.ckpt"
+    flags += ["--exp_dir", tmp_path / "other", "--resume_checkpoint"]
+    # Frozen, the encoder has no parameters in the optimiser.
+    assert run_to_exit(monkeypatch, "finetune", *flags, path, "--freeze_updates", "all") == 1
+    assert f"{path}: optimizer_states: param_groups: expected 1 entries, found 2" in capsys.readouterr().err
+    for part, name, value, message in (
+        ("callbacks", "BestModel", {"score": "x"}, "BestModel: score: expected a number, found 'x'"),
+        ("state_dict", "masking.x", torch.ones(1), "weights do not fit the model: 0 missing, 1 left over (x)"),
+        ("state_dict", "y", torch.ones(1), "weights do not fit the model: 0 missing, 1 left over (y)"),
+    ):
+        contents = last_checkpoint(tmp_path)
+        contents[part][name] = value
+        torch.save(contents, odd)
+        assert run_to_exit(monkeypatch, "finetune", *flags, odd) == 1
+        error = error_line(capsys)
+        assert error.startswith(str(odd)) and message in error
+    best = checkpoint.read_model_file(tmp_path / "best.pth")
+    checkpoint.save(tmp_path / "best.pth", {**best, "made_by": {"update": 1, "metric": 2}})
+    flags = [*flags[:-2], tmp_path, "--resume_checkpoint", "auto"]
+    monkeypatch.setattr(FinetuneModule, "on_validation_epoch_end", lambda module: None)  # no score is better
+    assert run_to_exit(monkeypatch, "finetune", *flags) == 1
+    assert "best.pth: made_by: expected all that this run saves, found 1 missing (valid)" in error_line(capsys)
+
+
 def test_a_best_model_that_cannot_be_saved(labelled, small_teacher, tmp_path, monkeypatch, capsys):
     (tmp_path / "best.pth").mkdir()
     flags = finetuning_run(labelled / "clips.tsv", small_teacher, max_updates=2)

@@ -1,5 +1,6 @@
 """A run that was stopped, killed or hindered ends as one that was not."""
 
+import math
 import os
 import random
 import resource
@@ -198,6 +199,19 @@ def half_run(stopped_run, tmp_path) -> tuple[list[object], Path]:
     return [*flags, "--exp_dir", shutil.copytree(exp_dir, tmp_path / "exp")], tmp_path / "exp"
 
 
+# Its leaves are countless, and it takes no room.
+ENDLESS: Any = ["ha"]
+for _ in range(40):
+    ENDLESS = [ENDLESS, ENDLESS]
+
+
+def put(value: Any, contents: Any, *place: Any) -> None:
+    """Put a value into nested dicts and lists."""
+    for key in place[:-1]:
+        contents = contents[key]
+    contents[place[-1]] = value
+
+
 def changed(flags: list[object], **changes: object) -> list[object]:
     flags = list(flags)
     for name, value in changes.items():
@@ -248,6 +262,26 @@ def test_a_path_continues_with_other_settings_and_says_so(half_run, tmp_path, mo
     name = "lr-AdamW/main_params"
     rates = {int(row["step"]): float(row[name]) for row in logged(tmp_path / "other") if name in row}
     assert rates == pytest.approx({step: 5e-4 * lightning.linear_warmup_decay(2, 9)(step) for step in range(4, 9)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("learning_rate", torch.ones(2), "made with other settings: learning_rate: <Tensor> there, 0.0002 now."),
+        ("max_updates", ENDLESS, "made with other settings: max_updates: [[[["),
+        ("seed", "x\n" * 1000, "seed: x x x x"),
+        ("ema", ENDLESS, "made with --ema [[[["),
+    ],
+)
+def test_settings_that_are_none(half_run, monkeypatch, capsys, name, value, message):
+    """A setting by a number is passed over; a nest without an end is not walked."""
+    flags, exp_dir = half_run
+    contents = last_checkpoint(exp_dir)
+    contents["distillation"]["settings"] |= {1: 2, name: value}
+    torch.save(contents, exp_dir / "ckpts" / "last.ckpt")
+    assert run_to_exit(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto") == 1
+    error = error_line(capsys)
+    assert message in error and len(error) < 800
 
 
 @pytest.mark.parametrize("choice", ["auto", "ckpts/last.ckpt"])
@@ -347,21 +381,102 @@ def test_a_checkpoint_of_the_other_stage(half_run, manifests, small_teacher, tmp
         (("distillation",), [1], "distillation: expected dict, found [1]"),
         (("global_step",), None, "global_step: expected int, found None"),
         (("state_dict", "distill_linear_projs.0.bias"), "x", "distill_linear_projs.0.bias' is not a tensor of finite"),
+        (("global_step",), -1, "global_step: expected 0 to"),
+        (("global_step",), ENDLESS, "global_step: expected int, found [[[["),
+        (("distillation", "target_sparsity"), "x", "target_sparsity: expected 0 to 1, found 'x'"),
+        (("distillation", "target_macs"), math.nan, "target_macs: expected 0 to 1, found nan"),
+        (("distillation", "original_num_params"), 10**400, "original_num_params: expected 1 to"),
+        (("distillation", "original_num_params"), math.inf, "original_num_params: expected 1 to"),
     ],
 )
 def test_entries_that_prune_would_use(half_run, small_teacher, monkeypatch, capsys, place, value, message):
     _, exp_dir = half_run
     contents = last_checkpoint(exp_dir)
-    inner = contents
-    for key in place[:-1]:
-        inner = inner[key]
-    inner[place[-1]] = value
+    put(value, contents, *place)
     path = exp_dir / "ckpts" / "odd.ckpt"
     torch.save(contents, path)
     capsys.readouterr()
     assert run_to_exit(monkeypatch, "prune", "--distilled_ckpt", path, "--original_ckpt", small_teacher) == 1
     error = error_line(capsys)
     assert message in error and error.startswith(f"{path}: ")
+
+
+LOOPS = ("loops", "fit_loop")
+BATCHES = (*LOOPS, "epoch_loop.batch_progress")
+MOMENTS = ("optimizer_states", 0, "state", 0)
+GROUPS = ("optimizer_states", 0, "param_groups")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ((*MOMENTS, "exp_avg"), torch.ones(3), "state: 0: exp_avg: expected [10] of torch.float32, found [3] of"),
+        ((*MOMENTS, "exp_avg_sq"), torch.ones(10).double(), "[10] of torch.float32, found [10] of torch.float64"),
+        ((*MOMENTS, "exp_avg"), torch.full((10,), math.nan), "exp_avg: expected finite numbers, found NaN"),
+        ((*MOMENTS, "exp_avg_sq"), -torch.ones(10), "expected squares and steps, found negative numbers"),
+        ((*MOMENTS, "step"), 4, "step: expected Tensor, found 4"),
+        (MOMENTS, {"step": torch.ones(())}, "state: 0: expected all that this run saves, found 2 missing (exp_avg"),
+        (("optimizer_states",), [], "optimizer_states: expected 1 entries, found 0"),
+        (GROUPS, ENDLESS, "param_groups: expected 3 entries, found 2"),
+        ((*GROUPS, 2, "params"), [0, 1], "param_groups: expected [{'params':"),
+        ((*GROUPS, 2, "params", 0), torch.ones(2), "params: expected int, found <Tensor>"),
+        (("loops",), None, "loops: expected dict, found None"),
+        (("loops",), {}, "loops: expected all that this run saves, found 1 missing (fit_loop)"),
+        ((*BATCHES, "total", "ready"), "4", "total: ready: expected int, found '4'"),
+        ((*BATCHES, "current", "completed"), 10**400, "completed: expected a count, found <a number of over 150"),
+        ((*BATCHES, "is_last_batch"), "x", "is_last_batch: expected bool, found 'x'"),
+        (("global_step",), 3, "loops: expected the counts of 3 updates, found 4"),
+        (("callbacks",), "x", "callbacks: expected dict, found 'x'"),
+        (("callbacks", "UpdateGuard", "skipped"), "x", "skipped: expected int, found 'x'"),
+        (("callbacks", "UpdateGuard", "bad_files"), {"a": 2}, "bad_files: expected texts by name, found {'a': 2}"),
+        (("state_dict", "evil.weight"), torch.ones(3), "weights do not fit the model: 0 missing, 1 left over (evil.w"),
+        (("state_dict", "lambda1"), torch.ones(3), "weights do not fit the model: lambda1 has shape [3], expected []"),
+    ],
+)
+def test_what_does_not_belong_to_the_run(half_run, tmp_path, monkeypatch, capsys, place, value, message):
+    """Nothing is computed with it: an optimiser would write behind the memory of moments that are too short."""
+    flags, exp_dir = half_run
+    contents = last_checkpoint(exp_dir)
+    put(value, contents, *place)
+    path = tmp_path / "odd.ckpt"
+    torch.save(contents, path)
+    flags = changed(flags, exp_dir=tmp_path / "other")
+    assert run_to_exit(monkeypatch, "distill", *flags, "--resume_checkpoint", path) == 1
+    error = error_line(capsys)
+    assert error.startswith(f"{path}: ") and message in error
+    assert "weights" in message or error.endswith("or start afresh with another --exp_dir")
+
+
+def test_what_a_run_knows_by_itself_is_not_read(half_run, tmp_path, monkeypatch):
+    """The optimiser's settings, the schedule, Lightning's version, and all that it would restore beside them."""
+    flags, exp_dir = half_run
+    shutil.copytree(exp_dir, tmp_path / "whole")
+    run_script(monkeypatch, "distill", *changed(flags, exp_dir=tmp_path / "whole"), "--resume_checkpoint", "auto")
+    contents = last_checkpoint(exp_dir)
+    contents["optimizer_states"][0]["param_groups"][0] |= {"betas": "x", "capturable": True, "lr": ENDLESS}
+    contents["optimizer_states"][0]["state"] |= {500: ENDLESS, "x": 1}
+    contents |= {"lr_schedulers": [{"step": "x"}], "pytorch-lightning_version": "garbage", "SpeechDataModule": 1}
+    contents |= {"native_amp_scaling_state": "x", "MixedPrecision": "x", "callbacks": {**contents["callbacks"], "x": 1}}
+    contents["loops"]["fit_loop"] |= {"epoch_loop.max_steps": 1}
+    for name in ("total", "current"):
+        contents["loops"]["fit_loop"]["epoch_loop.batch_progress"][name] |= {"started": 10**6, "processed": 0}
+    for moments in contents["optimizer_states"][0]["state"].values():
+        if isinstance(moments, dict):  # in memory of another order
+            moments["exp_avg"] = (
+                moments["exp_avg"].T.contiguous().T if moments["exp_avg"].ndim == 2 else moments["exp_avg"]
+            )
+    torch.save(contents, exp_dir / "ckpts" / "last.ckpt")
+    run_script(monkeypatch, "distill", *flags, "--resume_checkpoint", "auto")
+    assert_same_run(tmp_path / "whole", exp_dir)
+
+
+def test_a_run_with_other_parameters(half_run, tmp_path, monkeypatch, capsys):
+    """The exact control of the size has no multipliers."""
+    flags, exp_dir = half_run
+    path = exp_dir / "ckpts" / "last.ckpt"
+    flags = [*changed(flags, exp_dir=tmp_path / "other", sparsity_control="exact"), "--resume_checkpoint", path]
+    assert run_to_exit(monkeypatch, "distill", *flags) == 1
+    assert f"{path}: weights do not fit the model: 0 missing, 2 left over (lambda1, lambda2)" in capsys.readouterr().err
 
 
 def test_two_runs_in_one_exp_dir(half_run, monkeypatch, capsys):
