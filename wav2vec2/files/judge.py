@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar
 
 from .errors import UserError, short_repr, single_line
 
-_MOST_ITEMS = 2**22  # a shared list counts wherever it stands; a training checkpoint of 100 M parameters has thousands
+_MOST_ITEMS = 2**21  # a shared list counts wherever it stands; training checkpoints have some thousands
 _MOST_LEVELS = 64
 _MOST_COPIES = 8  # bytes of tensors for a byte of the file: tied weights, and averages that are the weights themselves
 # How many values these operations take from the stack; the others of their kind take all down to a mark.
@@ -142,7 +142,7 @@ def _check_pickle(file: IO[bytes], source: Path, names: Collection[str]) -> None
         elif name != "PROTO":
             stack.append(argument)
         if number > _MOST_ITEMS or num_copied > position:
-            raise ValueError("it makes more than it holds")
+            raise ValueError("it would make more than it holds")
 
 
 def judged(contents: T, source: str | PathLike) -> T:
@@ -152,22 +152,22 @@ def judged(contents: T, source: str | PathLike) -> T:
         UserError: they are not.
     """
     waiting: list[tuple[Any, Any, int]] = [("it", contents, 0)]
-    num_items, most_bytes = 0, _MOST_COPIES * Path(source).stat().st_size
+    num_items, num_bytes, most_bytes = 0, 0, _MOST_COPIES * Path(source).stat().st_size
     try:
         while waiting:
             name, value, level = waiting.pop()
             value = value.settings if isinstance(value, Inert) else value
-            if not isinstance(value, (dict, list, tuple)):
-                most_bytes -= _num_bytes(value, name)
-                continue
-            num_items += len(value)
-            if level > _MOST_LEVELS or num_items > _MOST_ITEMS or most_bytes < 0:
-                problem = f"over {_MOST_LEVELS} deep, {_MOST_ITEMS:,} entries or {_MOST_COPIES} times the file's bytes"
-                raise ValueError(f"lists and tensors, {problem}")
-            if attributes := getattr(value, "__dict__", {}).keys() - {"_metadata"}:  # they would hide methods
-                raise ValueError(f"a dict with attributes {short_repr([*attributes])}")
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            waiting += [(key, x, level + 1) for key, x in items if not _is_plain(x)]
+            if isinstance(value, (dict, list, tuple)):
+                num_items += len(value)
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                waiting += [(key, x, level + 1) for key, x in items if not _is_plain(x)]
+                if attributes := getattr(value, "__dict__", {}).keys() - {"_metadata"}:  # they would hide methods
+                    raise ValueError(f"it holds a dict with attributes {short_repr([*attributes])}")
+            else:
+                num_bytes += _num_bytes(value, name)
+            if level > _MOST_LEVELS or num_items > _MOST_ITEMS or num_bytes > most_bytes:
+                most = f"{_MOST_LEVELS} levels, {_MOST_ITEMS:,} entries and {_MOST_COPIES} times the file's bytes"
+                raise ValueError(f"its lists and tensors claim more than {most}")
     except ValueError as error:
         raise UserError(f"{source}: {error}; damaged or made to do harm; make or download it again") from error
     return contents

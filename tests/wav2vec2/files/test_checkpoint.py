@@ -315,7 +315,10 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "one left over": (lambda state: state.update({"mask_emb": torch.zeros(3)}), "1 left over (mask_emb)"),
     "another shape": (lambda state: state.update({NORM: torch.zeros(7)}), f"{NORM} has shape [7], expected [16]"),
     "none": (lambda state: state.clear(), "missing (feature_extractor.dummy_weight"),
-    "whole numbers": (lambda state: state.update({NORM: state[NORM].long()}), f"{NORM} is torch.int64, expected floats"),
+    "whole numbers": (
+        lambda state: state.update({NORM: state[NORM].long()}),
+        f"{NORM} is torch.int64, expected floats",
+    ),
     "complex numbers": (
         lambda state: state.update({NORM: state[NORM].to(torch.complex64)}),
         "asks for torch.ComplexFloatStorage",
