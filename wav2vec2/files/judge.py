@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar
 
 from .errors import UserError, short_repr, single_line
 
-_MOST_ITEMS = 2**21  # a shared list counts wherever it stands; training checkpoints have some thousands
+_MOST_ITEMS = 2**20  # a shared list counts wherever it stands; training checkpoints have some thousands
 _MOST_LEVELS = 64
 _MOST_COPIES = 8  # bytes of tensors for a byte of the file: tied weights, and averages that are the weights themselves
 # How many values these operations take from the stack; the others of their kind take all down to a mark.
@@ -158,11 +158,11 @@ def judged(contents: T, source: str | PathLike) -> T:
             name, value, level = waiting.pop()
             value = value.settings if isinstance(value, Inert) else value
             if isinstance(value, (dict, list, tuple)):
+                if attributes := getattr(value, "__dict__", {}).keys() - {"_metadata"}:  # they would hide methods
+                    raise ValueError(f"it holds a dict with attributes {short_repr([*attributes])}")
                 num_items += len(value)
                 items = value.items() if isinstance(value, dict) else enumerate(value)
                 waiting += [(key, x, level + 1) for key, x in items if not _is_plain(x)]
-                if attributes := getattr(value, "__dict__", {}).keys() - {"_metadata"}:  # they would hide methods
-                    raise ValueError(f"it holds a dict with attributes {short_repr([*attributes])}")
             else:
                 num_bytes += _num_bytes(value, name)
             if level > _MOST_LEVELS or num_items > _MOST_ITEMS or num_bytes > most_bytes:
