@@ -137,9 +137,7 @@ def _check_pickle(file: IO[bytes], source: Path, names: Collection[str]) -> None
                     "checkpoint needs; it was not read, and nothing in it was run; get the file from its publisher"
                 )
             stack.append(argument.encode())
-        elif name == "BINPERSID":
-            stack[-1] = None
-        elif name != "PROTO":
+        elif name not in ("PROTO", "BINPERSID"):
             stack.append(argument)
         if number > _MOST_ITEMS or num_copied > position:
             raise ValueError("it would make more than it holds")
