@@ -60,7 +60,7 @@ def results_of(path: Path) -> Iterator[dict[str, Any]]:
         yield results
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         problem = f"not the results of evaluate.py that are expected here ({type(error).__name__}: {error})"
         raise UserError(f"{path}: {problem}") from error
 
@@ -68,6 +68,8 @@ def results_of(path: Path) -> Iterator[dict[str, Any]]:
 def evaluation_tables(results: dict[str, Any]) -> list[Table]:
     """Make the tables of a results file: cost, and fidelity and probes as far as they were measured."""
     models = results["models"]
+    if not all(isinstance(model["name"], str) for model in models):
+        raise TypeError("a model without a name")
     tables = [cost_table(models, results["macs_counted_on"]), part_table(models)]
     if any(model["fidelity"] for model in models):
         tables.append(fidelity_table(models))

@@ -21,6 +21,7 @@ from training.checkpoints import (
     PRUNED_MODEL,
     read_training_checkpoint,
 )
+from wav2vec2.config import unit_counts
 from wav2vec2.files.checkpoint import build_model, read_model_file
 from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, with_masks
@@ -155,6 +156,10 @@ def shape_of(config: dict[str, Any], source: str | Path) -> Wav2Vec2Model:
         return build_model(with_masks(config, ()), source)
 
 
+def _num_layers(model: Wav2Vec2Model) -> list[int]:
+    return [len(counts) for counts in unit_counts(model.config).values()]
+
+
 def _read_model(path: Path, name: str) -> Model:
     contents = read_model_file(path)
     made_by = contents.get("made_by")
@@ -183,7 +188,13 @@ def read_experiment(exp_dir: Path) -> Experiment:
     about = next((stage.about for stage in found.stages if stage.title == _JOINT.title), {})
     if isinstance(config := about.get("student_config"), dict):
         found.original = found.read(exp_dir / CHECKPOINTS / LAST_CHECKPOINT, partial(shape_of, config))
-    found.original_num_params = about.get("original_num_params")
+    for model in found.models:
+        if found.original and _num_layers(model.shape) != _num_layers(found.original):
+            found.notes.append(f"{model.path}: not of the run's student, which has other layers")
+            found.original = None
+    num_params = about.get("original_num_params")
+    found.original_num_params = num_params if type(num_params) is int and num_params > 0 else None
     pruned_for = next((m.made_by.get("target_sparsity") for m in found.models if m.name == _JOINT.model_name), None)
-    found.target_sparsity = pruned_for if isinstance(pruned_for, float) else about.get("target_sparsity")
+    wanted = (pruned_for, about.get("target_sparsity"))
+    found.target_sparsity = next((value for value in wanted if isinstance(value, float)), None)
     return found

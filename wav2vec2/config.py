@@ -15,6 +15,7 @@ from .files.errors import short_repr
 # Far beyond any known model, and small enough for lists of this length to do no harm.
 MAX_LAYERS = 256
 MAX_CONV_LAYERS = 64
+_MAX_HEADS = 1024  # of a layer in a list
 _MAX_SIZE = 2**20
 
 # (channels, kernel, stride) of every published model's extractor: 320 samples (20 ms) per frame.
@@ -47,9 +48,10 @@ _MODE = _Rule(
     "'group_norm' or 'layer_norm'", lambda value: type(value) is str and value in ("group_norm", "layer_norm")
 )
 _HEADS = _Rule(
-    "ascending indices of heads",
+    f"ascending indices of at most {_MAX_HEADS} heads",
     lambda value: (
         isinstance(value, (list, tuple))
+        and len(value) <= _MAX_HEADS
         and all(map(_whole(0).accepts, value))
         and all(first < second for first, second in zip(value, value[1:], strict=False))
     ),

@@ -1,5 +1,6 @@
 """The report of a run: complete, self-contained, safe with hostile text, the same every time."""
 
+import contextlib
 import csv
 import json
 import re
@@ -22,6 +23,7 @@ from helpers import (
     task_contents,
 )
 
+from evaluation.tables import evaluation_tables, results_of
 from report import pictures
 from report.experiment import read_experiment, read_log
 from report.page import write_report
@@ -34,6 +36,14 @@ LOG = [
     {"step": 0, "train_loss": 0.5, "train_loss_mse": 0.0, "valid_loss": "", "sparsity_expected": 0.0, "lambda1": 0.1},
     {"step": 1, "train_loss": 0.25, "train_loss_mse": 0.0, "valid_loss": 0.3, "sparsity_expected": 0.4, "lambda1": 0.2},
 ]
+
+
+TWO_LAYERS = {
+    "encoder_use_attention": [True] * 2,
+    "encoder_use_feed_forward": [True] * 2,
+    "encoder_num_heads": [4] * 2,
+    "encoder_ff_interm_features": [20] * 2,
+}
 
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -256,6 +266,46 @@ def test_damaged_files_are_named_and_the_rest_is_shown(exp_dir):
     page = Page(page_of(exp_dir))
     assert "Not in this report: " in page.text and "last.ckpt: damaged, or not a checkpoint" in page.text
     assert "training 0.25" in page.text and "after pruning" in page.text and "Architecture" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("about", "made_by"),
+    [
+        ({"original_num_params": "many", "target_sparsity": "half"}, {"target_sparsity": "half"}),
+        (
+            {"original_num_params": 0, "target_sparsity": [0.4], "settings": {1: 2, "a": 3}},
+            {"target_sparsity": 10**300},
+        ),
+        ({"original_num_params": True, "student_config": {"encoder_num_layers": 3}, "settings": [1]}, {1: "a", "b": 2}),
+        ({"student_config": small_config("hubert", encoder_num_layers=2, **TWO_LAYERS)}, {}),
+    ],
+)
+def test_records_of_other_types(tmp_path, about, made_by):
+    """What a checkpoint says of its run may be anything; the page has the rest."""
+    write_stage(tmp_path / "exp", about, made_by)
+    page = Page(page_of(tmp_path / "exp"))
+    assert "after pruning" in page.text and "wanted" not in page.text
+    assert ("Not in this report: " in page.text) is ("student_config" in about)
+
+
+def test_results_of_other_types(tmp_path):
+    """Any part of a results file may be of another kind: the page, or one line that names the file."""
+    path = tmp_path / "results.json"
+    for place in (("models",), *(("models", 1, key) for key in results()["models"][1]), ("controls",), ("probes",)):
+        for value in (None, 5, 0, "text", [], {}, [[5]], {"keywords": 1}, 10**300, float("nan")):
+            contents: Any = results()
+            inner = contents
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+            path.write_text(json.dumps(contents))
+            with contextlib.suppress(UserError), results_of(path) as found:
+                assert all(map(str, evaluation_tables(found)))
+    contents = results()
+    contents["models"][0]["cost"]["params"] = dict.fromkeys(PARTS, 0)
+    path.write_text(json.dumps(contents))
+    with pytest.raises(UserError, match="ZeroDivisionError"), results_of(path) as found:
+        evaluation_tables(found)
 
 
 def test_evaluation(exp_dir, tmp_path, monkeypatch, capsys):

@@ -78,7 +78,7 @@ def expected_state(config: Mapping[str, Any], source: Source = "config") -> dict
 
 
 def check_weights(expected: Mapping[str, Tensor], state_dict: Mapping[str, Any], source: Source) -> None:
-    """Refuse a ``state_dict`` without the keys and shapes of ``expected`` in finite floats that are really stored."""
+    """Refuse a ``state_dict`` without the keys and shapes of ``expected`` in finite floats."""
 
     def refuse(reason: str) -> NoReturn:
         raise UserError(f"{source}: weights do not fit the model: {reason}")
@@ -90,13 +90,10 @@ def check_weights(expected: Mapping[str, Tensor], state_dict: Mapping[str, Any],
     for key, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             refuse(f"{key} is {short_repr(tensor)}, expected a tensor of floats")
-        found = tensor.dtype, tensor.layout, tensor.device.type
-        if tensor.dtype not in FLOAT_DTYPES or found[1:] != (torch.strided, "cpu"):
-            refuse(f"{key} is {', '.join(map(str, found))}, expected dense floats on the CPU")
+        if tensor.dtype not in FLOAT_DTYPES:
+            refuse(f"{key} is {tensor.dtype}, expected floats")
         if tensor.shape != expected[key].shape:
             refuse(f"{key} has shape {list(tensor.shape)}, expected {list(expected[key].shape)}")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():  # strides of 0: a few bytes can claim any shape
-            refuse(f"{key} has shape {list(tensor.shape)}, more than the numbers stored for it")
         if tensor.numel() and not torch.stack(tensor.detach().aminmax()).isfinite().all():
             refuse(f"{key} holds NaN or infinite values; the file is damaged or its training failed")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, one_line
+from .judge import judged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,7 +169,7 @@ def read_json(path: Path, expected: str, advice: str = "download it again") -> d
         raise UserError(f"{path}: {reason}") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(contents).__name__}; {advice}")
-    return contents
+    return judged(contents, path)
 
 
 def read_safetensors(path: Path, advice: str = "download it again") -> "dict[str, Tensor]":
@@ -182,7 +183,8 @@ def read_safetensors(path: Path, advice: str = "download it again") -> "dict[str
     except ImportError as error:
         raise UserError(f"{path}: reading it needs the safetensors package: pip install safetensors") from error
     try:
-        return load_file(path)
+        contents = load_file(path)
     except Exception as error:  # the file decides which
         reason = placeholder(path) or f"not readable as safetensors ({one_line(error)}); {advice}"
         raise UserError(f"{path}: {reason}") from error
+    return judged(contents, path)

@@ -4,10 +4,7 @@ torch's ``weights_only`` unpickler calls only the names on an allow-list. This m
 fairseq and its relatives need beyond tensors, each replaced by a stand-in that only holds data.
 """
 
-import re
 import warnings
-import zipfile
-from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,25 +12,10 @@ from typing import Any
 import torch
 
 from .errors import UserError, listed, single_line
+from .judge import Inert, check_torch_file, judged
 from .storage import placeholder
 
 FILE_SUFFIXES = (".pth", ".pt", ".ckpt")  # of files that torch.save writes
-
-
-class _Inert:
-    """Stands for a foreign class or function: keeps the pickled state and ignores arguments.
-
-    The state of ``argparse.Namespace`` is its attributes. omegaconf's DictConfig and ListConfig have a dict or list of
-    nodes under ``_content``, and its value nodes have their value under ``_val``.
-    """
-
-    state: Any = None
-
-    def __init__(self, *_arguments: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
 
 
 def _plain_dict(*_factory: Any) -> dict[Any, Any]:
@@ -47,15 +29,23 @@ _NUMPY_NAMES += ["numpy.dtype", "numpy.ndarray"]
 _NODES = [f"nodes.{name}Node" for name in ("Any", "Boolean", "Float", "Integer", "String")]
 _NODES += ["dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata"]
 _OTHERS = ("argparse.Namespace", "fairseq.data.dictionary.Dictionary", "typing.Any")
-_SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    *((_Inert, name) for name in (*_NUMPY_NAMES, *_OTHERS)),
-    *((_Inert, f"omegaconf.{name}") for name in _NODES),
+_SAFE_GLOBALS: list[Any] = [
+    *((Inert, name) for name in (*_NUMPY_NAMES, *_OTHERS)),
+    *((Inert, f"omegaconf.{name}") for name in _NODES),
     (_plain_dict, "collections.defaultdict"),
-    # Python 2's names for these, "__builtin__.dict" and "__builtin__.long" among them, are translated by torch.
-    (dict, "builtins.dict"),
-    (list, "builtins.list"),
-    (int, "builtins.int"),
+    # As types in omegaconf's metadata; torch translates Python 2's names for them.
+    *((Inert, f"builtins.{name}") for name in ("dict", "list", "int")),
 ]
+# What a file may name: of torch's own names no sets, byte arrays, sparse or other tensors with parts of their own.
+_STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+_NAMES = {
+    *(name for _, name in _SAFE_GLOBALS),
+    *("__builtin__.dict", "__builtin__.list", "__builtin__.int", "__builtin__.long"),
+    *("collections.OrderedDict", "collections.Counter", "_codecs.encode", "torch.device", "torch.Size"),
+    *("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"),
+    *(f"torch.{name}Storage" for name in _STORAGES),
+    *(f"torch.{name}" for name in ("float16", "bfloat16", "float32", "float64", "int64", "int32", "uint8", "bool")),
+}
 
 
 def read_torch_file(path: str | PathLike) -> Any:
@@ -72,23 +62,19 @@ def read_torch_file(path: str | PathLike) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a checkpoint")
     try:
-        if zipfile.is_zipfile(path):
-            _check_records(path)
+        check_torch_file(path, _NAMES)
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # the file decides which operation fails, and so which of many exceptions is raised
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        if name:
-            raise UserError(
-                f"{path}: the file asks for {single_line(name[1], 80)}, which is not among the names that a checkpoint "
-                "needs; it was not read, and nothing in it was run; get the file from its publisher"
-            ) from error
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{path}: damaged, or not a checkpoint written by torch.save ({single_line(reason)}); download it "
             "again; convert_hubert_from_hf.py and convert_wavlm_from_fairseq.py read models of other programs"
         ) from error
+    return judged(contents, path)
 
 
 def kind_of_path(path: Path) -> str | None:
@@ -138,29 +124,12 @@ def _convert_folder(folder: Path) -> str:
     return f"convert the folder that it lies in: python convert_hubert_from_hf.py --model {folder}"
 
 
-def _check_records(path: Path) -> None:
-    """Check every record of a zip archive against its checksum, which torch does not, and their sum of sizes."""
-    with zipfile.ZipFile(path) as archive:
-        if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
-            raise ValueError("its records claim to be larger than the file")
-        damaged = archive.testzip()
-        if damaged and archive.getinfo(damaged).CRC:  # 0 where torch was told to write no checksums
-            raise ValueError(f"the checksum of {damaged} is wrong")
-
-
-def to_plain(value: Any, source: str | PathLike) -> Any:
+def to_plain(value: Any) -> Any:
     """Replace Namespace, DictConfig, ListConfig and their nodes in ``value`` by dicts, lists and plain values."""
-    try:
-        return _to_plain(value)
-    except RecursionError as error:
-        raise UserError(f"{source}: the settings in the file are damaged (endless); download it again") from error
-
-
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, _Inert) and isinstance(value.state, dict):
-        value = value.state.get("_content", value.state.get("_val", value.state))
+    if isinstance(value, Inert):
+        value = value.settings
     if isinstance(value, dict):
-        return {key: _to_plain(item) for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_plain(item) for item in value]
+        return [to_plain(item) for item in value]
     return value

@@ -292,18 +292,21 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "one left over": (lambda state: state.update({"mask_emb": torch.zeros(3)}), "1 left over (mask_emb)"),
     "another shape": (lambda state: state.update({NORM: torch.zeros(7)}), f"{NORM} has shape [7], expected [16]"),
     "none": (lambda state: state.clear(), "missing (feature_extractor.dummy_weight"),
-    "whole numbers": (lambda state: state.update({NORM: state[NORM].long()}), f"{NORM} is torch.int64, torch.strided"),
+    "whole numbers": (
+        lambda state: state.update({NORM: state[NORM].long()}),
+        f"{NORM} is torch.int64, expected floats",
+    ),
     "complex numbers": (
         lambda state: state.update({NORM: state[NORM].to(torch.complex64)}),
-        f"{NORM} is torch.complex64",
+        "asks for torch.ComplexFloatStorage",
     ),
     "a sparse tensor": (
         lambda state: state.update({NORM: state[NORM].to_sparse()}),
-        f"{NORM} is torch.float32, torch.sparse_coo",
+        "asks for torch._utils._rebuild_sparse_tensor",
     ),
     "a tensor without data": (
         lambda state: state.update({NORM: state[NORM].to("meta")}),
-        f"{NORM} is torch.float32, torch.strided, meta",
+        "asks for torch._utils._rebuild_meta_tensor_no_storage",
     ),
     "a string": (lambda state: state.update({NORM: "ones"}), f"{NORM} is 'ones', expected a tensor of floats"),
     "a list": (lambda state: state.update({NORM: [1.0] * 16}), f"{NORM} is [1.0, 1.0"),

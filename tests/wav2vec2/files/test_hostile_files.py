@@ -307,7 +307,7 @@ def test_records_that_are_not_what_they_claim(path: Path) -> None:
         rewrite(changes)
         check_refused(checkpoint.load_model, path)
     rewrite({"data/7": bytes(10**7)}, compression=zipfile.ZIP_DEFLATED)
-    check_refused(checkpoint.load_model, path, "larger than the file")
+    check_refused(checkpoint.load_model, path, "its records are compressed")
 
 
 def test_shapes_larger_than_the_file(path: Path) -> None:
