@@ -18,7 +18,7 @@ from torch import distributed
 
 from cli import AllProcessesError, Interrupted
 from training.settings import MachineSettings
-from training.signals import end_started
+from training.signals import end_loader_processes, end_started
 from wav2vec2.files.errors import UserError
 
 # In the environment of the processes that Lightning starts: the number of the one that it was started by.
@@ -33,8 +33,11 @@ def cluster_environment(processes_per_node: int, num_nodes: int) -> ClusterEnvir
 
     Raises:
         UserError: srun is missing, or there are other processes than ``--gpus`` and ``--num_nodes`` say. Each process
-            raises it: they may be runs of their own.
+            raises it: they may be runs of their own. Or the processes could not meet.
     """
+    port = os.environ.get("MASTER_PORT", "1")
+    if processes_per_node * num_nodes > 1 and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port!r}: expected a port for the processes to meet at, 1 to 65535; or unset it")
     wanted = f"{processes_per_node}(x{num_nodes})" if num_nodes > 1 else f"{processes_per_node}"
     options = f"--gpus {processes_per_node} --num_nodes {num_nodes}"
     if TorchElasticEnvironment.detect():
@@ -65,11 +68,12 @@ def cluster_environment(processes_per_node: int, num_nodes: int) -> ClusterEnvir
 def _lightning_environment() -> ClusterEnvironment:
     """Lightning as what starts the processes of one machine, whatever ranks others have given this process.
 
-    They are in the environment where another launcher has started runs of their own, such as the pods of a cluster.
+    They are in the environment where another launcher has started runs of their own, such as the pods of a cluster. So
+    is an address, but the processes of one machine meet on it.
     """
     others = ["RANK", "SLURM_PROCID", "SLURM_LOCALID", "NODE_RANK", "GROUP_RANK"]
     if os.environ.setdefault(_STARTED_BY, str(os.getpid())) == str(os.getpid()):
-        others.append("LOCAL_RANK")
+        others += ["LOCAL_RANK", "MASTER_ADDR"]
     for name in others:
         os.environ.pop(name, None)
     environment = LightningEnvironment()
@@ -86,12 +90,12 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
     """
     try:
         yield
-    except (Interrupted, AllProcessesError):
-        if not trainer.is_global_zero:
+    except BaseException as error:
+        end_loader_processes()
+        if not isinstance(error, (Interrupted, AllProcessesError)):
+            end_started(trainer.strategy.launcher)
+        elif not trainer.is_global_zero:
             sys.exit(0)
-        raise
-    except BaseException:
-        end_started(trainer.strategy.launcher)
         raise
 
 

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop, and the SLURM job that asks for another turn."""
 
 import math
+import multiprocessing
 import os
 import select
 import signal
@@ -104,6 +105,14 @@ def ignore_stop_signals(_worker: int) -> None:
     """Ignore signals in a loader process, which gets them too: it ends with the process that it works for."""
     for signum in StopRequest.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+
+
+def end_loader_processes() -> None:
+    """Kill the loader processes of this process: at its end Python would send them SIGTERM, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def leave_signals_alone(trainer: pl.Trainer) -> None:

@@ -165,8 +165,10 @@ def errors_in_one_line(*refusals: type[Exception]) -> Iterator[None]:
 def explained(error: RuntimeError) -> str | None:
     """Say what has happened, and what to do, if ``error`` says that this run lost a process; otherwise None."""
     text = str(error).strip()
+    if "iter(combined_loader)" in text:  # Lightning's, after loader processes could not be started
+        text = str(error.__context__)
     # torch's errors of loader processes are told apart by their text alone; one from inside ends with what happened.
-    last = single_line(text.rpartition("\n")[2])
+    last = single_line(text.rpartition("\n")[2]).rstrip(".")
     if isinstance(error, DistError) or "gloo/" in text:
         return (
             f"the processes of this run do not reach each other: {one_line(error)}; look at the others' output, and at "
@@ -176,7 +178,7 @@ def explained(error: RuntimeError) -> str | None:
         return f"loader processes: {last}; raise the limit (ulimit -n), or lower --num_workers; then {CONTINUE}"
     if "shared memory" in text:
         return f"loader processes: {last}; {MORE_SHARED_MEMORY}; then {CONTINUE}"
-    if text.startswith("DataLoader "):
+    if text.startswith(("DataLoader ", "[Errno")):
         return (
             f"loader processes: {last}; if the system's log (dmesg) says that memory was full, lower --num_workers or "
             f"--seconds_per_batch; --num_workers 0 needs no loader processes; then {CONTINUE}"
