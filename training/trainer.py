@@ -176,7 +176,7 @@ def explained(error: RuntimeError) -> str | None:
         )
     if "Too many open files" in text:
         return f"loader processes: {last}; raise the limit (ulimit -n), or lower --num_workers; then {CONTINUE}"
-    if "shared memory" in text:
+    if "shared memory" in text or "file </torch_" in text:
         return f"loader processes: {last}; {MORE_SHARED_MEMORY}; then {CONTINUE}"
     if text.startswith(("DataLoader ", "[Errno")):
         return (
