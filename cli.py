@@ -65,16 +65,15 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     # The terminal's encoding need not have all of Unicode: printing a file name must not end a run.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+    if os.getpid() == 1:  # of a container: there the kernel leaves out what SIGTERM does by default
+        signal.signal(signal.SIGTERM, lambda signum, _: os._exit(128 + signum))
     try:
         with contextlib.redirect_stdout(_VisibleOutput(sys.stdout)):
             main(args)
     except Interrupted as stop:
-        _leave_unless_first()
         print(visible(str(stop)), file=sys.stderr)
         sys.exit(128 + stop.signum)
     except (UserError, OSError) as error:
-        if isinstance(error, AllProcessesError):
-            _leave_unless_first()
         if args.debug:
             raise
         print("error: " + visible(" ".join(str(error).split())), file=sys.stderr)
@@ -82,18 +81,6 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-
-
-def process_rank() -> int:
-    """The number of this process among those of its run, as launchers say it."""
-    ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")]
-    return int(next((rank for rank in ranks if rank), 0))
-
-
-def _leave_unless_first() -> None:
-    """End every process but the first quietly: launchers kill the others of a run when one ends with an error."""
-    if process_rank():
-        sys.exit(0)
 
 
 def print_line(message: str) -> None:

@@ -1,9 +1,15 @@
-"""Progress in log files and on terminals; text from files on terminals."""
+"""Progress in log files and on terminals; text from files; a signal to the first process of a container."""
 
 import argparse
+import os
+import shutil
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from helpers import REPOSITORY
 
 import cli
 from wav2vec2.files.errors import UserError
@@ -63,3 +69,24 @@ def test_text_from_files_is_shown(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.run(interrupted, argparse.Namespace(debug=False))
     assert capsys.readouterr().err == f"{shown}\n"
+
+
+FIRST_PROCESS = """
+import argparse, time, cli
+cli.run(lambda args: print("runs", flush=True) or time.sleep(60), argparse.Namespace())
+"""
+
+
+def test_sigterm_ends_the_first_process_of_a_container():
+    unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False).returncode:
+        pytest.skip("needs a process namespace")
+    words = [*unshare, sys.executable, "-c", FIRST_PROCESS]
+    with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE) as outside:
+        assert outside.stdout.readline() == b"runs\n"
+        (first,) = Path(f"/proc/{outside.pid}/task/{outside.pid}/children").read_text().split()
+        os.kill(int(first), signal.SIGTERM)
+        try:
+            assert outside.wait(10) == 143
+        finally:
+            outside.kill()

@@ -4,11 +4,13 @@ import hashlib
 import itertools
 import math
 import os
+import shutil
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 from dataset.batches import BatchSampler, TrainingSampler, make_batches
 from dataset.manifest import read_manifest
@@ -28,6 +30,12 @@ VALID_SHARE = 0.1
 # Seconds without a batch after which the loader processes count as hanging: a disk may hang, and a process that is
 # forked while another thread calls into Python may never start (seen with Python 3.11.7 and gloo).
 WORKER_TIMEOUT = 600
+# Loader processes hand batches over in it; Docker gives a container 64 MB. Each keeps so many batches ready.
+SHARED_MEMORY, PREFETCHED = "/dev/shm", 2
+MORE_SHARED_MEMORY = (
+    f"give the container more {SHARED_MEMORY} (docker run --shm-size=8g, or --ipc=host), or lower --num_workers "
+    "(0 needs none) or --seconds_per_batch"
+)
 
 
 class BatchDataModule(pl.LightningDataModule):
@@ -75,6 +83,19 @@ class BatchDataModule(pl.LightningDataModule):
     def check_crops(self, num_samples: int) -> None:
         """Raise a UserError if a crop is shorter than ``num_samples``, which the models need for one frame."""
 
+    def check_shared_memory(self, num_processes: int) -> None:
+        """Raise a UserError if the first batches of this machine's processes surely do not fit into shared memory."""
+        num_workers = self.settings.num_workers
+        if not num_workers or not os.path.isdir(SHARED_MEMORY):
+            return
+        ready = itertools.islice(self.sampler(self.train_subset, num_processes, 0), PREFETCHED * num_workers)
+        needed = 4 * num_processes * sum(len(crop.indices) * crop.num_samples for crop in ready)
+        if (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+            raise UserError(
+                f"--num_workers {num_workers}: {SHARED_MEMORY} has {free / 1e6:.1f} MB free, loader processes keep "
+                f"batches of {needed / 1e6:.1f} MB ready in it; {MORE_SHARED_MEMORY}"
+            )
+
     def sampler(self, subset: str, num_replicas: int, rank: int, accum_grad: int = 1) -> BatchSampler:
         """The batches of one process; those of the training subset are shuffled and cropped at random."""
         is_training = subset == self.train_subset
@@ -108,7 +129,9 @@ class BatchDataModule(pl.LightningDataModule):
             self.datasets[subset],
             sampler=sampler,
             batch_size=None,  # the sampler yields whole batches
+            collate_fn=_shared,
             num_workers=num_workers,
+            prefetch_factor=PREFETCHED if num_workers else None,
             persistent_workers=num_workers > 0,
             # Lightning copies pinned memory to the GPU without waiting for the copy to end.
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
@@ -117,6 +140,18 @@ class BatchDataModule(pl.LightningDataModule):
             # Its own, so that the global one, which makes masks and dropout, does not depend on the loader.
             generator=torch.Generator().manual_seed(self.settings.seed),
         )
+
+
+def _shared(batch: Any) -> Any:
+    """Move a loader process's batch into shared memory.
+
+    The queue would do it in a thread of its own, where an error loses the batch, and the run waits for it.
+    """
+    if get_worker_info() is not None:
+        for value in batch:
+            if isinstance(value, Tensor):
+                value.share_memory_()
+    return batch
 
 
 class SpeechDataModule(BatchDataModule):

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop, and the SLURM job that asks for another turn."""
 
 import math
+import multiprocessing
 import os
 import select
 import signal
@@ -14,7 +15,13 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import distributed
 
-from cli import print_line, process_rank
+from cli import print_line
+
+
+def end_started(launcher: Any) -> None:
+    """Kill the processes that Lightning's ``launcher`` has started here: they may wait for others, outside Python."""
+    for process in getattr(launcher, "procs", []):
+        process.kill()
 
 
 class StopRequest:
@@ -37,6 +44,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum = 0  # the last signal; 0 for none
         self.launcher: Any = None  # Lightning's, which knows the processes that this one has started
+        self.is_first = True  # False if another process of the run speaks for all
         self.is_agreed = False  # True if all processes will stop after this update, once the run is saved
         self._alive_at = math.inf  # when the last batch began; training has not begun yet
         self._undo = ExitStack()
@@ -86,9 +94,8 @@ class StopRequest:
     def _end(self, signum: int, reason: str) -> None:
         """End this process and those that it started, as the signal would without a handler."""
         try:
-            for process in getattr(self.launcher, "procs", []):
-                process.kill()
-            if reason or process_rank() == 0:
+            end_started(self.launcher)
+            if reason or self.is_first:
                 print_line(f"{signal.Signals(signum).name}: {reason}ended without saving")
         finally:
             os._exit(128 + signum)
@@ -98,6 +105,14 @@ def ignore_stop_signals(_worker: int) -> None:
     """Ignore signals in a loader process, which gets them too: it ends with the process that it works for."""
     for signum in StopRequest.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+
+
+def end_loader_processes() -> None:
+    """Kill the loader processes of this process: at its end Python would send them SIGTERM, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def leave_signals_alone(trainer: pl.Trainer) -> None:

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed import DistError
 
 from cli import print_line
 from lightning import ScheduledModule, linear_warmup_decay
@@ -29,8 +29,8 @@ from training.checkpoints import (
     restorable,
     shown,
 )
-from training.data import BatchDataModule, LabelledDataModule
-from training.processes import cluster_environment
+from training.data import MORE_SHARED_MEMORY, BatchDataModule, LabelledDataModule
+from training.processes import cluster_environment, ending_together
 from training.saving import CheckpointIO, LastValidation, RunCheckpoints
 from training.settings import AUTO, MachineSettings, RunSettings
 from training.signals import StopRequest, leave_signals_alone
@@ -39,7 +39,7 @@ from training.updates import UpdateGuard
 from wav2vec2.components import published_state
 from wav2vec2.fast import fast_paths
 from wav2vec2.files import checkpoint as ckpt
-from wav2vec2.files.errors import UserError, one_line, short_repr
+from wav2vec2.files.errors import UserError, one_line, short_repr, single_line
 
 _Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 # Lightning's names of --precision.
@@ -88,7 +88,8 @@ def fit(
             RunCheckpoints(last, guard, io, machine.save_interval, batches_per_epoch // accum_grad),
         ]
         trainer = _make_trainer(settings, batches_per_epoch, start, callbacks=watching, plugins=[io], profiler=timer)
-        stop.launcher = trainer.strategy.launcher
+        stop.launcher, stop.is_first = trainer.strategy.launcher, trainer.is_global_zero
+        data.check_shared_memory(machine.devices[1])
         if trainer.is_global_zero:
             stack.enter_context(exclusive(machine.exp_dir))
             batches, compiled = data.batches[data.train_subset], ", compiled" if machine.compile else ""
@@ -101,7 +102,7 @@ def fit(
             if trainer.is_global_zero:
                 print(f"{settings.stage}: continuing {resumed[0]} after update {start}", flush=True)
             _restore(*resumed, module, trainer)
-        with errors_in_one_line(MisconfigurationException):
+        with ending_together(trainer), errors_in_one_line(MisconfigurationException):
             trainer.fit(module, datamodule=data, ckpt_path=resumed[0] if resumed else None, weights_only=True)
     if trainer.is_global_zero:
         print(f"{settings.stage}: {trainer.global_step} updates done: {last}")
@@ -153,16 +154,11 @@ def _make_trainer(
 
 @contextlib.contextmanager
 def errors_in_one_line(*refusals: type[Exception]) -> Iterator[None]:
-    """Turn Lightning's refusals, unreachable processes and a full GPU into a UserError of one line."""
+    """Turn Lightning's refusals, a full GPU, and lost loader and other processes into a UserError of one line."""
     try:
         yield
     except UserError:
         raise
-    except (DistNetworkError, DistStoreError) as error:
-        raise UserError(
-            f"the processes of this run do not reach each other: {one_line(error)}; look at the others' output, "
-            "and at MASTER_ADDR and MASTER_PORT if you set them"
-        ) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory ({str(error).splitlines()[0][:200]}); lower --seconds_per_batch (--accum_grad "
@@ -172,6 +168,34 @@ def errors_in_one_line(*refusals: type[Exception]) -> Iterator[None]:
         raise UserError(
             f"{one_line(error)} (see --accelerator, --gpus, --num_nodes and --precision; --debug shows where)"
         ) from error
+    except RuntimeError as error:
+        if (explanation := explained(error)) is None:
+            raise
+        raise UserError(explanation) from error
+
+
+def explained(error: RuntimeError) -> str | None:
+    """Say what has happened, and what to do, if ``error`` says that this run lost a process; otherwise None."""
+    text = str(error).strip()
+    if "iter(combined_loader)" in text:  # Lightning's, after loader processes could not be started
+        text = str(error.__context__)
+    # torch's errors of loader processes are told apart by their text alone; one from inside ends with what happened.
+    last = single_line(text.rpartition("\n")[2]).rstrip(".")
+    if isinstance(error, DistError) or "gloo/" in text:
+        return (
+            f"the processes of this run do not reach each other: {one_line(error)}; look at the others' output, and at "
+            "MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME if you set them"
+        )
+    if "Too many open files" in text:
+        return f"loader processes: {last}; raise the limit (ulimit -n), or lower --num_workers; then {CONTINUE}"
+    if "shared memory" in text or "file </torch_" in text:
+        return f"loader processes: {last}; {MORE_SHARED_MEMORY}; then {CONTINUE}"
+    if text.startswith(("DataLoader ", "[Errno")):
+        return (
+            f"loader processes: {last}; if the system's log (dmesg) says that memory was full, lower --num_workers or "
+            f"--seconds_per_batch; --num_workers 0 needs no loader processes; then {CONTINUE}"
+        )
+    return None
 
 
 def check_settings(path: Path, about: dict[str, Any], recorded: dict[str, Any], machine: MachineSettings) -> None:

@@ -27,9 +27,11 @@ from helpers import (
     start_script,
 )
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from torch import distributed
 
-from cli import AllProcessesError
 from training.processes import cluster_environment
+from training.trainer import errors_in_one_line
+from wav2vec2.files.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -216,7 +218,8 @@ def in_job(num_tasks: int, started: str | None = None) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("variables", "processes_per_node", "num_nodes", "kind"),
     [
-        ({}, 4, 1, None),
+        ({}, 4, 1, LightningEnvironment),
+        ({}, 1, 2, None),
         (TORCHRUN, 2, 1, TorchElasticEnvironment),
         ({**in_job(8), **TORCHRUN}, 1, 2, TorchElasticEnvironment),
         (in_job(4), 1, 1, LightningEnvironment),
@@ -251,8 +254,49 @@ def test_who_starts_the_processes(monkeypatch, variables, processes_per_node, nu
 def test_other_processes_than_the_options_say(monkeypatch, variables, processes_per_node, num_nodes):
     set_environment(monkeypatch, **variables)
     launcher = "torchrun" if variables is TORCHRUN else f"srun --nodes={num_nodes} --ntasks-per-node="
-    with pytest.raises(AllProcessesError, match=rf"--gpus {processes_per_node} --num_nodes {num_nodes}: .*{launcher}"):
+    with pytest.raises(UserError, match=rf"--gpus {processes_per_node} --num_nodes {num_nodes}: .*{launcher}"):
         cluster_environment(processes_per_node, num_nodes)
+
+
+ELSEWHERE = {"RANK": "3", "LOCAL_RANK": "1", "NODE_RANK": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+
+
+def test_ranks_of_another_launcher(monkeypatch):
+    set_environment(monkeypatch, **ELSEWHERE, GROUP_RANK="1", MASTER_ADDR="elsewhere.invalid")
+    monkeypatch.delenv("DPHUBERT_STARTED_BY", raising=False)
+    found = cluster_environment(2, 1)
+    assert not found.creates_processes_externally
+    assert (found.local_rank(), found.node_rank(), found.main_address) == (0, 0, "127.0.0.1")
+    # A process that Lightning has started keeps what it was given.
+    set_environment(monkeypatch, DPHUBERT_STARTED_BY="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.2", RANK="3")
+    found = cluster_environment(2, 1)
+    assert found.creates_processes_externally
+    assert (found.local_rank(), found.main_address) == (1, "127.0.0.2")
+
+
+@pytest.mark.parametrize("rank", ["1", "", "gold"])
+def test_a_run_with_the_rank_of_another_launcher(manifests, small_teacher, tmp_path, rank):
+    """It writes its log, and says so when it is stopped."""
+    exp_dir, output = tmp_path / "exp", tmp_path / "output"
+    flags = small_run(manifests, small_teacher, max_updates=5000, save_interval=2)
+    words = [sys.executable, "distill.py", *map(str, flags), "--exp_dir", str(exp_dir)]
+    environment = {**os.environ, **ELSEWHERE, "RANK": rank, "WORLD_SIZE": "8"}
+    with output.open("w") as file:
+        process = subprocess.Popen(words, cwd=REPOSITORY, env=environment, stdout=file, stderr=file)
+    deadline = time.monotonic() + 60
+    while not (exp_dir / "ckpts" / "last.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143 and "SIGTERM: saved update" in output.read_text()
+    assert values_by_step(exp_dir)
+
+
+@pytest.mark.parametrize("port", ["abc", "", "0", "-1", "65536"])
+def test_a_port_that_is_none(monkeypatch, port):
+    monkeypatch.setenv("MASTER_PORT", port)
+    assert cluster_environment(1, 1) is not None
+    with pytest.raises(UserError, match=f"MASTER_PORT='{port}': expected a port"):
+        cluster_environment(2, 1)
 
 
 def test_one_process_in_a_job_of_several_tasks(manifests, small_teacher, tmp_path, monkeypatch):
@@ -282,6 +326,30 @@ def test_processes_that_cannot_meet(manifests, small_teacher, tmp_path, monkeypa
         assert run_to_exit(monkeypatch, "distill", *flags) == 1
     message = error_line(capsys)
     assert message.startswith("the processes of this run do not reach each other: ") and "MASTER_PORT" in message
+
+
+def test_an_interface_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib77")
+    with pytest.raises(UserError, match=r"do not reach each other: .*ib77; .*GLOO_SOCKET_IFNAME"), errors_in_one_line():
+        distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", world_size=1, rank=0)
+
+
+def is_gone(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or " Z " in stat.read_text()
+
+
+def test_a_first_process_that_fails_ends_the_others(manifests, small_teacher, tmp_path):
+    output = tmp_path / "output"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        flags = [*small_run(manifests, small_teacher, gpus=2), "--exp_dir", tmp_path / "exp"]
+        process = start_script("distill", *flags, output=output, MASTER_PORT=taken.getsockname()[1])
+        other = second_process(process.pid)
+        process.join(60)
+    assert process.exitcode == 1 and "do not reach each other" in output.read_text()
+    assert is_gone(other) and "Traceback" not in output.read_text()
 
 
 # --- signals while processes wait for each other ---------------------------------------------------
@@ -363,8 +431,7 @@ def test_a_signal_before_training_ends_the_processes_that_were_started(manifests
     os.kill(process.pid, signal.SIGTERM)
     process.join(10)
     assert process.exitcode == 143
-    stat = Path(f"/proc/{other}/stat")
     deadline = time.monotonic() + 10
-    while stat.exists() and " Z " not in stat.read_text():
+    while not is_gone(other):
         assert time.monotonic() < deadline
         time.sleep(0.05)
