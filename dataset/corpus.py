@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-import multiprocessing
+import heapq
 import os
 import re
 import signal
@@ -10,6 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import cache
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection, wait
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,43 +32,80 @@ m4a m4b mp4 m4v mov 3gp aac ac3 eac3 amr awb wma wmv asf webm weba mkv mka avi f
 dff dts ra rm shn gsm vox raw pcm
 """
 _OTHER_SUFFIXES = tuple(f".{name}" for name in _OTHER_NAMES.split())
+# Files that speech lies in without being audio files: what they are, and how to get such files.
+_STORES = {
+    (".scp", ".ark"): "Kaldi (wav.scp): give the folder of the audio that it names, or write that with kaldiio",
+    (".jsonl", ".jsonl.gz"): "lhotse (manifests): give the folder of the audio, or write it with CutSet.save_audios",
+    (".parquet", ".arrow"): "datasets (tables): write the bytes of each row's audio to a file",
+    (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"): "tar (archives or shards): unpack, tar -xf FILE",
+    (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"): "compression: unpack, 7z x FILE",
+    (".npy", ".npz", ".h5", ".hdf5", ".pt", ".mdb", ".tfrecord"): "arrays or records: write with soundfile.write",
+}
+# Folders of macOS, Windows, file systems and network storage, in lower case.
+_SYSTEM = {"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle", "#snapshot"}
 LINE_BREAK = re.compile(r"[\r\n]")  # either would end a manifest's row
 
 FolderPatterns = dict[str, list[str]]  # split name to its folders
 Splits = dict[str, list[str]]  # split name to its files
+_Counts = list[tuple[int, str]]  # what count_samples says of some files
 
 
-def find_audio(root: str) -> tuple[list[str], Counter[str]]:
-    """Return the audio files below a folder, as sorted paths from it with ``/``, and the number of others by suffix.
+class Found(NamedTuple):
+    """What lies below a folder, as paths from it with ``/``."""
 
-    The others are audio and video that libsndfile does not read. Suffixes count, in either case. Links are followed.
+    audio: list[str]  # sorted
+    others: Counter[str]  # audio and video that libsndfile does not read, by suffix
+    stores: Counter[str]  # what else speech may lie in, by :func:`store_of`
+    repeated: list[str]  # folders that are read under another name
+    unreadable: dict[str, str]  # folders that may not be read, and links that lead nowhere: the reason
+
+
+def find_audio(root: str) -> Found:
+    """Find the audio files below a folder. Suffixes count, in either case.
+
+    Links are followed. A folder with several names is read once, under the first of those with the fewest links; a
+    file counts under each of its names. What is hidden, and what systems keep for themselves, is passed over.
     """
-    found: list[str] = []
-    others: list[str] = []
-    # Folders to look into, each with device and inode of those around it, so that no link leads in a circle.
-    folders: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    found = Found([], Counter(), Counter(), [], {})
+    folders, seen = [(0, "")], set()  # a heap: number of links on the way, path
     while folders:
-        prefix, above = folders.pop()
-        status = os.stat(os.path.join(root, prefix))
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            continue
-        with os.scandir(os.path.join(root, prefix)) as entries:
-            for entry in entries:
-                if _is_folder(entry):
-                    folders.append((f"{prefix}{entry.name}/", above | {identity}))
-                elif entry.name.lower().endswith(AUDIO_SUFFIXES):
-                    found.append(prefix + entry.name)
-                elif entry.name.lower().endswith(_OTHER_SUFFIXES):
-                    others.append(os.path.splitext(entry.name)[1].lower())
-    return sorted(found), Counter(sorted(others))
+        num_links, prefix = heapq.heappop(folders)
+        try:
+            status = os.stat(os.path.join(root, prefix))
+            if (identity := (status.st_dev, status.st_ino)) in seen:
+                found.repeated.append(prefix)
+                continue
+            seen.add(identity)
+            with os.scandir(os.path.join(root, prefix)) as entries:
+                for entry in entries:
+                    if entry.name.startswith(".") or entry.name.lower() in _SYSTEM:
+                        continue
+                    # A link to itself is none; is_dir would raise an error.
+                    if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+                        heapq.heappush(folders, (num_links + entry.is_symlink(), f"{prefix}{entry.name}/"))
+                    else:
+                        _sort_in(prefix + entry.name, entry, found)
+        except OSError as error:
+            found.unreadable[prefix or "."] = error.strerror or type(error).__name__
+    found.audio.sort()
+    return found
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+def _sort_in(path: str, entry: os.DirEntry, found: Found) -> None:
+    name = entry.name.lower()
+    if name.endswith(AUDIO_SUFFIXES):
+        found.audio.append(path)
+    elif name.endswith(_OTHER_SUFFIXES):
+        found.others[os.path.splitext(name)[1]] += 1
+    elif store := store_of(name):
+        found.stores[store] += 1
+    elif entry.is_symlink() and not os.path.exists(entry):
+        found.unreadable[path] = "a link that leads nowhere"
+
+
+def store_of(name: str) -> str:
+    """Return what kind of store a file is, and how to get audio files out; ``""`` if it is none."""
+    return next((advice for suffixes, advice in _STORES.items() if name.lower().endswith(suffixes)), "")
 
 
 def split_by_folder(paths: Iterable[str], splits: FolderPatterns) -> Splits:
@@ -137,13 +177,72 @@ def count_samples(path: str) -> tuple[int, str]:
         return 0, str(error).removeprefix(f"{path}: ")
 
 
-def count_all(root: str, paths: list[str], num_workers: int) -> Iterator[tuple[int, str]]:
-    """Call :func:`count_samples` for every file below ``root``, in order.
+def count_all(root: str, paths: list[str], num_workers: int) -> Iterator[tuple[str, tuple[int, str]]]:
+    """Yield every path below ``root`` with what :func:`count_samples` says of it, in the order in which they are done.
 
-    In processes: threads would wait for Python's lock in the short calls, and be slower than one thread alone.
+    A decoder that crashes, or the system when memory runs out, ends a process. The files that it had are done again one
+    by one, while nothing else runs; one that ends its process again is at fault.
     """
     # Many files at a time, or the main process would slow down the others; enough parts to share out.
     size = max(1, min(256, len(paths) // (8 * num_workers)))
-    # Ctrl-C is left to the main process, which ends the workers.
-    with multiprocessing.Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.imap(count_samples, (os.path.join(root, path) for path in paths), chunksize=size)
+    suspects: list[str] = []
+    for part, counts in _in_processes(root, [paths[i : i + size] for i in range(0, len(paths), size)], num_workers):
+        if isinstance(counts, str):
+            suspects += part
+        else:
+            yield from zip(part, counts, strict=True)
+    for (path,), counts in _in_processes(root, [[path] for path in suspects], 1):
+        yield path, (0, counts) if isinstance(counts, str) else counts[0]
+
+
+def _in_processes(root: str, parts: list[list[str]], num_workers: int) -> Iterator[tuple[list[str], _Counts | str]]:
+    """Yield each part with the counts of its files, or with how the process that had it ended.
+
+    In processes: threads would wait for Python's lock in the short calls, and be slower than one thread alone. Not in a
+    pool: when a process dies, multiprocessing's waits for ever, and that of concurrent.futures loses all.
+    """
+    parts = parts[::-1]
+    idle: list[tuple[Process, Connection]] = []
+    busy: dict[Connection, tuple[Process, list[str]]] = {}
+    try:
+        while parts or busy:
+            while parts and len(busy) < num_workers:
+                process, connection = idle.pop() if idle else _start(root)
+                busy[connection] = process, parts.pop()
+                with contextlib.suppress(ConnectionError):  # it died while it was idle: recv says so
+                    connection.send(busy[connection][1])
+            for connection in wait(busy):  # type: ignore[assignment]
+                process, part = busy.pop(connection)
+                try:
+                    counts = connection.recv()
+                    idle.append((process, connection))
+                except (EOFError, OSError):
+                    process.join()
+                    cause = "-11: its decoder crashes, -9: too little memory"
+                    counts = f"reading it ends the process with status {process.exitcode} ({cause})"
+                if isinstance(counts, Exception):
+                    raise counts
+                yield part, counts
+    finally:
+        for process, _ in [*idle, *busy.values()]:
+            process.terminate()
+
+
+def _start(root: str) -> tuple[Process, Connection]:
+    connection, other_end = Pipe()
+    process = Process(target=_serve, args=(root, other_end), daemon=True)
+    process.start()
+    other_end.close()  # or it would stay open when the process dies
+    return process, connection
+
+
+def _serve(root: str, connection: Connection) -> None:
+    """Count the files of every list that comes, until the main process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the main process, which ends this one
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            paths = connection.recv()
+            try:
+                connection.send([count_samples(os.path.join(root, path)) for path in paths])
+            except Exception as error:  # a missing package, or a defect: the main process's to report
+                connection.send(error)
