@@ -38,7 +38,7 @@ _STORES = {
     (".jsonl", ".jsonl.gz"): "lhotse (manifests): give the folder of the audio, or write it with CutSet.save_audios",
     (".parquet", ".arrow"): "datasets (tables): write the bytes of each row's audio to a file",
     (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"): "tar (archives or shards): unpack, tar -xf FILE",
-    (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"): "compression: unpack, 7z x FILE",
+    (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"): "compressed data: unpack, 7z x FILE",
     (".npy", ".npz", ".h5", ".hdf5", ".pt", ".mdb", ".tfrecord"): "arrays or records: write with soundfile.write",
 }
 # Folders of macOS, Windows, file systems and network storage, in lower case.

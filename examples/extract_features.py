@@ -125,18 +125,20 @@ def extract_all(args: argparse.Namespace, jobs: dict[Path, Path]) -> Iterator[tu
 
 def main(args: argparse.Namespace) -> None:
     parse_layers(args.layers)
-    jobs, failed = find_jobs(args.audio, args.out)
+    jobs, unreadable = find_jobs(args.audio, args.out)
     check_settings(args)
     missing = {out: audio for out, audio in jobs.items() if not out.exists()}
-    bad = list(extract_all(args, missing)) if missing else []
-    failed += bad
-    print(f"{len(missing) - len(bad)} files written, {len(jobs) - len(missing)} were there: {args.out}")
+    failed = list(extract_all(args, missing)) if missing else []
+    print(f"{len(missing) - len(failed)} files written, {len(jobs) - len(missing)} were there: {args.out}")
     report = args.out / FAILED
     report.unlink(missing_ok=True)
+    failed += unreadable
     if failed:
         with atomic_path(report) as temporary:
             temporary.write_bytes(b"".join(f"{path}\t{why}\n".encode(errors="surrogateescape") for path, why in failed))
-        raise UserError(f"{len(failed)} of {len(jobs)} files could not be used; they are listed in {report}")
+        raise UserError(
+            f"{len(failed)} of {len(jobs) + len(unreadable)} files could not be used; they are listed in {report}"
+        )
 
 
 if __name__ == "__main__":
