@@ -136,9 +136,8 @@ def describe(name: str, lengths: list[int]) -> str:
 def main(args: argparse.Namespace) -> None:
     root, out = os.path.abspath(args.data), Path(args.out)
     if not os.path.isdir(root):
-        problem = "no such folder"
-        if os.path.exists(root):
-            problem = f"is a file, {corpus.store_of(root) or 'expected a folder'}"
+        kind = corpus.store_of(root) or "expected a folder"
+        problem = f"is a file, {kind}" if os.path.exists(root) else "no such folder"
         raise UserError(f"--data {args.data}: {problem}; give the folder of the corpus")
     if "\t" in root or corpus.LINE_BREAK.search(root):
         raise UserError(f"--data {args.data!r}: a tab or line break in the path breaks the manifest; rename the folder")

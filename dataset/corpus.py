@@ -3,15 +3,17 @@
 import contextlib
 import hashlib
 import heapq
+import multiprocessing
 import os
 import re
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatchcase
 from functools import cache
-from multiprocessing import Pipe, Process
-from multiprocessing.connection import Connection, wait
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +49,6 @@ LINE_BREAK = re.compile(r"[\r\n]")  # either would end a manifest's row
 
 FolderPatterns = dict[str, list[str]]  # split name to its folders
 Splits = dict[str, list[str]]  # split name to its files
-_Counts = list[tuple[int, str]]  # what count_samples says of some files
 
 
 class Found(NamedTuple):
@@ -180,69 +181,47 @@ def count_samples(path: str) -> tuple[int, str]:
 def count_all(root: str, paths: list[str], num_workers: int) -> Iterator[tuple[str, tuple[int, str]]]:
     """Yield every path below ``root`` with what :func:`count_samples` says of it, in the order in which they are done.
 
-    A decoder that crashes, or the system when memory runs out, ends a process. The files that it had are done again one
-    by one, while nothing else runs; one that ends its process again is at fault.
+    A decoder that crashes, or the system when memory runs out, ends a process. The files in hand are done again, one
+    after the other while nothing else runs; one that ends its process then is at fault.
     """
     # Many files at a time, or the main process would slow down the others; enough parts to share out.
     size = max(1, min(256, len(paths) // (8 * num_workers)))
-    suspects: list[str] = []
-    for part, counts in _in_processes(root, [paths[i : i + size] for i in range(0, len(paths), size)], num_workers):
-        if isinstance(counts, str):
-            suspects += part
-        else:
-            yield from zip(part, counts, strict=True)
-    for (path,), counts in _in_processes(root, [[path] for path in suspects], 1):
-        yield path, (0, counts) if isinstance(counts, str) else counts[0]
+    suspects = yield from _in_processes(root, [paths[i : i + size] for i in range(0, len(paths), size)], num_workers)
+    for path in (yield from _in_processes(root, [[path] for path in suspects], 1)):
+        yield path, (0, "reading it ends the process: its decoder crashes, or memory runs out")
 
 
-def _in_processes(root: str, parts: list[list[str]], num_workers: int) -> Iterator[tuple[list[str], _Counts | str]]:
-    """Yield each part with the counts of its files, or with how the process that had it ended.
+def _in_processes(
+    root: str, parts: list[list[str]], num_workers: int
+) -> Generator[tuple[str, tuple[int, str]], None, list[str]]:
+    """Count the files of all parts; returns those that were in hand when a process died.
 
-    In processes: threads would wait for Python's lock in the short calls, and be slower than one thread alone. Not in a
-    pool: when a process dies, multiprocessing's waits for ever, and that of concurrent.futures loses all.
+    In processes: threads would wait for Python's lock in the short calls, and be slower than one thread alone.
     """
     parts = parts[::-1]
-    idle: list[tuple[Process, Connection]] = []
-    busy: dict[Connection, tuple[Process, list[str]]] = {}
-    try:
-        while parts or busy:
-            while parts and len(busy) < num_workers:
-                process, connection = idle.pop() if idle else _start(root)
-                busy[connection] = process, parts.pop()
-                with contextlib.suppress(ConnectionError):  # it died while it was idle: recv says so
-                    connection.send(busy[connection][1])
-            for connection in wait(busy):  # type: ignore[assignment]
-                process, part = busy.pop(connection)
-                try:
-                    counts = connection.recv()
-                    idle.append((process, connection))
-                except (EOFError, OSError):
-                    process.join()
-                    cause = "-11: its decoder crashes, -9: too little memory"
-                    counts = f"reading it ends the process with status {process.exitcode} ({cause})"
-                if isinstance(counts, Exception):
-                    raise counts
-                yield part, counts
-    finally:
-        for process, _ in [*idle, *busy.values()]:
-            process.terminate()
-
-
-def _start(root: str) -> tuple[Process, Connection]:
-    connection, other_end = Pipe()
-    process = Process(target=_serve, args=(root, other_end), daemon=True)
-    process.start()
-    other_end.close()  # or it would stay open when the process dies
-    return process, connection
-
-
-def _serve(root: str, connection: Connection) -> None:
-    """Count the files of every list that comes, until the main process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the main process, which ends this one
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            paths = connection.recv()
+    lost: list[str] = []
+    while parts:
+        busy: dict[Future, list[str]] = {}
+        # Ctrl-C is left to the main process, which ends the workers.
+        with ProcessPoolExecutor(
+            num_workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+        ) as pool:
             try:
-                connection.send([count_samples(os.path.join(root, path)) for path in paths])
-            except Exception as error:  # a missing package, or a defect: the main process's to report
-                connection.send(error)
+                while parts or busy:
+                    while parts and len(busy) < num_workers:
+                        busy[pool.submit(_count_part, root, parts[-1])] = parts[-1]
+                        parts.pop()
+                    for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                        yield from zip(busy[future], future.result(), strict=True)
+                        del busy[future]
+            except BrokenProcessPool:
+                lost += chain(*busy.values())
+            except BaseException:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+    return lost
+
+
+def _count_part(root: str, part: list[str]) -> list[tuple[int, str]]:
+    return [count_samples(os.path.join(root, path)) for path in part]

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,8 @@ def test_held_out_files():
 @pytest.fixture
 def counts(tmp_path, monkeypatch) -> Callable[..., dict[str, tuple[int, str]]]:
     """Count twenty files in processes in which ``read`` is called with the path of each."""
-    monkeypatch.setattr(corpus, "Process", multiprocessing.get_context("fork").Process)
+    forked = partial(corpus.ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"))
+    monkeypatch.setattr(corpus, "ProcessPoolExecutor", forked)
 
     def count(read: Callable[[str], None], num_workers: int = 2, num_files: int = 20) -> dict[str, tuple[int, str]]:
         monkeypatch.setattr(corpus, "count_samples", lambda path: read(path) or (1600, ""))
@@ -163,7 +165,7 @@ def test_a_file_that_ends_the_process_is_rejected_and_the_others_are_counted(cou
     for num_workers in (1, 3):
         found = counts(crash, num_workers, 200)
         assert {name for name, (num_samples, _) in found.items() if not num_samples} == {"03.wav", "17.wav"}
-        assert f"ends the process with status {-signum}" in found["03.wav"][1]
+        assert "reading it ends the process" in found["03.wav"][1]
 
 
 def test_a_file_is_at_fault_only_if_it_ends_a_process_of_its_own(counts, tmp_path):
@@ -179,7 +181,7 @@ def test_a_file_is_at_fault_only_if_it_ends_a_process_of_its_own(counts, tmp_pat
 
 def test_every_file_may_end_the_process(counts):
     assert {reason for _, reason in counts(lambda path: os._exit(3)).values()} == {
-        "reading it ends the process with status 3 (-11: its decoder crashes, -9: too little memory)"
+        "reading it ends the process: its decoder crashes, or memory runs out"
     }
 
 
