@@ -9,9 +9,9 @@ Any other corpus of files that libsndfile reads is split by folder name, or by h
     python prepare_data.py --data /corpora/mine --out data/mine --splits train=tr,extra-* valid=cv
     python prepare_data.py --data /corpora/mine --out data/mine --valid_fraction 0.05
 
-Only folders below --data decide about splits. Links to folders are followed. Files that cannot be read are left out
-and listed with the reason in rejected.tsv. Audio and video that libsndfile does not read, such as .m4a, are passed
-over and counted.
+Only folders below --data decide about splits. Links to folders are followed, each folder once; what is hidden is passed
+over. Files and folders that cannot be read are left out and listed with the reason in rejected.tsv. Audio and video
+that libsndfile does not read, such as .m4a, are passed over and counted.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 
 import cli
-from dataset.corpus import LINE_BREAK, FolderPatterns, Splits, count_all, find_audio, hold_out, split_by_folder
+from dataset import corpus
 from wav2vec2.audio import AUDIO_SUFFIXES, CONVERT, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE
-from wav2vec2.files.errors import UserError
+from wav2vec2.files.errors import UserError, listed
 from wav2vec2.files.storage import atomic_path, check_writable
 
 LIBRISPEECH_SPLITS = {
@@ -57,9 +57,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def parse_splits(options: list[str]) -> FolderPatterns:
+def parse_splits(options: list[str]) -> corpus.FolderPatterns:
     """Turn ``["train=a,b", "valid=c"]`` into ``{"train": ["a", "b"], "valid": ["c"]}``."""
-    splits: FolderPatterns = {}
+    splits: corpus.FolderPatterns = {}
     for option in options:
         name, _, folders = option.partition("=")
         patterns = [folder.strip("/") for folder in folders.split(",") if folder.strip("/")]
@@ -72,36 +72,47 @@ def parse_splits(options: list[str]) -> FolderPatterns:
     return splits
 
 
-def choose_rule(paths: list[str], args: argparse.Namespace) -> Callable[[list[str]], Splits]:
+def choose_rule(paths: list[str], args: argparse.Namespace) -> Callable[[list[str]], corpus.Splits]:
     """Choose from the options and the corpus how to split, and say so."""
     if args.splits and args.valid_fraction is not None:
         raise UserError("--splits and --valid_fraction are two ways to split; give one of them")
     rule = "by folder"
     splits = parse_splits(args.splits or [])
     if not args.splits and args.valid_fraction is None:
-        members = split_by_folder(paths, LIBRISPEECH_SPLITS)
+        members = corpus.split_by_folder(paths, LIBRISPEECH_SPLITS)
         absent = ", ".join(name for name in members if not members[name])
         rule = "LibriSpeech's" + (f" (not there: {absent})" if absent else "")
         splits = {name: patterns for name, patterns in LIBRISPEECH_SPLITS.items() if members[name]}
     if splits:
         in_words = "; ".join(f"{name} = {', '.join(patterns)}" for name, patterns in splits.items())
         print(f"splits: {rule}, {in_words}")
-        return partial(split_by_folder, splits=splits)
+        return partial(corpus.split_by_folder, splits=splits)
     fraction = DEFAULT_VALID_FRACTION if args.valid_fraction is None else args.valid_fraction
     if not 0 < fraction < 1:
         raise UserError(f"--valid_fraction {fraction:g}: expected a number between 0 and 1, such as 0.05")
     print(f"splits: {fraction:g} of the files, chosen by --seed {args.seed}, held out as valid")
-    return partial(hold_out, fraction=fraction, seed=args.seed)
+    return partial(corpus.hold_out, fraction=fraction, seed=args.seed)
 
 
-def list_audio(root: str) -> list[str]:
-    """Find the corpus's files, and say which audio is passed over."""
-    found, others = find_audio(root)
-    passed_over = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
-    if others:
+def list_audio(root: str) -> corpus.Found:
+    """Find the corpus's files, and say what is passed over."""
+    found = corpus.find_audio(root)
+    passed_over = ", ".join(f"{count} {suffix}" for suffix, count in found.others.most_common())
+    unreadable = listed("folders or links", [f"{path}: {reason}" for path, reason in found.unreadable.items()])
+    if found.others:
         print(f"passed over: {passed_over}, which libsndfile does not read; convert them: {CONVERT}")
-    if not found:
-        instead = f"but {passed_over}; convert them: {CONVERT}" if others else "expected some; give the corpus folder"
+    if found.repeated:
+        print(f"passed over: {listed('other names of folders', found.repeated)}")
+    if found.unreadable:
+        print(f"cannot be read: {unreadable}")
+    if not found.audio:
+        instead = "expected some; give the corpus folder"
+        if found.unreadable:
+            instead = f"but {unreadable} that cannot be read"
+        for store, count in found.stores.most_common(1):
+            instead = f"but {count} files of {store}"
+        if found.others:
+            instead = f"but {passed_over}; convert them: {CONVERT}"
         raise UserError(f"--data {root}: no {', '.join(AUDIO_SUFFIXES[:6])} or the like in it or below, {instead}")
     return found
 
@@ -125,32 +136,35 @@ def describe(name: str, lengths: list[int]) -> str:
 def main(args: argparse.Namespace) -> None:
     root, out = os.path.abspath(args.data), Path(args.out)
     if not os.path.isdir(root):
-        raise UserError(f"--data {args.data}: no such folder; give the folder of the corpus")
-    if "\t" in root or LINE_BREAK.search(root):
+        kind = corpus.store_of(root) or "expected a folder"
+        problem = f"is a file, {kind}" if os.path.exists(root) else "no such folder"
+        raise UserError(f"--data {args.data}: {problem}; give the folder of the corpus")
+    if "\t" in root or corpus.LINE_BREAK.search(root):
         raise UserError(f"--data {args.data!r}: a tab or line break in the path breaks the manifest; rename the folder")
     if args.num_workers < 1:
         raise UserError(f"--num_workers {args.num_workers}: expected 1 or more")
     check_writable(out / f"{REJECTED}.tsv")
-    found = list_audio(root)
+    folder = list_audio(root)
+    found = folder.audio
     split = choose_rule(found, args)
     candidates = split(found)
     chosen = sorted(set().union(*candidates.values()))
     if len(chosen) < len(found):
         print(f"{len(found) - len(chosen)} of {len(found)} files are in no split")
 
-    counted = count_all(root, chosen, args.num_workers)
-    progress = cli.progress(counted, "reading headers", total=len(chosen), unit=" files")
-    counts = dict(zip(chosen, progress, strict=True))
-    rejected = {path: reason for path, (_, reason) in counts.items() if reason}
+    progress = corpus.count_all(root, chosen, args.num_workers)
+    counted = dict(cli.progress(progress, "reading headers", total=len(chosen), unit=" files"))
+    counts = {path: counted[path] for path in chosen}
+    rejected = folder.unreadable | {path: reason for path, (_, reason) in counts.items() if reason}
     (out / f"{REJECTED}.tsv").unlink(missing_ok=True)  # an earlier run's
     if rejected:
-        rows = (f"{LINE_BREAK.sub('?', name)}\t{reason}" for name, reason in rejected.items())
+        rows = (f"{corpus.LINE_BREAK.sub('?', name)}\t{reason}" for name, reason in rejected.items())
         write_lines(out / f"{REJECTED}.tsv", rows)
         print(f"{len(rejected)} files left out, listed with the reason in {out / REJECTED}.tsv")
     splits = split([path for path in counts if path not in rejected])
     for name, paths in splits.items():
         if not paths:
-            folders = ", ".join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())[:10]) or "none"
+            folders = ", ".join(sorted({path.partition("/")[0] for path in found if "/" in path})[:10]) or "none"
             raise UserError(
                 f"{name}.tsv would be empty: none of its {len(candidates[name])} files can be used; folders in {root}: "
                 f"{folders}; change --splits or --valid_fraction"

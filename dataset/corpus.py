@@ -2,14 +2,19 @@
 
 import contextlib
 import hashlib
+import heapq
 import multiprocessing
 import os
 import re
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,43 +34,79 @@ m4a m4b mp4 m4v mov 3gp aac ac3 eac3 amr awb wma wmv asf webm weba mkv mka avi f
 dff dts ra rm shn gsm vox raw pcm
 """
 _OTHER_SUFFIXES = tuple(f".{name}" for name in _OTHER_NAMES.split())
+# Files that speech lies in without being audio files: what they are, and how to get such files.
+_STORES = {
+    (".scp", ".ark"): "Kaldi (wav.scp): give the folder of the audio that it names, or write that with kaldiio",
+    (".jsonl", ".jsonl.gz"): "lhotse (manifests): give the folder of the audio, or write it with CutSet.save_audios",
+    (".parquet", ".arrow"): "datasets (tables): write the bytes of each row's audio to a file",
+    (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"): "tar (archives or shards): unpack, tar -xf FILE",
+    (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"): "compressed data: unpack, 7z x FILE",
+    (".npy", ".npz", ".h5", ".hdf5", ".pt", ".mdb", ".tfrecord"): "arrays or records: write with soundfile.write",
+}
+# Folders of macOS, Windows, file systems and network storage, in lower case.
+_SYSTEM = {"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle", "#snapshot"}
 LINE_BREAK = re.compile(r"[\r\n]")  # either would end a manifest's row
 
 FolderPatterns = dict[str, list[str]]  # split name to its folders
 Splits = dict[str, list[str]]  # split name to its files
 
 
-def find_audio(root: str) -> tuple[list[str], Counter[str]]:
-    """Return the audio files below a folder, as sorted paths from it with ``/``, and the number of others by suffix.
+class Found(NamedTuple):
+    """What lies below a folder, as paths from it with ``/``."""
 
-    The others are audio and video that libsndfile does not read. Suffixes count, in either case. Links are followed.
+    audio: list[str]  # sorted
+    others: Counter[str]  # audio and video that libsndfile does not read, by suffix
+    stores: Counter[str]  # what else speech may lie in, by :func:`store_of`
+    repeated: list[str]  # folders that are read under another name
+    unreadable: dict[str, str]  # folders that may not be read, and links that lead nowhere: the reason
+
+
+def find_audio(root: str) -> Found:
+    """Find the audio files below a folder. Suffixes count, in either case.
+
+    Links are followed. A folder with several names is read once, under the first of those with the fewest links; a
+    file counts under each of its names. What is hidden, and what systems keep for themselves, is passed over.
     """
-    found: list[str] = []
-    others: list[str] = []
-    # Folders to look into, each with device and inode of those around it, so that no link leads in a circle.
-    folders: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    found = Found([], Counter(), Counter(), [], {})
+    folders, seen = [(0, "")], set()  # a heap: number of links on the way, path
     while folders:
-        prefix, above = folders.pop()
-        status = os.stat(os.path.join(root, prefix))
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            continue
-        with os.scandir(os.path.join(root, prefix)) as entries:
-            for entry in entries:
-                if _is_folder(entry):
-                    folders.append((f"{prefix}{entry.name}/", above | {identity}))
-                elif entry.name.lower().endswith(AUDIO_SUFFIXES):
-                    found.append(prefix + entry.name)
-                elif entry.name.lower().endswith(_OTHER_SUFFIXES):
-                    others.append(os.path.splitext(entry.name)[1].lower())
-    return sorted(found), Counter(sorted(others))
+        num_links, prefix = heapq.heappop(folders)
+        try:
+            status = os.stat(os.path.join(root, prefix))
+            if (identity := (status.st_dev, status.st_ino)) in seen:
+                found.repeated.append(prefix)
+                continue
+            seen.add(identity)
+            with os.scandir(os.path.join(root, prefix)) as entries:
+                for entry in entries:
+                    if entry.name.startswith(".") or entry.name.lower() in _SYSTEM:
+                        continue
+                    # A link to itself is none; is_dir would raise an error.
+                    if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+                        heapq.heappush(folders, (num_links + entry.is_symlink(), f"{prefix}{entry.name}/"))
+                    else:
+                        _sort_in(prefix + entry.name, entry, found)
+        except OSError as error:
+            found.unreadable[prefix or "."] = error.strerror or type(error).__name__
+    found.audio.sort()
+    return found
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+def _sort_in(path: str, entry: os.DirEntry, found: Found) -> None:
+    name = entry.name.lower()
+    if name.endswith(AUDIO_SUFFIXES):
+        found.audio.append(path)
+    elif name.endswith(_OTHER_SUFFIXES):
+        found.others[os.path.splitext(name)[1]] += 1
+    elif store := store_of(name):
+        found.stores[store] += 1
+    elif entry.is_symlink() and not os.path.exists(entry):
+        found.unreadable[path] = "a link that leads nowhere"
+
+
+def store_of(name: str) -> str:
+    """Return what kind of store a file is, and how to get audio files out; ``""`` if it is none."""
+    return next((advice for suffixes, advice in _STORES.items() if name.lower().endswith(suffixes)), "")
 
 
 def split_by_folder(paths: Iterable[str], splits: FolderPatterns) -> Splits:
@@ -137,13 +178,50 @@ def count_samples(path: str) -> tuple[int, str]:
         return 0, str(error).removeprefix(f"{path}: ")
 
 
-def count_all(root: str, paths: list[str], num_workers: int) -> Iterator[tuple[int, str]]:
-    """Call :func:`count_samples` for every file below ``root``, in order.
+def count_all(root: str, paths: list[str], num_workers: int) -> Iterator[tuple[str, tuple[int, str]]]:
+    """Yield every path below ``root`` with what :func:`count_samples` says of it, in the order in which they are done.
 
-    In processes: threads would wait for Python's lock in the short calls, and be slower than one thread alone.
+    A decoder that crashes, or the system when memory runs out, ends a process. The files in hand are done again, one
+    after the other while nothing else runs; one that ends its process then is at fault.
     """
     # Many files at a time, or the main process would slow down the others; enough parts to share out.
     size = max(1, min(256, len(paths) // (8 * num_workers)))
-    # Ctrl-C is left to the main process, which ends the workers.
-    with multiprocessing.Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.imap(count_samples, (os.path.join(root, path) for path in paths), chunksize=size)
+    suspects = yield from _in_processes(root, [paths[i : i + size] for i in range(0, len(paths), size)], num_workers)
+    for path in (yield from _in_processes(root, [[path] for path in suspects], 1)):
+        yield path, (0, "reading it ends the process: its decoder crashes, or memory runs out")
+
+
+def _in_processes(
+    root: str, parts: list[list[str]], num_workers: int
+) -> Generator[tuple[str, tuple[int, str]], None, list[str]]:
+    """Count the files of all parts; returns those that were in hand when a process died.
+
+    In processes: threads would wait for Python's lock in the short calls, and be slower than one thread alone.
+    """
+    parts = parts[::-1]
+    lost: list[str] = []
+    while parts:
+        busy: dict[Future, list[str]] = {}
+        # Ctrl-C is left to the main process, which ends the workers.
+        with ProcessPoolExecutor(
+            num_workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+        ) as pool:
+            try:
+                while parts or busy:
+                    while parts and len(busy) < num_workers:
+                        busy[pool.submit(_count_part, root, parts[-1])] = parts[-1]
+                        parts.pop()
+                    for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                        yield from zip(busy[future], future.result(), strict=True)
+                        del busy[future]
+            except BrokenProcessPool:
+                lost += chain(*busy.values())
+            except BaseException:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+    return lost
+
+
+def _count_part(root: str, part: list[str]) -> list[tuple[int, str]]:
+    return [count_samples(os.path.join(root, path)) for path in part]

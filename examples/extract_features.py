@@ -6,7 +6,8 @@
 
 --audio is a manifest of prepare_data.py, a folder that is searched for audio files, or a list of files. An array is
 (layers, frames, D), or (frames, D) for one layer, at the path of its audio below the corpus. Existing arrays are
-skipped: call the command again after an interruption. Files that cannot be used are named, and the exit status is 1.
+skipped: call the command again after an interruption. Files and folders that cannot be used are named, and the exit
+status is 1.
 """
 
 import argparse
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import cli
 import wav2vec2
-from wav2vec2.audio import AUDIO_SUFFIXES
 from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.files.storage import atomic_path, check_writable, read_json
 
@@ -52,15 +52,19 @@ def parse_layers(text: str) -> int | list[int] | str | None:
     return numbers if "," in text else numbers[0]
 
 
-def find_jobs(audio: list[Path], out: Path) -> dict[Path, Path]:
-    """Return the file to write -> the audio file."""
-    root, paths = Path(), [path.name for path in audio]
+def find_jobs(audio: list[Path], out: Path) -> tuple[dict[Path, Path], list[tuple[Path, str]]]:
+    """Return the file to write -> the audio file, and the folders that cannot be used, with the reason."""
+    root, paths, unreadable = Path(), [path.name for path in audio], []
     if len(audio) == 1 and audio[0].is_dir():
+        from dataset.corpus import find_audio  # needs numpy, which --help should not wait for
+
         root = audio[0]
-        found = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-        paths = [str(path.relative_to(root)) for path in found]
+        found = find_audio(str(root))
+        paths, unreadable = found.audio, [(root / path, reason) for path, reason in found.unreadable.items()]
+        for folder, reason in unreadable:
+            print(f"{folder}: {reason}, expected a folder", file=sys.stderr)
     elif len(audio) == 1 and audio[0].suffix == ".tsv":
-        from dataset.manifest import read_manifest  # needs numpy, which --help should not wait for
+        from dataset.manifest import read_manifest  # as above
 
         manifest = read_manifest(audio[0])
         root, paths = manifest.root, [str(path) for path in manifest.paths]
@@ -75,7 +79,7 @@ def find_jobs(audio: list[Path], out: Path) -> dict[Path, Path]:
         jobs[target] = source
     if not jobs:
         raise UserError(f"--audio {audio[0]}: holds no file that libsndfile reads, such as .flac; give another folder")
-    return jobs
+    return jobs, unreadable
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -119,17 +123,20 @@ def extract_all(args: argparse.Namespace, jobs: dict[Path, Path]) -> Iterator[tu
 
 def main(args: argparse.Namespace) -> None:
     parse_layers(args.layers)
-    jobs = find_jobs(args.audio, args.out)
+    jobs, unreadable = find_jobs(args.audio, args.out)
     check_settings(args)
     missing = {out: audio for out, audio in jobs.items() if not out.exists()}
     failed = list(extract_all(args, missing)) if missing else []
     print(f"{len(missing) - len(failed)} files written, {len(jobs) - len(missing)} were there: {args.out}")
     report = args.out / FAILED
     report.unlink(missing_ok=True)
+    failed += unreadable
     if failed:
         with atomic_path(report) as temporary:
             temporary.write_bytes(b"".join(f"{path}\t{why}\n".encode(errors="surrogateescape") for path, why in failed))
-        raise UserError(f"{len(failed)} of {len(jobs)} files could not be used; they are listed in {report}")
+        raise UserError(
+            f"{len(failed)} of {len(jobs) + len(unreadable)} files could not be used; they are listed in {report}"
+        )
 
 
 if __name__ == "__main__":

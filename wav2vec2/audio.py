@@ -50,6 +50,12 @@ _FOREIGN = {
 _EXACT_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "FLAC"}
 _EXACT_ENCODINGS = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
 
+# Ogg's longest page, and how much of a file is searched for streams: all of an utterance.
+_OGG_PAGE, _OGG_HEAD = 2**16, 2**20
+# In an MP3's first frame: how many bytes it speaks for. And nine frames, as no tag or picture behind them looks.
+_XING = rb"\xff[\xe0-\xff].{11,36}(?:Xing|Info)\0\0\0[\x03\x07\x0b\x0f](?!\0{4}).{4}(?!\0{4})(.{4})"
+_MP3_FRAMES = rb"(\xff[\xe2-\xff])(?:.{22,1730}?\1){8}"
+
 # Limits on what is decoded at once and on one read: high rates and many channels must not fill the memory.
 _BLOCK_SECONDS = 60
 _READ_VALUES = 2**22
@@ -110,6 +116,9 @@ def checked_audio(
                     f"states a sample rate of {file.samplerate} Hz, expected {LOWEST_RATE} Hz to {HIGHEST_RATE} Hz"
                 )
                 raise AudioError(f"{path}: {problem}; its header is damaged, get the file again")
+            if file.format in ("OGG", "MP3") and _is_joined(path, contents, file.format):
+                problem = "holds several recordings, of which libsndfile reads the first"
+                raise AudioError(f"{path}: {problem}; split it, or convert it: {CONVERT}")
             is_exact = file.format in _EXACT_FORMATS and file.subtype in _EXACT_ENCODINGS
             if not is_exact or file.frames == _UNKNOWN_LENGTH:
                 file.seekable = lambda: False  # or soundfile itself would seek, after every read
@@ -127,6 +136,24 @@ def checked_audio(
         raise
     except Exception as error:  # soundfile's, numpy's or torch's: the file decides
         raise AudioError(f"{path}: {_reason(path, contents, error)}") from error
+
+
+def _is_joined(path: str | os.PathLike, contents: bytes | None, format: str) -> bool:
+    """Look for a second stream behind the first, in Ogg (``cat a.ogg b.ogg``) and in MP3 whose header has a length."""
+    with open(path, "rb") if contents is None else BytesIO(contents) as file:
+        head = file.read(_OGG_HEAD if format == "OGG" else 10)
+        if format == "OGG":
+            file.seek(max(len(head), file.seek(0, os.SEEK_END) - _OGG_PAGE))
+            pages = re.findall(rb"OggS\0(.).{8}(.{4})", head + file.read(), re.DOTALL)  # kind, stream
+            begins = [kind[0] & 2 for kind, _ in pages]
+            first = [stream for kind, stream in pages if kind[0] & 2]
+            # Streams side by side, as of a video, begin before any goes on.
+            return begins != sorted(begins, reverse=True) or pages[-1][1] not in first
+        tag = 10 + int("".join(f"{byte:07b}" for byte in head[6:]), 2) if head[:3] == b"ID3" else 0
+        file.seek(tag)
+        if header := re.match(_XING, file.read(64), re.DOTALL):
+            file.seek(tag + int.from_bytes(header[1]))
+        return bool(header and re.search(_MP3_FRAMES, file.read(), re.DOTALL))
 
 
 def _reason(path: str | os.PathLike, contents: bytes | None, error: Exception) -> str:

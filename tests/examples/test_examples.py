@@ -77,6 +77,24 @@ def test_extract_goes_on(recordings, small_teacher, tmp_path, monkeypatch, capsy
     assert json.loads((out / "settings.json").read_text())["layers"] == "all"
 
 
+def test_extract_follows_links_and_names_what_cannot_be_read(recordings, small_teacher, tmp_path, monkeypatch, capsys):
+    (recordings / "sub").rename(tmp_path / "disk")
+    (recordings / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "back").symlink_to(recordings)
+    soundfile.write(recordings / "._a.wav", np.zeros(3000), 16_000)
+    flags = ("--model", small_teacher, "--audio", recordings, "--out", tmp_path / "out", "--layers", "1")
+    run_script(monkeypatch, "examples.extract_features", *flags)
+    assert list(arrays(tmp_path / "out")) == ["a.npy", "linked/b.npy", "linked/c.d.npy"]
+
+    (recordings / "unmounted").symlink_to(tmp_path / "gone")
+    assert run_to_exit(monkeypatch, "examples.extract_features", *flags) == 1
+    printed = capsys.readouterr()
+    assert "0 files written, 3 were there" in printed.out
+    assert f"{recordings / 'unmounted'}: a link that leads nowhere, expected a folder" in printed.err
+    assert "1 of 4 files could not be used" in printed.err
+    assert (tmp_path / "out" / "failed.tsv").read_text() == f"{recordings / 'unmounted'}\ta link that leads nowhere\n"
+
+
 def test_extract_refuses(recordings, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no file that libsndfile reads"):

@@ -246,6 +246,48 @@ def test_length_of_a_cut_mp3_is_what_can_be_decoded(tmp_path, prepare):
     assert counted["cut.mp3"] == len(read_audio(cut)) < 50_000
 
 
+def test_folders_that_cannot_be_read_are_named(tmp_path, prepare, monkeypatch):
+    root = tmp_path / "corpus"
+    for name in ("a.wav", "b.wav", "locked/c.wav"):
+        write_audio(root / name)
+    (root / "unmounted").symlink_to(tmp_path / "gone")
+    (root / "again").symlink_to(".")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("locked/"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # chmod would not stop root
+    result = prepare(root, tmp_path / "out", "--valid_fraction", "0.5")
+    assert result.returncode == 0, result.stderr
+    assert "passed over: 1 other names of folders (again/)" in result.stdout
+    line = "2 folders or links (unmounted: a link that leads nowhere, locked/: Permission denied)"
+    assert f"cannot be read: {line}" in result.stdout
+    assert set((tmp_path / "out" / "rejected.tsv").read_text().splitlines()) == {
+        "locked/\tPermission denied",
+        "unmounted\ta link that leads nowhere",
+    }
+    for name in ("a.wav", "b.wav"):
+        (root / name).unlink()
+    result = prepare(root, tmp_path / "other")
+    assert result.returncode == 1 and f"but {line} that cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize(("name", "words"), [("wav.scp", "Kaldi (wav.scp): give"), ("a.tar", "tar -xf FILE")])
+def test_other_stores_get_a_line(tmp_path, prepare, name, words):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / name).touch()
+    result = prepare(tmp_path / "corpus", tmp_path / "out")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and line.startswith("error: --data") and f"but 1 files of {words[:3]}" in line
+    assert words in line
+    result = prepare(tmp_path / "corpus" / name, tmp_path / "out")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and f"{name}: is a file, " in line and words in line
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse names that are not UTF-8")
 def test_names_that_are_not_utf8(tmp_path, prepare):
     root = tmp_path / "corpus"

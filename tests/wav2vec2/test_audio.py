@@ -1,6 +1,7 @@
 """Audio files of every format, at any rate, whole and in part; whatever is wrong with one is an error of that file."""
 
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,62 @@ def test_blocks_of_a_decoder_that_does_not_seek_exactly(tmp_path, monkeypatch, s
     assert torch.equal(read_audio(path), whole)
     monkeypatch.setattr(audio, "_BLOCK_SECONDS", 2)
     assert torch.equal(read_audio(path, 100_000, 5000), whole[100_000:105_000])
+
+
+JOINED = "holds several recordings, of which libsndfile reads the first"
+
+
+@pytest.mark.parametrize("encoding", ["VORBIS", "OPUS", "MP3"])
+def test_recordings_joined_in_one_file_are_refused(tmp_path, encoding):
+    path, parts = tmp_path / "a", []
+    for num_samples in (24_000, 40_000):
+        options = {"format": "MP3"} if encoding == "MP3" else {"format": "OGG", "subtype": encoding}
+        soundfile.write(path, noise(num_samples).numpy(), SAMPLE_RATE, **options)
+        parts.append(path.read_bytes())
+    first, second = parts
+    tag, end = b"ID3\3\0\0\0\0\x02\0" + bytes(256), b"TAG" + bytes(125)
+    picture = b"".join(b"\xff\xe2" + random.Random(seed).randbytes(3000) for seed in range(20))
+    alone = {first: 24_000, second: 40_000, first + bytes(5000): 24_000, first + end: 24_000}
+    joined = [
+        first + second,
+        second + first,
+        first + first,
+        3 * first,
+        first[: len(first) * 3 // 4] + second,
+        first + end + second,
+    ]
+    if encoding == "MP3":
+        alone |= {tag + first + end: 24_000, first + b"APETAGEX" + picture: 24_000}
+        joined += [tag + first + tag + second, tag + first + end + tag + second]
+    for contents, num_samples in alone.items():
+        path.write_bytes(contents)
+        assert count_samples(str(path)) == (len(read_audio(path)), "") == (num_samples, "")
+    for contents in joined:
+        path.write_bytes(contents)
+        assert count_samples(str(path))[1].startswith(JOINED)
+        with pytest.raises(AudioError, match=JOINED):
+            read_audio(path, 0, 100)
+
+
+def test_a_second_recording_far_behind_in_a_long_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "_OGG_HEAD", 5000)
+    monkeypatch.setattr(audio, "_OGG_PAGE", 5000)
+    for name in "ab":
+        soundfile.write(tmp_path / name, noise(80_000).numpy(), SAMPLE_RATE, format="OGG")
+    assert count_samples(str(tmp_path / "a")) == (80_000, "")
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes())
+    assert count_samples(str(tmp_path / "a"))[1].startswith(JOINED)
+
+
+def test_streams_side_by_side_are_one_recording(tmp_path):
+    """Programs put a skeleton stream beside the audio: both begin before either goes on."""
+    soundfile.write(tmp_path / "a", noise(24_000).numpy(), SAMPLE_RATE, format="OGG")
+    contents = (tmp_path / "a").read_bytes()
+    other = bytearray(ogg_page(b"fishead\0" + bytes(56)))
+    other[5:6], other[14:18] = b"\2", b"side"
+    first_page = 27 + contents[26] + sum(contents[27 : 27 + contents[26]])
+    (tmp_path / "b").write_bytes(contents[:first_page] + other + contents[first_page:])
+    assert not audio._is_joined(tmp_path / "b", "OGG")
 
 
 # Rates
