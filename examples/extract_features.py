@@ -62,7 +62,7 @@ def find_jobs(audio: list[Path], out: Path) -> tuple[dict[Path, Path], list[tupl
         found = find_audio(str(root))
         paths, unreadable = found.audio, [(root / path, reason) for path, reason in found.unreadable.items()]
         for folder, reason in unreadable:
-            print(f"{folder}: {reason}, expected a folder", file=sys.stderr)
+            cli.print_line(f"{folder}: {reason}, expected a folder")
     elif len(audio) == 1 and audio[0].suffix == ".tsv":
         from dataset.manifest import read_manifest  # as above
 
