@@ -72,8 +72,9 @@ def _lightning_environment() -> ClusterEnvironment:
     is an address, but the processes of one machine meet on it.
     """
     others = ["RANK", "SLURM_PROCID", "SLURM_LOCALID", "NODE_RANK", "GROUP_RANK"]
-    if os.environ.setdefault(_STARTED_BY, str(os.getpid())) == str(os.getpid()):
+    if os.environ.get(_STARTED_BY) != str(os.getppid()):
         others += ["LOCAL_RANK", "MASTER_ADDR"]
+        os.environ[_STARTED_BY] = str(os.getpid())
     for name in others:
         os.environ.pop(name, None)
     environment = LightningEnvironment()

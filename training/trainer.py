@@ -92,12 +92,7 @@ def fit(
         data.check_shared_memory(machine.devices[1])
         if trainer.is_global_zero:
             stack.enter_context(exclusive(machine.exp_dir))
-            batches, compiled = data.batches[data.train_subset], ", compiled" if machine.compile else ""
-            print(
-                f"{settings.stage}: {title}; {sum(map(len, batches))} utterances in {len(batches)} batches; "
-                f"{machine.num_processes} x {machine.devices[0]}, precision {machine.precision}{compiled}",
-                flush=True,
-            )
+            _announce(settings, data, title)
         if resumed is not None:
             if trainer.is_global_zero:
                 print(f"{settings.stage}: continuing {resumed[0]} after update {start}", flush=True)
@@ -107,6 +102,16 @@ def fit(
     if trainer.is_global_zero:
         print(f"{settings.stage}: {trainer.global_step} updates done: {last}")
     return trainer
+
+
+def _announce(settings: RunSettings, data: BatchDataModule, title: str) -> None:
+    machine, batches = settings.machine, data.batches[data.train_subset]
+    compiled = ", compiled" if machine.compile else ""
+    print(
+        f"{settings.stage}: {title}; {sum(map(len, batches))} utterances in {len(batches)} batches; "
+        f"{machine.num_processes} x {machine.devices[0]}, precision {machine.precision}{compiled}",
+        flush=True,
+    )
 
 
 def _make_trainer(

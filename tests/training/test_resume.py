@@ -268,13 +268,11 @@ def test_a_path_continues_with_other_settings_and_says_so(half_run, tmp_path, mo
     ("name", "value", "message"),
     [
         ("learning_rate", torch.ones(2), "made with other settings: learning_rate: <Tensor> there, 0.0002 now."),
-        ("max_updates", ENDLESS, "made with other settings: max_updates: [[[["),
         ("seed", "x\n" * 1000, "seed: x x x x"),
-        ("ema", ENDLESS, "made with --ema [[[["),
     ],
 )
 def test_settings_that_are_none(half_run, monkeypatch, capsys, name, value, message):
-    """A setting by a number is passed over; a nest without an end is not walked."""
+    """A setting by a number is passed over."""
     flags, exp_dir = half_run
     contents = last_checkpoint(exp_dir)
     contents["distillation"]["settings"] |= {1: 2, name: value}
@@ -382,10 +380,10 @@ def test_a_checkpoint_of_the_other_stage(half_run, manifests, small_teacher, tmp
         (("global_step",), None, "global_step: expected int, found None"),
         (("state_dict", "distill_linear_projs.0.bias"), "x", "distill_linear_projs.0.bias' is not a tensor of finite"),
         (("global_step",), -1, "global_step: expected 0 to"),
-        (("global_step",), ENDLESS, "global_step: expected int, found [[[["),
+        (("global_step",), ENDLESS, "claim more than 64 levels"),
         (("distillation", "target_sparsity"), "x", "target_sparsity: expected 0 to 1, found 'x'"),
         (("distillation", "target_macs"), math.nan, "target_macs: expected 0 to 1, found nan"),
-        (("distillation", "original_num_params"), 10**400, "original_num_params: expected 1 to"),
+        (("distillation", "original_num_params"), 10**400, "a number of over 150 digits"),
         (("distillation", "original_num_params"), math.inf, "original_num_params: expected 1 to"),
     ],
 )
@@ -417,13 +415,13 @@ GROUPS = ("optimizer_states", 0, "param_groups")
         ((*MOMENTS, "step"), 4, "step: expected Tensor, found 4"),
         (MOMENTS, {"step": torch.ones(())}, "state: 0: expected all that this run saves, found 2 missing (exp_avg"),
         (("optimizer_states",), [], "optimizer_states: expected 1 entries, found 0"),
-        (GROUPS, ENDLESS, "param_groups: expected 3 entries, found 2"),
+        (GROUPS, ENDLESS, "claim more than 64 levels"),
         ((*GROUPS, 2, "params"), [0, 1], "param_groups: expected [{'params':"),
         ((*GROUPS, 2, "params", 0), torch.ones(2), "params: expected int, found <Tensor>"),
         (("loops",), None, "loops: expected dict, found None"),
         (("loops",), {}, "loops: expected all that this run saves, found 1 missing (fit_loop)"),
         ((*BATCHES, "total", "ready"), "4", "total: ready: expected int, found '4'"),
-        ((*BATCHES, "current", "completed"), 10**400, "completed: expected a count, found <a number of over 150"),
+        ((*BATCHES, "current", "completed"), 10**400, "a number of over 150 digits"),
         ((*BATCHES, "is_last_batch"), "x", "is_last_batch: expected bool, found 'x'"),
         (("global_step",), 3, "loops: expected the counts of 3 updates, found 4"),
         (("callbacks",), "x", "callbacks: expected dict, found 'x'"),

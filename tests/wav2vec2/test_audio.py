@@ -128,7 +128,7 @@ def test_streams_side_by_side_are_one_recording(tmp_path):
     other[5:6], other[14:18] = b"\2", b"side"
     first_page = 27 + contents[26] + sum(contents[27 : 27 + contents[26]])
     (tmp_path / "b").write_bytes(contents[:first_page] + other + contents[first_page:])
-    assert not audio._is_joined(tmp_path / "b", "OGG")
+    assert not audio._is_joined(tmp_path / "b", None, "OGG")
 
 
 # Rates
