@@ -98,6 +98,9 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
         elif not trainer.is_global_zero:
             sys.exit(0)
         raise
+    finally:
+        if os.environ.get(_STARTED_BY) == str(os.getpid()):  # what this process starts later is a run of its own
+            del os.environ[_STARTED_BY]
 
 
 def own_device(machine: MachineSettings) -> torch.device:

@@ -268,7 +268,7 @@ def test_ranks_of_another_launcher(monkeypatch):
     assert not found.creates_processes_externally
     assert (found.local_rank(), found.node_rank(), found.main_address) == (0, 0, "127.0.0.1")
     # A process that Lightning has started keeps what it was given.
-    set_environment(monkeypatch, DPHUBERT_STARTED_BY="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.2", RANK="3")
+    set_environment(monkeypatch, DPHUBERT_STARTED_BY=str(os.getppid()), LOCAL_RANK="1", MASTER_ADDR="127.0.0.2", RANK="3")
     found = cluster_environment(2, 1)
     assert found.creates_processes_externally
     assert (found.local_rank(), found.main_address) == (1, "127.0.0.2")

@@ -442,7 +442,8 @@ def test_what_does_not_belong_to_the_run(half_run, tmp_path, monkeypatch, capsys
     assert run_to_exit(monkeypatch, "distill", *flags, "--resume_checkpoint", path) == 1
     error = error_line(capsys)
     assert error.startswith(f"{path}: ") and message in error
-    assert "weights" in message or error.endswith("or start afresh with another --exp_dir")
+    is_damaged = "weights" in message or "claim more" in message or "digits" in message
+    assert is_damaged or error.endswith("or start afresh with another --exp_dir")
 
 
 def test_what_a_run_knows_by_itself_is_not_read(half_run, tmp_path, monkeypatch):
