@@ -268,7 +268,8 @@ def test_ranks_of_another_launcher(monkeypatch):
     assert not found.creates_processes_externally
     assert (found.local_rank(), found.node_rank(), found.main_address) == (0, 0, "127.0.0.1")
     # A process that Lightning has started keeps what it was given.
-    set_environment(monkeypatch, DPHUBERT_STARTED_BY=str(os.getppid()), LOCAL_RANK="1", MASTER_ADDR="127.0.0.2", RANK="3")
+    monkeypatch.setenv("DPHUBERT_STARTED_BY", str(os.getppid()))
+    set_environment(monkeypatch, LOCAL_RANK="1", MASTER_ADDR="127.0.0.2", RANK="3")
     found = cluster_environment(2, 1)
     assert found.creates_processes_externally
     assert (found.local_rank(), found.main_address) == (1, "127.0.0.2")
@@ -281,6 +282,7 @@ def test_a_run_with_the_rank_of_another_launcher(manifests, small_teacher, tmp_p
     flags = small_run(manifests, small_teacher, max_updates=5000, save_interval=2)
     words = [sys.executable, "distill.py", *map(str, flags), "--exp_dir", str(exp_dir)]
     environment = {**os.environ, **ELSEWHERE, "RANK": rank, "WORLD_SIZE": "8"}
+    environment.pop("DPHUBERT_STARTED_BY", None)  # of a test in this process
     with output.open("w") as file:
         process = subprocess.Popen(words, cwd=REPOSITORY, env=environment, stdout=file, stderr=file)
     deadline = time.monotonic() + 60
