@@ -124,12 +124,19 @@ def _convert_folder(folder: Path) -> str:
     return f"convert the folder that it lies in: python convert_hubert_from_hf.py --model {folder}"
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: Any, source: str | PathLike) -> Any:
     """Replace Namespace, DictConfig, ListConfig and their nodes in ``value`` by dicts, lists and plain values."""
+    try:
+        return _to_plain(value)
+    except RecursionError as error:  # of what has not been judged
+        raise UserError(f"{source}: the settings in the file are damaged (endless); download it again") from error
+
+
+def _to_plain(value: Any) -> Any:
     if isinstance(value, Inert):
         value = value.settings
     if isinstance(value, dict):
-        return {key: to_plain(item) for key, item in value.items()}
+        return {key: _to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     return value

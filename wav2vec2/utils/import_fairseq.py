@@ -191,7 +191,7 @@ def _read_checkpoint(path: str | PathLike) -> tuple[Mapping[str, Any], dict[str,
         found = f"keys {short_repr([*contents])}" if isinstance(contents, dict) else type(contents).__name__
         found = kind_of_contents(contents, path) or found
         raise UserError(f"{source}: expected a fairseq checkpoint with its weights under 'model', found {found}")
-    components = ((entry, to_plain(contents.get(entry))) for entry in ("cfg", "args"))
+    components = ((entry, to_plain(contents.get(entry), source)) for entry in ("cfg", "args"))
     entry, found_settings = next((found for found in components if isinstance(found[1], dict)), ("", None))
     if found_settings is None:
         reason = f"expected the model's settings under 'cfg' or 'args', found keys {short_repr([*contents])}"

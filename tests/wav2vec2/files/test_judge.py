@@ -113,7 +113,7 @@ def test_what_real_files_hold(tmp_path: Path) -> None:
         found = read_torch_file(path)
         assert found.keys() == contents.keys() and found["state"] == contents["state"]
         assert all(torch.equal(found["weights"][name], value) for name, value in contents["weights"].items())
-        assert to_plain(found["args"])["betas"] == [0.9, 0.98] and found["milestones"] == {1: 2, 2: 1}
+        assert to_plain(found["args"], "args")["betas"] == [0.9, 0.98] and found["milestones"] == {1: 2, 2: 1}
 
 
 # --- zips with more than one reading -------------------------------------------------------------------
