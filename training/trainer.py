@@ -226,7 +226,7 @@ def _adapt(checkpoint: dict[str, Any], module: ScheduledModule, accum_grad: int)
 
 
 def _prepare(machine: MachineSettings, module: ScheduledModule, data: BatchDataModule) -> None:
-    """Check the room for batches, set up this process, compile the module, and keep developers' hints off the terminal."""
+    """Check the room for batches, set up this process, compile the module, and keep hints off the user's terminal."""
     data.check_shared_memory(machine.devices[1])
     if fast_paths() and machine.devices[0] == "cpu":
         keep_freed_memory()
