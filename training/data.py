@@ -132,6 +132,8 @@ class BatchDataModule(pl.LightningDataModule):
             collate_fn=_shared,
             num_workers=num_workers,
             prefetch_factor=PREFETCHED if num_workers else None,
+            # Python 3.14 would have another process start them, and torch would not notice when one is killed.
+            multiprocessing_context="fork" if num_workers else None,
             persistent_workers=num_workers > 0,
             # Lightning copies pinned memory to the GPU without waiting for the copy to end.
             pin_memory=self.trainer.strategy.root_device.type == "cuda",

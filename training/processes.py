@@ -49,12 +49,12 @@ def cluster_environment(processes_per_node: int, num_nodes: int) -> ClusterEnvir
             )
         return environment
     if not SLURMEnvironment.detect():
-        return _lightning_environment() if num_nodes == 1 else None
+        return _lightning_environment(processes_per_node) if num_nodes == 1 else None
     # In the job's script SLURM_NTASKS is that of the whole job. srun sets SLURM_STEP_TASKS_PER_NODE in the processes
     # that it starts: "4(x2)" means 4 on each of 2 nodes. A shell in a job may be a step of one task.
     started = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
     if started == "1" and num_nodes == 1 and "1" in (wanted, os.environ["SLURM_NTASKS"]):
-        return _lightning_environment()
+        return _lightning_environment(processes_per_node)
     if started != wanted:
         raise UserError(
             f"{options}: this SLURM job has started {started} of these processes per node; put srun "
@@ -65,14 +65,14 @@ def cluster_environment(processes_per_node: int, num_nodes: int) -> ClusterEnvir
     return SLURMEnvironment(auto_requeue=False)  # RunCheckpoints requeues at the end of an update
 
 
-def _lightning_environment() -> ClusterEnvironment:
+def _lightning_environment(num_processes: int) -> ClusterEnvironment:
     """Lightning as what starts the processes of one machine, whatever ranks others have given this process.
 
     They are in the environment where another launcher has started runs of their own, such as the pods of a cluster. So
     is an address, but the processes of one machine meet on it.
     """
     others = ["RANK", "SLURM_PROCID", "SLURM_LOCALID", "NODE_RANK", "GROUP_RANK"]
-    if os.environ.get(_STARTED_BY) != str(os.getppid()):
+    if num_processes == 1 or os.environ.get(_STARTED_BY) != str(os.getppid()):
         others += ["LOCAL_RANK", "MASTER_ADDR"]
         os.environ[_STARTED_BY] = str(os.getpid())
     for name in others:

@@ -72,7 +72,7 @@ def fit(
     """
     machine, optimisation, accum_grad = settings.machine, settings.optimisation, settings.optimisation.accum_grad
     last = machine.exp_dir / CHECKPOINTS / LAST_CHECKPOINT
-    _prepare(machine, module)
+    _prepare(machine, module, data)
     batches_per_epoch = len(data.sampler(data.train_subset, machine.num_processes, 0, accum_grad))
     io, timer = CheckpointIO(last, resumed, record), FetchTimer()
     start = resumed[1]["global_step"] if resumed is not None else 0
@@ -89,7 +89,6 @@ def fit(
         ]
         trainer = _make_trainer(settings, batches_per_epoch, start, callbacks=watching, plugins=[io], profiler=timer)
         stop.launcher, stop.is_first = trainer.strategy.launcher, trainer.is_global_zero
-        data.check_shared_memory(machine.devices[1])
         if trainer.is_global_zero:
             stack.enter_context(exclusive(machine.exp_dir))
             _announce(settings, data, title)
@@ -278,8 +277,9 @@ def _restore(path: Path, checkpoint: dict[str, Any], module: ScheduledModule, tr
     checkpoint["pytorch-lightning_version"] = pl.__version__  # nothing is left to migrate
 
 
-def _prepare(machine: MachineSettings, module: ScheduledModule) -> None:
-    """Set up this process, compile the module, and keep hints for developers off the user's terminal."""
+def _prepare(machine: MachineSettings, module: ScheduledModule, data: BatchDataModule) -> None:
+    """Check the room for batches, set up this process, compile the module, and keep hints off the user's terminal."""
+    data.check_shared_memory(machine.devices[1])
     if fast_paths() and machine.devices[0] == "cpu":
         keep_freed_memory()
     if machine.compile:

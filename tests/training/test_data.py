@@ -112,6 +112,7 @@ def test_a_loader_process_without_room_for_its_batch(tsv_dir, monkeypatch):
     batches = iter(data.val_dataloader())
     with pytest.raises(UserError, match=r"torch_.*--shm-size"), errors_in_one_line():
         next(batches)
+    batches._shutdown_workers()
 
 
 @pytest.mark.parametrize(

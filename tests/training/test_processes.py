@@ -231,7 +231,8 @@ def in_job(num_tasks: int, started: str | None = None) -> dict[str, str]:
     ],
 )
 def test_who_starts_the_processes(monkeypatch, variables, processes_per_node, num_nodes, kind):
-    set_environment(monkeypatch, SLURM_NTASKS_PER_NODE="4", **variables)  # and have the variable restored
+    # And have what it sets restored.
+    set_environment(monkeypatch, SLURM_NTASKS_PER_NODE="4", DPHUBERT_STARTED_BY=str(os.getpid()), **variables)
     found = cluster_environment(processes_per_node, num_nodes)
     assert type(found) is (kind or type(None))
     if kind is SLURMEnvironment:
@@ -263,7 +264,7 @@ ELSEWHERE = {"RANK": "3", "LOCAL_RANK": "1", "NODE_RANK": "2", "SLURM_PROCID": "
 
 def test_ranks_of_another_launcher(monkeypatch):
     set_environment(monkeypatch, **ELSEWHERE, GROUP_RANK="1", MASTER_ADDR="elsewhere.invalid")
-    monkeypatch.delenv("DPHUBERT_STARTED_BY", raising=False)
+    monkeypatch.setenv("DPHUBERT_STARTED_BY", str(os.getpid()))
     found = cluster_environment(2, 1)
     assert not found.creates_processes_externally
     assert (found.local_rank(), found.node_rank(), found.main_address) == (0, 0, "127.0.0.1")
