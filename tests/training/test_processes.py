@@ -1,5 +1,6 @@
 """Several processes train as one with the same total batch does, however they are started."""
 
+import contextlib
 import json
 import os
 import signal
@@ -157,8 +158,9 @@ def second_process(pid: int) -> int:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:  # a child has its own environment only once it runs its own program
         for child in children.read_text().split():
-            if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes():
-                return int(child)
+            with contextlib.suppress(OSError):  # another one, which has ended since
+                if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes():
+                    return int(child)
         time.sleep(0.02)
     raise AssertionError(f"process {pid} has started no other")
 
