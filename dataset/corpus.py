@@ -52,7 +52,7 @@ Splits = dict[str, list[str]]  # split name to its files
 
 
 class Found(NamedTuple):
-    """What lies below a folder, as paths from it with ``/``."""
+    """The contents of a folder, as paths from it with ``/``."""
 
     audio: list[str]  # sorted
     others: Counter[str]  # audio and video that libsndfile does not read, by suffix

@@ -281,7 +281,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(exp_dir):
     ],
 )
 def test_records_of_other_types(tmp_path, about, made_by):
-    """What a checkpoint says of its run may be anything; the page has the rest."""
+    """A checkpoint may say anything of its run; the page has the rest."""
     write_stage(tmp_path / "exp", about, made_by)
     page = Page(page_of(tmp_path / "exp"))
     assert "after pruning" in page.text and "wanted" not in page.text

@@ -41,7 +41,7 @@ class Inert:
 
     @property
     def settings(self) -> Any:
-        """What it holds, or itself if that has no names."""
+        """Its contents, or itself if that has no names."""
         state = self.state
         return state.get("_content", state.get("_val", state)) if isinstance(state, dict) else self
 

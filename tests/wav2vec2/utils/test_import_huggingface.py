@@ -528,7 +528,7 @@ def test_what_lies_outside_is_listed(tmp_path: Path, capsys: pytest.CaptureFixtu
     ],
 )
 def test_folder_without_usable_weights(names: list[str], message: str, tmp_path: Path) -> None:
-    """What lies there instead is said, with or without a config, by the converter and by ``load``."""
+    """Both say what lies there instead, with or without a config: the converter and ``load``."""
     bare, configured = tmp_path / "bare", copy_fixture("hubert_base", tmp_path / "configured")
     (configured / "model.safetensors").unlink()
     for folder in (bare, configured):
