@@ -9,6 +9,8 @@ Any other corpus of files that libsndfile reads is split by folder name, or by h
     python prepare_data.py --data /corpora/mine --out data/mine --splits train=tr,extra-* valid=cv
     python prepare_data.py --data /corpora/mine --out data/mine --valid_fraction 0.05
 
+Files in .tar and in .zip that is not compressed are listed where they lie, as ARCHIVE:OFFSET:BYTES; the archive counts
+as a folder. Of several folders, one manifest lists them all, below the folder that they share.
 Only folders below --data decide about splits. Links to folders are followed, each folder once; what is hidden is passed
 over. Files and folders that cannot be read are left out and listed with the reason in rejected.tsv. Audio and video
 that libsndfile does not read, such as .m4a, are passed over and counted.
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import cli
 from dataset import corpus
+from dataset.archives import SUFFIXES as ARCHIVES
 from wav2vec2.audio import AUDIO_SUFFIXES, CONVERT, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE
 from wav2vec2.files.errors import UserError, listed
 from wav2vec2.files.storage import atomic_path, check_writable
@@ -38,7 +41,7 @@ REJECTED = "rejected"
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--data", required=True, help="folder of the corpus")
+    parser.add_argument("--data", required=True, nargs="+", help="folder of the corpus, or several")
     parser.add_argument("--out", default="data/librispeech", help="folder to write the manifests to")
     parser.add_argument(
         "--splits",
@@ -94,11 +97,12 @@ def choose_rule(paths: list[str], args: argparse.Namespace) -> Callable[[list[st
     return partial(corpus.hold_out, fraction=fraction, seed=args.seed)
 
 
-def list_audio(root: str) -> corpus.Found:
-    """Find the corpus's files, and say what is passed over."""
-    found = corpus.find_audio(root)
+def report_found(place: str, found: corpus.Found) -> None:
+    """Say what is passed over; a UserError if nothing is left."""
     passed_over = ", ".join(f"{count} {suffix}" for suffix, count in found.others.most_common())
-    unreadable = listed("folders or links", [f"{path}: {reason}" for path, reason in found.unreadable.items()])
+    unreadable = listed(
+        "folders, links or archives", [f"{path}: {reason}" for path, reason in found.unreadable.items()]
+    )
     if found.others:
         print(f"passed over: {passed_over}, which libsndfile does not read; convert them: {CONVERT}")
     if found.repeated:
@@ -113,8 +117,7 @@ def list_audio(root: str) -> corpus.Found:
             instead = f"but {count} files of {store}"
         if found.others:
             instead = f"but {passed_over}; convert them: {CONVERT}"
-        raise UserError(f"--data {root}: no {', '.join(AUDIO_SUFFIXES[:6])} or the like in it or below, {instead}")
-    return found
+        raise UserError(f"--data {place}: no {', '.join(AUDIO_SUFFIXES[:6])} or the like in it or below, {instead}")
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -133,29 +136,45 @@ def describe(name: str, lengths: list[int]) -> str:
     )
 
 
+def checked_places(data: list[str]) -> None:
+    """Refuse what is neither a folder nor an archive, what lies in another one, and names that break a manifest."""
+    paths = [os.path.abspath(place) for place in data]
+    for number, (place, path) in enumerate(zip(data, paths, strict=True)):
+        if not os.path.isdir(path) and not (os.path.isfile(path) and path.lower().endswith(ARCHIVES)):
+            kind = corpus.store_of(path) or "expected a folder or an archive"
+            problem = f"is a file, {kind}" if os.path.exists(path) else "no such folder"
+            raise UserError(f"--data {place}: {problem}; give the folder of the corpus")
+        if "\t" in path or corpus.LINE_BREAK.search(path):
+            raise UserError(f"--data {place!r}: a tab or line break in the path breaks the manifest; rename the folder")
+        if any(f"{path}/".startswith(f"{other}/") for other in paths[:number] + paths[number + 1 :]):
+            raise UserError(f"--data {place}: is given twice, or lies in another one; give each folder once")
+
+
 def main(args: argparse.Namespace) -> None:
-    root, out = os.path.abspath(args.data), Path(args.out)
-    if not os.path.isdir(root):
-        kind = corpus.store_of(root) or "expected a folder"
-        problem = f"is a file, {kind}" if os.path.exists(root) else "no such folder"
-        raise UserError(f"--data {args.data}: {problem}; give the folder of the corpus")
-    if "\t" in root or corpus.LINE_BREAK.search(root):
-        raise UserError(f"--data {args.data!r}: a tab or line break in the path breaks the manifest; rename the folder")
+    out = Path(args.out)
+    checked_places(args.data)
     if args.num_workers < 1:
         raise UserError(f"--num_workers {args.num_workers}: expected 1 or more")
     check_writable(out / f"{REJECTED}.tsv")
-    folder = list_audio(root)
-    found = folder.audio
+    root, all_found = corpus.find_audio_of(args.data)
+    places: dict[str, str] = {}
+    unreadable: dict[str, str] = {}
+    for name, folder in all_found.items():
+        report_found(name, folder)
+        places |= folder.places
+        unreadable |= folder.unreadable
+    found = sorted(path for folder in all_found.values() for path in folder.audio)
     split = choose_rule(found, args)
     candidates = split(found)
     chosen = sorted(set().union(*candidates.values()))
     if len(chosen) < len(found):
         print(f"{len(found) - len(chosen)} of {len(found)} files are in no split")
 
-    progress = corpus.count_all(root, chosen, args.num_workers)
+    read_at = {path: places.get(path, path) for path in chosen}
+    progress = corpus.count_all(root, list(read_at.values()), args.num_workers)
     counted = dict(cli.progress(progress, "reading headers", total=len(chosen), unit=" files"))
-    counts = {path: counted[path] for path in chosen}
-    rejected = folder.unreadable | {path: reason for path, (_, reason) in counts.items() if reason}
+    counts = {path: counted[place] for path, place in read_at.items()}
+    rejected = unreadable | {path: reason for path, (_, reason) in counts.items() if reason}
     (out / f"{REJECTED}.tsv").unlink(missing_ok=True)  # an earlier run's
     if rejected:
         rows = (f"{corpus.LINE_BREAK.sub('?', name)}\t{reason}" for name, reason in rejected.items())
@@ -171,8 +190,14 @@ def main(args: argparse.Namespace) -> None:
             )
     for name, paths in splits.items():
         lengths = [counts[path][0] for path in paths]
-        write_lines(out / f"{name}.tsv", [root, *map("{}\t{}".format, paths, lengths)])
+        write_lines(out / f"{name}.tsv", [root, *map("{}\t{}".format, map(read_at.__getitem__, paths), lengths)])
         print(describe(name, lengths))
+    used = set().union(*splits.values())
+    hours = {
+        name: sum(counts[path][0] for path in used.intersection(folder.audio)) for name, folder in all_found.items()
+    }
+    for name, samples in hours.items() if len(hours) > 1 else ():
+        print(f"{name}: {samples / SAMPLE_RATE / 3600:.2f} h, {samples / sum(hours.values()):.0%} of all")
     print(f"written to {out}: {', '.join(f'{name}.tsv' for name in splits)}")
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.bench_data --out results/bench_data.csv
 
     prepare   prepare_data.py, with its start, on FLAC files of 1 to 2 s, beside parallel calls of soundfile.info
-    loader    batches of 87.5 s from FLAC files of 2 to 15 s, beside soundfile reading the same crops
+    loader    batches of 87.5 s from FLAC files of 2 to 15 s, and from a tar archive of them, beside soundfile reading
+              the same crops
 
 The files are made first. Variants take turns; values are medians, and those of the loader leave out its start.
 """
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -46,8 +48,9 @@ def make_corpus(folder: Path, num_files: int, shortest: float, longest: float) -
 
 
 def prepare(corpus: Path, num_processes: int) -> None:
-    """Run prepare_data.py, which writes ``corpus/tsv/train.tsv``."""
-    flags = ["--data", corpus, "--out", corpus / "tsv", "--splits", "train=train", "--num_workers", num_processes]
+    """Run prepare_data.py on a folder or an archive, which writes ``tsv/train.tsv`` in it or beside it."""
+    out = (corpus if corpus.is_dir() else corpus.parent) / "tsv"
+    flags = ["--data", corpus, "--out", out, "--splits", "train=train", "--num_workers", num_processes]
     script = Path(__file__).parents[1] / "prepare_data.py"
     subprocess.run([sys.executable, script, *map(str, flags)], check=True, stdout=subprocess.DEVNULL)
 
@@ -94,12 +97,21 @@ def bench_loader(args: argparse.Namespace, folder: Path) -> list[Result]:
 
     make_corpus(folder, max(16, args.num_files // 33), 2, 15)
     prepare(folder, args.num_processes)
-    manifest = read_manifest(folder / "tsv" / "train.tsv")
+    archive = folder.with_name("archive") / "speech.tar"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w") as tar:
+        tar.add(folder / "train", "train")
+    prepare(archive, args.num_processes)
+    manifest, archived = (read_manifest(place / "tsv" / "train.tsv") for place in (folder, archive.parent))
     batches = make_batches(manifest.lengths, max_tokens=87.5 * SAMPLE_RATE)
     crops = list(TrainingSampler(BatchSampler(manifest.lengths, batches, 1, 0, True, seed=0), end=2 * len(batches)))
     loaded = sum(len(crop.indices) * crop.num_samples for crop in crops[1:]) / SAMPLE_RATE
     results = []
-    datasets = {"soundfile.read": BareReads(manifest), "SpeechDataset": SpeechDataset(manifest)}
+    datasets = {
+        "soundfile.read": BareReads(manifest),
+        "SpeechDataset": SpeechDataset(manifest),
+        "SpeechDataset, tar": SpeechDataset(archived),
+    }
     for workers in args.workers:
         work = {name: partial(load_all, dataset, crops, workers) for name, dataset in datasets.items()}
         label = f"{{}}, {workers} workers"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dataset import archives
 from wav2vec2.audio import (
     AUDIO_SUFFIXES,
     AudioError,
@@ -27,6 +28,7 @@ from wav2vec2.audio import (
     read_mono,
     stated_length,
 )
+from wav2vec2.files.errors import one_line
 
 # Suffixes of audio and video that libsndfile does not read, or not without being told the rate.
 _OTHER_NAMES = """
@@ -39,8 +41,8 @@ _STORES = {
     (".scp", ".ark"): "Kaldi (wav.scp): give the folder of the audio that it names, or write that with kaldiio",
     (".jsonl", ".jsonl.gz"): "lhotse (manifests): give the folder of the audio, or write it with CutSet.save_audios",
     (".parquet", ".arrow"): "datasets (tables): write the bytes of each row's audio to a file",
-    (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"): "tar (archives or shards): unpack, tar -xf FILE",
-    (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"): "compressed data: unpack, 7z x FILE",
+    (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"): "compressed tar: unpack, or store it as plain .tar",
+    (".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"): "compressed data: unpack, 7z x FILE",
     (".npy", ".npz", ".h5", ".hdf5", ".pt", ".mdb", ".tfrecord"): "arrays or records: write with soundfile.write",
 }
 # Folders of macOS, Windows, file systems and network storage, in lower case.
@@ -54,7 +56,8 @@ Splits = dict[str, list[str]]  # split name to its files
 class Found(NamedTuple):
     """The contents of a folder, as paths from it with ``/``."""
 
-    audio: list[str]  # sorted
+    audio: list[str]  # sorted; of a file in an archive, ARCHIVE/NAME
+    places: dict[str, str]  # of those in archives, where they are read: ARCHIVE:OFFSET:BYTES
     others: Counter[str]  # audio and video that libsndfile does not read, by suffix
     stores: Counter[str]  # what else speech may lie in, by :func:`store_of`
     repeated: list[str]  # folders that are read under another name
@@ -62,13 +65,16 @@ class Found(NamedTuple):
 
 
 def find_audio(root: str) -> Found:
-    """Find the audio files below a folder. Suffixes count, in either case.
+    """Find the audio files below a folder and in its archives, or in one archive. Suffixes count, in either case.
 
     Links are followed. A folder with several names is read once, under the first of those with the fewest links; a
     file counts under each of its names. What is hidden, and what systems keep for themselves, is passed over.
     """
-    found = Found([], Counter(), Counter(), [], {})
-    folders, seen = [(0, "")], set()  # a heap: number of links on the way, path
+    found = Found([], {}, Counter(), Counter(), [], {})
+    if os.path.isfile(root):
+        _look_into(os.path.dirname(root), os.path.basename(root), found)
+    # A heap: number of links on the way, path.
+    folders, seen = [(0, "")] if os.path.isdir(root) else [], set()
     while folders:
         num_links, prefix = heapq.heappop(folders)
         try:
@@ -84,12 +90,47 @@ def find_audio(root: str) -> Found:
                     # A link to itself is none; is_dir would raise an error.
                     if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                         heapq.heappush(folders, (num_links + entry.is_symlink(), f"{prefix}{entry.name}/"))
+                    elif entry.name.lower().endswith(archives.SUFFIXES):
+                        _look_into(root, prefix + entry.name, found)
                     else:
                         _sort_in(prefix + entry.name, entry, found)
         except OSError as error:
             found.unreadable[prefix or "."] = error.strerror or type(error).__name__
     found.audio.sort()
     return found
+
+
+def find_audio_of(data: list[str]) -> tuple[str, dict[str, Found]]:
+    """Return the folder that folders and archives share, and what :func:`find_audio` finds of each, from there."""
+    paths = [os.path.abspath(path) for path in data]
+    homes = [path if os.path.isdir(path) else os.path.dirname(path) for path in paths]
+    root = os.path.commonpath(homes)
+    found = {}
+    for path, home, name in zip(paths, homes, data, strict=True):
+        prefix = "" if home == root else f"{os.path.relpath(home, root)}/"
+        audio, places, others, stores, repeated, unreadable = find_audio(path)
+        found[name] = Found(
+            [prefix + name for name in audio],
+            {prefix + name: prefix + place for name, place in places.items()},
+            others,
+            stores,
+            [prefix + name for name in repeated],
+            {prefix + name: reason for name, reason in unreadable.items()},
+        )
+    return root, found
+
+
+def _look_into(root: str, archive: str, found: Found) -> None:
+    members: dict[str, str] = {}
+    try:
+        for name, start, num_bytes in archives.members(os.path.join(root, archive)):
+            if name.lower().endswith(AUDIO_SUFFIXES) and not os.path.basename(name).startswith("."):
+                members[f"{archive}/{name.removeprefix('./')}"] = f"{archive}:{start}:{num_bytes}"
+    except OSError as error:
+        found.unreadable[archive] = one_line(error)
+        return
+    found.audio.extend(members)
+    found.places.update(members)
 
 
 def _sort_in(path: str, entry: os.DirEntry, found: Found) -> None:
@@ -151,8 +192,6 @@ def count_samples(path: str) -> tuple[int, str]:
     """
     if LINE_BREAK.search(path):
         return 0, "a line break in its path"
-    if not os.path.isfile(path):
-        return 0, "not a file, or a link to nothing"
     try:
         with checked_audio(path) as file:
             num_frames, is_finite = file.frames, True

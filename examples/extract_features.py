@@ -55,12 +55,14 @@ def parse_layers(text: str) -> int | list[int] | str | None:
 def find_jobs(audio: list[Path], out: Path) -> tuple[dict[Path, Path], list[tuple[Path, str]]]:
     """Return the file to write -> the audio file, and the folders that cannot be used, with the reason."""
     root, paths, unreadable = Path(), [path.name for path in audio], []
+    places: dict[str, str] = {}
     if len(audio) == 1 and audio[0].is_dir():
         from dataset.corpus import find_audio  # needs numpy, which --help should not wait for
 
         root = audio[0]
         found = find_audio(str(root))
-        paths, unreadable = found.audio, [(root / path, reason) for path, reason in found.unreadable.items()]
+        paths, places = found.audio, found.places
+        unreadable = [(root / path, reason) for path, reason in found.unreadable.items()]
         for folder, reason in unreadable:
             cli.print_line(f"{folder}: {reason}, expected a folder")
     elif len(audio) == 1 and audio[0].suffix == ".tsv":
@@ -68,7 +70,7 @@ def find_jobs(audio: list[Path], out: Path) -> tuple[dict[Path, Path], list[tupl
 
         manifest = read_manifest(audio[0])
         root, paths = manifest.root, [str(path) for path in manifest.paths]
-    sources = [root / path for path in paths] if root.parts else audio
+    sources = [root / places.get(path, path) for path in paths] if root.parts else audio
     jobs: dict[Path, Path] = {}
     for path, source in zip(paths, sources, strict=True):
         if Path(path).is_absolute() or ".." in Path(path).parts:

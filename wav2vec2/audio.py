@@ -35,6 +35,9 @@ voc iff svx 8svx 16svx avr htk paf fap pvf sd2 sds mpc wve xi mat
 AUDIO_SUFFIXES = tuple(f".{name}" for name in _AUDIO_NAMES.split())
 CONVERT = "ffmpeg -i IN OUT.flac"
 
+# A file inside of an archive.
+_ARCHIVED = re.compile(r"(.+\.(?:tar|zip)):(\d{1,18}):(\d{1,18})", re.IGNORECASE | re.DOTALL)
+
 # The first bytes of files that libsndfile cannot decode, and what such a file is.
 _FOREIGN = {
     rb"OggS.{24}\x7fFLAC": "FLAC in Ogg",
@@ -87,6 +90,22 @@ def num_samples_at_16k(num_frames: int, sample_rate: int) -> int:
     return -(-num_frames * SAMPLE_RATE // sample_rate)
 
 
+def _archived(path: str | os.PathLike) -> bytes:
+    """Read ``ARCHIVE:OFFSET:BYTES``, as fairseq's manifests name a file inside of an archive that is not compressed."""
+    named = _ARCHIVED.fullmatch(os.fsdecode(path))
+    if named is None or not os.path.isfile(named[1]):
+        raise AudioError(f"{path}: no such file, expected audio; check the path")
+    start, num_bytes = int(named[2]), int(named[3])
+    try:
+        with open(named[1], "rb") as archive:
+            if archive.seek(0, os.SEEK_END) < start + num_bytes:
+                raise AudioError(f"{path}: the archive ends before that; it has changed, run prepare_data.py again")
+            archive.seek(start)
+            return archive.read(num_bytes)
+    except OSError as error:
+        raise AudioError(f"{path}: reading it fails ({one_line(error)}), expected audio; check the disk") from error
+
+
 @contextmanager
 def checked_audio(
     path: str | os.PathLike, length: int | None = None, contents: bytes | None = None
@@ -95,7 +114,7 @@ def checked_audio(
 
     The file's ``seekable()`` is true only if a seek gives the samples that reading from the start gives. ``length`` is
     the number of samples at 16 kHz that its header must state, if it states any. A file in memory has its ``contents``
-    and a ``path`` that only names it in errors.
+    and a ``path`` that only names it in errors; a path may also be ``ARCHIVE:OFFSET:BYTES``.
 
     Raises:
         AudioError: the file is missing, cannot be read or decoded, has another length, or states a rate that no
@@ -103,7 +122,7 @@ def checked_audio(
         UserError: a package that reads it is not installed.
     """
     if contents is None and not os.path.isfile(path):
-        raise AudioError(f"{path}: no such file, expected audio; check the path")
+        contents = _archived(path)
     try:
         from soundfile import SoundFile
     except ModuleNotFoundError as error:

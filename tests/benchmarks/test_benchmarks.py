@@ -80,7 +80,7 @@ def test_data(tmp_path, monkeypatch):
     assert [row["variant"] for row in rows if row["ratio_to_baseline"] == "1.000"] == [
         *("soundfile.info", "soundfile.read, 0 workers", "soundfile.read, 1 workers")
     ]
-    assert len(rows) == 6 and all(float(row["value"]) > 0 for row in rows)
+    assert len(rows) == 8 and all(float(row["value"]) > 0 for row in rows)
 
 
 def test_both_ways_to_load_read_the_same_crops(tmp_path):

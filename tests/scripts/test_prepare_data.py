@@ -204,7 +204,10 @@ def test_files_that_cannot_be_used_are_listed(tmp_path, prepare):
         "silent.wav": (lambda path: write_audio(path, 0), "no samples"),
         "nan.wav": (lambda path: write_float(path, np.nan), "NaN or infinite samples"),
         "infinite.wav": (lambda path: write_float(path, -np.inf), "NaN or infinite samples"),
-        "dangling.ogg": (lambda path: (path.unlink(), path.symlink_to("gone.ogg")), "not a file, or a link to nothing"),
+        "dangling.ogg": (
+            lambda path: (path.unlink(), path.symlink_to("gone.ogg")),
+            "no such file, expected audio; check the path",
+        ),
         "line\nbreak.wav": (lambda path: None, "a line break in its path"),
         "carriage\rreturn.wav": (lambda path: None, "a line break in its path"),
     }
@@ -263,7 +266,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, prepare, monkeypatch):
     result = prepare(root, tmp_path / "out", "--valid_fraction", "0.5")
     assert result.returncode == 0, result.stderr
     assert "passed over: 1 other names of folders (again/)" in result.stdout
-    line = "2 folders or links (unmounted: a link that leads nowhere, locked/: Permission denied)"
+    line = "2 folders, links or archives (unmounted: a link that leads nowhere, locked/: Permission denied)"
     assert f"cannot be read: {line}" in result.stdout
     assert set((tmp_path / "out" / "rejected.tsv").read_text().splitlines()) == {
         "locked/\tPermission denied",
@@ -275,13 +278,13 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, prepare, monkeypatch):
     assert result.returncode == 1 and f"but {line} that cannot be read" in result.stderr
 
 
-@pytest.mark.parametrize(("name", "words"), [("wav.scp", "Kaldi (wav.scp): give"), ("a.tar", "tar -xf FILE")])
+@pytest.mark.parametrize(("name", "words"), [("wav.scp", "Kaldi (wav.scp): give"), ("a.tgz", "compressed tar: unpack")])
 def test_other_stores_get_a_line(tmp_path, prepare, name, words):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / name).touch()
     result = prepare(tmp_path / "corpus", tmp_path / "out")
     (line,) = result.stderr.splitlines()
-    assert result.returncode == 1 and line.startswith("error: --data") and f"but 1 files of {words[:3]}" in line
+    assert result.returncode == 1 and line.startswith("error: --data") and "but 1 files of " in line
     assert words in line
     result = prepare(tmp_path / "corpus" / name, tmp_path / "out")
     (line,) = result.stderr.splitlines()
