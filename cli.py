@@ -12,6 +12,9 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from wav2vec2.files.errors import UserError, visible
+from wav2vec2.threads import choose_waiting
+
+choose_waiting()  # every script imports this module before torch
 
 # Seconds between the lines of a progress bar in a log file.
 LOG_SECONDS = 30.0
@@ -99,4 +102,15 @@ def progress(items: Iterable | None, desc: str, **options: Any) -> tqdm:
         return tqdm(items, desc, dynamic_ncols=True, **options)
     # tqdm's own thread would write a line at least every maxinterval.
     seldom = dict.fromkeys(("mininterval", "maxinterval", "delay"), LOG_SECONDS)
-    return tqdm(items, desc, **{**seldom, **options})
+    return tqdm(items, desc, file=_Lines(), **{**seldom, **options})
+
+
+class _Lines:
+    """Writes a line to stderr where a bar would be drawn over."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()

@@ -26,6 +26,7 @@ def test_progress_fills_no_log_file(is_terminal, monkeypatch, capsys):
         for _ in cli.progress(range(400), "reading", unit="clip"):
             now[0] += seconds_each
         printed = capsys.readouterr().err
+        assert is_terminal or "\r" not in printed  # a line each, for grep and viewers of logs
         assert not printed or ("reading" in printed and "/400" in printed)
         return len(printed.replace("\r", "\n").split("\n")) if printed else 0
 

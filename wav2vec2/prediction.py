@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .audio import SAMPLE_RATE
 from .files.errors import UserError, visible
+from .threads import choose_waiting
 
 # Functions import what needs torch, so that the command refuses a wrong flag first.
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
+    choose_waiting()
     import torch  # after the flags, so that --help does not wait for it
 
     from .inference import load
