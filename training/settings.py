@@ -358,6 +358,7 @@ class MachineSettings(_Settings):
     )
     precision: Literal["32", "16", "bf16"] = _recorded("32", "bits of the matrix products")
     compile: bool = _option(False, "compile models and loss with torch.compile: the same numbers up to rounding")
+    check: bool = _option(False, "train nothing: read all inputs, say what the run will need and what would stop it")
     checkpoint_activations: bool = _option(
         False, "run each layer again for the backward pass: far less memory, a quarter more time, the same numbers"
     )
@@ -386,7 +387,7 @@ class MachineSettings(_Settings):
                 )
             return "cpu", self.gpus or 1
         wanted = self.gpus or DEFAULT_GPUS
-        if wanted > available:
+        if wanted > available and not self.check:
             advice = "use --accelerator cpu to train without one"
             if available:
                 advice = f"give --gpus {available} (and --accum_grad to keep the total batch)"

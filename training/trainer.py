@@ -18,6 +18,7 @@ from torch.distributed import DistError
 
 from cli import print_line
 from lightning import ScheduledModule, linear_warmup_decay
+from training.check import describe
 from training.checkpoints import (
     CHECKPOINTS,
     CONTINUE,
@@ -72,6 +73,10 @@ def fit(
     """
     machine, optimisation, accum_grad = settings.machine, settings.optimisation, settings.optimisation.accum_grad
     last = machine.exp_dir / CHECKPOINTS / LAST_CHECKPOINT
+    if machine.check:
+        data.check_shared_memory(machine.devices[1])
+        print(*describe(settings, data, module, title), sep="\n")
+        raise SystemExit(0)
     _prepare(machine, module, data)
     batches_per_epoch = len(data.sampler(data.train_subset, machine.num_processes, 0, accum_grad))
     io, timer = CheckpointIO(last, resumed, record), FetchTimer()
@@ -91,7 +96,7 @@ def fit(
         stop.launcher, stop.is_first = trainer.strategy.launcher, trainer.is_global_zero
         if trainer.is_global_zero:
             stack.enter_context(exclusive(machine.exp_dir))
-            _announce(settings, data, title)
+            print(*describe(settings, data, module, title), sep="\n", flush=True)
         if resumed is not None:
             if trainer.is_global_zero:
                 print(f"{settings.stage}: continuing {resumed[0]} after update {start}", flush=True)
@@ -101,16 +106,6 @@ def fit(
     if trainer.is_global_zero:
         print(f"{settings.stage}: {trainer.global_step} updates done: {last}")
     return trainer
-
-
-def _announce(settings: RunSettings, data: BatchDataModule, title: str) -> None:
-    machine, batches = settings.machine, data.batches[data.train_subset]
-    compiled = ", compiled" if machine.compile else ""
-    print(
-        f"{settings.stage}: {title}; {sum(map(len, batches))} utterances in {len(batches)} batches; "
-        f"{machine.num_processes} x {machine.devices[0]}, precision {machine.precision}{compiled}",
-        flush=True,
-    )
 
 
 def _make_trainer(
