@@ -5,7 +5,11 @@
 # make bench   speed beside the plain paths, transformers and bare library calls (docs/performance.md)
 # make test-slurm   jobs that a SLURM cluster of its own preempts and requeues; root, slurm-wlm and munge
 PYTHON ?= python3
-VENV ?= .venv
+# An active environment with torch and torchaudio of the pinned version is used as it is, CPU builds (+cpu) too.
+FITTING := import sys, importlib.metadata as m; found = {m.version(name) for name in ("torch", "torchaudio")}; \
+	fits = {x.partition("+")[0] for x in found} == {sys.argv[1]} and len(found) == 1 and sys.prefix != sys.base_prefix; \
+	print(sys.prefix) if fits else sys.exit(1)
+VENV ?= $(shell $(PYTHON) -c '$(FITTING)' $(shell sed -n 's/^torch==//p' requirements.txt) 2>/dev/null || echo .venv)
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-fast test-slurm bench lint clean
@@ -30,7 +34,7 @@ lint: $(VENV)/installed $(VENV)/installed-dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo/out
+	rm -rf .venv demo/out
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -38,6 +42,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: requirements.txt | $(BIN)/python
+	@echo "installing requirements.txt; PyTorch's CUDA build, which torchaudio's wheel needs, is 5 GB on Linux"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 

@@ -10,17 +10,19 @@
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 #
-# Distil and prune, prune, final distillation, save, report; with make_student, finetune_first or finetune in the config
-# file, a student of another shape before them, and fine-tuning with labels before or after them.
+# Convert the teacher and list the speech where they are not there yet; distil and prune, prune, final distillation,
+# save, report; with make_student, finetune_first or finetune in the config file, a student of another shape before
+# them, and fine-tuning with labels before or after them.
 #
 #   sbatch run.sh [conf/NAME.conf] [FLAGS]          on SLURM, 4 GPUs of one node: one process for each task
 #   bash run.sh [conf/NAME.conf] [FLAGS]            anywhere else
 #   bash run.sh --print [conf/NAME.conf] [FLAGS]    show the commands, run nothing
+#   bash run.sh --check [conf/NAME.conf] [FLAGS]    say what would stop the job, train nothing
+#   data=/corpora/mine model=facebook/hubert-base-ls960 bash run.sh ...    from a folder of speech and a name
 #
 # FLAGS (such as --gpus 1 --accum_grad 4) go to all training stages and win over the config file's. That is bash, and
-# sets exp_dir, tsv_dir, teacher_ckpt, student_ckpt (default: the teacher), python and the settings below; the
-# environment wins over these five. With --save_at_sparsity S,... in `distill`, exp_dir/sparsity_S is finished as
-# exp_dir is, for each S.
+# sets the settings below; the environment wins over it for the first eight. With --save_at_sparsity S,... in `distill`,
+# exp_dir/sparsity_S is finished as exp_dir is, for each S.
 #
 # Call it again with the same settings whenever it was stopped: it continues. On SLURM a job that is preempted, or comes
 # within 300 s of its time limit (give it much more), saves a checkpoint and goes back to the queue by itself. The
@@ -32,8 +34,8 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}"
 
 fail() { echo "error: $*" >&2 && exit 1; }
 
-print_only=false conf=conf/hubert_base.conf
-if [[ ${1-} == --print ]]; then print_only=true && shift; fi
+print_only=false check_only=false conf=conf/hubert_base.conf
+case ${1-} in --print) print_only=true && shift ;; --check) check_only=true && shift ;; esac
 if [[ ${1---} != --* ]]; then conf=$1 && shift; fi
 [[ -f $conf ]] || fail "$conf: no such config file; shipped ones: $(echo conf/*.conf)"
 for flag in "$@"; do
@@ -43,8 +45,14 @@ for flag in "$@"; do
         fail "$flag: in a SLURM job the allocation says it; use sbatch --nodes, --ntasks-per-node and --gpus-per-node"
 done
 
-environment=$(declare -p python exp_dir tsv_dir teacher_ckpt student_ckpt 2>/dev/null) || true
-python=python exp_dir='' tsv_dir='' teacher_ckpt='' student_ckpt=''
+environment=$(declare -p python exp_dir tsv_dir teacher_ckpt student_ckpt model data valid_fraction 2>/dev/null) || true
+python=python exp_dir=''
+tsv_dir=''        # the manifests; of a `data` in the environment: data/NAME
+teacher_ckpt=''   # the teacher; of a `model` in the environment: pretrained/NAME.pth
+student_ckpt=''   # default: the teacher
+model=''          # what teacher_ckpt is converted from: a name on the hub, a folder or a fairseq file
+data=''           # the folder of speech, or an array of them, that tsv_dir lists
+valid_fraction='' # share of `data` held out for validation (default: LibriSpeech's dev sets, elsewhere 0.05)
 prunes=true       # false: the student is trained in the final distillation alone
 distills_on=true  # false: the pruned model is not distilled further
 shared=()         # flags of both distillations
@@ -60,9 +68,22 @@ else
     source "$(realpath "$conf")"
 fi
 unknown=$(compgen -v | grep -vxF -e known -e _ -e PIPESTATUS -f <(echo "$known")) && fail "$conf: unknown:" $unknown
+conf_model=$model
 eval "$environment"
 [[ "$exp_dir$tsv_dir$teacher_ckpt$student_ckpt${shared[*]}${distill[*]}${final[*]}" != *$'\r'* ]] ||
     fail "$conf: a file that it sources has line ends of Windows, expected those of Unix: sed -i 's/\r$//' FILE"
+is_given() { [[ $environment == *" $1="* ]]; }
+# What comes from the environment must not meet what the config file has for another model, or other speech.
+if is_given teacher_ckpt; then
+    is_given model || model=''
+elif [[ $model != "$conf_model" ]]; then
+    teacher_ckpt=pretrained/$(basename "$model").pth
+fi
+if is_given tsv_dir; then
+    is_given data || data=''
+elif is_given data; then
+    tsv_dir=$(basename "$data") && tsv_dir=data/${tsv_dir,,}
+fi
 : "${exp_dir:?$conf does not set it}"
 [[ " ${shared[*]} ${distill[*]} ${final[*]}" == *" --task_tsv"* ]] || : "${tsv_dir:?$conf does not set it}"
 : "${teacher_ckpt:?$conf does not set it}"
@@ -81,6 +102,24 @@ if [[ -n ${SLURM_JOB_ID-} ]]; then
     allocated=(--gpus "$tasks" --num_nodes "$nodes")
 fi
 
+# The teacher and the manifests are made where they are missing.
+convert=() list=() subset=()
+if [[ -n $model && ! -f $teacher_ckpt ]]; then
+    convert=(convert_hubert_from_hf.py --model "$model" --out "$teacher_ckpt")
+    [[ ! -f $model ]] || convert=(convert_wavlm_from_fairseq.py --ckpt "$model" --out "$teacher_ckpt")
+fi
+if [[ -n ${data[*]} ]]; then
+    list=(prepare_data.py --data "${data[@]}" --out "$tsv_dir")
+    has() { [[ -n $(find -L "${data[@]}" -maxdepth 2 -type d -name "$1" -print -quit 2>/dev/null) ]]; }
+    if [[ -n $valid_fraction ]] || ! has 'train-*-?00' || ! has 'dev-*'; then # not LibriSpeech
+        list+=(--valid_fraction "${valid_fraction:-0.05}") subset=(--train_subset train)
+    fi
+    if [[ -f $tsv_dir/valid.tsv ]]; then # written last
+        root=$(head -n 1 "$tsv_dir/valid.tsv") list=()
+        [[ $(realpath -s "$data")/ == "${root%/}"/* ]] || fail "tsv_dir=$tsv_dir lists $root, not data=$data; set another"
+    fi
+fi
+
 always=("${allocated[@]}" --resume_checkpoint auto "$@") # flags of every training
 if ((${#finetune_first[@]})); then
     finetune_first+=(--model "$teacher_ckpt" --exp_dir "$exp_dir/teacher" "${always[@]}")
@@ -91,10 +130,11 @@ if ((${#make_student[@]})); then
     make_student+=(--model "$student_ckpt" --exp_dir "$exp_dir/student")
     student_ckpt=$exp_dir/student/student.pth
     # Without a new extractor nothing is trained.
-    [[ " ${make_student[*]}" != *" --extractor"* ]] || make_student+=(${tsv_dir:+--tsv_dir "$tsv_dir"} "${always[@]}")
+    [[ " ${make_student[*]}" != *" --extractor"* ]] ||
+        make_student+=(${tsv_dir:+--tsv_dir "$tsv_dir"} "${subset[@]}" "${always[@]}")
 fi
 ((!${#finetune[@]})) || finetune+=("${always[@]}")
-shared+=(${tsv_dir:+--tsv_dir "$tsv_dir"} --teacher_ckpt "$teacher_ckpt")
+shared+=(${tsv_dir:+--tsv_dir "$tsv_dir"} "${subset[@]}" --teacher_ckpt "$teacher_ckpt")
 distill=("${shared[@]}" "${distill[@]}" --student_ckpt "$student_ckpt" --exp_dir "$exp_dir" "${always[@]}")
 final=("${shared[@]}" "${final[@]}" "${always[@]}")
 
@@ -109,7 +149,7 @@ fi
 # --signal=USR1`, reach the processes of srun alone. The end of a job (time limit, scancel, scontrol requeue, preemption
 # without a grace time) sends SIGTERM to them, to srun and to this script, and SIGKILL after KillWait. Preemption with a
 # grace time sends SIGTERM to the processes of srun alone first, and a job that ends within that time counts as ended.
-stage_process='' signals=0 stopped_by=''
+stage_process='' signals=0 stopped_by='' checked=0
 
 # Passes a signal on to the stage. Not Ctrl-C, which the terminal sends to the stage as well, and not SIGTERM to srun,
 # which would kill its processes before they can save, and which SLURM has sent to them itself.
@@ -167,29 +207,48 @@ leave() {
 }
 
 must() { stage "$@" || leave $?; }
-train() { must "$1" "${launcher[@]}" "$python" "${@:2}"; } # a process for each GPU
+
+# Runs a script of one process, from what training has made.
+make() { $check_only || must "$1" "$python" "${@:2}"; }
+
+# Runs a training with a process for each GPU, or only its check, which waits for what an earlier stage makes.
+train() {
+    local word before='' is_there=true
+    if $print_only || ! $check_only; then
+        must "$1" "${launcher[@]}" "$python" "${@:2}"
+        return
+    fi
+    for word in "${@:2}"; do
+        [[ ! $before =~ ^--(student_ckpt|model)$ || -e $word || $word != "$exp_dir"/* ]] || is_there=false
+        before=$word
+    done
+    ! $is_there || "$python" "${@:2}" --check || checked=1
+}
 
 # Runs all stages, or shows them.
 job() {
     local exp_dir=$exp_dir compressed # a stage's log goes to exp_dir
+    ((!${#convert[@]})) || must convert "$python" "${convert[@]}"
+    ((!${#list[@]})) || must data "$python" "${list[@]}"
     ((!${#finetune_first[@]})) || train finetune_first finetune.py "${finetune_first[@]}"
     ((!${#make_student[@]})) || train student make_student.py "${make_student[@]}"
     ! $prunes || train distill distill.py "${distill[@]}"
     for exp_dir in "${folders[@]}"; do
         compressed=$student_ckpt
         if $prunes; then
-            must prune "$python" prune.py --distilled_ckpt "$exp_dir/ckpts/last.ckpt" --original_ckpt "$student_ckpt"
+            make prune prune.py --distilled_ckpt "$exp_dir/ckpts/last.ckpt" --original_ckpt "$student_ckpt"
             compressed=$exp_dir/ckpts/pruned_hubert_base.pth
         fi
         if $distills_on; then
             train final_distill final_distill.py "${final[@]}" --student_ckpt "$compressed" --exp_dir "$exp_dir/final"
-            must save "$python" save_final_ckpt.py --ckpt_after_final_distill "$exp_dir/final/ckpts/last.ckpt"
+            make save save_final_ckpt.py --ckpt_after_final_distill "$exp_dir/final/ckpts/last.ckpt"
             compressed=$exp_dir/final/ckpts/pruned_hubert_base.pth
         fi
         if ((${#finetune[@]})); then
             train finetune finetune.py --model "$compressed" "${finetune[@]}" --exp_dir "$exp_dir/finetuned"
             compressed=$exp_dir/finetuned/finetuned.pth
         fi
+        ! $check_only || continue
         stage report "$python" -m report "$exp_dir" || echo "warning: no report, see $exp_dir/report.log" >&2
         $print_only || echo "the compressed model: $compressed"
     done
@@ -208,3 +267,4 @@ for words in map(shlex.split, sys.stdin):
 '
 $print_only || (print_only=true && job) | "$python" -c "$check"
 job
+exit $checked

@@ -16,11 +16,17 @@ from helpers import REPOSITORY, run_command
 pytestmark = pytest.mark.slow
 
 
-def commands(*arguments: object, **environment: object) -> list[list[str]]:
+def all_commands(*arguments: object, **environment: object) -> list[list[str]]:
     """The commands that run.sh would run, as words."""
     result = run_command("bash", "run.sh", "--print", *arguments, **environment)
     assert result.returncode == 0, result.stderr
     return [shlex.split(line)[1:] for line in result.stdout.splitlines()]
+
+
+def commands(*arguments: object, **environment: object) -> list[list[str]]:
+    """Those behind the teacher and the manifests, which this machine may have or not."""
+    preparations = ("convert_hubert_from_hf.py", "convert_wavlm_from_fairseq.py", "prepare_data.py")
+    return [command for command in all_commands(*arguments, **environment) if command[1] not in preparations]
 
 
 def value(command: list[str], flag: str) -> str:
@@ -78,6 +84,72 @@ def test_config_environment_and_flags(tmp_path):
     assert value(commands(config, teacher_ckpt="other.pth")[0], "--teacher_ckpt") == "other.pth"
     distill, prune, *_ = commands(teacher_ckpt="other.pth")
     assert value(distill, "--student_ckpt") == value(prune, "--original_ckpt") == "other.pth"
+
+
+def test_teacher_and_manifests_are_made_where_they_are_missing(tmp_path, corpus, manifests, small_teacher):
+    speech, lists = tmp_path / "My Speech", tmp_path / "lists"
+    speech.mkdir()
+    given = {"model": "me/large", "data": speech}
+    convert, data, distill, *_, final, _, _ = all_commands("conf/wavlm_base_plus.conf", **given)
+    # Named for what they are made from, not for what the config file has.
+    assert convert[1:] == ["convert_hubert_from_hf.py", "--model", "me/large", "--out", "pretrained/large.pth"]
+    assert data[1:] == ["prepare_data.py", "--data", str(speech), "--out", "data/my speech", "--valid_fraction", "0.05"]
+    for command in (distill, final):
+        assert (
+            value(command, "--teacher_ckpt") == "pretrained/large.pth" and value(command, "--train_subset") == "train"
+        )
+        assert value(command, "--tsv_dir") == "data/my speech"
+    assert value(all_commands("--train_subset", "mine", **given)[2], "--train_subset") == "mine"
+    # LibriSpeech has splits; the user's names count; a fairseq file has a converter of its own.
+    (tmp_path / "model.pt").touch()
+    files = {"teacher_ckpt": tmp_path / "teacher.pth", "tsv_dir": lists}
+    convert, data, distill, *_ = all_commands(model=tmp_path / "model.pt", data=corpus, **files)
+    assert convert[1:4] == ["convert_wavlm_from_fairseq.py", "--ckpt", str(tmp_path / "model.pt")]
+    assert data[2:] == ["--data", str(corpus), "--out", str(lists)]
+    assert value(distill, "--train_subset") == "train960" and value(distill, "--tsv_dir") == str(lists)
+    assert value(all_commands(valid_fraction=0.2, data=corpus, **files)[0], "--valid_fraction") == "0.2"
+    # What is there is not made again, and not taken for other speech.
+    files = {"teacher_ckpt": small_teacher, "tsv_dir": manifests}
+    assert all_commands(model="me/large", data=corpus, **files)[0][1] == "distill.py"
+    result = run_command("bash", "run.sh", "--print", data=speech, **files)
+    assert result.returncode == 1 and f"tsv_dir={manifests} lists {corpus}, not data={speech}" in result.stderr
+    # A teacher or manifests of the user's have nothing to do with the config file's model and data.
+    config = tmp_path / "mine.conf"
+    config.write_text(f"source conf/hubert_base.conf\ndata='{speech}'\n")
+    assert all_commands(config, teacher_ckpt="a.pth", tsv_dir="b")[0][1] == "distill.py"
+
+
+def test_check_before_hours_of_training(tmp_path, corpus, small_teacher):
+    """It makes teacher and manifests, says what the training needs and what would stop it, and trains nothing."""
+    config, exp_dir = tmp_path / "tiny.conf", tmp_path / "exp"
+    config.write_text(
+        f"exp_dir={exp_dir} tsv_dir={tmp_path}/lists teacher_ckpt={small_teacher} data={corpus}\n"
+        "shared=(--train_subset train100 --seconds_per_batch 4 --max_crop_seconds 0.2 --distill_layers 0.1,3)\n"
+        "distill=(--max_updates 100 --warmup_updates 2 --pruning_units conv,head,interm)\n"
+        "final=(--max_updates 9 --warmup_updates 2)\n"
+    )
+
+    def check(*flags: object, **environment: object) -> tuple[int, str]:
+        result = run_command("bash", "run.sh", "--check", config, "--accelerator", "cpu", *flags, **environment)
+        assert not (exp_dir / "ckpts").exists() and "Traceback" not in result.stderr
+        return result.returncode, result.stdout + result.stderr
+
+    status, output = check()
+    assert status == 0 and (tmp_path / "lists/train100.tsv").is_file()
+    assert "data: train100 has 16 utterances" in output and "100 updates are " in output
+    assert "target: without 0.75 of the teacher's parameters, of which the masks can remove 0." in output
+    assert "GB for checkpoints" in output and "memory: about" in output and "warning" not in output
+    for flags, environment, message in (
+        ([], {"teacher_ckpt": "gone.pth"}, "gone.pth"),
+        ([], {"tsv_dir": tmp_path}, "train100.tsv"),
+        (["--min_seconds", 9], {}, "limits"),
+        (["--distill_layers", "0.1,7"], {}, "layer 7"),
+    ):
+        status, output = check(*flags, **environment)
+        assert status and message in output
+    config.write_text(config.read_text() + "distill+=(--target_sparsity 0.999)\n")
+    status, output = check()
+    assert status == 1 and "error: --target_sparsity 0.999: pruning conv,head,interm removes at most" in output
 
 
 @pytest.mark.parametrize("flag", ["--save_at_sparsity 0.3,0.55", "--save_at_sparsity=0.3,0.55"])
@@ -195,6 +267,19 @@ def test_run_sh_refuses(tmp_path, contents, flags, message):
     result = run_command("bash", "run.sh", "--print", config, *flags)
     assert result.returncode != 0 and not result.stdout
     assert message.format(config=config) in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_the_demo_ends_with_its_stages(tmp_path):
+    """SIGTERM to the script alone, as make sends it, ends what it runs."""
+    slow = write_command(tmp_path / "bin" / "slow", f"#!/bin/bash\necho $$ >{tmp_path}/pid\nexec sleep 60\n")
+    environment = os.environ | {"PYTHON": str(slow), "OUT": str(tmp_path / "out")}
+    demo = subprocess.Popen(["bash", "demo/run.sh"], cwd=REPOSITORY, env=environment)
+    while not (tmp_path / "pid").is_file() or not (child := (tmp_path / "pid").read_text()):
+        time.sleep(0.05)
+    demo.terminate()
+    assert demo.wait(20) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child), 0)
 
 
 def write_command(path: Path, contents: str) -> Path:
