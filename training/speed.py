@@ -14,7 +14,7 @@ from pytorch_lightning.profilers import Profiler
 from torch import nn
 from tqdm import tqdm
 
-from cli import progress
+from cli import print_line, progress
 from lightning import DistillModule, ScheduledModule
 from training.settings import MachineSettings
 from wav2vec2.audio import SAMPLE_RATE
@@ -222,12 +222,18 @@ class Throughput(Callback):
 _SHOWN = {"loss": "train_loss", "valid": "valid_score", "sparsity": "sparsity_expected", "target": "sparsity_target"}
 
 
+# After so long the speed of a run is known.
+_SECONDS_UNTIL_KNOWN = 20.0
+
+
 class UpdateProgressBar(Callback):
     """Shows one bar over all updates: loss, the last score, expected sparsity and its target, time left."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
         self._bar: tqdm | None = None
+        self._first = 0  # update of this start
+        self._start: float | None = None  # when it was done; None once the time of the run has been said
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -240,6 +246,17 @@ class UpdateProgressBar(Callback):
             shown = {label: f"{metrics[name]:.3f}" for label, name in _SHOWN.items() if name in metrics}
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(trainer.global_step - self._bar.n)
+            self._say_time(trainer)
+
+    def _say_time(self, trainer: Trainer) -> None:
+        """Say how long the run will take, once the speed is known."""
+        done, now = trainer.global_step, time.monotonic()
+        if self._first == 0:  # what the first update waits for does not come again
+            self._first, self._start = done, now
+        elif self._start is not None and now - self._start > _SECONDS_UNTIL_KNOWN:
+            rate, left = (done - self._first) / (now - self._start), trainer.max_steps - done
+            print_line(f"{self._stage}: {rate:.3g} updates a second, {tqdm.format_interval(left / rate)} for {left}")
+            self._start = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar is not None:

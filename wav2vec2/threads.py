@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 _LOAD = Path("/proc/loadavg")
-# Turns of libgomp's waiting loop before a thread sleeps; its own default is 300,000 (see docs/performance.md).
-_SPINS = 10_000
+# Turns of libgomp's waiting loop before a thread sleeps; its own default is 300,000 (docs/performance.md).
+_SPINS = 1_000
 
 
 def choose_waiting() -> None:

@@ -1,5 +1,6 @@
 """Fast paths give the same numbers, and what a run logs of its speed adds up."""
 
+import re
 import signal
 from typing import Any
 
@@ -281,3 +282,11 @@ def test_a_run_logs_its_speed(manifests, small_teacher, tmp_path, monkeypatch):
         # Each update has two batches of up to three crops of 0.2 s.
         ratio = values["audio_seconds_per_second"] / values["updates_per_second"]
         assert 0.4 <= ratio <= 1.2 + 1e-6
+
+
+def test_the_time_of_a_run_is_said_once(manifests, small_teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "_SECONDS_UNTIL_KNOWN", 0.0)
+    flags = small_run(manifests, small_teacher, max_updates=5, exp_dir=tmp_path)
+    run_script(monkeypatch, "distill", *flags)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "updates a second" in line]
+    assert re.fullmatch(r"distill and prune: [\d.e+]+ updates a second, 00:0\d for 3", line)

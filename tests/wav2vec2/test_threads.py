@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("running", "usable", "given", "expected"),
     [
-        (1, 4, {}, {"GOMP_SPINCOUNT": "10000"}),  # this process alone
+        (1, 4, {}, {"GOMP_SPINCOUNT": "1000"}),  # this process alone
         (2, 4, {}, {"OMP_WAIT_POLICY": "passive"}),
-        (3, 2, {}, {"GOMP_SPINCOUNT": "10000"}),  # a share of the machine, and others elsewhere
+        (3, 2, {}, {"GOMP_SPINCOUNT": "1000"}),  # a share of the machine, and others elsewhere
         (4, 2, {}, {"OMP_WAIT_POLICY": "passive"}),
         (9, 4, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
         (9, 4, {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
