@@ -4,12 +4,12 @@ import shutil
 from typing import Any
 
 import torch
-from torch import nn
 
 from lightning import DistillModule, ScheduledModule
 from training.data import BatchDataModule
 from training.settings import RunSettings
 from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.sparsity import smallest_size
 
 _GB = 1e9
@@ -43,7 +43,8 @@ def describe(settings: RunSettings, data: BatchDataModule, module: ScheduledModu
     memory, found = _memory(settings, data, module), torch.cuda.device_count() if accelerator == "gpu" else 0
     lines.append(f"memory: about {memory / _GB:.1f} GB a process, by the largest batch")
     if accelerator == "gpu" and found < devices:
-        lines.append(f"warning: --gpus: {devices} GPUs asked for, {found} found on this machine")
+        advice = "check where it will train, or give --gpus (and --accum_grad to keep the total batch)"
+        lines.append(f"warning: --gpus: {devices} GPUs asked for, {found} found on this machine; {advice}")
     if found and memory > _MOST * (there := torch.cuda.get_device_properties(0).total_memory):
         advice = "halve --seconds_per_batch and double --accum_grad, or add --checkpoint_activations"
         lines.append(f"warning: the GPU has {there / _GB:.1f} GB; {advice}")
@@ -90,8 +91,13 @@ def _memory(settings: RunSettings, data: BatchDataModule, module: ScheduledModul
     return _GPU_BYTES + _GPU_WASTE * total if settings.machine.devices[0] == "gpu" else total
 
 
-def _kept_bytes(student: nn.Module, batch: int, num_samples: int) -> int:
-    """Count what a training step on (batch, num_samples) keeps, by a step without numbers, on torch's meta device."""
+def _kept_bytes(student: Wav2Vec2Model, batch: int, num_samples: int) -> int:
+    """Count what a training step on (batch, num_samples) keeps, by a step without numbers, on torch's meta device.
+
+    There attention keeps maps of frames by frames, which fused kernels do not; where WavLM's biases need some of them,
+    all are counted.
+    """
+    has_maps = "encoder_num_buckets" in student.config
     state = {name: tensor.detach().to("meta") for name, tensor in student.state_dict().items()}
     parameters = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     for name in parameters:
@@ -100,8 +106,10 @@ def _kept_bytes(student: nn.Module, batch: int, num_samples: int) -> int:
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[id(storage)] = storage
+        is_map = tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2]
+        if has_maps or not is_map:
+            storage = tensor.untyped_storage()
+            kept[id(storage)] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
