@@ -1,8 +1,10 @@
 """Says before training what a run reads, needs and makes, and what would stop it."""
 
 import shutil
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightning import DistillModule, ScheduledModule
@@ -53,9 +55,9 @@ def describe(settings: RunSettings, data: BatchDataModule, module: ScheduledModu
 
 def _data_line(settings: RunSettings, data: BatchDataModule) -> str:
     subset, batches = data.train_subset, data.batches[data.train_subset]
-    lengths = data.datasets[subset].lengths
-    chosen = [index for batch in batches for index in batch]
-    hours, used = (float(sum(part)) / SAMPLE_RATE / 3600 for part in (lengths, lengths[chosen]))
+    lengths = np.asarray(data.datasets[subset].lengths)
+    chosen = list(chain(*batches))
+    hours, used = (part.sum() / SAMPLE_RATE / 3600 for part in (lengths, lengths[chosen]))
     accum_grad, updates = settings.optimisation.accum_grad, settings.optimisation.max_updates
     per_epoch = len(data.sampler(subset, settings.machine.num_processes, 0, accum_grad)) // accum_grad
     return (
@@ -78,11 +80,8 @@ def _target_lines(module: ScheduledModule) -> list[str]:
 
 def _memory(settings: RunSettings, data: BatchDataModule, module: ScheduledModule) -> float:
     """Estimate the bytes of a training process from what the student's forward pass keeps for the backward pass."""
-    sampler = data.sampler(data.train_subset, 1, 0)
-    crops = [sampler.crop(0, index) for index in range(len(data.batches[data.train_subset]))]
-    largest = max(crops, key=lambda crop: len(crop.indices) * crop.num_samples)
     student: Any = module.student_model if isinstance(module, DistillModule) else module.model
-    kept = _kept_bytes(student, len(largest.indices), largest.num_samples)
+    kept = _kept_bytes(student, *data.largest_batch())
     if settings.machine.precision != "32":
         kept //= 2
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -7,6 +7,7 @@ import os
 import shutil
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -79,6 +80,13 @@ class BatchDataModule(pl.LightningDataModule):
     def fingerprint(self) -> str:
         """A digest of the training data, wherever they lie."""
         raise NotImplementedError
+
+    def largest_batch(self) -> tuple[int, int]:
+        """Return the waveforms and the samples of each in the largest batch of the training subset."""
+        lengths = np.asarray(self.datasets[self.train_subset].lengths)
+        ends = [lengths[batch] for batch in self.batches[self.train_subset]]
+        samples = (int(end.max() if self._whole else min(end.min(), self._max_crop or end.min())) for end in ends)
+        return max(zip(map(len, ends), samples, strict=True), key=math.prod)
 
     def check_crops(self, num_samples: int) -> None:
         """Raise a UserError if a crop is shorter than ``num_samples``, which the models need for one frame."""
