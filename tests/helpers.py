@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -434,13 +434,19 @@ def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     return max(float((tensor.double() - others[name].double()).abs().max()) for name, tensor in ones.items())
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    """Same weights, optimiser, multipliers and counters, bit for bit, and the same log."""
+def assert_same_run(one: Path, other: Path, killed_after: Sequence[int] = ()) -> None:
+    """Same weights, optimiser, multipliers and counters, bit for bit, and the same log.
+
+    A kill between a checkpoint and the row of its update, one of ``killed_after``, loses the row.
+    """
     ones, others = last_checkpoint(one), last_checkpoint(other)
     assert largest_difference(ones, others) == 0
     for key in ("global_step", "loops", "lr_schedulers", "distillation", "finetuning", "callbacks"):
         assert ones.get(key) == others.get(key), key
-    assert logged(one) == logged(other)
+    rows, others_rows = logged(one), logged(other)
+    assert [row for row in rows if row in others_rows] == others_rows
+    lost = {int(row["step"]) for row in rows if row not in others_rows}
+    assert lost <= {step - 1 for step in killed_after}
 
 
 def disturb_run(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:

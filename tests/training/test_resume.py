@@ -123,7 +123,7 @@ def test_killed_at_random_moments(manifests, small_teacher, tmp_path, monkeypatc
         reached.append(last_checkpoint(exp_dir)["global_step"])
     assert 0 < reached[0] <= reached[1] < 40
     run_script(monkeypatch, "distill", *flags)
-    assert_same_run(tmp_path / "whole", exp_dir)
+    assert_same_run(tmp_path / "whole", exp_dir, killed_after=reached)
     assert [path.name for path in (exp_dir / "ckpts").iterdir() if not path.name.startswith(".")] == ["last.ckpt"]
 
 
