@@ -1,4 +1,4 @@
-"""How threads wait: chosen before torch is loaded, unless the user has."""
+"""The choice of how threads wait, made before torch is loaded unless the user has made it."""
 
 import os
 import sys
