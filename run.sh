@@ -222,7 +222,11 @@ train() {
         [[ ! $before =~ ^--(student_ckpt|model)$ || -e $word || $word != "$exp_dir"/* ]] || is_there=false
         before=$word
     done
-    ! $is_there || "$python" "${@:2}" --check || checked=1
+    $is_there || return 0
+    (trap - INT && exec "$python" "${@:2}" --check) &
+    stage_process=$!
+    wait_for "$stage_process" || checked=1
+    [[ -z $stopped_by ]] || leave $((128 + $(kill -l "$stopped_by")))
 }
 
 # Runs all stages, or shows them.

@@ -16,7 +16,9 @@ def members(path: str) -> Iterator[tuple[str, int, int]]:
     """
     try:
         yield from (_tar_members if path.lower().endswith(".tar") else _zip_members)(path)
-    except (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the file decides which
         reason = str(error).strip("()'\n").rpartition("('")[2]  # the last of those of tarfile's attempts
         raise OSError(f"a damaged archive ({reason}); make it again") from error
 

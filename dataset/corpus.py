@@ -85,12 +85,12 @@ def find_audio(root: str) -> Found:
             seen.add(identity)
             with os.scandir(os.path.join(root, prefix)) as entries:
                 for entry in entries:
-                    if entry.name.startswith(".") or entry.name.lower() in _SYSTEM:
+                    if _is_passed_over(entry.name):
                         continue
                     # A link to itself is none; is_dir would raise an error.
                     if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                         heapq.heappush(folders, (num_links + entry.is_symlink(), f"{prefix}{entry.name}/"))
-                    elif entry.name.lower().endswith(archives.SUFFIXES):
+                    elif entry.name.lower().endswith(archives.SUFFIXES) and entry.is_file():  # no pipe, which waits
                         _look_into(root, prefix + entry.name, found)
                     else:
                         _sort_in(prefix + entry.name, entry, found)
@@ -120,12 +120,18 @@ def find_audio_of(data: list[str]) -> tuple[str, dict[str, Found]]:
     return root, found
 
 
+def _is_passed_over(name: str) -> bool:
+    """Return whether a file or folder is hidden, or one that systems keep for themselves."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
 def _look_into(root: str, archive: str, found: Found) -> None:
     members: dict[str, str] = {}
     try:
         for name, start, num_bytes in archives.members(os.path.join(root, archive)):
-            if name.lower().endswith(AUDIO_SUFFIXES) and not os.path.basename(name).startswith("."):
-                members[f"{archive}/{name.removeprefix('./')}"] = f"{archive}:{start}:{num_bytes}"
+            parts = [part for part in name.split("/") if part not in ("", ".")]
+            if name.lower().endswith(AUDIO_SUFFIXES) and not any(map(_is_passed_over, parts)):
+                members["/".join([archive, *parts])] = f"{archive}:{start}:{num_bytes}"
     except OSError as error:
         found.unreadable[archive] = one_line(error)
         return

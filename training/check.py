@@ -11,6 +11,7 @@ from lightning import DistillModule, ScheduledModule
 from training.data import BatchDataModule
 from training.settings import RunSettings
 from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.config import is_wavlm
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.sparsity import smallest_size
 
@@ -96,7 +97,7 @@ def _kept_bytes(student: Wav2Vec2Model, batch: int, num_samples: int) -> int:
     There attention keeps maps of frames by frames, which fused kernels do not; where WavLM's biases need some of them,
     all are counted.
     """
-    has_maps = "encoder_num_buckets" in student.config
+    has_maps = is_wavlm(student.config)
     state = {name: tensor.detach().to("meta") for name, tensor in student.state_dict().items()}
     parameters = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     for name in parameters:

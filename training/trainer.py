@@ -167,10 +167,14 @@ def errors_in_one_line(*refusals: type[Exception]) -> Iterator[None]:
         raise UserError(
             f"{one_line(error)} (see --accelerator, --gpus, --num_nodes and --precision; --debug shows where)"
         ) from error
-    except RuntimeError as error:
-        if (explanation := explained(error)) is None:
-            raise
-        raise UserError(explanation) from error
+    except Exception as error:
+        # torch raises its errors of loader processes wherever this process is, and a library there may raise its own.
+        at: BaseException | None = error
+        while at is not None:
+            if isinstance(at, RuntimeError) and (explanation := explained(at)) is not None:
+                raise UserError(explanation) from error
+            at = at.__cause__ or at.__context__
+        raise
 
 
 def explained(error: RuntimeError) -> str | None:

@@ -6,10 +6,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import last_checkpoint, run_script, run_to_exit, small_run
 
 from dataset.archives import members
+from dataset.corpus import find_audio
 from wav2vec2.audio import AudioError, read_audio
 
 FILES = {"a/x.bin": b"hello" * 1000, "b.bin": bytes(range(256)) * 13, f"\xe4/{'n' * 150}.bin": b"z"}
@@ -84,6 +86,37 @@ def test_what_is_read_from_an_archive(corpus, tmp_path):
     ):
         with pytest.raises(AudioError, match=reason):
             read_audio(wrong)
+
+
+def test_what_an_archive_holds_beside_speech(tmp_path):
+    """Hidden and systems' files, names that lead out of it, and a pipe of its name, for which nobody waits."""
+    names = ["./a/b.wav", "c.WAV", "._d.wav", ".git/e.wav", "__MACOSX/f.wav", "../g.wav", "h.txt"]
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name))
+    os.mkfifo(tmp_path / "pipe.tar")
+    found = find_audio(str(tmp_path))
+    assert found.audio == ["x.tar/a/b.wav", "x.tar/c.WAV"] and found.places.keys() == set(found.audio)
+    assert all(place.startswith("x.tar:") for place in found.places.values()) and not found.unreadable
+
+
+@pytest.mark.parametrize("suffix", ["tar", "zip"])
+def test_archives_that_are_damaged_anywhere(suffix, files, tmp_path):
+    """Whatever the damage makes the library raise, it is the archive's error."""
+    path = tmp_path / f"a.{suffix}"
+    {"tar": write_tar, "zip": write_zip}[suffix](path, files)
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    messages = []
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in generator.integers(0, len(whole), 20):
+            damaged[place] = generator.integers(256)
+        path.write_bytes(damaged)
+        try:
+            list(members(str(path)))
+        except OSError as error:
+            messages.append(str(error))
+    assert messages and all(len(message.splitlines()) == 1 for message in messages)
 
 
 @pytest.mark.slow

@@ -368,6 +368,17 @@ def test_the_stage_may_save(tmp_path, name, send, status):
     assert not (exp_dir / "prune.log").exists()
 
 
+def test_a_check_ends_with_its_script(tmp_path):
+    """SIGTERM to the script alone ends what it checks with."""
+    student = tmp_path / "student.pth"
+    student.touch()
+    stage = write_command(tmp_path / "bin" / "stage", STAGE)
+    process = start_run_sh("--check", until="training", python=stage, exp_dir=tmp_path / "exp", teacher_ckpt=student)
+    process.terminate()
+    output, _ = process.communicate(timeout=20)
+    assert (process.returncode, output) == (143, "saved\n")
+
+
 def test_run_sh_starts_training_with_srun_in_a_slurm_job():
     job = {"SLURM_JOB_ID": 7, "SLURM_NNODES": 3, "SLURM_NTASKS_PER_NODE": 2, "SLURM_CPUS_PER_TASK": 12}
     distill, prune, final, save, _ = commands(**job)

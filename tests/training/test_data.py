@@ -134,6 +134,11 @@ def test_errors_of_loader_processes(text, advice):
     assert "\n" not in message and "Traceback" not in message
     with pytest.raises(UserError, match=advice), errors_in_one_line():
         raise RuntimeError(text)
+    with pytest.raises(UserError, match=advice), errors_in_one_line():  # as inspect does, in whose code it may come
+        try:
+            raise RuntimeError(text)
+        except Exception as error:
+            raise TypeError("unsupported callable") from error
 
 
 def test_a_defect_in_a_loader_process_keeps_its_traceback():
