@@ -1,8 +1,8 @@
 """The blocks of the model. Their names and their parameters' are torchaudio's, so that published checkpoints load.
 
-Beside its forward, a block that can be pruned has ``get_num_params()`` and ``get_num_macs()``, its expected parameters
-and multiply-adds given the expected size of its input (differentiable while there are masks); ``prune()``, which makes
-it smaller and returns whether anything is left, and ``prune_embed()``, which keeps dimensions (n,) of frames; and
+Beside its forward, a block that can be pruned has ``get_num_params()`` and ``operation()``, its expected parameters and
+what it does, given the expected size of its input (differentiable while there are masks); ``prune()``, which makes it
+smaller and returns whether anything is left, and ``prune_embed()``, which keeps dimensions (n,) of frames; and
 ``shape``, its size in the config's terms. Throughout, B is the batch, T samples or frames, C conv channels, D the
 embedding dimension, H heads, K the head dimension, F the intermediate dimension of the feed-forward.
 """
@@ -29,10 +29,8 @@ from .fast import (
     on_cpu,
     prefers_fused_attention,
 )
+from .operations import Count, Operation, part
 from .pruning_utils import keep, prune_inputs, prune_norm, prune_outputs
-
-Count = Tensor | float
-"""A number of units, parameters or multiply-adds: whole without masks, a differentiable scalar with them."""
 
 Length = TypeVar("Length", int, Tensor)
 
@@ -111,11 +109,6 @@ def _expected_size(mask: HardConcrete | None, size: int) -> Count:
     if mask is None:
         return size
     return _assumed_sizes[mask] if _assumed_sizes else mask.l0_norm()
-
-
-def _part(size: Count, num_parts: int) -> Count:
-    """Return one of ``num_parts`` equal parts of an expected size; a whole number stays whole."""
-    return size // num_parts if isinstance(size, int) else size / num_parts
 
 
 def _mask_for(x: Tensor, mask: Tensor) -> Tensor:
@@ -206,10 +199,12 @@ class ConvLayerBlock(nn.Module):
             num_params = num_params + 2 * out_channels
         return num_params, out_channels
 
-    def get_num_macs(self, in_channels: Count, num_frames: int) -> tuple[Count, Count]:
-        """Return the expected multiply-adds for ``num_frames`` outputs, and the expected output channels."""
-        out_channels = _expected_size(self.hard_concrete, self.conv.out_channels)
-        return in_channels * out_channels * (self.conv.kernel_size[0] * num_frames), out_channels
+    def operation(self, in_channels: Count, num_frames: int) -> Operation:
+        """Return what is done for ``num_frames`` outputs, given the expected input channels."""
+        sizes = in_channels, _expected_size(self.hard_concrete, self.conv.out_channels)
+        norm = "none" if self.layer_norm is None else type(self.layer_norm).__name__
+        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        return Operation(self, "conv", sizes, {"kernel": kernel, "stride": stride, "norm": norm, "frames": num_frames})
 
     def prune_outputs(self) -> tuple[Tensor, Tensor] | None:
         """Drop masked output channels; returns the kept index and soft mask for whoever consumes them, or None."""
@@ -325,15 +320,15 @@ class FeatureExtractor(nn.Module):
             num_params = num_params + layer_params
         return num_params + channels, channels  # dummy_weight has one entry per channel
 
-    def get_num_macs(self, num_samples: int) -> tuple[Count, Count]:
-        """Return the expected multiply-adds for a waveform of ``num_samples``, and the expected output channels."""
-        num_macs: Count = 0
+    def operations(self, num_samples: int) -> list[Operation]:
+        """Return what the layers do with ``num_samples`` samples; the last one's sizes have the expected channels."""
+        operations: list[Operation] = []
         channels: Count = 1
         for layer in self.conv_layers:
             num_samples = layer.num_frames(num_samples)
-            layer_macs, channels = layer.get_num_macs(channels, num_samples)
-            num_macs = num_macs + layer_macs
-        return num_macs, channels
+            operations.append(layer.operation(channels, num_samples))
+            channels = operations[-1].sizes[1]
+        return operations
 
     def prune(self) -> Tensor | None:
         """Prune all layers; returns the kept output channels (n,), or None if the last layer has no mask."""
@@ -374,8 +369,8 @@ class FeatureProjection(nn.Module):
         norm_params = 0 if self.layer_norm is None else in_features * 2
         return norm_params + (in_features + 1) * embed_dim
 
-    def get_num_macs(self, in_features: Count, embed_dim: Count, num_frames: int) -> Count:
-        return in_features * embed_dim * num_frames
+    def operation(self, in_features: Count, embed_dim: Count, num_frames: int) -> Operation:
+        return Operation(self, "projection", (in_features, embed_dim), {"frames": num_frames})
 
     def prune(self, index: Tensor) -> None:
         """Keep the input channels of ``index`` (n,)."""
@@ -477,11 +472,12 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         return 2 * _expected_size(self.hard_concrete, (taps + 1) // 2) - taps % 2
 
     def get_num_params(self, embed_dim: Count) -> Count:
-        return embed_dim + self._expected_taps() * (embed_dim * _part(embed_dim, self.conv.groups) + 1)
+        return embed_dim + self._expected_taps() * (embed_dim * part(embed_dim, self.conv.groups) + 1)
 
-    def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
+    def operation(self, embed_dim: Count, num_frames: int) -> Operation:
         num_frames += self.conv.kernel_size % 2 == 0  # the one too many
-        return self._expected_taps() * embed_dim * _part(embed_dim, self.conv.groups) * num_frames
+        fixed = {"groups": self.conv.groups, "frames": num_frames}
+        return Operation(self, "positional", (self._expected_taps(), embed_dim), fixed)
 
     def prune(self) -> None:
         """Drop masked taps."""
@@ -568,14 +564,13 @@ class SelfAttention(nn.Module):
     def _num_gate_params(self, embed_dim: Count) -> Count:
         return 0
 
-    def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
-        num_heads = _expected_size(self.hard_concrete_for_heads, self.num_heads)
-        projections = num_heads * embed_dim * (4 * self.head_dim * num_frames)
-        num_macs = projections + num_heads * (2 * self.head_dim * num_frames**2)
-        num_macs = num_macs + self._num_gate_macs(num_heads, embed_dim, num_frames)
-        return num_macs * _expected_size(self.hard_concrete_for_layer, 1)
+    def operation(self, embed_dim: Count, num_frames: int) -> Operation:
+        sizes = _expected_size(self.hard_concrete_for_heads, self.num_heads), embed_dim
+        fixed = {"head_dim": self.head_dim, "gates": self._num_gates(), "frames": num_frames}
+        return Operation(self, "attention", sizes, fixed, _expected_size(self.hard_concrete_for_layer, 1))
 
-    def _num_gate_macs(self, num_heads: Count, embed_dim: Count, num_frames: int) -> Count:
+    def _num_gates(self) -> int:
+        """Return the number of heads that dimensions are dealt to, for gates; 0 without gates."""
         return 0
 
     def prune(self) -> bool:
@@ -673,10 +668,10 @@ class WavLMSelfAttention(SelfAttention):
 
     def _num_gate_params(self, embed_dim: Count) -> Count:
         # The table is counted by the transformer: it lives as long as any attention does.
-        return 8 * (_part(embed_dim, self.total_num_heads) + 1) + self.total_num_heads
+        return 8 * (part(embed_dim, self.total_num_heads) + 1) + self.total_num_heads
 
-    def _num_gate_macs(self, num_heads: Count, embed_dim: Count, num_frames: int) -> Count:
-        return num_heads * _part(embed_dim, self.total_num_heads) * (8 * num_frames)
+    def _num_gates(self) -> int:
+        return self.total_num_heads
 
     def prune_embed(self, index: Tensor) -> None:
         super().prune_embed(index)
@@ -727,9 +722,9 @@ class FeedForward(nn.Module):
         num_params = (embed_dim + 1) * width + (width + 1) * embed_dim
         return num_params * _expected_size(self.hard_concrete_for_layer, 1)
 
-    def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
-        num_macs = self._expected_width() * embed_dim * (2 * num_frames)
-        return num_macs * _expected_size(self.hard_concrete_for_layer, 1)
+    def operation(self, embed_dim: Count, num_frames: int) -> Operation:
+        share = _expected_size(self.hard_concrete_for_layer, 1)
+        return Operation(self, "feed_forward", (self._expected_width(), embed_dim), {"frames": num_frames}, share)
 
     def prune(self) -> bool:
         """Drop masked intermediate dimensions; returns whether anything of the block is left."""
@@ -798,8 +793,10 @@ class EncoderLayer(nn.Module):
     def get_num_params(self, embed_dim: Count) -> Count:
         return sum((block.get_num_params(embed_dim) for block in self._blocks), 4 * embed_dim)  # both norms first
 
-    def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
-        return sum(block.get_num_macs(embed_dim, num_frames) for block in self._blocks)
+    def operations(self, embed_dim: Count, num_frames: int) -> list[Operation]:
+        """Return what norms, residuals and both blocks do."""
+        norms = Operation(self, "norms", (1, embed_dim), {"frames": num_frames})
+        return [norms, *(block.operation(embed_dim, num_frames) for block in self._blocks)]
 
     def prune(self) -> None:
         """Prune both blocks and drop what is empty."""
@@ -918,10 +915,6 @@ class Transformer(nn.Module):
         for attention in self._wavlm_attentions:
             all_gone = all_gone * (1 - _expected_size(attention.hard_concrete_for_layer, 1))
         return num_params + table.weight.numel() * (1 - all_gone)
-
-    def get_num_macs(self, embed_dim: Count, num_frames: int) -> Count:
-        num_macs = self.pos_conv_embed.get_num_macs(embed_dim, num_frames)
-        return num_macs + sum(layer.get_num_macs(embed_dim, num_frames) for layer in self.layers)
 
     def prune(self) -> None:
         """Prune convolution and layers; WavLM's bucket table moves to the first attention that is left."""

@@ -1,5 +1,6 @@
 """Parameters and operations of a forward pass, by part of the model."""
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -7,9 +8,14 @@ from torch import nn
 
 from .config import with_masks
 from .model import Wav2Vec2Model, wav2vec2_model
+from .operations import macs_of
 
 # Utterance on which multiply-adds are counted: the mean length of LibriSpeech test-clean (5.4 h in 2,620 utterances).
 UTTERANCE_SECONDS = 7.42
+
+
+# Parts of operations that do not have their kind's name.
+_PART_OF = {"positional": "projection"}
 
 
 class Parts(NamedTuple):
@@ -43,13 +49,7 @@ def count_flops(config: dict[str, Any], num_samples: int, num_layers: int | None
     """
     with torch.device("meta"):
         model = wav2vec2_model(**with_masks(config, ()))
-    encoder = model.encoder
-    layers = encoder.transformer.layers[:num_layers]
-    embed_dim, num_frames = encoder.embed_dim, model.feature_extractor.num_frames(num_samples)
-
-    conv, channels = model.feature_extractor.get_num_macs(num_samples)
-    projection = encoder.feature_projection.get_num_macs(channels, embed_dim, num_frames)
-    projection += encoder.transformer.pos_conv_embed.get_num_macs(embed_dim, num_frames)
-    attention = sum(layer.attention.get_num_macs(embed_dim, num_frames) for layer in layers if layer.attention)
-    feed_forward = sum(layer.feed_forward.get_num_macs(embed_dim, num_frames) for layer in layers if layer.feed_forward)
-    return Parts(*(2 * int(macs) for macs in (conv, projection, attention, feed_forward)))
+    macs: Counter[str] = Counter()
+    for operation in model.operations(num_samples, num_layers):
+        macs[_PART_OF.get(operation.kind, operation.kind)] += 2 * int(macs_of([operation]))
+    return Parts(*(macs[part] for part in Parts._fields))

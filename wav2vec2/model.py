@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .components import Count, Encoder, FeatureExtractor, SelfAttention
+from .components import Encoder, FeatureExtractor, SelfAttention
 from .config import CONV_LAYERS, PRUNING_UNITS, ModelConfig, check_config, wavlm_attention, with_masks
 from .fast import fast_paths, on_cpu
+from .operations import Count, Operation, macs_of
 from .pruning_utils import prune_inputs
 
 __all__ = ["CONV_LAYERS", "PRUNING_UNITS", "Wav2Vec2Model", "masked_units", "wav2vec2_model", "with_masks"]
@@ -118,16 +119,27 @@ class Wav2Vec2Model(nn.Module):
         num_params = num_params + self.encoder.feature_projection.get_num_params(channels, embed_dim)
         return num_params + self.encoder.transformer.get_num_params(embed_dim)
 
+    def operations(self, num_samples: int, num_layers: int | None = None) -> list[Operation]:
+        """Return what ``extract_features`` does with one waveform of ``num_samples`` at 16 kHz, with expected sizes.
+
+        ``num_layers`` counts the first layers of the transformer only.
+        """
+        embed_dim, num_frames = self.encoder.expected_embed_dim(), self.feature_extractor.num_frames(num_samples)
+        operations = self.feature_extractor.operations(num_samples)
+        channels, transformer = operations[-1].sizes[1], self.encoder.transformer
+        operations.append(self.encoder.feature_projection.operation(channels, embed_dim, num_frames))
+        operations.append(transformer.pos_conv_embed.operation(embed_dim, num_frames))
+        for layer in transformer.layers[:num_layers]:
+            operations += layer.operations(embed_dim, num_frames)
+        return [*operations, Operation(self, "rest", (1, embed_dim), {"frames": num_frames})]
+
     def get_num_macs(self, num_samples: int) -> Count:
         """Return the expected multiply-adds of ``extract_features``: a differentiable scalar with masks, else exact.
 
         Convolutions and matrix products are counted, including those of attention, which grow with the square of
         ``num_samples`` (at 16 kHz); :mod:`wav2vec2.flops` has them by part.
         """
-        embed_dim, num_frames = self.encoder.expected_embed_dim(), self.feature_extractor.num_frames(num_samples)
-        num_macs, channels = self.feature_extractor.get_num_macs(num_samples)
-        num_macs = num_macs + self.encoder.feature_projection.get_num_macs(channels, embed_dim, num_frames)
-        return num_macs + self.encoder.transformer.get_num_macs(embed_dim, num_frames)
+        return macs_of(self.operations(num_samples))
 
     def recompute_activations(self, enabled: bool = True) -> None:
         """In training, keep only the input of each conv and encoder layer, and run it again in the backward pass.

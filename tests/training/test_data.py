@@ -135,10 +135,7 @@ def test_errors_of_loader_processes(text, advice):
     with pytest.raises(UserError, match=advice), errors_in_one_line():
         raise RuntimeError(text)
     with pytest.raises(UserError, match=advice), errors_in_one_line():  # as inspect does, in whose code it may come
-        try:
-            raise RuntimeError(text)
-        except Exception as error:
-            raise TypeError("unsupported callable") from error
+        raise TypeError("unsupported callable") from RuntimeError(text)
 
 
 def test_a_defect_in_a_loader_process_keeps_its_traceback():
