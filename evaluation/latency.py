@@ -10,7 +10,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from evaluation.cost import made_by, timed
+from evaluation.cost import timed
 from exporters.onnx import ONNX, OnnxOptions, convert, onnx_session
 from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.files.storage import atomic_path
 from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.profiles import Profile
+from wav2vec2.utils.quiet import quiet
 
 DTYPES = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 # Passes that one call of `parts` times, and turns of a comparison.
-_PASSES, _TURNS = 3, 5
+_PASSES, _TURNS = 3, 8
 _LAYER = re.compile(r".*\.layers\.\d+")
 
 
@@ -128,10 +130,12 @@ def _traced(modules: list[Any], model: Wav2Vec2Model, device: torch.device) -> I
 class OnnxPasses:
     """Passes of a model in ONNX Runtime, as export.py writes it."""
 
-    def __init__(self, model: Wav2Vec2Model, conditions: Conditions, path: Path) -> None:
-        self.path = path
-        if not path.exists():
-            convert(model, OnnxOptions(), path)
+    def __init__(self, model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> None:
+        self.model, self.path = model, folder / ONNX
+        if not folder.exists():
+            with atomic_path(folder) as temporary, quiet():
+                temporary.mkdir()
+                convert(model, OnnxOptions(), temporary / ONNX)
         operations = model.operations(conditions.num_samples)
         names = {module: name for name, module in model.named_modules()}
         self.owners = {names[operation.module]: number for number, operation in enumerate(operations)}
@@ -140,7 +144,7 @@ class OnnxPasses:
         self.num_operations = len(operations)
         waveforms = conditions.waveforms().numpy()
         self.feeds = {"waveforms": waveforms, "lengths": np.full(len(waveforms), waveforms.shape[1])}
-        self.session = None
+        self.session: Any = None
 
     def whole(self) -> float:
         """Return the microseconds of a pass."""
@@ -176,3 +180,21 @@ class OnnxPasses:
                 owner = norms
             spent[owner] += node["dur"]
         return [spent[number] for number in range(self.num_operations)]
+
+
+Passes = TorchPasses | OnnxPasses
+
+
+def passes(model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> Passes:
+    """Make a model in eval mode, on the CPU, ready to run; a file that it needs is in ``folder``, made if missing."""
+    if conditions.backend == "torch":
+        return TorchPasses(model, conditions)
+    return OnnxPasses(model, conditions, folder)
+
+
+def in_turns(work: Sequence[Callable[[], float]], turns: int = _TURNS) -> list[float]:
+    """Call functions that return a time in turns, after a call each to warm up; returns the least times."""
+    for one in work:
+        one()
+    found = [[one() for one in work] for _ in range(turns)]
+    return [min(times) for times in zip(*found, strict=True)]
