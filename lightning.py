@@ -18,11 +18,15 @@ from torch.nn import functional as F
 from wav2vec2.fast import fast_paths
 from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model
-from wav2vec2.sparsity import Size, compete, initial_size, meet_expected_size, size_of
+from wav2vec2.profiles import Profile
+from wav2vec2.sparsity import Size, compete, expected_size, initial_size, meet_expected_size, size_of
 
 DistillMode = Literal["layer2layer", "predlayer"]
 CosType = Literal["raw", "log_sig"]
 SparsityControl = Literal["lagrangian", "exact"]
+
+# The names of budgets in the log, in the order of :class:`Size`.
+BUDGETS = ("sparsity", "macs", "latency")
 
 
 def student_layer(layer: int, num_teacher_layers: int, num_student_layers: int) -> int:
@@ -117,7 +121,7 @@ class Term(nn.Module):
 class SparsityBudget:
     """The target sparsity at step k (paper, section 2.3), which rises linearly from zero."""
 
-    original_size: int  # the teacher's parameters, or multiply-adds
+    original_size: float  # the teacher's parameters, multiply-adds, or microseconds
     target_sparsity: float  # the final target, 0 to 1
     warmup_updates: int  # optimiser steps over which the target rises
     start: float = 0.0  # the target is never below this, unless the final one is
@@ -177,10 +181,12 @@ class DistillModule(ScheduledModule):
         distill_layers: the teacher's layers, indices into the list of ``extract_features``; none leave out equation 1.
         distill_linear_projs: one per entry of ``distill_layers``, see :func:`make_projections`.
         reg_learning_rate: for log_alpha (descent) and for λ1, λ2 (ascent); ``learning_rate`` is for all other weights.
-        target_sparsity, target_macs: shares of parameters and multiply-adds to remove, see :class:`SparsityBudget`.
+        target_sparsity, target_macs, target_latency: shares of parameters, multiply-adds and a profile's time to
+            remove, see :class:`SparsityBudget`.
+        profile: the times of operations on a machine, for ``target_latency``.
         sparsity_control: "lagrangian" (paper, section 2.3) adds λ1·(s − t) + λ2·(s − t)² and trains the multipliers.
-            "exact", which ``target_macs`` needs, keeps s = t: after every update the masks are moved to the next step's
-            target, and their gradients count that in (:mod:`wav2vec2.sparsity`).
+            "exact", which all targets but the first need, keeps s = t: after every update the masks are moved to the
+            next step's target, and their gradients count that in (:mod:`wav2vec2.sparsity`).
         term: a loss beside equation 1.
     """
 
@@ -205,6 +211,8 @@ class DistillModule(ScheduledModule):
         sparsity_warmup_updates: int = 5000,
         sparsity_control: SparsityControl = "lagrangian",
         target_macs: float | None = None,
+        target_latency: float | None = None,
+        profile: Profile | None = None,
         term: Term | None = None,
     ) -> None:
         super().__init__()
@@ -218,16 +226,16 @@ class DistillModule(ScheduledModule):
         self.scalars = {}
         self.use_reg = use_reg
         self.controls_exactly = use_reg and sparsity_control == "exact"
-        self.original_size = size_of(teacher_model)
-        self.budgets: dict[str, SparsityBudget] = {}  # "sparsity" (of parameters) and "macs"
+        self.profile, self.original_size = profile, expected_size(teacher_model, profile)
+        self.budgets: dict[str, SparsityBudget] = {}  # by BUDGETS
         if use_reg:
             # The exact control starts from the sparsity that masks begin with.
-            start = initial_size(student_model) if self.controls_exactly else self.original_size
-            targets = {"sparsity": target_sparsity, "macs": target_macs}
-            for (name, target), original, size in zip(targets.items(), self.original_size, start, strict=True):
+            start = initial_size(student_model, profile) if self.controls_exactly else self.original_size
+            targets = target_sparsity, target_macs, target_latency
+            for name, target, original, size in zip(BUDGETS, targets, self.original_size, start, strict=True):
                 if target is not None:
-                    begin = float(1 - size / original)
-                    self.budgets[name] = SparsityBudget(int(original), target, sparsity_warmup_updates, begin)
+                    begin = 1 - size / original
+                    self.budgets[name] = SparsityBudget(original, target, sparsity_warmup_updates, begin)
         if use_reg and not self.controls_exactly:
             self.lambda1, self.lambda2 = (nn.Parameter(torch.tensor(0.0)) for _ in range(2))
         self._choose_layers(distill_mode)
@@ -328,8 +336,9 @@ class DistillModule(ScheduledModule):
         """Return the sparsity penalty (zero with the exact control), and the scalars of the control."""
         sparsity = torch.as_tensor(1.0 - num_params / self.original_size.params)
         scalars = {"sparsity_expected": sparsity}
-        if "macs" in self.budgets:
-            scalars["macs_expected"] = 1.0 - size_of(self.student_model).macs / self.original_size.macs
+        if others := self.budgets.keys() - {"sparsity"}:
+            sizes = zip(BUDGETS, size_of(self.student_model, self.profile), self.original_size, strict=True)
+            scalars |= {f"{name}_expected": 1.0 - size / before for name, size, before in sizes if name in others}
         for name, budget in self.budgets.items():
             # full_like: a tensor made from a number would be copied to the device.
             scalars[f"{name}_target"] = torch.full_like(sparsity, budget.target(self.global_step))
@@ -341,8 +350,8 @@ class DistillModule(ScheduledModule):
 
     def meet_target(self, step: int) -> None:
         """Move the masks to the expected size that is the target of an optimiser step."""
-        wanted = [self.budgets[name].size(step) if name in self.budgets else None for name in ("sparsity", "macs")]
-        self.binding_size = meet_expected_size(self.student_model, Size(*wanted))
+        wanted = [self.budgets[name].size(step) if name in self.budgets else None for name in BUDGETS]
+        self.binding_size = meet_expected_size(self.student_model, Size(*wanted), self.profile)
 
     def on_train_start(self) -> None:
         """Set the masks of the first step; they are there already where a run is continued."""
@@ -352,7 +361,7 @@ class DistillModule(ScheduledModule):
     def on_after_backward(self) -> None:
         """Project the gradients of the masks onto constant size."""
         if self.controls_exactly:
-            compete(self.student_model, self.binding_size)
+            compete(self.student_model, self.binding_size, self.profile)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Make the update, and set the masks of the next step."""

@@ -35,9 +35,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--sparsity_tolerance",
         type=float,
-        default=0.005,
-        help="move the masks' threshold only if the pruned size is further than this from the target; "
-        "1 never moves it, as the published program",
+        help="move the masks' threshold only if the pruned size is further than this share of it from the target "
+        "(default: 0.005, or with the exact control 0, which gives the nearest size there is); 1 never moves it, as "
+        "the published program",
     )
     parser.add_argument(
         "--round_to",

@@ -63,6 +63,7 @@ PANELS = (
     Panel("score of the task in validation (%)", {"": "valid_score"}),
     Panel("sparsity (%)", {"expected": "sparsity_expected", "target": "sparsity_target"}, factor=100),
     Panel("multiply-adds gone (%)", {"expected": "macs_expected", "target": "macs_target"}, factor=100),
+    Panel("time gone (%)", {"expected": "latency_expected", "target": "latency_target"}, factor=100),
 )
 
 

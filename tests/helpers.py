@@ -30,6 +30,7 @@ from hardconcrete import HardConcrete
 from lightning import DistillLoss, DistillModule, make_projections
 from training import saving
 from training.pairing import freeze_unreached
+from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.fast import plain_paths
 from wav2vec2.files import checkpoint
 from wav2vec2.files.heads import (
@@ -41,6 +42,7 @@ from wav2vec2.files.heads import (
     with_head,
 )
 from wav2vec2.model import Wav2Vec2Model, wav2vec2_model, with_masks
+from wav2vec2.operations import Operation
 from wav2vec2.utils.import_huggingface import import_huggingface_model
 from wav2vec2.utils.importing import ImportedModel
 
@@ -322,6 +324,24 @@ def finetuning_run(tsv: Path, model: Path, **changes: object) -> list[object]:
 def load_masked_model(path: Path, units: list[str]) -> Wav2Vec2Model:
     """The student that joint distillation begins with."""
     return masked_model_with_its_head(checkpoint.read_model_file(path), units, path)
+
+
+def made_up_profile(
+    model: Wav2Vec2Model, seconds: float, price: Callable[[Operation, float, float], float], points: int = 4
+) -> dict[str, Any]:
+    """The contents of a profile that has a price by formula, at some sizes up to those of a model."""
+    prices = {}
+    for operation in model.operations(round(seconds * SAMPLE_RATE)):
+        sizes = [sorted({max(1, size * point // points) for point in range(1, points + 1)}) for size in operation.sizes]
+        rows = [[price(operation, first, second) for second in sizes[1]] for first in sizes[0]]
+        prices[operation.key] = {"sizes": sizes, "microseconds": rows, "spread": 0.0}
+    return {
+        "format": 1,
+        "made_by": {"device": "made up"},
+        **{"backend": "torch", "device": "cpu", "precision": "32", "threads": 1, "batch": 1, "seconds": seconds},
+        "prices": prices,
+        "checked": [],
+    }
 
 
 def load_as_others_do(path: Path) -> torch.nn.Module:

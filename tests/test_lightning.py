@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from helpers import (
     REFERENCE,
+    made_up_profile,
     make_module,
     random_model,
     random_waveforms,
@@ -38,6 +39,8 @@ from training.updates import UpdateGuard
 from wav2vec2.fast import plain_paths
 from wav2vec2.flops import count_flops
 from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, wav2vec2_model, with_masks
+from wav2vec2.operations import MACS
+from wav2vec2.profiles import Profile
 from wav2vec2.sparsity import Size, size_of
 
 TRACES = ["trace_hubert_prune", "trace_hubert_large_prune", "trace_wavlm_prune"]
@@ -229,7 +232,7 @@ def test_multipliers_climb_and_masks_close():
 def exact_module(**changes: Any) -> DistillModule:
     """Controlled exactly, with a budget that masks on every unit can meet."""
     student = random_model(with_masks(small_config("hubert"), PRUNING_UNITS), seed=1)
-    return make_module(student_model=student, sparsity_control="exact", **{"target_sparsity": 0.6, **changes})
+    return make_module(**{"student_model": student, "sparsity_control": "exact", "target_sparsity": 0.6, **changes})
 
 
 def train_and_record(module: DistillModule, num_updates: int) -> list[dict[str, float]]:
@@ -274,10 +277,31 @@ def test_two_budgets_are_never_exceeded():
     assert module.budgets["macs"].original_size == sum(count_flops(module.teacher_model.config, 118_720)) / 2
 
 
+def test_a_profile_of_multiply_adds_is_the_target_of_multiply_adds():
+    """Update for update: masks that only differ by rounding."""
+    units = [unit for unit in PRUNING_UNITS if unit != "embed"]  # of which the positional convolution has the square
+    student, teacher = random_model(with_masks(small_config("hubert"), units), 1), random_model(small_config("hubert"))
+    contents = made_up_profile(teacher, 7.42, lambda operation, x, y: MACS[operation.kind](x, y, **operation.fixed))
+    rows = []
+    for name in ("macs", "latency"):
+        targets = {"target_sparsity": 0.5, f"target_{name}": 0.7, "profile": Profile(contents)}
+        module = exact_module(student_model=copy.deepcopy(student), max_updates=6, sparsity_warmup_updates=4, **targets)
+        torch.manual_seed(0)
+        rows.append(train_and_record(module, 6))
+    for macs, latency in zip(*rows, strict=True):
+        assert macs["macs_expected"] == pytest.approx(latency["latency_expected"], abs=1e-5)
+        assert macs["sparsity_expected"] == pytest.approx(latency["sparsity_expected"], abs=1e-5)
+        assert macs["train_loss"] == pytest.approx(latency["train_loss"], rel=1e-4)
+    assert rows[1][-1]["latency_expected"] >= 0.7 - 2e-5
+
+
 @pytest.mark.parametrize("name", Size._fields)
 def test_exact_control_follows_the_gradient_at_constant_size(name):
     """The gradient is that of the loss of masks moved back to the size, by finite differences in double precision."""
-    targets = {"target_sparsity": 0.6} if name == "params" else {"target_sparsity": None, "target_macs": 0.6}
+    targets: dict[str, Any] = {"target_sparsity": 0.6}
+    if name != "params":
+        contents = made_up_profile(random_model(small_config("hubert")), 0.05, lambda _, x, y: 1000 + 30 * x * y**0.5)
+        targets = {"target_sparsity": None, f"target_{name}": 0.6, "profile": Profile(contents)}
     module = exact_module(sparsity_warmup_updates=0, **targets).double()
     module.trainer = make_trainer(1)
     module.meet_target(0)
@@ -296,7 +320,7 @@ def test_exact_control_follows_the_gradient_at_constant_size(name):
     assert all(torch.allclose(mask.log_alpha.grad, gradient) for mask, gradient in zip(masks, found, strict=True))
 
     def size() -> torch.Tensor:
-        return getattr(size_of(module.student_model), name)
+        return getattr(size_of(module.student_model, module.profile), name)
 
     step, wanted = 1e-3, float(size().detach())
     for mask, gradient in list(zip(masks, found, strict=True))[::4]:

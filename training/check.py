@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning import DistillModule, ScheduledModule
+from lightning import BUDGETS, DistillModule, ScheduledModule
 from training.data import BatchDataModule
+from training.pairing import BUDGETED
 from training.settings import RunSettings
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.config import is_wavlm
@@ -70,8 +71,8 @@ def _data_line(settings: RunSettings, data: BatchDataModule) -> str:
 def _target_lines(module: ScheduledModule) -> list[str]:
     if not isinstance(module, DistillModule) or not module.budgets:
         return []
-    names = {"sparsity": "parameters", "macs": "multiply-adds"}
-    smallest = dict(zip(names, smallest_size(module.student_model), strict=True))
+    names = dict(zip(BUDGETS, BUDGETED, strict=True))
+    smallest = dict(zip(BUDGETS, smallest_size(module.student_model, module.profile), strict=True))
     return [
         f"target: without {budget.target_sparsity:g} of the teacher's {names[name]}, of which the masks can remove "
         f"{1 - float(smallest[name]) / budget.original_size:.4f}"

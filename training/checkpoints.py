@@ -44,8 +44,11 @@ REMOVED_SETTINGS = (
 )
 # The numbers that a checkpoint says of its run beside its settings: least and greatest.
 MAX_NUMBER = 2**53
-_NUMBERS = {"global_step": (0, MAX_NUMBER), **dict.fromkeys(("target_sparsity", "target_macs"), (0, 1))}
-_NUMBERS |= dict.fromkeys(("original_num_params", "original_num_macs"), (1, MAX_NUMBER))
+_NUMBERS = {
+    "global_step": (0, MAX_NUMBER),
+    **dict.fromkeys(("target_sparsity", "target_macs", "target_latency"), (0, 1)),
+}
+_NUMBERS |= dict.fromkeys(("original_num_params", "original_num_macs", "original_latency"), (1, MAX_NUMBER))
 # What messages advise.
 CONTINUE = f"continue with --resume_checkpoint {AUTO}"
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
-from lightning import DistillLoss, DistillModule
+from lightning import BUDGETS, DistillLoss, DistillModule
 from training.checkpoints import DISTILLATION, choose_checkpoint, fingerprint, split_state_dict
 from training.data import VALID_SUBSET, BatchDataModule, LabelledDataModule, SpeechDataModule
-from training.pairing import freeze_unreached
+from training.pairing import freeze_unreached, targets
 from training.saving import SizeCheckpoints
 from training.settings import DistillationSettings, DistillSettings, MachineSettings
 from training.speed import FastTeacher, update_flops
@@ -20,6 +20,7 @@ from wav2vec2.files import checkpoint as ckpt
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import TaskModel
 from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.sparsity import size_of
 
 
 def read_inputs(settings: DistillationSettings) -> tuple[BatchDataModule, Wav2Vec2Model, dict[str, Any]]:
@@ -99,8 +100,11 @@ def make_module(
     models, optimisation = settings.models, settings.optimisation
     sparsity: dict[str, Any] = {}
     if isinstance(settings, DistillSettings):
-        names = ("reg_learning_rate", "target_sparsity", "sparsity_warmup_updates", "sparsity_control", "target_macs")
-        sparsity = {"use_reg": True} | {name: getattr(settings.pruning, name) for name in names}
+        pruning = settings.pruning
+        names = ("reg_learning_rate", "sparsity_warmup_updates", "sparsity_control", "profile")
+        sparsity = {"use_reg": True} | {name: getattr(pruning, name) for name in names}
+        shares = zip(BUDGETS, targets(pruning, size_of(teacher, pruning.profile)), strict=True)
+        sparsity |= {f"target_{name}": share for name, share in shares}
     term = None
     if isinstance(student, TaskModel) and settings.task is not None:
         term = Task(settings.task.task_weight, student)
@@ -143,7 +147,7 @@ def _checked_sizes(settings: DistillationSettings, module: DistillModule) -> lis
 
 def _record(recorded: dict[str, Any], module: DistillModule) -> dict[str, Any]:
     """Describe a distillation in its checkpoints; prune.py and the report read it."""
-    sparsity, macs = module.budgets.get("sparsity"), module.budgets.get("macs")
+    sparsity, macs, latency = (module.budgets.get(name) for name in BUDGETS)
     record = {
         "student_config": module.student_model.config,
         "target_sparsity": sparsity.target_sparsity if sparsity else None,
@@ -154,7 +158,10 @@ def _record(recorded: dict[str, Any], module: DistillModule) -> dict[str, Any]:
         record["head"] = module.student_model.head_settings.to_dict()
     if macs is not None:
         record["target_macs"] = macs.target_sparsity
-        record["original_num_macs"] = macs.original_size
+        record["original_num_macs"] = int(macs.original_size)
+    if latency is not None:
+        record["target_latency"] = latency.target_sparsity
+        record["original_latency"] = latency.original_size
     return record
 
 

@@ -6,12 +6,16 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
-from lightning import DistillMode, make_projections, student_layer
-from training.settings import DistillationSettings, PruningSettings
+from lightning import BUDGETS, DistillMode, make_projections, student_layer
+from training.settings import PER_SECOND, DistillationSettings, PruningSettings
+from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.checkpoint import build_model
 from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, with_masks
-from wav2vec2.sparsity import size_of, smallest_size
+from wav2vec2.sparsity import Size, size_of, smallest_size
+
+# Words for the fields of Size.
+BUDGETED = ("parameters", "multiply-adds", "time")
 
 
 def check_pair(teacher: Wav2Vec2Model, student: Wav2Vec2Model, layers: Sequence[int], mode: DistillMode) -> None:
@@ -65,28 +69,52 @@ def new_projections(settings: DistillationSettings, teacher: Wav2Vec2Model, stud
     return make_projections(models.distill_mode, settings.layer_groups, *dims)
 
 
+def targets(pruning: PruningSettings, original: Size) -> Size:
+    """Return the shares of the teacher's sizes to remove; None where there is no target.
+
+    Raises:
+        UserError: the teacher takes no longer than what may be left.
+    """
+    latency, profile = pruning.target_latency, pruning.profile
+    if latency is None or profile is None:
+        return Size(pruning.target_sparsity, pruning.target_macs)
+    number, is_left = latency.removesuffix(PER_SECOND), latency.endswith(PER_SECOND)
+    share = float(number)
+    if is_left:
+        seconds = profile.num_samples / SAMPLE_RATE
+        found = float(original.latency) / 1e3 / seconds
+        share = 1 - share / found
+        if share <= 0:
+            raise UserError(
+                f"--target_latency {latency}: the teacher takes {found:.4g}{PER_SECOND} on the machine of "
+                f"{pruning.latency_profile}; give a shorter time"
+            )
+    return Size(pruning.target_sparsity, pruning.target_macs, share)
+
+
 def check_budgets(pruning: PruningSettings, teacher: Wav2Vec2Model, student: Wav2Vec2Model) -> None:
     """Check that the chosen units can be pruned down to the targets, and that the student is not smaller already.
 
     Raises:
         UserError: names the target, and the most that can go, or what is gone.
     """
-    original, smallest = size_of(teacher), smallest_size(student)
+    profile = pruning.profile
+    original, smallest = size_of(teacher, profile), smallest_size(student, profile)
     with torch.device("meta"):
-        largest = size_of(build_model(with_masks(student.config, ())))
-    targets = {"--target_sparsity": pruning.target_sparsity, "--target_macs": pruning.target_macs}
-    rows = zip(targets.items(), ("parameters", "multiply-adds"), original, smallest, largest, strict=True)
-    for (option, target), thing, before, after, start in rows:
+        largest = size_of(build_model(with_masks(student.config, ())), profile)
+    given = pruning.target_sparsity, pruning.target_macs, pruning.target_latency
+    rows = zip(BUDGETS, given, targets(pruning, original), BUDGETED, original, smallest, largest, strict=True)
+    for name, asked, target, thing, before, after, start in rows:
         if target is None:
             continue
-        lowest, highest = 1 - start / before, 1 - after / before
+        option, lowest, highest = f"--target_{name}", 1 - start / before, 1 - after / before
         if target < lowest:
             raise UserError(
-                f"{option} {target}: the student starts without {lowest:.4f} of the teacher's {thing}; raise the target"
+                f"{option} {asked}: the student starts without {lowest:.4f} of the teacher's {thing}; raise the target"
             )
         if target > highest:
             raise UserError(
-                f"{option} {target}: pruning {pruning.pruning_units} removes at most {highest:.4f} of the teacher's "
+                f"{option} {asked}: pruning {pruning.pruning_units} removes at most {highest:.4f} of the teacher's "
                 f"{thing}; lower the target or add --pruning_units"
             )
 

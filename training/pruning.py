@@ -1,18 +1,23 @@
 """Pruning a student as its masks say: its checkpoint, the size that they shall meet, and the smaller model."""
 
 import argparse
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cli import print_line
+from lightning import BUDGETS
 from training.checkpoints import INTERMEDIATE, recorded_head, split_state_dict
 from wav2vec2.components import published_state
 from wav2vec2.files.checkpoint import Source, build_model, check_weights, load_state
 from wav2vec2.files.errors import UserError, short_repr
 from wav2vec2.files.heads import Head, build_with_head, contents_of, with_outputs
+from wav2vec2.files.profiles import parse_profile
 from wav2vec2.model import Wav2Vec2Model, masked_units, with_masks
+from wav2vec2.profiles import Profile
 from wav2vec2.sparsity import (
     Size,
     expected_size,
@@ -22,6 +27,11 @@ from wav2vec2.sparsity import (
     round_widths,
     size_of,
 )
+
+# Names that checkpoints give the teacher's sizes.
+_ORIGINALS = ("original_num_params", "original_num_macs", "original_latency")
+# The threshold of masks of a Lagrangian stays where it is if the size is so near, as a share of the wanted one.
+DEFAULT_TOLERANCE = 0.005
 
 
 def prune(
@@ -41,11 +51,12 @@ def prune(
         raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")
     training = distilled["distillation"]
     model = _masked_model(training, state, original_config, args)
-    before = size_of(build_model(with_masks(original_config, ()), args.original_ckpt))
+    profile = recorded_profile(training, args.distilled_ckpt)
+    before = size_of(build_model(with_masks(original_config, ()), args.original_ckpt), profile)
     # Sparsity counts from the teacher, which may be larger; checkpoints of the published program do not say its size.
-    original = Size(*(training.get(f"original_num_{name}") or size for name, size in before._asdict().items()))
+    original = Size(*(training.get(name) or size for name, size in zip(_ORIGINALS, before, strict=True)))
     round_widths(model, args.round_to)
-    shift = _meet_targets(model, training, original, args)
+    shift = _meet_targets(model, training, original, profile, args)
     _warn_if_unfinished(distilled, shift, args)
 
     num_unrounded = num_params_without_rounding(model) if args.round_to > 1 else 0  # it takes a copy of the model
@@ -92,34 +103,55 @@ def load_student(config: dict[str, Any], head: Head | None, state: dict[str, Ten
     return model
 
 
-def _meet_targets(model: Wav2Vec2Model, training: dict[str, Any], original: Size, args: argparse.Namespace) -> float:
+def recorded_profile(training: dict[str, Any], path: Path) -> Profile | None:
+    """Return the profile of a machine that a run had a target for.
+
+    Args:
+        training: what a checkpoint says of its run.
+        path: its file, for the error.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    settings = training.get("settings")
+    if training.get("target_latency") is None or not isinstance(settings, dict):
+        return None
+    return Profile(parse_profile(str(settings.get("latency_profile")), f"{path}: latency_profile"))
+
+
+def _meet_targets(
+    model: Wav2Vec2Model, training: dict[str, Any], original: Size, profile: Profile | None, args: argparse.Namespace
+) -> float:
     """Meet the targets of the checkpoint, or the sparsity of the user, and say what that took: the shift."""
-    targets = Size(training.get("target_sparsity"), training.get("target_macs"))
+    targets = Size(*(training.get(f"target_{name}") for name in BUDGETS))
     if args.target_sparsity is not None:
         targets = Size(args.target_sparsity, None)
-    if targets == (None, None):
+    if set(targets) == {None}:
         return 0.0
     model.eval()
+    settings = training.get("settings")
+    is_exact = isinstance(settings, dict) and settings.get("sparsity_control") == "exact"
+    tolerance = (0.0 if is_exact else DEFAULT_TOLERANCE) if args.sparsity_tolerance is None else args.sparsity_tolerance
+    if tolerance >= 1:
+        tolerance = math.inf
 
     def gone(size: Size) -> dict[str, tuple[float, float]]:
         """The target and the value of what has a target, by name."""
-        parts = zip(("sparsity", "multiply-adds gone"), targets, size, original, strict=True)
+        parts = zip(("sparsity", "multiply-adds gone", "time gone"), targets, size, original, strict=True)
         return {name: (target, 1 - after / before) for name, target, after, before in parts if target is not None}
 
     wanted = Size(*(target and (1 - target) * before for target, before in zip(targets, original, strict=True)))
-    tolerance = Size(*(args.sparsity_tolerance * before for before in original))
-    expected, rounded = gone(expected_size(model)), gone(pruned_size(model))
-    shift = fit_masks(model, wanted, tolerance)
+    expected, rounded = gone(expected_size(model, profile)), gone(pruned_size(model, profile))
+    shift = fit_masks(model, wanted, tolerance, profile)
     action = f"threshold moved by {shift:+.4f} to meet the target" if shift else "within tolerance, masks as trained"
     for name, (target, value) in expected.items():
         values = f"expected after training {value:.4f}, rounded {rounded[name][1]:.4f}"
         print_line(f"{name}: target {target:.4f}, {values}; {action}")
-    for name, (target, value) in gone(pruned_size(model)).items():
-        if args.round_to > 1 and abs(value - target) > args.sparsity_tolerance:
+    for name, (target, value) in gone(pruned_size(model, profile)).items():
+        if args.round_to > 1 and abs(value - target) > max(tolerance, DEFAULT_TOLERANCE) * (1 - target):
             taken = "the nearest that is not larger" if value >= target else "the smallest model there is"
             print_line(
-                f"round_to {args.round_to}: no threshold gives a {name} within {args.sparsity_tolerance:g} of "
-                f"{target:.4f}; {taken} has {value:.4f}"
+                f"round_to {args.round_to}: no threshold gives a {name} nearer to {target:.4f}; {taken} has {value:.4f}"
             )
     return shift
 

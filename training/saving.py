@@ -178,9 +178,8 @@ class SizeCheckpoints(Callback):
             if budget.target(step - 1) < float(size) <= budget.target(step):
                 path = self._exp_dir / f"{SIZE_FOLDER}{size}" / CHECKPOINTS / LAST_CHECKPOINT
                 # prune.py makes a model of this size from it: the targets are those of this update.
-                about = self._record | {INTERMEDIATE: True, "target_sparsity": float(size)}
-                if "macs" in self._budgets:
-                    about["target_macs"] = self._budgets["macs"].target(step)
+                targets = {f"target_{name}": budget.target(step) for name, budget in self._budgets.items()}
+                about = self._record | targets | {INTERMEDIATE: True, "target_sparsity": float(size)}
                 trainer.save_checkpoint(path, weights_only=False, storage_options={DISTILLATION: about})
                 if trainer.is_global_zero:
                     print_line(f"sparsity {size}: saved update {step} in {path}")

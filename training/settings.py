@@ -7,25 +7,32 @@ here needs torch, so that wrong flags are refused at once.
 import argparse
 import dataclasses
 import json
+import math
 import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from fractions import Fraction
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from labels.lists import UNITS
 from wav2vec2.audio import MAX_SECONDS, MIN_SECONDS
 from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.files.errors import UserError, check_utf8, short_repr
+from wav2vec2.files.profiles import read_profile
 from wav2vec2.files.storage import read_json
+
+if TYPE_CHECKING:
+    from wav2vec2.profiles import Profile
 
 # The published number of GPUs of one node (run.sh), place of the teacher and sparsity.
 DEFAULT_GPUS = 4
 DEFAULT_MODEL = Path("pretrained_ckpts/hubert-base-ls960.pth")
 TARGET_SPARSITY = 0.75
+# Behind a number, it makes it a time for each second of audio.
+PER_SECOND = "ms/s"
 # The value of --resume_checkpoint that finds the checkpoint by itself.
 AUTO = "auto"
 # The value of --freeze_updates for an encoder that is never trained.
@@ -53,6 +60,11 @@ _POSITIVE: _Check = (lambda value: value > 0, "a number above 0")
 _NOT_NEGATIVE: _Check = (lambda value: value >= 0, "0 or more")
 _FRACTION: _Check = (lambda value: 0 < value < 1, "a number between 0 and 1")
 _SHARE: _Check = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def _is_latency(text: str) -> bool:
+    number = re.fullmatch(r"([0-9]{0,9}\.?[0-9]{1,9})(ms/s)?", text)
+    return number is not None and 0 < float(number[1]) < (math.inf if number[2] else 1)
 
 
 def _option(
@@ -227,16 +239,22 @@ class PruningSettings(_Settings):
     )
     reg_learning_rate: float = _recorded(0.02, "learning rate of masks and multipliers", _NOT_NEGATIVE)
     target_sparsity: float | None = _recorded(
-        None, f"share of parameters to remove (default: {TARGET_SPARSITY}, or any with --target_macs)", _FRACTION
+        None, f"share of parameters to remove (default: {TARGET_SPARSITY}, or any with another target)", _FRACTION
     )
     target_macs: float | None = _recorded(
         None, "share of multiply-adds of an average utterance to remove, instead of parameters or as well", _FRACTION
     )
+    target_latency: str | None = _recorded(
+        None,
+        f"share of the time on a machine to remove, or the time that may be left, such as 40{PER_SECOND} of audio; "
+        "instead of parameters or as well",
+    )
+    latency_profile: Path | None = _recorded(None, "times of that machine, a file of benchmarks.profile")
     sparsity_warmup_updates: int = _recorded(5000, "updates over which the target rises", _NOT_NEGATIVE)
     sparsity_control: Literal["lagrangian", "exact"] = _recorded(
         "lagrangian",
         "learn the multipliers of a Lagrangian, as published, or move the masks to the target at every update "
-        "(default: lagrangian, or exact with --target_macs)",
+        "(default: lagrangian, or exact with a target beside parameters)",
     )
     save_at_sparsity: str | None = _recorded(
         None, "save EXP_DIR/sparsity_0.5 and so on for prune.py where the target reaches these, such as 0.5,0.65"
@@ -244,7 +262,8 @@ class PruningSettings(_Settings):
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self | None:
-        control = args.sparsity_control or ("lagrangian" if args.target_macs is None else "exact")
+        others = args.target_macs, args.target_latency
+        control = args.sparsity_control or ("lagrangian" if others == (None, None) else "exact")
         return super().from_args(argparse.Namespace(**{**vars(args), "sparsity_control": control}))
 
     def __post_init__(self) -> None:
@@ -253,13 +272,23 @@ class PruningSettings(_Settings):
             raise UserError(
                 f"--pruning_units: {', '.join(map(repr, unknown))} unknown; choose from {', '.join(PRUNING_UNITS)}"
             )
-        if self.target_macs is None and self.target_sparsity is None:
+        others = {"macs": self.target_macs, "latency": self.target_latency}
+        if self.target_sparsity is None and set(others.values()) == {None}:
             object.__setattr__(self, "target_sparsity", TARGET_SPARSITY)
-        if self.target_macs is not None and self.sparsity_control != "exact":
+        for name, other in others.items():
+            if other is not None and self.sparsity_control != "exact":
+                raise UserError(
+                    f"--target_{name} {other}: the {self.sparsity_control} knows parameters only; leave out "
+                    "--sparsity_control, or give exact"
+                )
+        if (self.target_latency is None) != (self.latency_profile is None):
+            raise UserError("--target_latency and --latency_profile: give both, or neither")
+        if self.target_latency is not None and not _is_latency(self.target_latency):
             raise UserError(
-                f"--target_macs {self.target_macs}: the {self.sparsity_control} knows parameters only; leave out "
-                "--sparsity_control, or give exact"
+                f"--target_latency: expected a share between 0 and 1, or milliseconds such as 40{PER_SECOND}, found "
+                f"{short_repr(self.target_latency)}"
             )
+        _ = self.times  # a file that cannot be read is refused before all else
         target, sizes = self.target_sparsity, self.sizes
         are_right = all(re.fullmatch(r"0\.[0-9]{1,6}", size) and 0 < float(size) < (target or 0) for size in sizes)
         if not are_right or len({float(size) for size in sizes}) < len(sizes):
@@ -267,6 +296,23 @@ class PruningSettings(_Settings):
                 f"--save_at_sparsity: expected different numbers between 0 and --target_sparsity "
                 f"({target or 'not given'}), such as 0.5,0.65; found {short_repr(self.save_at_sparsity)}"
             )
+
+    @cached_property
+    def times(self) -> dict[str, Any] | None:
+        """The contents of ``--latency_profile``, if there is one; a UserError if it cannot be read."""
+        return None if self.latency_profile is None else read_profile(self.latency_profile)
+
+    @cached_property
+    def profile(self) -> "Profile | None":
+        """``--latency_profile`` as a price list."""
+        from wav2vec2.profiles import Profile  # it imports torch
+
+        return None if self.times is None else Profile(self.times)
+
+    def recorded(self) -> dict[str, Any]:
+        """The contents of the profile, wherever it lies, and the other options."""
+        times = None if self.times is None else json.dumps(self.times, sort_keys=True)
+        return super().recorded() | {"latency_profile": times}
 
     @property
     def sizes(self) -> list[str]:

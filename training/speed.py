@@ -220,6 +220,7 @@ class Throughput(Callback):
 
 # What the progress bar shows.
 _SHOWN = {"loss": "train_loss", "valid": "valid_score", "sparsity": "sparsity_expected", "target": "sparsity_target"}
+_SHOWN |= {"macs gone": "macs_expected", "time gone": "latency_expected"}
 
 
 # After so long the speed of a run is known.

@@ -51,6 +51,10 @@ class Profile:
         # No matrix product: autocast would round it.
         return rows[:, 2] * (steps * filled[:, 0, :, None] * filled[:, 1, None]).sum((1, 2))
 
+    def total(self, operations: Sequence[Operation]) -> Tensor:
+        """Return the expected microseconds of all of them together; errors as in :meth:`costs`."""
+        return self.costs(operations).sum()
+
     def _stack(self, keys: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> "_Table":
         """Return the tables of n operations as tensors with n rows."""
         if (keys, dtype, device) not in self._stacked:

@@ -3,7 +3,7 @@
 Training drives the *expected* size to the target (paper, section 2.3). Each deterministic mask then rounds its own
 number of units, and a short schedule can end before the Lagrangian has settled. :func:`fit_masks` closes that gap with
 one number, which moves the threshold between kept and dropped units in all masks and leaves their order alone.
-A size is parameters, multiply-adds (MACs), or both; both are met when neither is exceeded and one is used up.
+A size is parameters, multiply-adds (MACs), time, or several; these are met when none is exceeded and one is used up.
 """
 
 import copy
@@ -19,6 +19,7 @@ from .audio import SAMPLE_RATE
 from .components import ConvLayerBlock, FeedForward, assumed_sizes
 from .flops import UTTERANCE_SECONDS
 from .model import Wav2Vec2Model
+from .profiles import Profile
 
 # Samples of the utterance that MACs are counted on: attention grows with their square.
 _MACS_SAMPLES = round(UTTERANCE_SECONDS * SAMPLE_RATE)
@@ -31,15 +32,21 @@ _CERTAIN = 40.0
 
 
 class Size(NamedTuple):
-    """Parameters, and MACs of :data:`~wav2vec2.flops.UTTERANCE_SECONDS` of speech; None where there is no budget."""
+    """Parameters, MACs of :data:`~wav2vec2.flops.UTTERANCE_SECONDS` of speech, a profile's time; None for no budget."""
 
     params: Any
     macs: Any
+    latency: Any = None  # in microseconds
 
 
-def size_of(model: Wav2Vec2Model) -> Size:
-    """Return the expected parameters and MACs: differentiable scalars with masks, else exact numbers."""
-    return Size(model.get_num_params(), model.get_num_macs(_MACS_SAMPLES))
+def size_of(model: Wav2Vec2Model, profile: Profile | None = None) -> Size:
+    """Return the expected sizes: differentiable scalars with masks, else numbers; no time without a profile.
+
+    Raises:
+        UserError: the profile has no times for a part of the model.
+    """
+    latency = None if profile is None else profile.total(model.operations(profile.num_samples))
+    return Size(model.get_num_params(), model.get_num_macs(_MACS_SAMPLES), latency)
 
 
 def _masks(model: Wav2Vec2Model) -> list[HardConcrete]:
@@ -70,41 +77,41 @@ def num_params_without_rounding(model: Wav2Vec2Model) -> int:
 
 
 @torch.no_grad()
-def expected_size(model: Wav2Vec2Model) -> Size:
+def expected_size(model: Wav2Vec2Model, profile: Profile | None = None) -> Size:
     """Return :func:`size_of` in plain numbers."""
-    return Size(*map(float, size_of(model)))
+    return Size(*(None if size is None else float(size) for size in size_of(model, profile)))
 
 
 @torch.no_grad()
-def _size_if(model: Wav2Vec2Model, log_alpha_of: Callable[[HardConcrete], Tensor]) -> Size:
+def _size_if(model: Wav2Vec2Model, profile: Profile | None, log_alpha_of: Callable[[HardConcrete], Tensor]) -> Size:
     """Return the expected size if every mask had another ``log_alpha``."""
     masks = _masks(model)
     originals = [mask.log_alpha.clone() for mask in masks]
     try:
         for mask in masks:
             mask.log_alpha.copy_(log_alpha_of(mask))
-        return expected_size(model)
+        return expected_size(model, profile)
     finally:
         for mask, original in zip(masks, originals, strict=True):
             mask.log_alpha.copy_(original)
 
 
-def smallest_size(model: Wav2Vec2Model) -> Size:
+def smallest_size(model: Wav2Vec2Model, profile: Profile | None = None) -> Size:
     """Return the expected size if every mask dropped all it may: no target below this can be reached."""
-    return _size_if(model, lambda mask: torch.full_like(mask.log_alpha, -_CERTAIN))
+    return _size_if(model, profile, lambda mask: torch.full_like(mask.log_alpha, -_CERTAIN))
 
 
-def initial_size(model: Wav2Vec2Model) -> Size:
+def initial_size(model: Wav2Vec2Model, profile: Profile | None = None) -> Size:
     """Return the expected size with every ``log_alpha`` at its initial mean."""
-    return _size_if(model, lambda mask: torch.full_like(mask.log_alpha, mask.init_log_alpha))
+    return _size_if(model, profile, lambda mask: torch.full_like(mask.log_alpha, mask.init_log_alpha))
 
 
-def pruned_size(model: Wav2Vec2Model) -> Size:
+def pruned_size(model: Wav2Vec2Model, profile: Profile | None = None) -> Size:
     """Return the size that ``model.prune()`` would leave, without pruning it; the model must be in eval mode.
 
     Biases and gates of a block whose units all go are still counted here.
     """
-    return _size_if(model, lambda mask: torch.where(mask() != 0, _CERTAIN, -_CERTAIN))
+    return _size_if(model, profile, lambda mask: torch.where(mask() != 0, _CERTAIN, -_CERTAIN))
 
 
 # --- Meeting a target
@@ -152,7 +159,7 @@ def _excesses(size: Size, wanted: Size) -> dict[str, float]:
 
 
 @torch.no_grad()
-def meet_expected_size(model: Wav2Vec2Model, wanted: Size) -> str:
+def meet_expected_size(model: Wav2Vec2Model, wanted: Size, profile: Profile | None = None) -> str:
     """Add one number to all ``log_alpha`` of ``model``, so that its expected size is the wanted one.
 
     Nothing changes if it already is, up to :data:`_EXPECTED_SIZE_TOLERANCE`. Sizes are counted on the CPU in double
@@ -168,7 +175,7 @@ def meet_expected_size(model: Wav2Vec2Model, wanted: Size) -> str:
     def excesses(offset: float) -> dict[str, float]:
         parts = (scores + offset).sigmoid().split([mask.n_in for mask in masks])
         with assumed_sizes(dict(zip(masks, [float(part.sum()) for part in parts], strict=True))):
-            return _excesses(size_of(model), wanted)
+            return _excesses(size_of(model, profile), wanted)
 
     def excess(offset: float) -> float:
         return max(excesses(offset).values())
@@ -182,7 +189,7 @@ def meet_expected_size(model: Wav2Vec2Model, wanted: Size) -> str:
     return max(found, key=found.__getitem__)
 
 
-def compete(model: Wav2Vec2Model, name: str) -> None:
+def compete(model: Wav2Vec2Model, name: str, profile: Profile | None = None) -> None:
     """Project mask gradients onto constant size, so that masks compete for it.
 
     The result is the gradient through log_alpha + c(log_alpha), where c is the number that :func:`meet_expected_size`
@@ -190,7 +197,7 @@ def compete(model: Wav2Vec2Model, name: str) -> None:
     ``name`` of :class:`Size`. Projecting is linear and idempotent, so each batch of an update may do it.
     """
     log_alphas = [mask.log_alpha for mask in _masks(model)]
-    size_gradients = torch.autograd.grad(getattr(size_of(model), name), log_alphas)
+    size_gradients = torch.autograd.grad(getattr(size_of(model, profile), name), log_alphas)
     gradients = [parameter.grad for parameter in log_alphas if parameter.grad is not None]
     total = torch.stack([gradient.sum() for gradient in gradients]).sum()
     size_total = torch.stack([gradient.sum() for gradient in size_gradients]).sum()
@@ -199,12 +206,12 @@ def compete(model: Wav2Vec2Model, name: str) -> None:
 
 
 @torch.no_grad()
-def fit_masks(model: Wav2Vec2Model, wanted: Size, tolerance: Size) -> float:
+def fit_masks(model: Wav2Vec2Model, wanted: Size, tolerance: float, profile: Profile | None = None) -> float:
     """Set the ``shift`` of all masks of ``model`` to the one number that brings its pruned size to the wanted one.
 
-    Nothing changes if the masks already land within ``tolerance``. Otherwise the shift gives the nearest size there
-    is; with :func:`round_widths`, whose steps are coarse, the nearest that is not above the target if none is within
-    ``tolerance``. The model is put in eval mode.
+    Nothing changes if the masks already land within ``tolerance``, a share of the wanted size. Otherwise the shift
+    gives the nearest size there is; with :func:`round_widths`, whose steps are coarse, the nearest that is not above
+    the target if none is within ``tolerance``. The model is put in eval mode.
 
     Returns:
         The shift (0.0 if none was needed), see :class:`hardconcrete.HardConcrete`.
@@ -215,19 +222,13 @@ def fit_masks(model: Wav2Vec2Model, wanted: Size, tolerance: Size) -> float:
     def excess(shift: float) -> float:
         for mask in masks:
             mask.shift = shift
-        return max(_excesses(pruned_size(model), wanted).values())
+        return max(_excesses(pruned_size(model, profile), wanted).values())
 
-    def is_met(shift: float) -> bool:
-        excess(shift)
-        sizes = zip(pruned_size(model), wanted, tolerance, strict=True)
-        beyond = [(size - value, allowed) for size, value, allowed in sizes if value is not None]
-        return max(above - most for above, most in beyond) <= 0 <= max(above + most for above, most in beyond)
-
-    if is_met(0.0):
+    if abs(excess(0.0)) <= tolerance:
         return 0.0
     low, high = _crossing(excess, tolerance=0.0, precision=1e-5)
     shift = min(low, high, key=lambda value: abs(excess(value)))
-    if any(mask.multiple > 1 for mask in masks) and not is_met(shift):
+    if any(mask.multiple > 1 for mask in masks) and abs(excess(shift)) > tolerance:
         shift = low
     excess(shift)
     return shift

@@ -71,6 +71,7 @@ def test_published_flags_and_defaults(monkeypatch):
     own = {"learning_rate": 1e-4, "warmup_updates": 5000, "max_updates": 25000}
     own_of_joint = {"pruning_units", "reg_learning_rate", "target_sparsity", "sparsity_warmup_updates"}
     own_of_joint |= {"sparsity_control", "target_macs", "save_at_sparsity"}
+    own_of_joint |= {"target_latency", "latency_profile"}
     assert final == {name: value for name, value in joint.items() if name not in own_of_joint} | own
 
 

@@ -233,8 +233,8 @@ def width_masks(model: Wav2Vec2Model) -> dict[str, HardConcrete]:
 
 
 def fit_params(model: Wav2Vec2Model, target: float, tolerance: float) -> float:
-    """Call ``fit_masks`` with a target for parameters alone."""
-    return fit_masks(model, Size(target, None), Size(tolerance, None))
+    """Call ``fit_masks`` with a target for parameters alone, and a tolerance in parameters."""
+    return fit_masks(model, Size(target, None), tolerance / max(target, 1))
 
 
 def kept(model: Wav2Vec2Model) -> dict[str, Tensor]:
@@ -388,12 +388,12 @@ def test_expected_size_is_met(masked: Wav2Vec2Model, share: float) -> None:
 def test_two_sizes_are_met(masked: Wav2Vec2Model, shares: tuple[float, float]) -> None:
     """Neither size is exceeded, and the returned one is used up."""
     largest = size_of(wav2vec2_model(**with_masks(masked.config, ())))
-    sizes = zip(smallest_size(masked), largest, shares, strict=True)
+    sizes = zip(smallest_size(masked)[:2], largest[:2], shares, strict=True)
     wanted = Size(*(smallest + share * (largest - smallest) for smallest, largest, share in sizes))
     binding = meet_expected_size(masked, wanted)
     found = expected_size(masked)
     assert getattr(found, binding) == pytest.approx(getattr(wanted, binding), rel=2e-5)
-    assert all(size <= most * (1 + 2e-5) for size, most in zip(found, wanted, strict=True))
+    assert all(size <= most * (1 + 2e-5) for size, most in zip(found[:2], wanted[:2], strict=True))
 
 
 def test_expected_count_by_hand() -> None:
