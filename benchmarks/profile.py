@@ -17,23 +17,30 @@ import json
 import random
 import shutil
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cli
-from wav2vec2.config import check_config, is_wavlm, unit_counts, with_masks
+from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.config import PRUNING_UNITS, check_config, is_wavlm, unit_counts, with_masks
 from wav2vec2.files.errors import UserError
+from wav2vec2.files.profiles import FORMAT, read_profile
 from wav2vec2.files.storage import atomic_path, check_writable, read_json
 
 if TYPE_CHECKING:
     from evaluation.latency import Conditions, Passes
     from wav2vec2.model import Wav2Vec2Model
+    from wav2vec2.profiles import Profile
+    from wav2vec2.sparsity import Size
 
 # Torch is imported once the flags are known to be right: it takes seconds.
 
 # Shares of the model's own sizes, and of its D, that are measured.
 SHARES, EMBED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1), (1 / 4, 1 / 2, 1)
+# Multiples of widths that a machine may like, and how much dearer the widths between them are then.
+MULTIPLES, STEP = (16, 8, 4), 1.03
 # Relative difference of a sum of parts from the whole that is worth a word.
 ACCEPTED = 0.1
 
@@ -96,6 +103,16 @@ class Shapes:
                 [widths[slot % len(widths)] for slot in slots],
             )
 
+    def steps(self) -> list[dict[str, Any]]:
+        """Yield models of one width in all conv layers and feed-forwards, and of less by half of :data:`MULTIPLES`."""
+        width = min(*self.channels, max(self.widths)) // 2 // 16 * 16
+        if not width:
+            return []
+        return [
+            self.shaped([width - less] * len(self.channels), self.units, 1, [1], [width - less])
+            for less in (0, *(multiple // 2 for multiple in MULTIPLES))
+        ]
+
     def checked(self) -> dict[str, dict[str, Any]]:
         """Return shapes to compare sums of parts on, by name."""
         whole = self.shaped(self.channels, self.units, (self.taps + 1) // 2, self.heads, self.widths)
@@ -106,7 +123,8 @@ class Shapes:
         draw = random.Random(seed)
 
         def some(count: int) -> int:
-            return min(count, max(1, round(count * draw.uniform(0.05, 1))))
+            step = 8 if count >= 128 else 1  # as prune.py leaves them where the machine likes that
+            return min(count, max(1, round(count * draw.uniform(0.05, 1) / step)) * step)
 
         return self.shaped(
             [some(count) for count in self.channels],
@@ -131,19 +149,19 @@ def _passes(configs: Sequence[Mapping[str, Any]], conditions: "Conditions", fold
     return made
 
 
-def measure(shapes: Shapes, conditions: "Conditions", rounds: int, folder: Path) -> tuple[list[Any], list[float]]:
-    """Let the models of the grid and those that sums are checked on take turns.
-
-    ``folder`` keeps what was measured.
+def measure(
+    by_parts: Sequence[Any], whole: Sequence[Any], conditions: "Conditions", rounds: int, folder: Path
+) -> tuple[list[Any], list[float]]:
+    """Let models of these configs take turns; ``folder`` keeps what was measured.
 
     Returns:
-        For each model of the grid the microseconds (passes, operations) as lists; for each of the others the fewest
-        of a whole pass.
+        For each of ``by_parts`` the microseconds (passes, operations) as lists; for each of ``whole`` the fewest of a
+        pass.
 
     Raises:
         UserError: the folder was begun with other settings.
     """
-    configs = [*shapes.grid(), *shapes.checked().values()]
+    configs = [*by_parts, *whole]
     path, begun = folder / "measured.json", json.loads(json.dumps([conditions._asdict(), configs]))
     measured: dict[str, Any] = {"of": begun, "rounds": []}
     if path.exists():
@@ -151,17 +169,19 @@ def measure(shapes: Shapes, conditions: "Conditions", rounds: int, folder: Path)
         if measured.get("of") != begun:
             raise UserError(f"{folder}: was begun with other settings or models; remove it, or give another --out")
     models = _passes(configs, conditions, folder)
-    num_grid = len(list(shapes.grid()))
     for turn in cli.progress(range(len(measured["rounds"]), rounds), "rounds", unit="round"):
         found: list[Any] = [None] * len(models)
         for number in range(len(models))[:: -1 if turn % 2 else 1]:
             one = models[number]
-            found[number] = one.parts().round(1).tolist() if number < num_grid else one.whole()
+            found[number] = (
+                one.parts().round(1).tolist() if number < len(by_parts) else min(one.whole() for _ in range(4))
+            )
         measured["rounds"].append(found)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(measured))
-    by_model = list(zip(*measured["rounds"], strict=True))
-    return [list(itertools.chain(*turns)) for turns in by_model[:num_grid]], [min(x) for x in by_model[num_grid:]]
+    found = list(zip(*measured["rounds"], strict=True))
+    times = [list(itertools.chain(*turns)) for turns in found[: len(by_parts)]]
+    return times, [min(turns) for turns in found[len(by_parts) :]]
 
 
 def prices(models: Sequence["Wav2Vec2Model"], times: Sequence[Any], num_samples: int) -> dict[str, Any]:
@@ -196,6 +216,16 @@ def check(contents: dict[str, Any], configs: Mapping[str, Any], measured: Sequen
     return rows
 
 
+def liked_multiple(models: Sequence["Wav2Vec2Model"], times: Sequence[Any], num_samples: int) -> int:
+    """Return the largest of :data:`MULTIPLES` where the width half way below one takes longer than it, or 1."""
+    totals = []
+    for model, passes in zip(models, times, strict=True):
+        kinds = [operation.kind for operation in model.operations(num_samples)]
+        fastest = [min(durations) for durations in zip(*passes, strict=True)]
+        totals.append(sum(time for kind, time in zip(kinds, fastest, strict=True) if kind in ("conv", "feed_forward")))
+    return next((m for m, total in zip(MULTIPLES, totals[1:], strict=False) if total > STEP * totals[0]), 1)
+
+
 def _meta(config: Mapping[str, Any]) -> "Wav2Vec2Model":
     """Make a model without memory for its weights."""
     import torch
@@ -223,22 +253,90 @@ def profile(args: argparse.Namespace) -> None:
     checked = []
     for number, config in enumerate(configs):
         shapes = Shapes(config)
-        times, whole = measure(shapes, conditions, args.rounds, partial / str(number))
-        tables = {**prices([_meta(one) for one in shapes.grid()], times, conditions.num_samples), **tables}
-        checked.append((shapes.checked(), whole))
+        grid, steps, others = list(shapes.grid()), shapes.steps(), shapes.checked()
+        folder = partial / str(number)
+        times, whole = measure([*grid, *steps], list(others.values()), conditions, args.rounds, folder)
+        models = [_meta(one) for one in (*grid, *steps)]
+        tables = {**prices(models[: len(grid)], times[: len(grid)], conditions.num_samples), **tables}
+        if not number:
+            multiple = liked_multiple(models[len(grid) :], times[len(grid) :], conditions.num_samples)
+        checked.append((others, whole))
     contents = {
-        "format": 1,
+        "format": FORMAT,
         "made_by": made_by(torch.device(args.device)),
         **conditions._asdict(),
+        "multiple": multiple,
         "models": configs,
         "prices": tables,
     }
     contents["checked"] = [row for one in checked for row in check(contents, *one)]
     with atomic_path(args.out) as temporary:
         temporary.write_text(_readable(contents) + "\n", encoding="utf-8")
-    #shutil.rmtree(partial)
+    # shutil.rmtree(partial)
     off = max(abs(row["expected"] / row["measured"] - 1) for row in contents["checked"])
     print(f"written to {args.out}" + (f"; sums of parts are up to {off:.0%} off" if off > ACCEPTED else ""))
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print where the time goes, and what each kind of unit can free at most."""
+    from hardconcrete import HardConcrete
+    from wav2vec2.files.checkpoint import read_model_file
+    from wav2vec2.flops import UTTERANCE_SECONDS
+    from wav2vec2.profiles import Profile
+    from wav2vec2.sparsity import Size, expected_size, smallest_size
+
+    profile, config = Profile(read_profile(args.show)), read_model_file(args.model[0])["config"]
+    model = _meta(with_masks(config, ()))
+    whole, about = expected_size(model, profile), profile.contents
+    print(
+        f"{args.model[0]}: {whole.latency / 1e3:.1f} ms for {about['batch']} x {about['seconds']:g} s of audio, "
+        f"{whole.macs / 1e9:.2f} G multiply-adds for {UTTERANCE_SECONDS} s, {whole.params:,.0f} parameters\n"
+        f"{about['backend']}, {about['precision']} bits, {about['threads']} threads, {about['made_by']['device']}"
+    )
+    _table("where they go", _shares(model, profile))
+    units = args.pruning_units.split(",")
+    freed = {}
+    for name, chosen in {**{unit: [unit] for unit in units}, "all together": units}.items():
+        masked = _meta(with_masks(config, chosen))
+        for mask in masked.modules():
+            if isinstance(mask, HardConcrete):
+                mask.to_empty(device="cpu")  # their values are all that smallest_size needs
+        smallest = smallest_size(masked, profile)
+        freed[name] = Size(*(1 - least / size for least, size in zip(smallest, whole, strict=True)))
+    _table("what can go at most", freed)
+    print(
+        f"No target reaches {smallest.latency / 1e3:.1f} ms, {smallest.macs / 1e9:.2f} G multiply-adds or "
+        f"{smallest.params:,.0f} parameters with these units."
+    )
+
+
+def _shares(model: "Wav2Vec2Model", profile: "Profile") -> "dict[str, Size]":
+    """Return the shares of each kind of operation in a model's parameters, multiply-adds and time."""
+    from wav2vec2.flops import UTTERANCE_SECONDS
+    from wav2vec2.operations import MACS, macs_of
+    from wav2vec2.sparsity import Size
+
+    operations = model.operations(profile.num_samples)
+    modules = {name: module for name, module in model.named_modules()}
+    kinds = {operation.module: operation.kind for operation in operations}
+    params, macs, latency = (Counter[str]() for _ in Size._fields)
+    for name, parameter in model.named_parameters():
+        while modules[name := name.rpartition(".")[0]] not in kinds:
+            pass
+        params[kinds[modules[name]]] += parameter.numel()
+    for operation, time in zip(operations, profile.costs(operations).tolist(), strict=True):
+        latency[operation.kind] += time
+    for operation in model.operations(round(UTTERANCE_SECONDS * SAMPLE_RATE)):
+        macs[operation.kind] += int(macs_of([operation]))
+    return {kind: Size(*(counts[kind] / counts.total() for counts in (params, macs, latency))) for kind in MACS}
+
+
+def _table(title: str, rows: "Mapping[str, Size]") -> None:
+    """Print shares of time, multiply-adds and parameters, with a bar for the time."""
+    print(f"\n{title:20} {'time':>7} {'MACs':>7} {'parameters':>11}")
+    for name, (params, macs, latency) in rows.items():
+        bar = "#" * round(40 * latency)
+        print(f"{name:20} {latency:7.1%} {macs:7.1%} {params:11.1%}  {bar}".rstrip())
 
 
 def _readable(value: Any, indent: str = "") -> str:
@@ -264,12 +362,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1, help="waveforms of a pass")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds of each")
+    units = ",".join(PRUNING_UNITS)
+    parser.add_argument("--pruning_units", default=units, help="for --show: kinds of units, comma separated")
     parser.add_argument("--rounds", type=int, default=6, help="turns of each model, three passes each")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    profile(args)
+    if args.show is not None:
+        show(args)
+    else:
+        profile(args)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from evaluation.cost import timed
+from evaluation.cost import made_by, timed
 from exporters.onnx import ONNX, OnnxOptions, convert, onnx_session
+from exporters.options import DEFAULT_OPSET, check_onnx
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.storage import atomic_path
 from wav2vec2.model import Wav2Vec2Model
@@ -186,15 +187,77 @@ Passes = TorchPasses | OnnxPasses
 
 
 def passes(model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> Passes:
-    """Make a model in eval mode, on the CPU, ready to run; a file that it needs is in ``folder``, made if missing."""
+    """Make a model without masks, on the CPU, ready to run; a file that it needs is in ``folder``, made if missing."""
     if conditions.backend == "torch":
         return TorchPasses(model, conditions)
+    check_onnx(DEFAULT_OPSET)
     return OnnxPasses(model, conditions, folder)
 
 
-def in_turns(work: Sequence[Callable[[], float]], turns: int = _TURNS) -> list[float]:
+def in_turns(work: Sequence[Callable[[], float]]) -> list[float]:
     """Call functions that return a time in turns, after a call each to warm up; returns the least times."""
     for one in work:
         one()
-    found = [[one() for one in work] for _ in range(turns)]
+    found = [[one() for one in work] for _ in range(_TURNS)]
     return [min(times) for times in zip(*found, strict=True)]
+
+
+class Part(NamedTuple):
+    """The microseconds of an operation."""
+
+    name: str  # such as "attention 3", counted from 1
+    expected: float
+    measured: float
+
+
+class Comparison(NamedTuple):
+    """The microseconds that a pass of a model should take by a profile, and those that it takes."""
+
+    expected: float
+    measured: float
+    parts: list[Part]
+
+
+def is_this_machine(profile: Profile) -> bool:
+    """Return whether a profile was made on a machine like this one."""
+    device = profile.contents["device"]
+    if device == "cuda" and not torch.cuda.is_available():
+        return False
+    return made_by(torch.device(device))["device"] == profile.contents["made_by"]["device"]
+
+
+def compare(profile: Profile, models: Mapping[str, Wav2Vec2Model]) -> dict[str, Comparison]:
+    """Time models without masks, on the CPU, which take turns under a profile's conditions on this machine.
+
+    Raises:
+        UserError: the profile has no times for a part of a model, or its backend is not installed.
+    """
+    conditions, threads = Conditions.of(profile), torch.get_num_threads()
+    operations = {name: model.operations(profile.num_samples) for name, model in models.items()}
+    expected = {name: profile.costs(found).tolist() for name, found in operations.items()}
+    torch.set_num_threads(conditions.threads)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            ready = {name: passes(model, conditions, Path(folder, name)) for name, model in models.items()}
+            measured = dict(zip(ready, in_turns([one.whole for one in ready.values()]), strict=True))
+            turns = [{name: one.parts().min(0) for name, one in ready.items()} for _ in range(2)]
+    finally:
+        torch.set_num_threads(threads)
+    own = {name: np.minimum(turns[0][name], turns[1][name]).tolist() for name in models}
+    return {
+        name: Comparison(
+            sum(expected[name]),
+            measured[name],
+            list(map(Part, _numbered([op.kind for op in operations[name]]), expected[name], own[name])),
+        )
+        for name in models
+    }
+
+
+def _numbered(kinds: Sequence[str]) -> list[str]:
+    """Number kinds that are there more than once."""
+    totals, seen, names = Counter(kinds), Counter[str](), []
+    for kind in kinds:
+        seen[kind] += 1
+        names.append(f"{kind.replace('_', '-')} {seen[kind]}" if totals[kind] > 1 else kind)
+    return names
