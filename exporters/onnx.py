@@ -4,6 +4,7 @@ Standard operators only: ONNX Runtime's builds for phones and browsers may have 
 shapes, which such builds want, and keeps nothing from call to call.
 """
 
+import ast
 import copy
 import json
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from .options import DEFAULT_OPSET
 ONNX, ONNX_INT8 = "model.onnx", "model.int8.onnx"
 # So many windows of the speech are enough to measure ranges on.
 _CALIBRATION_WINDOWS = 200
+# Where PyTorch's exporter notes the modules around a node, as a list.
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def write_onnx(model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> list
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / ONNX]
     with quiet():
-        _convert(model, options, paths[0])
+        convert(model, options, paths[0])
         if options.int8:
             paths.append(folder / ONNX_INT8)
             has_norms = model.feature_extractor.conv_layers[-1].layer_norm is not None
@@ -133,8 +136,11 @@ def traced(model: Wav2Vec2Model, options: OnnxOptions) -> torch.export.ExportedP
         return torch.export.export(function, inputs, dynamic_shapes=shapes, strict=False)
 
 
-def _convert(model: Wav2Vec2Model, options: OnnxOptions, path: Path) -> None:
-    """Write a model as ONNX in float32."""
+def convert(model: Wav2Vec2Model, options: OnnxOptions, path: Path) -> None:
+    """Write a model as ONNX in float32, without a look at what it computes; errors as in :func:`write_onnx`.
+
+    A node's name begins with its module's and a slash, which profilers and viewers show.
+    """
     from onnx.helper import find_min_ir_version_for, make_opsetid
 
     output, opset = options.output_of(model), options.opset
@@ -164,6 +170,9 @@ def _convert(model: Wav2Vec2Model, options: OnnxOptions, path: Path) -> None:
             graph.outputs[0].shape[-2] = "frames"  # else a formula
         properties["min_samples"] = str(model.feature_extractor.receptive_field)
     for node in graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))[:-1]  # the last is the node itself
+        if scopes and scopes[-1].startswith("model"):
+            node.name = f"{scopes[-1].removeprefix('model').removeprefix('.')}/{node.name}"
         node.metadata_props.clear()  # where each was traced: more than the graph itself, and paths of this machine
     converted.model.metadata_props.update(properties)
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -181,7 +190,7 @@ def _feeds(model: Wav2Vec2Model, options: OnnxOptions) -> list[dict[str, np.ndar
 def _measured(path: Path, model: Wav2Vec2Model, options: OnnxOptions) -> OnnxFile:
     """Compare a file with the model, and check that it can run everywhere."""
     operators, is_exact, chunk = _operators(path), path.name == ONNX, options.chunk
-    session = _session(path)
+    session = _function(path)
     run: Run = session
     function: Callable[..., Any] = Outputs(model, options.outputs, chunk).eval()
     speech = [(waveform[None], torch.tensor([len(waveform)])) for waveform in options.speech]
@@ -232,14 +241,21 @@ def _operators(path: Path) -> set[str]:
     return {node.op_type for node in nodes}
 
 
-def _session(path: Path) -> Callable[..., Any]:
-    """Load a file; returns its function of tensors: its outputs, or the output if it has one."""
+def onnx_session(path: Path, trace: Path | None = None) -> Any:
+    """Load a file into ONNX Runtime, with torch's number of threads; ``trace`` begins the name of a file of times."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    if trace is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(trace)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _function(path: Path) -> Callable[..., Any]:
+    """Load a file; returns its function of tensors: its outputs, or the output if it has one."""
+    session = onnx_session(path)
     names = [value.name for value in session.get_inputs()]
 
     def run(*inputs: Tensor) -> Any:
