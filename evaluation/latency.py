@@ -23,8 +23,9 @@ from evaluation.cost import made_by, timed
 from exporters.onnx import ONNX, OnnxOptions, convert, onnx_session
 from exporters.options import DEFAULT_OPSET, check_onnx
 from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.files.errors import UserError
 from wav2vec2.files.storage import atomic_path
-from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.model import Wav2Vec2Model, wav2vec2_model, with_masks
 from wav2vec2.profiles import Profile
 from wav2vec2.utils.quiet import quiet
 
@@ -252,6 +253,52 @@ def compare(profile: Profile, models: Mapping[str, Wav2Vec2Model]) -> dict[str, 
         )
         for name in models
     }
+
+
+# Relative difference between expected and measured times that is worth a warning, and the parts that it names.
+ACCEPTED, _NAMED = 0.1, 3
+
+
+def times_of(
+    profile: Profile, pruned: dict[str, Any], original: dict[str, Any], teacher_time: float
+) -> tuple[str, list[str]]:
+    """Say which share of the teacher's time a pruned model takes: expected, and measured where this is the machine.
+
+    Args:
+        profile: the times that the model was pruned for.
+        pruned: its config.
+        original: the config of the model before pruning, which may be of another shape than the teacher.
+        teacher_time: the teacher's expected microseconds.
+
+    Returns:
+        A line, and lines that warn of a difference of more than :data:`ACCEPTED`.
+    """
+    models = {
+        name: wav2vec2_model(**with_masks(config, ())).eval() for name, config in (("o", original), ("p", pruned))
+    }
+    expected = {
+        name: float(profile.costs(model.operations(profile.num_samples)).sum()) for name, model in models.items()
+    }
+    milliseconds = 1e3 * profile.audio_seconds
+
+    def words(time: float, teacher: float) -> str:
+        return f"{time / teacher:.4f} of the teacher's ({time / milliseconds:.3g}ms/s)"
+
+    line = f"time: {words(expected['p'], teacher_time)} expected"
+    if not is_this_machine(profile):
+        return f"{line}; the profile is of another machine, {profile.contents['made_by']['device']}", []
+    try:
+        found = compare(profile, models)
+    except UserError as error:  # the backend is not installed here
+        return f"{line}; not measured: {error}", []
+    speed = found["o"].measured / expected["o"]  # a machine that is slower now is slower for both
+    line += f", {words(found['p'].measured, speed * teacher_time)} measured"
+    if abs(found["p"].measured / speed / expected["p"] - 1) <= ACCEPTED:
+        return line, []
+    parts = sorted(found["p"].parts, key=lambda part: -abs(part.measured / speed - part.expected))[:_NAMED]
+    named = ", ".join(f"{part.name} takes {part.measured / speed / part.expected:.2f} of its time" for part in parts)
+    advice = "make the profile again on a quiet machine"
+    return line, [f"warning: expected and measured are more than {ACCEPTED:.0%} apart: {named}; {advice}"]
 
 
 def _numbered(kinds: Sequence[str]) -> list[str]:
