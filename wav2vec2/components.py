@@ -10,7 +10,8 @@ embedding dimension, H heads, K the head dimension, F the intermediate dimension
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from hardconcrete import HardConcrete
 
 from .config import PRUNING_UNITS, ModelConfig, WavLMConfig
 from .fast import (
+    Moments,
     autocast_dtype,
     conv_channels_last,
     conv_frames,
@@ -44,6 +46,12 @@ _PLAIN_POSITIONAL_WEIGHTS = (".pos_conv_embed.conv.weight", ".pos_conv.0.weight"
 
 # The extractor's first layers take most of a forward pass. Two seconds of them fit a CPU's cache.
 _SAMPLES_AT_ONCE = 32_000
+
+# Samples that a streaming model hears before it does without the statistics of other speech: one second.
+_PRIOR_SAMPLES = 16_000
+
+# fairseq's epsilon (the Hugging Face feature extractor has 1e-7).
+NORMALIZATION_EPS = 1e-5
 
 # Added to the attention scores of padded frames; a finite number survives half precision.
 _PADDING_SCORE = -10000.0
@@ -224,14 +232,76 @@ class ConvLayerBlock(nn.Module):
         return self.conv.out_channels, self.conv.kernel_size[0], self.conv.stride[0]
 
 
+class Heard(NamedTuple):
+    """What a stream has heard before a chunk: sums over the windows of samples that statistics are of, in float64."""
+
+    number: Tensor  # (B,)
+    sum: Tensor  # (B, kernel)
+    products: Tensor  # (B, kernel, kernel)
+
+    def __add__(self, other: tuple[Any, ...]) -> "Heard":
+        return Heard(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
+
+
+class RunningMoments(nn.Module):
+    """Mean and covariance of the windows of samples that were heard until the end of each chunk.
+
+    Where less than :data:`_PRIOR_SAMPLES` was heard, windows with the moments of other speech stand for the rest: n
+    windows of sum s and products P give the mean (s + f m) / (n + f) and the second moment (P + f M) / (n + f), with f
+    the windows that are missing, m and M the prior's. From then on they are those of all that was heard, and at the end
+    of an utterance those of the whole.
+    """
+
+    prior_mean: Tensor  # (kernel,)
+    prior_products: Tensor  # (kernel, kernel)
+
+    def __init__(self, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+        self.register_buffer("prior_mean", torch.zeros(kernel, dtype=torch.float64))
+        self.register_buffer("prior_products", torch.eye(kernel, dtype=torch.float64))
+
+    def nothing(self, batch: int) -> Heard:
+        """Return what was heard before the first chunk."""
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.prior_mean.device)
+        return Heard(zeros(batch), zeros(batch, self.kernel), zeros(batch, self.kernel, self.kernel))
+
+    def sums(self, chunks: Tensor, lengths: Tensor) -> Heard:
+        """Sum over the windows that begin in the first (B,) samples of (B, T), without those that end behind them."""
+        windows = chunks.double().unfold(-1, self.kernel, self.stride)  # (B, P, kernel)
+        starts = torch.arange(windows.size(1), device=windows.device) * self.stride
+        valid = (starts + self.kernel <= lengths[:, None]).double()
+        windows = windows * valid[..., None]
+        return Heard(valid.sum(1), windows.sum(1), windows.transpose(1, 2) @ windows)
+
+    def forward(self, heard: Heard) -> Moments:
+        """Return mean (B, kernel) and covariance (B, kernel, kernel)."""
+        missing = (_PRIOR_SAMPLES // self.stride - heard.number).clamp(min=0)[:, None]
+        total = heard.number[:, None] + missing
+        mean = (heard.sum + missing * self.prior_mean) / total
+        products = (heard.products + missing[..., None] * self.prior_products) / total[..., None]
+        return mean, products - mean[:, :, None] * mean[:, None]
+
+
 class FeatureExtractor(nn.Module):
-    """The convolutional front end: waveform to frames."""
+    """The convolutional front end: waveform to frames.
+
+    A streaming model's sees a chunk at a time: the samples of ``chunk_frames`` frames, normalised, and behind the first
+    convolution, by what was heard until its end.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         layers = [ConvLayerBlock(config, number) for number in range(len(config.extractor_conv_layer_config))]
         self.conv_layers = cast(Sequence[ConvLayerBlock], nn.ModuleList(layers))
         self.recompute = False  # keep each layer's input only and run the layer again in the backward pass
+        self.chunk_frames = config.encoder_chunk_frames
+        self.normalizes = config.normalize_waveform  # by chunks; whole waveforms are normalised by the model
+        self.heard: RunningMoments | None = None
+        if self.chunk_frames and config.normalize_waveform:
+            self.heard = RunningMoments(1, 1)
+        elif self.chunk_frames and config.extractor_mode == "group_norm":
+            self.heard = RunningMoments(*config.extractor_conv_layer_config[0][1:])
         # A non-trained scale that keeps the last conv's soft mask after pruning: the projection's
         # LayerNorm behind it could not absorb the mask into its weights.
         self.dummy_weight = nn.Parameter(torch.ones(self.conv_layers[-1].conv.out_channels), requires_grad=False)
@@ -240,11 +310,14 @@ class FeatureExtractor(nn.Module):
         """(B, T) and (B,) samples -> (B, frames, C) and (B,) frames."""
         if waveforms.ndim != 2:
             raise ValueError(f"waveforms must have shape (batch, samples), found {tuple(waveforms.shape)}")
+        samples = lengths
         if lengths is not None:
             lengths = self.num_frames(lengths)
         shape = waveforms.size(0), self.num_frames(waveforms.size(1)), len(self.dummy_weight)
         if 0 in shape[:2]:  # no waveform, or each shorter than the receptive field
             return waveforms.new_zeros(shape), lengths
+        if self.chunk_frames is not None:
+            return self._by_chunks(waveforms, samples)[:, : shape[1]], lengths
         if fast_paths() and on_cpu(waveforms):
             return self._by_frames(waveforms), lengths
         x = waveforms[:, None]  # (B, 1, T)
@@ -252,21 +325,76 @@ class FeatureExtractor(nn.Module):
             x = _run(layer, self.recompute, x)
         return x.transpose(1, 2) * self.dummy_weight, lengths
 
-    def _by_frames(self, waveforms: Tensor) -> Tensor:
+    def _by_chunks(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor:
+        """(B, T) and (B,) samples -> (B, frames of whole chunks, C)"""
+        if lengths is None:
+            lengths = torch.full((len(waveforms),), waveforms.size(1), device=waveforms.device)
+        hop, window = self.hop, self.num_samples(self.chunk_frames or 1)
+        num_chunks = max(1, -(-(waveforms.size(1) - (window - hop)) // hop))
+        padded = F.pad(waveforms, (0, (num_chunks - 1) * hop + window - waveforms.size(1)))
+        chunks = padded.unfold(1, window, hop)  # (B, n, window)
+        moments = None
+        if self.heard is not None:
+            starts = torch.arange(num_chunks, device=waveforms.device) * hop
+            lengths = (lengths[:, None] - starts).clamp(0, window).flatten()  # (B * n,)
+            flat = chunks.flatten(0, 1)
+            own, fresh = self.heard.sums(flat, lengths), self.heard.sums(flat, lengths.clamp(max=self.fresh))
+            before = Heard(*(x.unflatten(0, (-1, num_chunks)).cumsum(1).flatten(0, 1) - x for x in fresh))
+            moments = self.heard(before + own)
+        frames = self.chunk_frame_features(chunks.flatten(0, 1), lengths, moments)
+        return frames.unflatten(0, (-1, num_chunks)).flatten(1, 2)
+
+    @property
+    def hop(self) -> int:
+        """Samples from one chunk of a streaming model to the next."""
+        return self.stride * (self.chunk_frames or 1)
+
+    @property
+    def fresh(self) -> int:
+        """Samples until the end of the last window that the next chunk does not have."""
+        return self.hop if self.heard is None else self.hop + self.heard.kernel - self.heard.stride
+
+    def chunk_frame_features(self, chunks: Tensor, lengths: Tensor, moments: Moments | None) -> Tensor:
+        """(B, T) samples of a chunk each, of which (B,) are valid, and their moments -> (B, frames of a chunk, C)"""
+        if self.normalizes and moments is not None:
+            mean, covariance = moments
+            valid = torch.arange(chunks.size(1), device=chunks.device) < lengths[:, None]
+            scale = torch.rsqrt(covariance[:, 0] + NORMALIZATION_EPS)
+            chunks, moments = torch.where(valid, (chunks - mean) * scale, 0).to(chunks.dtype), None
+        if fast_paths() and on_cpu(chunks):
+            return self._by_frames(chunks, moments)
+        x, layers = chunks[:, None], list(self.conv_layers)
+        if moments is not None:  # the norm of the first layer is not of this chunk alone
+            x, mask = self._first_layer(chunks, moments)(chunks).transpose(1, 2), layers.pop(0).hard_concrete
+            x = x if mask is None else x * mask()[:, None]
+        for layer in layers:
+            x = _run(layer, self.recompute, x)
+        return x.transpose(1, 2) * self.dummy_weight
+
+    def _by_frames(self, waveforms: Tensor, moments: Moments | None = None) -> Tensor:
         """(B, T) -> (B, frames, C) with a frame's channels side by side in memory; in blocks where nothing is kept."""
         masks = [_values(layer.hard_concrete) for layer in self.conv_layers]
         if torch.is_grad_enabled():
-            x = self._convolve(waveforms, self._first_layer(waveforms), masks)
+            x = self._convolve(waveforms, self._first_layer(waveforms, moments), masks)
+        elif self.chunk_frames is not None:
+            at_once = max(1, _SAMPLES_AT_ONCE // self.hop)
+            parts = [waveforms, *(moments or ())]
+            x = torch.cat(
+                [
+                    self._convolve(part, self._first_layer(part, cast(Moments, tuple(others)) or None), masks)
+                    for part, *others in zip(*(tensor.split(at_once) for tensor in parts), strict=True)
+                ]
+            )
         else:
             x = torch.cat([self._convolve_in_blocks(waveform[None], masks) for waveform in waveforms])
         return x * _mask_for(x, self.dummy_weight if masks[-1] is None else self.dummy_weight * masks[-1])
 
-    def _first_layer(self, waveforms: Tensor) -> Callable[[Tensor], Tensor]:
+    def _first_layer(self, waveforms: Tensor, moments: Moments | None = None) -> Callable[[Tensor], Tensor]:
         """Return the first layer, (B, T) -> (B, T', C), for any part of ``waveforms``; its norm needs the whole."""
         first = self.conv_layers[0]
         if not isinstance(first.layer_norm, nn.GroupNorm):
             return lambda stretch: first.forward_frames(stretch[..., None], None)
-        convolve = normalized_conv(waveforms, first.conv, first.layer_norm)
+        convolve = normalized_conv(waveforms, first.conv, first.layer_norm, moments)
         return lambda stretch: F.gelu(convolve(stretch))
 
     def _convolve(
@@ -389,7 +517,7 @@ class WeightNormConv1d(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, groups: int) -> None:
         super().__init__()
-        self.padding, self.groups, self.kernel_size = kernel_size // 2, groups, kernel_size
+        self.groups, self.kernel_size = groups, kernel_size
         weight, self.bias = nn.Conv1d(channels, channels, kernel_size, groups=groups).parameters()
         self.weight_g = nn.Parameter(torch.linalg.vector_norm(weight.detach(), dim=(0, 1), keepdim=True))
         self.weight_v = weight
@@ -408,8 +536,8 @@ class WeightNormConv1d(nn.Module):
         self.weight_v.requires_grad_(False)
         self.folded_weight = self.weight
 
-    def forward(self, x: Tensor, tap_mask: Tensor | None = None) -> Tensor:
-        """(B, D, T) -> (B, D, T), one more frame if the kernel is even; with a mask (kernel,) over its taps"""
+    def forward(self, x: Tensor, padding: int, tap_mask: Tensor | None = None) -> Tensor:
+        """(B, D, T) -> (B, D, T + 2 * padding - kernel + 1), with a mask (kernel,) over the taps"""
         if tap_mask is not None:
             weight = torch._weight_norm(self.weight_v, self.weight_g * tap_mask, 2)
         # Requiring gradients again invalidates the folded weight.
@@ -418,13 +546,13 @@ class WeightNormConv1d(nn.Module):
         else:
             weight = self.weight
         convolve = conv_channels_last if fast_paths() and on_cpu(x) else F.conv1d
-        return convolve(x, weight, self.bias, padding=self.padding, groups=self.groups)
+        return convolve(x, weight, self.bias, padding=padding, groups=self.groups)
 
     def prune(self, index: Tensor, soft_mask: Tensor) -> None:
         """Keep the taps of ``index`` (n,), each times its entry of the mask (n,)."""
         self.weight_v = nn.Parameter(self.weight_v.detach()[..., index].clone())
         self.weight_g = nn.Parameter(self.weight_g.detach()[..., index] * soft_mask)
-        self.kernel_size, self.padding, self.folded_weight = len(index), len(index) // 2, None
+        self.kernel_size, self.folded_weight = len(index), None
 
     def prune_embed(self, index: Tensor) -> None:
         """Keep the channels of ``index`` (n,), which are the same in each group."""
@@ -445,37 +573,46 @@ class ConvolutionalPositionalEmbedding(nn.Module):
     """Relative position from a wide grouped convolution over time, with a mask over its taps.
 
     A unit is a ring: the two taps at one distance from the middle, or the middle tap of an odd kernel. Rings go from
-    the outside in, so that the remaining taps form a convolution again.
+    the outside in, so that the remaining taps form a convolution again. A streaming model's looks back only: its last
+    tap is at the frame itself, a unit is a tap, and those of the far past go first.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         kernel, groups = config.encoder_pos_conv_kernel, config.encoder_pos_conv_groups
         self.conv = WeightNormConv1d(config.encoder_embed_dim, kernel, groups)
-        self.hard_concrete = _make_mask(config, "posconv", (kernel + 1) // 2, min_kept=1, nested=True)
+        self.looks_back = config.encoder_chunk_frames is not None
+        num_units = kernel if self.looks_back else (kernel + 1) // 2
+        self.hard_concrete = _make_mask(config, "posconv", num_units, min_kept=1, nested=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)"""
-        num_frames = x.size(1)
+    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+        """(B, T, D), and the frames (B, kernel - 1, D) before it if the model is streaming, else zeros -> (B, T, D)"""
+        num_frames, taps = x.size(1), self.conv.kernel_size
         if num_frames == 0:  # torch has no convolution over nothing
             return x
-        x = self.conv(x.transpose(1, 2), self._tap_mask())
+        if self.looks_back:
+            x = F.pad(x, (0, 0, taps - 1, 0)) if past is None else torch.cat([past, x], dim=1)
+        x = self.conv(x.transpose(1, 2), 0 if self.looks_back else taps // 2, self._tap_mask())
         return F.gelu(x[..., :num_frames]).transpose(1, 2)  # an even kernel makes one frame too many
 
     def _tap_mask(self) -> Tensor | None:
         """(kernel,), or None without a mask"""
-        rings = _values(self.hard_concrete)  # from the middle outwards
-        return None if rings is None else torch.cat([rings.flip(0), rings[self.conv.kernel_size % 2 :]])
+        rings = _values(self.hard_concrete)  # from the middle outwards, or from the frame back
+        if rings is None or self.looks_back:
+            return None if rings is None else rings.flip(0)
+        return torch.cat([rings.flip(0), rings[self.conv.kernel_size % 2 :]])
 
     def _expected_taps(self) -> Count:
         taps = self.conv.kernel_size
+        if self.looks_back:
+            return _expected_size(self.hard_concrete, taps)
         return 2 * _expected_size(self.hard_concrete, (taps + 1) // 2) - taps % 2
 
     def get_num_params(self, embed_dim: Count) -> Count:
         return embed_dim + self._expected_taps() * (embed_dim * part(embed_dim, self.conv.groups) + 1)
 
     def operation(self, embed_dim: Count, num_frames: int) -> Operation:
-        num_frames += self.conv.kernel_size % 2 == 0  # the one too many
+        num_frames += self.conv.kernel_size % 2 == 0 and not self.looks_back  # the one too many
         fixed = {"groups": self.conv.groups, "frames": num_frames}
         return Operation(self, "positional", (self._expected_taps(), embed_dim), fixed)
 
@@ -523,24 +660,40 @@ class SelfAttention(nn.Module):
     def _in_projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.q_proj, self.k_proj, self.v_proj
 
-    def forward(self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None = None) -> Tensor:
-        """(B, T, D), scores of padded keys (B, 1, 1, T), and WavLM's shared bias (H_total, T, T) -> (B, T, D)"""
+    def forward(
+        self,
+        x: Tensor,
+        scores: Tensor | None,
+        position_bias: Tensor | None = None,
+        past: list[Tensor] | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D)
+
+        Args:
+            x: frames.
+            scores: added to those of attention, broadcast to (B, H, T, keys): they hide padding, and other chunks.
+            position_bias: WavLM's, shared by the layers (H_total, T, keys).
+            past: keys and values (B, H, L, K) of the L frames before, replaced by those of the last L; streaming only.
+        """
         batch, frames, _ = x.shape
         shape = batch, frames, self.num_heads, self.head_dim
         query, key, value = (proj(x).view(shape).transpose(1, 2) for proj in self._in_projections)  # (B, H, T, K)
-        bias = padding_scores
+        if past is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(past, (key, value), strict=True))
+            past[:] = [each[:, :, frames:] for each in (key, value)]
+        bias = scores
         if position_bias is not None:
             bias = self._gate(x, position_bias)
-            if padding_scores is not None:
-                bias = bias + padding_scores
+            if scores is not None:
+                bias = bias + scores
         probability = self.dropout if self.training else 0.0
         if fast_paths() and prefers_fused_attention(query, probability):
             heads = F.scaled_dot_product_attention(query, key, value, bias, probability)  # scales by K ** -0.5
         else:
-            scores = (query * self.head_dim**-0.5) @ key.transpose(-2, -1)  # (B, H, T, T)
+            products = (query * self.head_dim**-0.5) @ key.transpose(-2, -1)  # (B, H, T, keys)
             if bias is not None:
-                scores = scores + bias
-            heads = F.dropout(scores.softmax(dim=-1), probability) @ value  # (B, H, T, K)
+                products = products + bias
+            heads = F.dropout(products.softmax(dim=-1), probability) @ value  # (B, H, T, K)
 
         mask = _values(self.hard_concrete_for_heads)
         if mask is not None:
@@ -768,14 +921,19 @@ class EncoderLayer(nn.Module):
         self._absent_shape = config.of_layer(layer)  # keeps the shape of a block that is not there
 
     def forward(
-        self, x: Tensor, padding_scores: Tensor | None, position_bias: Tensor | None, embed_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        scores: Tensor | None,
+        position_bias: Tensor | None,
+        embed_mask: Tensor | None = None,
+        past: list[Tensor] | None = None,
     ) -> Tensor:
         """As :meth:`SelfAttention.forward`; the mask (D,) is on what is read: pre-norm layers leave the others."""
         if self.attention is not None:
             residual = x
             if self.layer_norm_first:
                 x = self.layer_norm(x, embed_mask)
-            x = residual + self.dropout(self.attention(x, padding_scores, position_bias))
+            x = residual + self.dropout(self.attention(x, scores, position_bias, past))
         if self.layer_norm_first:
             if self.feed_forward is not None:
                 x = x + self.feed_forward(self.final_layer_norm(x, embed_mask))
@@ -844,8 +1002,8 @@ class Transformer(nn.Module):
         self.layers = cast(Sequence[EncoderLayer], layers)  # drawn before the convolution, registered behind it
         self.recompute = False  # keep each layer's input only and run the layer again in the backward pass
 
-    def _preprocess(self, x: Tensor, embed_mask: Tensor | None = None) -> Tensor:
-        x = x + self.pos_conv_embed(x)
+    def _preprocess(self, x: Tensor, embed_mask: Tensor | None = None, past: Tensor | None = None) -> Tensor:
+        x = x + self.pos_conv_embed(x, past)
         if not self.layer_norm_first:
             x = self.layer_norm(x, embed_mask)
         return self.dropout(x)
@@ -865,15 +1023,34 @@ class Transformer(nn.Module):
         table = self.bucket_table
         return None if table is None else table.position_bias(num_frames)
 
-    def forward(self, x: Tensor, padding_scores: Tensor | None = None, embed_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, scores: Tensor | None = None, embed_mask: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), with layer drop in training"""
         x = self._preprocess(x, embed_mask)
         # Made here and not by the first layer, so that layer drop cannot take it away.
         position_bias = self._position_bias(x.size(1))
         for layer in self.layers:
             if not (self.training and self.layer_drop and torch.rand(1).item() <= self.layer_drop):
-                x = _run(layer, self.recompute, x, padding_scores, position_bias, embed_mask)
+                x = _run(layer, self.recompute, x, scores, position_bias, embed_mask)
         return self.finished(x, embed_mask)
+
+    def step(self, x: Tensor, scores: Tensor, taps: Tensor, pasts: Sequence[list[Tensor]]) -> Tensor:
+        """(B, C, D) frames of the next chunk -> (B, C, D) as :meth:`forward` gives.
+
+        Args:
+            x: projected frames.
+            scores: for attention, broadcast to (B, H, C, L + C).
+            taps: the frames (B, kernel - 1, D) before the chunk.
+            pasts: for each layer with attention as in :meth:`SelfAttention.forward`.
+        """
+        num_frames, remaining = x.size(1), list(pasts)
+        x = self._preprocess(x, past=taps)
+        position_bias = self._position_bias(scores.size(-1))
+        if position_bias is not None:
+            position_bias = position_bias[:, -num_frames:]
+        for layer in self.layers:
+            past = None if layer.attention is None else remaining.pop(0)
+            x = layer(x, scores, position_bias, past=past)
+        return self.finished(x)
 
     def finished(self, x: Tensor, embed_mask: Tensor | None = None) -> Tensor:
         """Turn the last layer's output (B, T, D) into that of :meth:`forward`."""
@@ -882,7 +1059,7 @@ class Transformer(nn.Module):
     def get_intermediate_outputs(
         self,
         x: Tensor,
-        padding_scores: Tensor | None = None,
+        scores: Tensor | None = None,
         num_layers: int | None = None,
         kept: Collection[int] | None = None,
         embed_mask: Tensor | None = None,
@@ -900,7 +1077,7 @@ class Transformer(nn.Module):
         position_bias = self._position_bias(x.size(1))
         outputs = []
         for number, layer in enumerate(self.layers[:num_layers], start=1):
-            x = _run(layer, self.recompute, x, padding_scores, position_bias, embed_mask)
+            x = _run(layer, self.recompute, x, scores, position_bias, embed_mask)
             output = x if embed_mask is None or not self.layer_norm_first else x * _mask_for(x, embed_mask)
             outputs.append(output if kept is None or number in kept else x.new_empty(0))
         return outputs
@@ -946,23 +1123,57 @@ class Encoder(nn.Module):
         self.feature_projection = FeatureProjection(config)
         self.transformer = transformer
         self.embed_dim, self.num_embed_units = config.encoder_embed_dim, config.num_embed_units
+        self.chunk_frames, self.left_frames = config.encoder_chunk_frames, config.encoder_left_frames
         self.hard_concrete = _make_mask(config, "embed", self.num_embed_units, min_kept=1, binary=True)
 
     def _preprocess(
         self, features: Tensor, lengths: Tensor | None, hidden: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the projected frames, the scores of padding, and the mask (D,) over dimensions of frames."""
+        """Return the projected frames, scores that hide padding and other chunks, and the mask (D,) on dimensions."""
         x, mask = self.feature_projection(features), self._embed_mask()
         if hidden is not None:
             is_hidden, stand_in = hidden
             x = torch.where(is_hidden[..., None], stand_in.to(x.dtype), x)
         if mask is not None:
             x = x * _mask_for(x, mask)
-        if lengths is None:
-            return x, None, mask
-        padded = torch.arange(x.size(1), device=x.device) >= lengths[:, None]  # (B, T)
-        x = x.masked_fill(padded[..., None], 0.0)
-        return x, padded[:, None, None].to(x.dtype) * _PADDING_SCORE, mask
+        scores = None if self.chunk_frames is None else self._chunk_scores(x, self.chunk_frames)
+        if lengths is not None:
+            padded = torch.arange(x.size(1), device=x.device) >= lengths[:, None]  # (B, T)
+            x = x.masked_fill(padded[..., None], 0.0)
+            padding = padded[:, None, None].to(x.dtype) * _PADDING_SCORE
+            scores = padding if scores is None else scores + padding
+        return x, scores, mask
+
+    def _chunk_scores(self, x: Tensor, chunk_frames: int) -> Tensor:
+        """Return scores (1, 1, T, T) that hide from each frame of (B, T, D) what its chunk cannot see."""
+        frames = torch.arange(x.size(1), device=x.device)
+        starts = frames[:, None] // chunk_frames * chunk_frames
+        hidden = (frames < starts - self.left_frames) | (frames >= starts + chunk_frames)
+        return hidden[None, None].to(x.dtype) * _PADDING_SCORE
+
+    def step(
+        self, features: Tensor, valid: Tensor, num_before: Tensor, taps: Tensor, pasts: Sequence[list[Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the frames (B, C, D) of the next chunk as :meth:`forward` gives them, and the next step's ``taps``.
+
+        Args:
+            features: the extractor's (B, C, C_in), of which ``valid`` (B,) are no padding.
+            num_before: frames (B,) before the chunk.
+            taps, pasts: as in :meth:`Transformer.step`.
+        """
+        x = self.feature_projection(features)
+        frames = torch.arange(x.size(1), device=x.device)
+        x = x.masked_fill((frames >= valid[:, None])[..., None], 0.0)
+        hidden = torch.cat(
+            [
+                torch.arange(self.left_frames, 0, -1, device=x.device) > num_before[:, None],  # before the stream
+                frames >= valid[:, None],
+            ],
+            dim=1,
+        )
+        scores = hidden[:, None, None].to(x.dtype) * _PADDING_SCORE
+        following = torch.cat([taps, x], dim=1)[:, x.size(1) :]
+        return self.transformer.step(x, scores, taps, pasts), following
 
     def _embed_mask(self) -> Tensor | None:
         """(D,), or None without a mask"""
@@ -973,8 +1184,8 @@ class Encoder(nn.Module):
         self, features: Tensor, lengths: Tensor | None = None, hidden: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """(B, frames, C) and (B,) valid frames -> (B, frames, D); ``hidden`` as in :meth:`extract_features`."""
-        x, padding_scores, embed_mask = self._preprocess(features, lengths, hidden)
-        return self.transformer(x, padding_scores, embed_mask)
+        x, scores, embed_mask = self._preprocess(features, lengths, hidden)
+        return self.transformer(x, scores, embed_mask)
 
     def extract_features(
         self,
@@ -989,8 +1200,8 @@ class Encoder(nn.Module):
         ``num_layers`` and ``kept`` are as in :meth:`~wav2vec2.model.Wav2Vec2Model.extract_features`; ``hidden`` says
         which frames (B, frames) are hidden from the transformer, and gives the vector (D,) in their place.
         """
-        x, padding_scores, embed_mask = self._preprocess(features, lengths, hidden)
-        return [x, *self.transformer.get_intermediate_outputs(x, padding_scores, num_layers, kept, embed_mask)]
+        x, scores, embed_mask = self._preprocess(features, lengths, hidden)
+        return [x, *self.transformer.get_intermediate_outputs(x, scores, num_layers, kept, embed_mask)]
 
     def expected_embed_dim(self) -> Count:
         """Return the expected D."""

@@ -116,6 +116,10 @@ class SharedConfig:
     aux_num_out: int | None = _key(_SIZE.or_none(), default=None)
     # normalise each waveform to zero mean and unit variance first
     normalize_waveform: bool = _key(_FLAG, default=False)
+    # Frames of a chunk of a streaming model: a frame attends to its chunk and to encoder_left_frames before that, and
+    # nothing else looks ahead. Not a published key: omitted if None, which lets each frame attend to all
+    encoder_chunk_frames: int | None = _key(_SIZE.or_none(), default=None)
+    encoder_left_frames: int = _key(_whole(0), default=0)
     extractor_prune_conv_channels: bool = _masks("conv", "conv_layers.{}.hard_concrete", drop_rate=0.01)
     encoder_prune_attention_heads: bool = _masks("head", "attention.hard_concrete_for_heads", drop_rate=0.01)
     encoder_prune_feed_forward_intermediate: bool = _masks(
@@ -139,6 +143,11 @@ class SharedConfig:
         layers = CONV_LAYERS if self.extractor_conv_layer_config is None else self.extractor_conv_layer_config
         self.extractor_conv_layer_config = [list(layer) for layer in layers]
         self._check_divides("encoder_pos_conv_groups", self.encoder_pos_conv_groups)
+        if self.encoder_chunk_frames is None and self.encoder_left_frames:
+            found = f"found {self.encoder_left_frames} without encoder_chunk_frames"
+            raise ValueError(f"encoder_left_frames: expected 0, {found}")
+        if self.encoder_chunk_frames and self.normalize_waveform and self.extractor_mode == "group_norm":
+            raise ValueError("normalize_waveform: expected False in a streaming model with a GroupNorm, found True")
 
     def _entries(self, key: str, value: Any, rule: _Rule) -> list[Any]:
         """Return one entry per layer, checked."""
@@ -157,6 +166,8 @@ class SharedConfig:
         config = _published(asdict(self))
         if self.encoder_feature_projection_layer_norm:
             del config["encoder_feature_projection_layer_norm"]
+        if self.encoder_chunk_frames is None:
+            del config["encoder_chunk_frames"], config["encoder_left_frames"]
         return config
 
     def of_layer(self, layer: int) -> dict[str, Any]:

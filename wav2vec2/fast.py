@@ -8,6 +8,7 @@ memory, a convolution is a few matrix products, and no channel moves between one
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,21 +93,30 @@ def conv_frames(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> 
 _WINDOWS_AT_ONCE = 100_000
 
 
-def _window_statistics(waveforms: Tensor, conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
-    """Return (B, T) waveforms' mean window (B, kernel) and the variance (B, C_out) over time of the output of ``conv``.
+Moments = tuple[Tensor, Tensor]
+"""The mean (B, kernel) of windows of samples and their covariance (B, kernel, kernel), in float64."""
 
-    The convolution is linear in a window's samples, so their covariance gives the variance without the output.
-    """
+
+def _moments(waveforms: Tensor, conv: nn.Conv1d) -> Moments:
+    """Return the moments of the windows that ``conv`` sees of waveforms (B, T)."""
     windows = waveforms.unfold(-1, conv.kernel_size[0], conv.stride[0])  # (B, T', kernel), no copy
     blocks = windows.split(_WINDOWS_AT_ONCE, dim=1)
     # In float64, and about the mean: windows of a low tone differ little from each other.
     mean = sum(block.sum(1, dtype=torch.float64) for block in blocks) / windows.size(1)
-    covariance = 0
+    covariance: Any = 0
     for block in blocks:
         centred = block.double() - mean[:, None]
         covariance = covariance + centred.transpose(1, 2) @ centred / windows.size(1)  # (B, kernel, kernel)
+    return mean, covariance
+
+
+def _variance(covariance: Tensor, conv: nn.Conv1d) -> Tensor:
+    """Return the variance (B, C_out) over time of the output of ``conv``.
+
+    The convolution is linear in a window's samples, so their covariance gives the variance without the output.
+    """
     weight = conv.weight[:, 0].double()
-    return mean, ((weight @ covariance) * weight).sum(-1).clamp(min=0)
+    return ((weight @ covariance) * weight).sum(-1).clamp(min=0)
 
 
 def norm_over_time(waveforms: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
@@ -114,19 +124,22 @@ def norm_over_time(waveforms: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> tu
 
     The waveforms have no gradient, and the norm has one group per channel. Both results are (B, C_out) in float64.
     """
-    mean, variance = _window_statistics(waveforms, conv)
-    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    mean, covariance = _moments(waveforms, conv)
+    scale = norm.weight * torch.rsqrt(_variance(covariance, conv) + norm.eps)
     bias = 0 if conv.bias is None else conv.bias.double()
     return scale, norm.bias - (mean @ conv.weight[:, 0].double().t() + bias) * scale
 
 
-def normalized_conv(waveforms: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
+def normalized_conv(
+    waveforms: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm, moments: Moments | None = None
+) -> Callable[[Tensor], Tensor]:
     """Return a convolution and the norm of its channels over time as one function of any stretch of the waveforms.
 
-    It maps (B, T) to (B, T', C_out). The convolution's bias only moves the mean, which the norm subtracts.
+    It maps (B, T) to (B, T', C_out). The norm is by ``moments``, those of the waveforms by default. The convolution's
+    bias only moves the mean, which the norm subtracts.
     """
-    mean, variance = _window_statistics(waveforms, conv)
-    scale = (norm.weight * torch.rsqrt(variance + norm.eps)).to(waveforms.dtype)  # (B, C)
+    mean, covariance = _moments(waveforms, conv) if moments is None else moments
+    scale = (norm.weight * torch.rsqrt(_variance(covariance, conv) + norm.eps)).to(waveforms.dtype)  # (B, C)
     weight = conv.weight.transpose(0, 1) * scale[..., None]  # (B, C, kernel)
     mean = mean[:, None].to(waveforms.dtype)
     # The gradient of the convolution's bias is zero, not missing: DDP waits for it.

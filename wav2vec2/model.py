@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .components import Encoder, FeatureExtractor, SelfAttention
+from .components import NORMALIZATION_EPS, Encoder, FeatureExtractor, SelfAttention
 from .config import CONV_LAYERS, PRUNING_UNITS, ModelConfig, check_config, wavlm_attention, with_masks
 from .fast import fast_paths, on_cpu
 from .operations import Count, Operation, macs_of
@@ -28,20 +28,16 @@ def masked_units(keys: Iterable[str]) -> list[str]:
     return [name for name, unit in PRUNING_UNITS.items() if any(f"{unit.mask_name}." in key for key in generic)]
 
 
-# fairseq's epsilon (the Hugging Face feature extractor has 1e-7).
-_NORMALIZATION_EPS = 1e-5
-
-
 def normalize_waveforms(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Normalise rows (B, T) to zero mean and unit variance over their (B,) valid samples; padding becomes zero."""
     if lengths is None:
-        return nn.functional.layer_norm(waveforms, waveforms.shape[-1:], eps=_NORMALIZATION_EPS)
+        return nn.functional.layer_norm(waveforms, waveforms.shape[-1:], eps=NORMALIZATION_EPS)
     valid = torch.arange(waveforms.size(1), device=waveforms.device) < lengths[:, None]  # (B, T)
     num_valid = lengths[:, None].clamp(min=1)  # an empty row has nothing to normalise, and must not become NaN
     x = waveforms.to(torch.promote_types(waveforms.dtype, torch.float32))  # half precision has no room for the sums
     centred = (x - (x * valid).sum(1, keepdim=True) / num_valid) * valid
     variance = centred.square().sum(1, keepdim=True) / num_valid
-    return (centred * torch.rsqrt(variance + _NORMALIZATION_EPS)).to(waveforms.dtype)
+    return (centred * torch.rsqrt(variance + NORMALIZATION_EPS)).to(waveforms.dtype)
 
 
 class Wav2Vec2Model(nn.Module):
@@ -104,7 +100,7 @@ class Wav2Vec2Model(nn.Module):
         """
         can_look = lengths is not None and fast_paths() and on_cpu(lengths)
         is_padded = lengths is not None and not (can_look and bool((lengths == waveforms.size(-1)).all()))
-        if self.normalize_waveform:
+        if self.normalize_waveform and self.feature_extractor.chunk_frames is None:
             waveforms = normalize_waveforms(waveforms, lengths)
         features, frames = self.feature_extractor(waveforms, lengths)
         return features, frames, frames if is_padded else None

@@ -1,0 +1,117 @@
+"""A streaming model chunk by chunk: each frame is computed once, as the sound comes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .components import Heard
+from .files.errors import UserError
+from .model import Wav2Vec2Model
+
+
+class State(NamedTuple):
+    """What a stream keeps between chunks; its size does not grow. B streams run together."""
+
+    num_frames: Tensor  # (B,) before the chunk
+    heard: Heard | None  # of all samples before the chunk's first
+    taps: Tensor  # (B, kernel - 1, D): frames before the chunk, for the positional convolution
+    pasts: list[list[Tensor]]  # keys and values (B, H, L, K) of each layer with attention
+
+
+def check_streaming(model: Wav2Vec2Model, source: str) -> None:
+    """Raise a :class:`UserError` if a model does not stream; ``source`` names it."""
+    if model.encoder.chunk_frames is None:
+        raise UserError(
+            f"{source}: not a streaming model (no encoder_chunk_frames in its config); make a streaming student with "
+            "make_student.py --streaming, and train it"
+        )
+
+
+def first_state(model: Wav2Vec2Model, batch: int) -> State:
+    """Return the state before the first chunk."""
+    encoder, parameter = model.encoder, model.feature_extractor.dummy_weight
+    zeros = parameter.new_zeros
+    pasts = []
+    for layer in encoder.transformer.layers:
+        if (attention := layer.attention) is not None:
+            shape = batch, attention.num_heads, encoder.left_frames, attention.head_dim
+            pasts.append([zeros(shape), zeros(shape)])
+    heard = model.feature_extractor.heard
+    taps = zeros(batch, encoder.transformer.pos_conv_embed.conv.kernel_size - 1, encoder.embed_dim)
+    count = torch.zeros(batch, dtype=torch.long, device=parameter.device)
+    return State(count, None if heard is None else heard.nothing(batch), taps, pasts)
+
+
+def step(model: Wav2Vec2Model, chunk: Tensor, lengths: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+    """Compute the frames of the next chunk.
+
+    Args:
+        model: a streaming model in eval mode, without masks.
+        chunk: its samples (B, T), T those of ``encoder_chunk_frames`` frames; the last of them are the next chunk's first.
+        lengths: (B,) valid samples; all but in the last chunk.
+        state: of :func:`first_state`, or of the step before.
+
+    Returns:
+        Last hidden states (B, C, D) as ``model.forward`` gives them, (B,) valid frames, and the next step's state.
+    """
+    extractor, heard, moments = model.feature_extractor, state.heard, None
+    if extractor.heard is not None and heard is not None:
+        moments = extractor.heard(heard + extractor.heard.sums(chunk, lengths))
+        heard = heard + extractor.heard.sums(chunk, lengths.clamp(max=extractor.fresh))
+    features = extractor.chunk_frame_features(chunk, lengths, moments)
+    valid = extractor.num_frames(lengths)
+    pasts = [list(past) for past in state.pasts]
+    x, taps = model.encoder.step(features, valid, state.num_frames, state.taps, pasts)
+    return model.apply_aux(x), valid, State(state.num_frames + valid, heard, taps, pasts)
+
+
+class Stream:
+    """Frames of a streaming model as samples come, for one stream or several that run together.
+
+    Args:
+        model: a streaming model without masks.
+        batch: number of streams that get samples (batch, n) together; None for one stream of samples (n,).
+    """
+
+    def __init__(self, model: Wav2Vec2Model, batch: int | None = None) -> None:
+        check_streaming(model, "model")
+        self.model, self.batch = model.eval(), batch
+        self._state = first_state(model, batch or 1)
+        self._samples = model.feature_extractor.dummy_weight.new_zeros(batch or 1, 0)
+        self._window = model.feature_extractor.num_samples(model.encoder.chunk_frames or 1)
+        self._is_finished = False
+
+    def push(self, samples: Any) -> Tensor:
+        """Take samples, any number at 16 kHz as floats from -1 to 1, and return the frames (n, D) that they complete.
+
+        With several streams (batch, samples) -> (batch, n, D).
+
+        Raises:
+            UserError: the samples are of another type or shape, or the stream is finished; nothing has changed then.
+        """
+        new = self._checked(samples)
+        buffered = torch.cat([self._samples, new], dim=1)
+        frames, hop = [self._no_frames()], self.model.feature_extractor.hop
+        while buffered.size(1) >= self._window:
+            frames.append(self._step(buffered[:, : self._window]))
+            buffered = buffered[:, hop:]
+        self._samples = buffered.clone()  # not a view, which would keep all that came
+        return self._shaped(torch.cat(frames, dim=1))
+
+    def finish(self) -> Tensor:
+        """End the stream, and return the frames of what is left of it; shapes as in :meth:`push`."""
+        self._check_open()
+        self._is_finished = True
+        if not self.model.feature_extractor.num_frames(self._samples.size(1)):
+            return self._shaped(self._no_frames())
+        return self._shaped(self._step(self._samples))
+
+    @torch.inference_mode()
+    def _step(self, samples: Tensor) -> Tensor:
+        lengths = torch.full((len(samples),), samples.size(1), device=samples.device)
+        chunk = F.pad(samples, (0, self._window - samples.size(1)))
+        frames, valid, self._state = step(self.model, chunk, lengths, self._state)
+        return frames[:, : int(valid[0])]
