@@ -8,12 +8,17 @@ memory, a convolution is a few matrix products, and no channel moves between one
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 _fast = True
+
+# Of Linux, which names the maker of the processor.
+_CPUINFO = Path("/proc/cpuinfo")
+_is_amd = _CPUINFO.is_file() and "AuthenticAMD" in _CPUINFO.read_text(errors="replace")
 
 
 def fast_paths() -> bool:
@@ -54,6 +59,31 @@ def prefers_fused_attention(query: Tensor, dropout: float) -> bool:
     return dropout == 0.0 and query.dtype == torch.float32
 
 
+def prefers_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Return whether oneDNN's products of ``x`` and ``weight`` are faster than those of MKL, which torch takes.
+
+    They are in float32 on AMD's processors, whose AVX-512 MKL leaves unused. Neither library likes empty products.
+    """
+    if not (_is_amd and fast_paths() and on_cpu(x) and torch.backends.mkldnn.is_available()):
+        return False
+    is_float32 = x.dtype == weight.dtype == torch.float32 and autocast_dtype("cpu") is None
+    return is_float32 and min(x.numel(), weight.numel()) > 0
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``F.linear``: (..., K), (N, K) and (N,) -> (..., N)."""
+    if not prefers_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return F.linear(x.to_mkldnn(), weight, bias).to_dense()  # the layout says which library
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` by :func:`linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 def conv_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
     """Return ``F.conv1d`` of (B, C_in, T), computed with channels side by side in memory.
 
@@ -72,7 +102,7 @@ def conv_frames(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> 
     num_windows = (num_frames - kernel) // stride + 1
     if not torch.is_grad_enabled():
         windows = x.unfold(1, kernel, stride).transpose(2, 3)  # (B, T', kernel, C_in), overlapping
-        return F.linear(windows.flatten(2), weight.transpose(1, 2).flatten(1), bias)
+        return linear(windows.flatten(2), weight.transpose(1, 2).flatten(1), bias)
     # A copy of the overlapping windows would be kept for the backward pass. Parts of ``stride`` frames do not overlap:
     # part p of all windows is a matrix that needs no copy, and the parts' products add up.
     columns = weight.permute(2, 1, 0).flatten(0, 1)  # (kernel * C_in, C_out)
@@ -84,7 +114,10 @@ def conv_frames(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> 
     y = x.new_zeros(1) if bias is None else bias
     for part, matrix in enumerate(columns.split(stride * channels)):
         rows = steps[:, part : part + num_windows, : len(matrix)]
-        y = torch.baddbmm(y, rows, matrix.expand(batch, -1, -1))
+        if prefers_onednn(rows, matrix):
+            y = linear(rows, matrix.t(), None) + y
+        else:
+            y = torch.baddbmm(y, rows, matrix.expand(batch, -1, -1))
     return y
 
 
