@@ -10,7 +10,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from wav2vec2.utils.quiet import quiet
 
 DTYPES = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 # Passes that one call of `parts` times, and turns of a comparison.
-_PASSES, _TURNS = 3, 8
+_PASSES, _TURNS = 3, 6
 _LAYER = re.compile(r".*\.layers\.\d+")
 
 
@@ -43,11 +43,6 @@ class Conditions(NamedTuple):
     threads: int
     batch: int  # waveforms of one pass
     seconds: float  # of each
-
-    @classmethod
-    def of(cls, profile: Profile) -> "Conditions":
-        """Return those of a profile."""
-        return cls(*(profile.contents[name] for name in cls._fields))
 
     @property
     def num_samples(self) -> int:
@@ -66,9 +61,7 @@ class TorchPasses:
         self.model = copy.deepcopy(model).eval().to(self.device, dtype)
         self.model.fold_weight_norm()
         self.waveforms = conditions.waveforms().to(self.device, dtype)
-        self.modules = [operation.module for operation in model.operations(conditions.num_samples)]
-        names = {module: name for name, module in model.named_modules()}
-        self.modules = [self.model.get_submodule(names[module]) for module in self.modules]
+        self.modules = [operation.module for operation in self.model.operations(conditions.num_samples)]
 
     def whole(self) -> float:
         """Return the microseconds of a pass."""
@@ -114,7 +107,9 @@ def _traced(modules: list[Any], model: Wav2Vec2Model, device: torch.device) -> I
         return partial(charged, charged(function, 0, waveforms), 0)
 
     extractor = model.feature_extractor
-    replaced = [(extractor, "_first_layer", partial(first_layer, extractor._first_layer))]
+    # Memory of the layers is given back between them: the extractor's own time is the first layer's.
+    replaced = [(extractor, "forward", partial(charged, extractor.forward, 0))]
+    replaced.append((extractor, "_first_layer", partial(first_layer, extractor._first_layer)))
     for number, module in enumerate(modules):
         for name in ("forward", "forward_frames"):
             if hasattr(module, name):
@@ -132,7 +127,7 @@ class OnnxPasses:
     """Passes of a model in ONNX Runtime, as export.py writes it."""
 
     def __init__(self, model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> None:
-        self.model, self.path = model, folder / ONNX
+        self.path = folder / ONNX
         if not folder.exists():
             with atomic_path(folder) as temporary, quiet():
                 temporary.mkdir()
@@ -194,24 +189,16 @@ def passes(model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> Passes
     return OnnxPasses(model, conditions, folder)
 
 
-def in_turns(work: Sequence[Callable[[], float]]) -> list[float]:
-    """Call functions that return a time in turns, after a call each to warm up; returns the least times."""
-    for one in work:
-        one()
-    found = [[one() for one in work] for _ in range(_TURNS)]
-    return [min(times) for times in zip(*found, strict=True)]
-
-
 class Part(NamedTuple):
-    """The microseconds of an operation."""
+    """An operation's microseconds by a profile, and as measured."""
 
-    name: str  # such as "attention 3", counted from 1
+    name: str  # its kind, and the number of its layer, from 0
     expected: float
     measured: float
 
 
 class Comparison(NamedTuple):
-    """The microseconds that a pass of a model should take by a profile, and those that it takes."""
+    """The microseconds of a whole pass by a profile, and as measured, and those of its parts."""
 
     expected: float
     measured: float
@@ -221,43 +208,32 @@ class Comparison(NamedTuple):
 def is_this_machine(profile: Profile) -> bool:
     """Return whether a profile was made on a machine like this one."""
     device = profile.contents["device"]
-    if device == "cuda" and not torch.cuda.is_available():
-        return False
-    return made_by(torch.device(device))["device"] == profile.contents["made_by"]["device"]
+    has_device = device != "cuda" or torch.cuda.is_available()
+    return has_device and made_by(torch.device(device))["device"] == profile.contents["made_by"]["device"]
 
 
 def compare(profile: Profile, models: Mapping[str, Wav2Vec2Model]) -> dict[str, Comparison]:
-    """Time models without masks, on the CPU, which take turns under a profile's conditions on this machine.
+    """Time models without masks, in eval mode on the CPU, taking turns under a profile's conditions.
 
     Raises:
-        UserError: the profile has no times for a part of a model, or its backend is not installed.
+        UserError: the profile has no times for a part of a model, or a package that its backend needs is missing.
     """
-    conditions, threads = Conditions.of(profile), torch.get_num_threads()
+    conditions = Conditions(*(profile.contents[name] for name in Conditions._fields))
     operations = {name: model.operations(profile.num_samples) for name, model in models.items()}
     expected = {name: profile.costs(found).tolist() for name, found in operations.items()}
+    threads = torch.get_num_threads()
     torch.set_num_threads(conditions.threads)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            ready = {name: passes(model, conditions, Path(folder, name)) for name, model in models.items()}
-            measured = dict(zip(ready, in_turns([one.whole for one in ready.values()]), strict=True))
-            turns = [{name: one.parts().min(0) for name, one in ready.items()} for _ in range(2)]
+            ready = [passes(model, conditions, Path(folder, str(i))) for i, model in enumerate(models.values())]
+            turns = [[(one.whole(), one.parts()) for one in ready] for _ in range(_TURNS)]
     finally:
         torch.set_num_threads(threads)
-    own = {name: np.minimum(turns[0][name], turns[1][name]).tolist() for name in models}
-    return {
-        name: Comparison(
-            sum(expected[name]),
-            measured[name],
-            list(map(Part, _numbered([op.kind for op in operations[name]]), expected[name], own[name])),
-        )
-        for name in models
-    }
-
-
-def _numbered(kinds: Sequence[str]) -> list[str]:
-    """Number kinds that are there more than once."""
-    totals, seen, names = Counter(kinds), Counter[str](), []
-    for kind in kinds:
-        seen[kind] += 1
-        names.append(f"{kind.replace('_', '-')} {seen[kind]}" if totals[kind] > 1 else kind)
-    return names
+    found = {}
+    for name, of_model in zip(models, zip(*turns[1:], strict=True), strict=True):  # the first is to warm up
+        measured = np.concatenate([parts for _, parts in of_model]).min(0).tolist()
+        numbers = {module: re.findall(r"\d+", path) for path, module in models[name].named_modules()}
+        names = [" ".join([operation.kind, *numbers[operation.module]]) for operation in operations[name]]
+        whole = min(whole for whole, _ in of_model)
+        found[name] = Comparison(sum(expected[name]), whole, list(map(Part, names, expected[name], measured)))
+    return found
