@@ -1,7 +1,8 @@
 """Times of a forward pass, of the whole and by operation, in PyTorch and in ONNX Runtime.
 
 Operations are timed inside whole passes: caches are as they will be, and the parts add up to the whole. An operation's
-time is that of its module, without that of the operations inside it.
+time is that of its module, without that of the operations inside it. With one thread on a CPU the processor's time is
+taken, which other programs do not lengthen; ONNX Runtime's trace has the clock's.
 """
 
 import copy
@@ -9,6 +10,7 @@ import json
 import re
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from evaluation.cost import made_by, timed
+from evaluation.cost import made_by
 from exporters.onnx import ONNX, OnnxOptions, convert, onnx_session
 from exporters.options import DEFAULT_OPSET, check_onnx
 from wav2vec2.audio import SAMPLE_RATE
@@ -53,55 +55,78 @@ class Conditions(NamedTuple):
         return torch.randn(self.batch, self.num_samples, generator=torch.Generator().manual_seed(0))
 
 
-class TorchPasses:
-    """Passes of a model in PyTorch."""
+class Passes(ABC):
+    """Passes of a model over the waveforms of some conditions."""
+
+    def __init__(self, conditions: Conditions) -> None:
+        on_one_core = conditions.device == "cpu" and conditions.threads == 1
+        self.clock = time.thread_time if on_one_core else time.perf_counter
+
+    @abstractmethod
+    def run(self) -> None:
+        """Make a pass, and wait for its end."""
+
+    @abstractmethod
+    def parts(self) -> np.ndarray:
+        """Return the microseconds (passes, n) of the model's n operations, after a pass to warm up."""
+
+    def whole(self) -> float:
+        """Return the microseconds of a pass."""
+        start = self.clock()
+        self.run()
+        return 1e6 * (self.clock() - start)
+
+
+class TorchPasses(Passes):
+    """Passes in PyTorch."""
 
     def __init__(self, model: Wav2Vec2Model, conditions: Conditions) -> None:
+        super().__init__(conditions)
         self.device, dtype = torch.device(conditions.device), DTYPES[conditions.precision]
         self.model = copy.deepcopy(model).eval().to(self.device, dtype)
         self.model.fold_weight_norm()
         self.waveforms = conditions.waveforms().to(self.device, dtype)
         self.modules = [operation.module for operation in self.model.operations(conditions.num_samples)]
 
-    def whole(self) -> float:
-        """Return the microseconds of a pass."""
-        return 1e6 * timed(self.model, self.waveforms)
+    def run(self) -> None:
+        with torch.inference_mode():
+            self.model(self.waveforms)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def parts(self) -> np.ndarray:
-        """Return the microseconds (passes, n) of the model's n operations, after a pass to warm up."""
-        timed(self.model, self.waveforms)
+        self.run()
         return np.array([self._parts() for _ in range(_PASSES)])
 
     def _parts(self) -> list[float]:
-        with _traced(self.modules, self.model, self.device) as borders:
-            timed(self.model, self.waveforms)
+        with _traced(self.modules, self.model, self._now) as borders:
+            self.run()
         spent: Counter[int] = Counter()
         for (_, start), (owner, end) in zip(borders, borders[1:], strict=False):
             spent[owner] += 1e3 * start.elapsed_time(end) if self.device.type == "cuda" else 1e6 * (end - start)
-        return [spent[index] for index in range(len(self.modules))]
+        return [spent[number] for number in range(len(self.modules))]
+
+    def _now(self) -> Any:
+        """Return the time, on a GPU an event in its queue."""
+        if self.device.type != "cuda":
+            return self.clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 @contextmanager
-def _traced(modules: list[Any], model: Wav2Vec2Model, device: torch.device) -> Iterator[list[tuple[int, Any]]]:
-    """Record each border between operations: the number of the one before it, and the time or the CUDA event."""
+def _traced(modules: list[Any], model: Wav2Vec2Model, now: Callable[[], Any]) -> Iterator[list[tuple[int, Any]]]:
+    """Record each border between operations: the number of the one before it, and when it was."""
     borders: list[tuple[int, Any]] = []
     running = [len(modules) - 1]  # the whole model's own time is the last
 
-    def border() -> None:
-        now: Any = time.perf_counter()
-        if device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        borders.append((running[-1], now))
-
     def charged(function: Callable[..., Any], number: int, *args: Any, **options: Any) -> Any:
-        border()
+        borders.append((running[-1], now()))
         running.append(number)
-        try:
-            return function(*args, **options)
-        finally:
-            border()
-            running.pop()
+        result = function(*args, **options)
+        borders.append((running.pop(), now()))
+        return result
 
     def first_layer(function: Callable[..., Any], waveforms: torch.Tensor) -> Callable[..., Any]:
         return partial(charged, charged(function, 0, waveforms), 0)
@@ -123,10 +148,11 @@ def _traced(modules: list[Any], model: Wav2Vec2Model, device: torch.device) -> I
             del owner.__dict__[name]
 
 
-class OnnxPasses:
-    """Passes of a model in ONNX Runtime, as export.py writes it."""
+class OnnxPasses(Passes):
+    """Passes in ONNX Runtime, of the file that export.py writes."""
 
     def __init__(self, model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> None:
+        super().__init__(conditions)
         self.path = folder / ONNX
         if not folder.exists():
             with atomic_path(folder) as temporary, quiet():
@@ -142,15 +168,11 @@ class OnnxPasses:
         self.feeds = {"waveforms": waveforms, "lengths": np.full(len(waveforms), waveforms.shape[1])}
         self.session: Any = None
 
-    def whole(self) -> float:
-        """Return the microseconds of a pass."""
+    def run(self) -> None:
         self.session = self.session or onnx_session(self.path)
-        start = time.perf_counter()
         self.session.run(None, self.feeds)
-        return 1e6 * (time.perf_counter() - start)
 
     def parts(self) -> np.ndarray:
-        """Return the microseconds (passes, n) of the model's n operations, after a pass to warm up."""
         with tempfile.TemporaryDirectory() as folder:
             session = onnx_session(self.path, trace=Path(folder, "trace"))
             for _ in range(1 + _PASSES):
@@ -176,9 +198,6 @@ class OnnxPasses:
                 owner = norms
             spent[owner] += node["dur"]
         return [spent[number] for number in range(self.num_operations)]
-
-
-Passes = TorchPasses | OnnxPasses
 
 
 def passes(model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> Passes:

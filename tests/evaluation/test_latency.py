@@ -42,7 +42,7 @@ def clock(monkeypatch):
     slow(components.FeedForward, "forward", "feed_forward")
     slow(components.EncoderLayer, "forward", "norms")
     slow(components.Encoder, "forward", "rest")
-    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(latency, "time", SimpleNamespace(thread_time=lambda: now[0], perf_counter=None))
 
 
 @pytest.mark.parametrize("plain", [True, False])
