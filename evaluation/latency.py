@@ -1,7 +1,8 @@
 """Times of a forward pass, of the whole and by operation, in PyTorch and in ONNX Runtime.
 
 Operations are timed inside whole passes: caches are as they will be, and the parts add up to the whole. An operation's
-time is that of its module, without that of the operations inside it.
+time is that of its module, without that of the operations inside it. With one thread on a CPU the processor's time is
+taken, which other programs do not lengthen; ONNX Runtime's trace has the clock's.
 """
 
 import copy
@@ -9,8 +10,9 @@ import json
 import re
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from evaluation.cost import made_by, timed
+from evaluation.cost import made_by
 from exporters.onnx import ONNX, OnnxOptions, convert, onnx_session
 from exporters.options import DEFAULT_OPSET, check_onnx
 from wav2vec2.audio import SAMPLE_RATE
@@ -31,7 +33,7 @@ from wav2vec2.utils.quiet import quiet
 
 DTYPES = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 # Passes that one call of `parts` times, and turns of a comparison.
-_PASSES, _TURNS = 3, 8
+_PASSES, _TURNS = 3, 6
 _LAYER = re.compile(r".*\.layers\.\d+")
 
 
@@ -45,11 +47,6 @@ class Conditions(NamedTuple):
     batch: int  # waveforms of one pass
     seconds: float  # of each
 
-    @classmethod
-    def of(cls, profile: Profile) -> "Conditions":
-        """Return those of a profile."""
-        return cls(*(profile.contents[name] for name in cls._fields))
-
     @property
     def num_samples(self) -> int:
         return round(self.seconds * SAMPLE_RATE)
@@ -59,63 +56,86 @@ class Conditions(NamedTuple):
         return torch.randn(self.batch, self.num_samples, generator=torch.Generator().manual_seed(0))
 
 
-class TorchPasses:
-    """Passes of a model in PyTorch."""
+class Passes(ABC):
+    """Passes of a model over the waveforms of some conditions."""
+
+    def __init__(self, conditions: Conditions) -> None:
+        on_one_core = conditions.device == "cpu" and conditions.threads == 1
+        self.clock = time.thread_time if on_one_core else time.perf_counter
+
+    @abstractmethod
+    def run(self) -> None:
+        """Make a pass, and wait for its end."""
+
+    @abstractmethod
+    def parts(self) -> np.ndarray:
+        """Return the microseconds (passes, n) of the model's n operations, after a pass to warm up."""
+
+    def whole(self) -> float:
+        """Return the microseconds of a pass."""
+        start = self.clock()
+        self.run()
+        return 1e6 * (self.clock() - start)
+
+
+class TorchPasses(Passes):
+    """Passes in PyTorch."""
 
     def __init__(self, model: Wav2Vec2Model, conditions: Conditions) -> None:
+        super().__init__(conditions)
         self.device, dtype = torch.device(conditions.device), DTYPES[conditions.precision]
         self.model = copy.deepcopy(model).eval().to(self.device, dtype)
         self.model.fold_weight_norm()
         self.waveforms = conditions.waveforms().to(self.device, dtype)
-        self.modules = [operation.module for operation in model.operations(conditions.num_samples)]
-        names = {module: name for name, module in model.named_modules()}
-        self.modules = [self.model.get_submodule(names[module]) for module in self.modules]
+        self.modules = [operation.module for operation in self.model.operations(conditions.num_samples)]
 
-    def whole(self) -> float:
-        """Return the microseconds of a pass."""
-        return 1e6 * timed(self.model, self.waveforms)
+    def run(self) -> None:
+        with torch.inference_mode():
+            self.model(self.waveforms)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def parts(self) -> np.ndarray:
-        """Return the microseconds (passes, n) of the model's n operations, after a pass to warm up."""
-        timed(self.model, self.waveforms)
+        self.run()
         return np.array([self._parts() for _ in range(_PASSES)])
 
     def _parts(self) -> list[float]:
-        with _traced(self.modules, self.model, self.device) as borders:
-            timed(self.model, self.waveforms)
+        with _traced(self.modules, self.model, self._now) as borders:
+            self.run()
         spent: Counter[int] = Counter()
         for (_, start), (owner, end) in zip(borders, borders[1:], strict=False):
             spent[owner] += 1e3 * start.elapsed_time(end) if self.device.type == "cuda" else 1e6 * (end - start)
-        return [spent[index] for index in range(len(self.modules))]
+        return [spent[number] for number in range(len(self.modules))]
+
+    def _now(self) -> Any:
+        """Return the time, on a GPU an event in its queue."""
+        if self.device.type != "cuda":
+            return self.clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 @contextmanager
-def _traced(modules: list[Any], model: Wav2Vec2Model, device: torch.device) -> Iterator[list[tuple[int, Any]]]:
-    """Record each border between operations: the number of the one before it, and the time or the CUDA event."""
+def _traced(modules: list[Any], model: Wav2Vec2Model, now: Callable[[], Any]) -> Iterator[list[tuple[int, Any]]]:
+    """Record each border between operations: the number of the one before it, and when it was."""
     borders: list[tuple[int, Any]] = []
     running = [len(modules) - 1]  # the whole model's own time is the last
 
-    def border() -> None:
-        now: Any = time.perf_counter()
-        if device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        borders.append((running[-1], now))
-
     def charged(function: Callable[..., Any], number: int, *args: Any, **options: Any) -> Any:
-        border()
+        borders.append((running[-1], now()))
         running.append(number)
-        try:
-            return function(*args, **options)
-        finally:
-            border()
-            running.pop()
+        result = function(*args, **options)
+        borders.append((running.pop(), now()))
+        return result
 
     def first_layer(function: Callable[..., Any], waveforms: torch.Tensor) -> Callable[..., Any]:
         return partial(charged, charged(function, 0, waveforms), 0)
 
     extractor = model.feature_extractor
-    replaced = [(extractor, "_first_layer", partial(first_layer, extractor._first_layer))]
+    # Memory of the layers is given back between them: the extractor's own time is the first layer's.
+    replaced = [(extractor, "forward", partial(charged, extractor.forward, 0))]
+    replaced.append((extractor, "_first_layer", partial(first_layer, extractor._first_layer)))
     for number, module in enumerate(modules):
         for name in ("forward", "forward_frames"):
             if hasattr(module, name):
@@ -129,11 +149,12 @@ def _traced(modules: list[Any], model: Wav2Vec2Model, device: torch.device) -> I
             del owner.__dict__[name]
 
 
-class OnnxPasses:
-    """Passes of a model in ONNX Runtime, as export.py writes it."""
+class OnnxPasses(Passes):
+    """Passes in ONNX Runtime, of the file that export.py writes."""
 
     def __init__(self, model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> None:
-        self.model, self.path = model, folder / ONNX
+        super().__init__(conditions)
+        self.path = folder / ONNX
         if not folder.exists():
             with atomic_path(folder) as temporary, quiet():
                 temporary.mkdir()
@@ -148,15 +169,11 @@ class OnnxPasses:
         self.feeds = {"waveforms": waveforms, "lengths": np.full(len(waveforms), waveforms.shape[1])}
         self.session: Any = None
 
-    def whole(self) -> float:
-        """Return the microseconds of a pass."""
+    def run(self) -> None:
         self.session = self.session or onnx_session(self.path)
-        start = time.perf_counter()
         self.session.run(None, self.feeds)
-        return 1e6 * (time.perf_counter() - start)
 
     def parts(self) -> np.ndarray:
-        """Return the microseconds (passes, n) of the model's n operations, after a pass to warm up."""
         with tempfile.TemporaryDirectory() as folder:
             session = onnx_session(self.path, trace=Path(folder, "trace"))
             for _ in range(1 + _PASSES):
@@ -184,9 +201,6 @@ class OnnxPasses:
         return [spent[number] for number in range(self.num_operations)]
 
 
-Passes = TorchPasses | OnnxPasses
-
-
 def passes(model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> Passes:
     """Make a model without masks, on the CPU, ready to run; a file that it needs is in ``folder``, made if missing."""
     if conditions.backend == "torch":
@@ -195,24 +209,16 @@ def passes(model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> Passes
     return OnnxPasses(model, conditions, folder)
 
 
-def in_turns(work: Sequence[Callable[[], float]]) -> list[float]:
-    """Call functions that return a time in turns, after a call each to warm up; returns the least times."""
-    for one in work:
-        one()
-    found = [[one() for one in work] for _ in range(_TURNS)]
-    return [min(times) for times in zip(*found, strict=True)]
-
-
 class Part(NamedTuple):
-    """The microseconds of an operation."""
+    """An operation's microseconds by a profile, and as measured."""
 
-    name: str  # such as "attention 3", counted from 1
+    name: str  # its kind, and the number of its layer, from 0
     expected: float
     measured: float
 
 
 class Comparison(NamedTuple):
-    """The microseconds that a pass of a model should take by a profile, and those that it takes."""
+    """The microseconds of a whole pass by a profile, and as measured, and those of its parts."""
 
     expected: float
     measured: float
@@ -222,37 +228,35 @@ class Comparison(NamedTuple):
 def is_this_machine(profile: Profile) -> bool:
     """Return whether a profile was made on a machine like this one."""
     device = profile.contents["device"]
-    if device == "cuda" and not torch.cuda.is_available():
-        return False
-    return made_by(torch.device(device))["device"] == profile.contents["made_by"]["device"]
+    has_device = device != "cuda" or torch.cuda.is_available()
+    return has_device and made_by(torch.device(device))["device"] == profile.contents["made_by"]["device"]
 
 
 def compare(profile: Profile, models: Mapping[str, Wav2Vec2Model]) -> dict[str, Comparison]:
-    """Time models without masks, on the CPU, which take turns under a profile's conditions on this machine.
+    """Time models without masks, in eval mode on the CPU, taking turns under a profile's conditions.
 
     Raises:
-        UserError: the profile has no times for a part of a model, or its backend is not installed.
+        UserError: the profile has no times for a part of a model, or a package that its backend needs is missing.
     """
-    conditions, threads = Conditions.of(profile), torch.get_num_threads()
+    conditions = Conditions(*(profile.contents[name] for name in Conditions._fields))
     operations = {name: model.operations(profile.num_samples) for name, model in models.items()}
     expected = {name: profile.costs(found).tolist() for name, found in operations.items()}
+    threads = torch.get_num_threads()
     torch.set_num_threads(conditions.threads)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            ready = {name: passes(model, conditions, Path(folder, name)) for name, model in models.items()}
-            measured = dict(zip(ready, in_turns([one.whole for one in ready.values()]), strict=True))
-            turns = [{name: one.parts().min(0) for name, one in ready.items()} for _ in range(2)]
+            ready = [passes(model, conditions, Path(folder, str(i))) for i, model in enumerate(models.values())]
+            turns = [[(one.whole(), one.parts()) for one in ready] for _ in range(_TURNS)]
     finally:
         torch.set_num_threads(threads)
-    own = {name: np.minimum(turns[0][name], turns[1][name]).tolist() for name in models}
-    return {
-        name: Comparison(
-            sum(expected[name]),
-            measured[name],
-            list(map(Part, _numbered([op.kind for op in operations[name]]), expected[name], own[name])),
-        )
-        for name in models
-    }
+    found = {}
+    for name, of_model in zip(models, zip(*turns[1:], strict=True), strict=True):  # the first is to warm up
+        measured = np.concatenate([parts for _, parts in of_model]).min(0).tolist()
+        numbers = {module: re.findall(r"\d+", path) for path, module in models[name].named_modules()}
+        names = [" ".join([operation.kind, *numbers[operation.module]]) for operation in operations[name]]
+        whole = min(whole for whole, _ in of_model)
+        found[name] = Comparison(sum(expected[name]), whole, list(map(Part, names, expected[name], measured)))
+    return found
 
 
 # Relative difference between expected and measured times that is worth a warning, and the parts that it names.
@@ -273,38 +277,26 @@ def times_of(
     Returns:
         A line, and lines that warn of a difference of more than :data:`ACCEPTED`.
     """
-    models = {
-        name: wav2vec2_model(**with_masks(config, ())).eval() for name, config in (("o", original), ("p", pruned))
-    }
-    expected = {
-        name: float(profile.costs(model.operations(profile.num_samples)).sum()) for name, model in models.items()
-    }
+    configs = {"original": original, "pruned": pruned}
+    models = {name: wav2vec2_model(**with_masks(config, ())).eval() for name, config in configs.items()}
+    expected = {name: float(profile.total(model.operations(profile.num_samples))) for name, model in models.items()}
     milliseconds = 1e3 * profile.audio_seconds
 
     def words(time: float, teacher: float) -> str:
         return f"{time / teacher:.4f} of the teacher's ({time / milliseconds:.3g}ms/s)"
 
-    line = f"time: {words(expected['p'], teacher_time)} expected"
+    line = f"time: {words(expected['pruned'], teacher_time)} expected"
     if not is_this_machine(profile):
         return f"{line}; the profile is of another machine, {profile.contents['made_by']['device']}", []
     try:
         found = compare(profile, models)
     except UserError as error:  # the backend is not installed here
         return f"{line}; not measured: {error}", []
-    speed = found["o"].measured / expected["o"]  # a machine that is slower now is slower for both
-    line += f", {words(found['p'].measured, speed * teacher_time)} measured"
-    if abs(found["p"].measured / speed / expected["p"] - 1) <= ACCEPTED:
+    speed = found["original"].measured / expected["original"]  # a machine that is slower now is slower for both
+    line += f", {words(found['pruned'].measured, speed * teacher_time)} measured"
+    if abs(found["pruned"].measured / speed / expected["pruned"] - 1) <= ACCEPTED:
         return line, []
-    parts = sorted(found["p"].parts, key=lambda part: -abs(part.measured / speed - part.expected))[:_NAMED]
+    parts = sorted(found["pruned"].parts, key=lambda part: -abs(part.measured / speed - part.expected))[:_NAMED]
     named = ", ".join(f"{part.name} takes {part.measured / speed / part.expected:.2f} of its time" for part in parts)
     advice = "make the profile again on a quiet machine"
     return line, [f"warning: expected and measured are more than {ACCEPTED:.0%} apart: {named}; {advice}"]
-
-
-def _numbered(kinds: Sequence[str]) -> list[str]:
-    """Number kinds that are there more than once."""
-    totals, seen, names = Counter(kinds), Counter[str](), []
-    for kind in kinds:
-        seen[kind] += 1
-        names.append(f"{kind.replace('_', '-')} {seen[kind]}" if totals[kind] > 1 else kind)
-    return names

@@ -284,7 +284,7 @@ class _Extraction:
         elif _is_file(value):
             waveform = read_audio(name, contents=_contents(value, name))
         else:
-            waveform = resample_to_16k(_as_waveform(value, name), sample_rate)
+            waveform = resample_to_16k(as_samples(value, name), sample_rate)
         extractor = self.model.feature_extractor
         num_frames = extractor.num_frames(len(waveform))
         if num_frames == 0:
@@ -442,17 +442,22 @@ def _contents(value: Any, name: str) -> bytes:
     return contents
 
 
-def _as_waveform(value: Any, name: str) -> Tensor:
-    """Return a tensor, array or list of numbers as (T,) float32 on the CPU, at full scale 1."""
+def as_samples(value: Any, name: str, num_dims: int = 1) -> Tensor:
+    """Return a tensor, array or list of numbers as float32 on the CPU, at full scale 1: (T,), or (B, T) for two dims.
+
+    Raises:
+        UserError: it is something else; ``name`` is what the error calls it.
+    """
+    wanted = "(samples,)" if num_dims == 1 else "(batch, samples)"
     if not hasattr(value, "__array__") and not isinstance(value, Sequence):
-        raise UserError(f"{name}: found {short_repr(value)}, expected a path, bytes, or a tensor or array (samples,)")
+        raise UserError(f"{name}: found {short_repr(value)}, expected a path, bytes, or a tensor or array {wanted}")
     try:
         waveform = _plain_tensor(value)
     except Exception as error:  # torch's, numpy's or the object's own: the value decides
         raise UserError(f"{name}: cannot be used ({one_line(error)}), expected floats or int16") from error
-    if waveform.ndim != 1:
-        advice = "average channels, and give several waveforms as a list"
-        raise UserError(f"{name}: has shape {list(waveform.shape)}, expected (samples,); {advice}")
+    if waveform.ndim != num_dims:
+        advice = "average channels, and give several waveforms as a list" if num_dims == 1 else "a row for each stream"
+        raise UserError(f"{name}: has shape {list(waveform.shape)}, expected {wanted}; {advice}")
     if not waveform.is_floating_point() and waveform.dtype not in _FULL_SCALE:
         raise UserError(f"{name}: holds {waveform.dtype}, expected floats (full scale 1), int16, int32 or uint8")
     full_scale, silence = _FULL_SCALE.get(waveform.dtype, (1, 0))

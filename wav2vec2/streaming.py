@@ -1,14 +1,15 @@
 """A streaming model chunk by chunk: each frame is computed once, as the sound comes."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .audio import SAMPLE_RATE
 from .components import Heard
-from .files.errors import UserError
+from .files.errors import UserError, short_repr
+from .inference import as_samples
 from .model import Wav2Vec2Model
 
 
@@ -72,42 +73,54 @@ class Stream:
     """Frames of a streaming model as samples come, for one stream or several that run together.
 
     Args:
-        model: a streaming model without masks.
-        batch: number of streams that get samples (batch, n) together; None for one stream of samples (n,).
+        model: a streaming model without masks; it is put in eval mode.
+        batch: number of streams that get equally many samples at a time; None for one, whose tensors have no batch.
+
+    Raises:
+        UserError: the model does not stream.
     """
 
     def __init__(self, model: Wav2Vec2Model, batch: int | None = None) -> None:
         check_streaming(model, "model")
         self.model, self.batch = model.eval(), batch
         self._state = first_state(model, batch or 1)
-        self._samples = model.feature_extractor.dummy_weight.new_zeros(batch or 1, 0)
+        self._samples = model.feature_extractor.dummy_weight.detach().new_zeros(batch or 1, 0)
         self._window = model.feature_extractor.num_samples(model.encoder.chunk_frames or 1)
         self._is_finished = False
 
-    def push(self, samples: Any) -> Tensor:
-        """Take samples, any number at 16 kHz as floats from -1 to 1, and return the frames (n, D) that they complete.
+    def push(self, samples: Any, sample_rate: int = SAMPLE_RATE) -> Tensor:
+        """Take samples (n,), any number, as floats at full scale 1 or as integers; return the frames (m, D) made.
 
-        With several streams (batch, samples) -> (batch, n, D).
+        With several streams (batch, n) -> (batch, m, D). With a head, frames are logits, unless it is for whole clips.
 
         Raises:
-            UserError: the samples are of another type or shape, or the stream is finished; nothing has changed then.
+            UserError: the samples are of another rate, type or shape, or the stream is finished; it is as it was then.
         """
-        new = self._checked(samples)
-        buffered = torch.cat([self._samples, new], dim=1)
-        frames, hop = [self._no_frames()], self.model.feature_extractor.hop
-        while buffered.size(1) >= self._window:
-            frames.append(self._step(buffered[:, : self._window]))
-            buffered = buffered[:, hop:]
-        self._samples = buffered.clone()  # not a view, which would keep all that came
-        return self._shaped(torch.cat(frames, dim=1))
+        self._check_open()
+        if sample_rate != SAMPLE_RATE:
+            raise UserError(
+                f"push: sample_rate: expected {SAMPLE_RATE}, found {short_repr(sample_rate)}; resample first"
+            )
+        new = as_samples(samples, "push", 1 if self.batch is None else 2)
+        if self.batch is not None and len(new) != self.batch:
+            raise UserError(f"push: expected samples of {self.batch} streams (batch, samples), found {len(new)}")
+        self._samples = torch.cat([self._samples, new.view(self.batch or 1, -1).to(self._samples)], dim=1)
+        frames, hop = [], self.model.feature_extractor.hop
+        while self._samples.size(1) >= self._window:
+            frames.append(self._step(self._samples[:, : self._window]))
+            self._samples = self._samples[:, hop:].clone()  # not a view, which would keep all that came
+        return self._joined(frames)
 
     def finish(self) -> Tensor:
-        """End the stream, and return the frames of what is left of it; shapes as in :meth:`push`."""
+        """End the stream, and return the frames of what is left of it, with shapes as in :meth:`push`."""
         self._check_open()
         self._is_finished = True
-        if not self.model.feature_extractor.num_frames(self._samples.size(1)):
-            return self._shaped(self._no_frames())
-        return self._shaped(self._step(self._samples))
+        has_frames = self.model.feature_extractor.num_frames(self._samples.size(1)) > 0
+        return self._joined([self._step(self._samples)] if has_frames else [])
+
+    def _check_open(self) -> None:
+        if self._is_finished:
+            raise UserError("the stream is finished, expected an open one; make another with wav2vec2.stream")
 
     @torch.inference_mode()
     def _step(self, samples: Tensor) -> Tensor:
@@ -115,3 +128,9 @@ class Stream:
         chunk = F.pad(samples, (0, self._window - samples.size(1)))
         frames, valid, self._state = step(self.model, chunk, lengths, self._state)
         return frames[:, : int(valid[0])]
+
+    def _joined(self, frames: list[Tensor]) -> Tensor:
+        if not frames:
+            frames = [self.model.apply_aux(self._samples.new_zeros(self.batch or 1, 0, self.model.encoder.embed_dim))]
+        joined = torch.cat(frames, dim=1)
+        return joined[0] if self.batch is None else joined

@@ -36,65 +36,54 @@ def parse_profile(text: str, source: str) -> dict[str, Any]:
     return _checked(contents, source)
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
 def _is_price(value: Any) -> bool:
-    """Return whether a value has ascending sizes for rows and columns of times."""
-    if not isinstance(value, dict):
+    """Return whether a value has rising sizes for rows and columns of times."""
+    try:
+        rows, columns = value["sizes"]
+        times = [time for row in value["microseconds"] for time in row]
+        counts = [len(row) for row in value["microseconds"]]
+        rises = all(low < high for grid in (rows, columns) for low, high in pairwise(grid))
+        are_right = all(map(_is_count, (*rows, *columns))) and all(map(_is_time, times))
+        return rises and are_right and bool(times) and counts == [len(columns)] * len(rows)
+    except (TypeError, ValueError, KeyError):
         return False
-    sizes, rows = value.get("sizes"), value.get("microseconds")
-    if not (isinstance(sizes, list) and len(sizes) == 2 and isinstance(rows, list)):
-        return False
-    for grid in sizes:
-        if not (isinstance(grid, list) and grid and all(map(_is_count, grid))):
-            return False
-        if not all(low < high for low, high in pairwise(grid)):
-            return False
-    if len(rows) != len(sizes[0]) or not all(isinstance(row, list) and len(row) == len(sizes[1]) for row in rows):
-        return False
-    return all(_is_number(time) and time >= 0 for row in rows for time in row)
 
 
+_PRICE = "two lists of rising sizes, and microseconds for each pair", _is_price
+# What is expected of each entry.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "made_by": (
-        "an object that names the device",
-        lambda value: isinstance(value, dict) and isinstance(value.get("device"), str),
-    ),
-    "backend": ("torch or onnx", lambda value: value in ("torch", "onnx")),
-    "device": ("cpu or cuda", lambda value: value in ("cpu", "cuda")),
-    "precision": ("32, 16 or bf16", lambda value: value in ("32", "16", "bf16")),
-    "threads": ("a whole number from 1", _is_count),
-    "batch": ("a whole number from 1", _is_count),
-    "seconds": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "multiple": ("a whole number from 1, or no entry", lambda value: value is None or _is_count(value)),
-    "prices": ("an object with an entry for each operation", lambda value: isinstance(value, dict) and bool(value)),
+    "made_by": ("an object that names the device", lambda x: isinstance(x, dict) and isinstance(x.get("device"), str)),
+    "backend": ("torch or onnx", lambda x: x in ("torch", "onnx")),
+    "device": ("cpu or cuda", lambda x: x in ("cpu", "cuda")),
+    "precision": ("32, 16 or bf16", lambda x: x in ("32", "16", "bf16")),
+    "threads": ("a whole number above 0", _is_count),
+    "batch": ("a whole number above 0", _is_count),
+    "multiple": ("a whole number above 0, or no entry", lambda x: x is None or _is_count(x)),
+    "seconds": ("a number above 0", lambda x: _is_time(x) and x > 0),
+    "prices": ("an object with an entry for each operation", lambda x: isinstance(x, dict) and bool(x)),
 }
 
 
 def _checked(contents: Any, source: str) -> dict[str, Any]:
     found = contents.get("format") if isinstance(contents, dict) else None
-    if found is None:
-        shown = short_repr(sorted(contents) if isinstance(contents, dict) else contents)
-        raise UserError(f"{source}: not a profile of a machine: expected an entry 'format', found {shown}; {_ADVICE}")
-    if found != FORMAT or type(found) is not int:
-        raise UserError(
-            f"{source}: a profile of format {short_repr(found)}, expected {FORMAT}; update this program if a newer "
-            f"one wrote it, or {_ADVICE}"
-        )
-
-    def check(name: str, value: Any, expected: str, is_right: Callable[[Any], bool]) -> None:
+    if type(found) is not int:
+        found = short_repr(sorted(contents) if isinstance(contents, dict) else contents)
+        raise UserError(f"{source}: not a profile of a machine: expected 'format' and others, found {found}; {_ADVICE}")
+    if found != FORMAT:
+        advice = "update this program if a newer version wrote it, or"
+        raise UserError(f"{source}: a profile of format {short_repr(found)}, expected {FORMAT}; {advice} {_ADVICE}")
+    entries = [(name, contents.get(name), *rule) for name, rule in _RULES.items()]
+    if isinstance(contents.get("prices"), dict):
+        entries += [(f"prices of {short_repr(key)}", price, *_PRICE) for key, price in contents["prices"].items()]
+    for name, value, expected, is_right in entries:
         if not is_right(value):
             raise UserError(f"{source}: {name}: expected {expected}, found {short_repr(value)}; {_ADVICE}")
-
-    for name, (expected, is_right) in _RULES.items():
-        check(name, contents.get(name), expected, is_right)
-    for key, price in contents["prices"].items():
-        wanted = "two lists of rising sizes, and a row of microseconds for each of the first"
-        check(f"prices of {short_repr(key)}", price, wanted, _is_price)
     return contents
