@@ -51,7 +51,7 @@ def step(model: Wav2Vec2Model, chunk: Tensor, lengths: Tensor, state: State) -> 
 
     Args:
         model: a streaming model in eval mode, without masks.
-        chunk: its samples (B, T), T those of ``encoder_chunk_frames`` frames; the last of them are the next chunk's first.
+        chunk: samples (B, T) of ``encoder_chunk_frames`` frames; the last of them are the next chunk's first, too.
         lengths: (B,) valid samples; all but in the last chunk.
         state: of :func:`first_state`, or of the step before.
 
