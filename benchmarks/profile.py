@@ -73,7 +73,8 @@ def shaped(
 
 def _sizes(config: Mapping[str, Any]) -> tuple[list[int], int, int, list[int], list[int]]:
     """Return a config's own sizes, as :func:`shaped` takes them."""
-    full, (channels, heads, ff) = check_config(config), unit_counts(config).values()
+    full = check_config(config)
+    channels, heads, ff = unit_counts(full.to_dict()).values()
     return channels, full.num_embed_units, (full.encoder_pos_conv_kernel + 1) // 2, heads, ff
 
 
@@ -240,7 +241,7 @@ def show(args: argparse.Namespace) -> None:
     whole = expected_size(model, profile)
     _table("where they go", _shares(model, profile))
     freed = {}
-    for name, chosen in {**{unit: [unit] for unit in units}, "all together": units}.items():
+    for name, chosen in {**{unit: [unit] for unit in units}, "together": units}.items():
         masked = _meta(with_masks(config, chosen))
         for mask in masked.modules():
             if isinstance(mask, HardConcrete):
