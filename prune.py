@@ -43,9 +43,9 @@ def parse_args() -> argparse.Namespace:
         "--round_to",
         type=int,
         metavar="N",
-        default=1,
         help="keep conv channels and feed-forward widths in multiples of N, rounded up by the best of the units about "
-        "to go (1 is the published rounding; 8 suits tensor cores)",
+        "to go (default: 1, the published rounding, or what suits the machine of --latency_profile; 8 suits tensor "
+        "cores)",
     )
     return parser.parse_args()
 
@@ -58,14 +58,14 @@ def load_pruned_model(path: Path) -> "Wav2Vec2Model":
 
 
 def main(args: argparse.Namespace) -> None:
-    if not 1 <= args.round_to <= MAX_ROUND_TO:
+    if args.round_to is not None and not 1 <= args.round_to <= MAX_ROUND_TO:
         found = short_repr(args.round_to)
         raise UserError(f"--round_to: expected a whole number from 1 to {MAX_ROUND_TO}, found {found}")
     if args.target_sparsity is not None and not 0 < args.target_sparsity < 1:
         raise UserError(f"--target_sparsity: expected a number between 0 and 1, found {args.target_sparsity}")
     # These import torch, for which wrong flags and --help need not wait.
     from training.checkpoints import PRUNED_MODEL, fingerprint, made_before, read_training_checkpoint
-    from training.pruning import prune
+    from training.pruning import prune, recorded_profile
     from wav2vec2.files.checkpoint import read_model_file, save
 
     distilled, original = read_training_checkpoint(args.distilled_ckpt), read_model_file(args.original_ckpt)
@@ -83,7 +83,16 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files with the same settings: {out}", file=sys.stderr)
         return
     check_writable(out)
-    contents, summary = prune(distilled, original["config"], args)
+    profile = recorded_profile(distilled["distillation"], args.distilled_ckpt)
+    if args.round_to is None:
+        args.round_to = 1 if profile is None else profile.multiple
+    contents, summary = prune(distilled, original["config"], profile, args)
+    if profile is not None:
+        from evaluation.latency import times_of
+
+        configs = contents["config"], original["config"]
+        contents["time"], warnings = times_of(profile, *configs, distilled["distillation"]["original_latency"])
+        print(contents["time"], *warnings, sep="\n", file=sys.stderr)
     save(out, {**contents, "made_by": made_by})
     print(json.dumps(contents["config"], indent=2))
     print(f"{summary}: {out}", file=sys.stderr)

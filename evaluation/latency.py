@@ -24,8 +24,9 @@ from evaluation.cost import made_by
 from exporters.onnx import ONNX, OnnxOptions, convert, onnx_session
 from exporters.options import DEFAULT_OPSET, check_onnx
 from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.files.errors import UserError
 from wav2vec2.files.storage import atomic_path
-from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.model import Wav2Vec2Model, wav2vec2_model, with_masks
 from wav2vec2.profiles import Profile
 from wav2vec2.utils.quiet import quiet
 
@@ -256,3 +257,46 @@ def compare(profile: Profile, models: Mapping[str, Wav2Vec2Model]) -> dict[str, 
         whole = min(whole for whole, _ in of_model)
         found[name] = Comparison(sum(expected[name]), whole, list(map(Part, names, expected[name], measured)))
     return found
+
+
+# Relative difference between expected and measured times that is worth a warning, and the parts that it names.
+ACCEPTED, _NAMED = 0.1, 3
+
+
+def times_of(
+    profile: Profile, pruned: dict[str, Any], original: dict[str, Any], teacher_time: float
+) -> tuple[str, list[str]]:
+    """Say which share of the teacher's time a pruned model takes: expected, and measured where this is the machine.
+
+    Args:
+        profile: the times that the model was pruned for.
+        pruned: its config.
+        original: the config of the model before pruning, which may be of another shape than the teacher.
+        teacher_time: the teacher's expected microseconds.
+
+    Returns:
+        A line, and lines that warn of a difference of more than :data:`ACCEPTED`.
+    """
+    configs = {"original": original, "pruned": pruned}
+    models = {name: wav2vec2_model(**with_masks(config, ())).eval() for name, config in configs.items()}
+    expected = {name: float(profile.total(model.operations(profile.num_samples))) for name, model in models.items()}
+    milliseconds = 1e3 * profile.audio_seconds
+
+    def words(time: float, teacher: float) -> str:
+        return f"{time / teacher:.4f} of the teacher's ({time / milliseconds:.3g}ms/s)"
+
+    line = f"time: {words(expected['pruned'], teacher_time)} expected"
+    if not is_this_machine(profile):
+        return f"{line}; the profile is of another machine, {profile.contents['made_by']['device']}", []
+    try:
+        found = compare(profile, models)
+    except UserError as error:  # the backend is not installed here
+        return f"{line}; not measured: {error}", []
+    speed = found["original"].measured / expected["original"]  # a machine that is slower now is slower for both
+    line += f", {words(found['pruned'].measured, speed * teacher_time)} measured"
+    if abs(found["pruned"].measured / speed / expected["pruned"] - 1) <= ACCEPTED:
+        return line, []
+    parts = sorted(found["pruned"].parts, key=lambda part: -abs(part.measured / speed - part.expected))[:_NAMED]
+    named = ", ".join(f"{part.name} takes {part.measured / speed / part.expected:.2f} of its time" for part in parts)
+    advice = "make the profile again on a quiet machine"
+    return line, [f"warning: expected and measured are more than {ACCEPTED:.0%} apart: {named}; {advice}"]

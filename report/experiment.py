@@ -76,6 +76,7 @@ class Model(NamedTuple):
     path: Path
     shape: Wav2Vec2Model  # on torch's meta device
     made_by: dict[str, Any]
+    time: str | None  # what prune.py found of it, for a target in time
 
 
 @dataclass
@@ -162,8 +163,9 @@ def _num_layers(model: Wav2Vec2Model) -> list[int]:
 
 def _read_model(path: Path, name: str) -> Model:
     contents = read_model_file(path)
-    made_by = contents.get("made_by")
-    return Model(name, path, shape_of(contents["config"], path), made_by if isinstance(made_by, dict) else {})
+    made_by, time = contents.get("made_by"), contents.get("time")
+    shape = shape_of(contents["config"], path)
+    return Model(name, path, shape, made_by if isinstance(made_by, dict) else {}, time if type(time) is str else None)
 
 
 def read_experiment(exp_dir: Path) -> Experiment:

@@ -30,14 +30,15 @@ def size_table(experiment: Experiment) -> Table | None:
         return None
     original, target = experiment.original_num_params, experiment.target_sparsity
     table = cost_table(measured, counted_on(), original)._replace(title="Size")
+    times = [model.time for model in experiment.models if model.time]
     if target is None:
-        return table
+        return table._replace(notes=[*times, *table.notes])
     note = f"sparsity {target:.4f} wanted"
     if original and experiment.models:
         reached = 1 - measured[-1]["cost"]["num_params"] / original
         verdict = "met within" if abs(reached - target) <= TOLERANCE else "missed by more than"
         note = f"sparsity {reached:.4f} reached, {target:.4f} wanted: {verdict} {TOLERANCE:.1%}"
-    return table._replace(notes=[note, *table.notes])
+    return table._replace(notes=[note, *times, *table.notes])
 
 
 def progress(stage: Stage) -> str:
@@ -52,7 +53,8 @@ def setting_tables(experiment: Experiment, results: Mapping[str, Any]) -> list[T
     """Tabulate the settings of the trainings side by side, and the origin of the models and the evaluation."""
 
     def words(value: Any) -> str:
-        return str(value.get("fingerprint", value)) if isinstance(value, dict) else "-" if value is None else str(value)
+        value = value.get("fingerprint", value) if isinstance(value, dict) else value
+        return "-" if value is None else single_line(str(value))  # the contents of a profile are long
 
     stages = experiment.stages
     names = sorted({str(name) for stage in stages for name in stage.settings})

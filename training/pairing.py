@@ -8,7 +8,6 @@ from torch import nn
 
 from lightning import BUDGETS, DistillMode, make_projections, student_layer
 from training.settings import PER_SECOND, DistillationSettings, PruningSettings
-from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.files.checkpoint import build_model
 from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, with_masks
@@ -81,8 +80,7 @@ def targets(pruning: PruningSettings, original: Size) -> Size:
     number, is_left = latency.removesuffix(PER_SECOND), latency.endswith(PER_SECOND)
     share = float(number)
     if is_left:
-        seconds = profile.num_samples / SAMPLE_RATE
-        found = float(original.latency) / 1e3 / seconds
+        found = float(original.latency) / 1e3 / profile.audio_seconds
         share = 1 - share / found
         if share <= 0:
             raise UserError(

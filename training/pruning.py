@@ -35,9 +35,11 @@ DEFAULT_TOLERANCE = 0.005
 
 
 def prune(
-    distilled: dict[str, Any], original_config: dict[str, Any], args: argparse.Namespace
+    distilled: dict[str, Any], original_config: dict[str, Any], profile: Profile | None, args: argparse.Namespace
 ) -> tuple[dict[str, Any], str]:
     """Prune the student of a checkpoint of distill.py, as the flags of prune.py say.
+
+    ``profile`` is that of :func:`recorded_profile`.
 
     Returns:
         The contents of the pruned model's file, with ``distill_linear_projs``; what came of it, in words.
@@ -51,7 +53,6 @@ def prune(
         raise UserError(f"{args.distilled_ckpt}: no masks in it; give the checkpoint of distill.py")
     training = distilled["distillation"]
     model = _masked_model(training, state, original_config, args)
-    profile = recorded_profile(training, args.distilled_ckpt)
     before = size_of(build_model(with_masks(original_config, ()), args.original_ckpt), profile)
     # Sparsity counts from the teacher, which may be larger; checkpoints of the published program do not say its size.
     original = Size(*(training.get(name) or size for name, size in zip(_ORIGINALS, before, strict=True)))

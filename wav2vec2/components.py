@@ -21,6 +21,7 @@ from hardconcrete import HardConcrete
 
 from .config import PRUNING_UNITS, ModelConfig, WavLMConfig
 from .fast import (
+    Linear,
     autocast_dtype,
     conv_channels_last,
     conv_frames,
@@ -356,7 +357,7 @@ class FeatureProjection(nn.Module):
         super().__init__()
         in_features = config.extractor_conv_layer_config[-1][0]
         self.layer_norm = nn.LayerNorm(in_features) if config.encoder_feature_projection_layer_norm else None
-        self.projection = nn.Linear(in_features, config.encoder_embed_dim)
+        self.projection = Linear(in_features, config.encoder_embed_dim)
         self.dropout = nn.Dropout(config.encoder_projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -512,10 +513,10 @@ class SelfAttention(nn.Module):
         embed_dim, width = config.encoder_embed_dim, num_heads * head_dim
         self.num_heads, self.head_dim = num_heads, head_dim
         self.dropout = config.encoder_attention_dropout
-        self.k_proj = nn.Linear(embed_dim, width)
-        self.v_proj = nn.Linear(embed_dim, width)
-        self.q_proj = nn.Linear(embed_dim, width)
-        self.out_proj = nn.Linear(width, embed_dim)
+        self.k_proj = Linear(embed_dim, width)
+        self.v_proj = Linear(embed_dim, width)
+        self.q_proj = Linear(embed_dim, width)
+        self.out_proj = Linear(width, embed_dim)
         self.hard_concrete_for_heads = _make_mask(config, "head", num_heads)
         self.hard_concrete_for_layer = _make_mask(config, "attlayer")
 
@@ -694,9 +695,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         width = config.encoder_ff_interm_features[layer]
-        self.intermediate_dense = nn.Linear(config.encoder_embed_dim, width)
+        self.intermediate_dense = Linear(config.encoder_embed_dim, width)
         self.intermediate_dropout = nn.Dropout(config.encoder_ff_interm_dropout)
-        self.output_dense = nn.Linear(width, config.encoder_embed_dim)
+        self.output_dense = Linear(width, config.encoder_embed_dim)
         self.output_dropout = nn.Dropout(config.encoder_dropout)
         self.hard_concrete_for_intermediate = _make_mask(config, "interm", width)
         self.hard_concrete_for_layer = _make_mask(config, "ffnlayer")

@@ -8,12 +8,18 @@ memory, a convolution is a few matrix products, and no channel moves between one
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 _fast = True
+
+# Of Linux, which names the maker of the processor.
+_CPUINFO = Path("/proc/cpuinfo")
+_is_amd = _CPUINFO.is_file() and "AuthenticAMD" in _CPUINFO.read_text(errors="replace")
 
 
 def fast_paths() -> bool:
@@ -54,6 +60,56 @@ def prefers_fused_attention(query: Tensor, dropout: float) -> bool:
     return dropout == 0.0 and query.dtype == torch.float32
 
 
+def prefers_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Return whether oneDNN's products of ``x`` and ``weight`` are faster than those of MKL, which torch takes.
+
+    They are in float32 on AMD's processors, whose AVX-512 MKL leaves unused. Empty products are left to torch.
+    """
+    if not (_is_amd and fast_paths() and on_cpu(x) and torch.backends.mkldnn.is_available()):
+        return False
+    is_float32 = x.dtype == weight.dtype == torch.float32 and autocast_dtype("cpu") is None
+    return is_float32 and min(x.numel(), weight.numel()) > 0
+
+
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # The operator of torch's own compiler: torch.utils.mkldnn would copy what goes in and what comes out.
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """``F.linear`` of contiguous tensors by oneDNN, and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn_product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), rows = ctx.saved_tensors, gradient.flatten(0, -2)
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            _onednn_product(gradient, weight.t()) if wants_x else None,
+            _onednn_product(rows.t(), x.flatten(0, -2).t()) if wants_weight else None,
+            rows.sum(0) if wants_bias else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``F.linear``: (..., K), (N, K) and (N,) -> (..., N)."""
+    if prefers_onednn(x, weight):
+        return _OneDnnLinear.apply(x.contiguous(), weight.contiguous(), bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` by :func:`linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 def conv_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
     """Return ``F.conv1d`` of (B, C_in, T), computed with channels side by side in memory.
 
@@ -70,9 +126,9 @@ def conv_frames(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> 
     if channels == 1:
         return F.linear(x[..., 0].unfold(-1, kernel, stride), weight[:, 0], bias)
     num_windows = (num_frames - kernel) // stride + 1
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or prefers_onednn(x, weight):  # wants contiguous rows
         windows = x.unfold(1, kernel, stride).transpose(2, 3)  # (B, T', kernel, C_in), overlapping
-        return F.linear(windows.flatten(2), weight.transpose(1, 2).flatten(1), bias)
+        return linear(windows.flatten(2), weight.transpose(1, 2).flatten(1), bias)
     # A copy of the overlapping windows would be kept for the backward pass. Parts of ``stride`` frames do not overlap:
     # part p of all windows is a matrix that needs no copy, and the parts' products add up.
     columns = weight.permute(2, 1, 0).flatten(0, 1)  # (kernel * C_in, C_out)

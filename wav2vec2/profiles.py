@@ -20,12 +20,16 @@ class Profile:
 
     Attributes:
         contents: of the profile's file, see :func:`wav2vec2.files.profiles.read_profile`.
-        num_samples: samples of the waveform that the times are for, at 16 kHz.
+        num_samples: samples of a waveform that was timed, at 16 kHz.
+        audio_seconds: seconds of audio that the times are for: of all waveforms of a batch.
+        multiple: widths that are multiples of it take less time for their size than others.
     """
 
     def __init__(self, contents: Mapping[str, Any]) -> None:
         self.contents = contents
         self.num_samples = round(contents["seconds"] * SAMPLE_RATE)
+        self.audio_seconds = contents["seconds"] * contents["batch"]
+        self.multiple: int = contents.get("multiple") or 1
         prices = contents["prices"].values()
         segments = max(len(grid) for price in prices for grid in price["sizes"])
         self._tables = {key: _Table.of(price, segments) for key, price in contents["prices"].items()}

@@ -1,6 +1,7 @@
 """The scripts as a user calls them, from raw audio to the loaded checkpoint, and what they say to bad input."""
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -19,6 +20,7 @@ from helpers import (
     load_as_others_do,
     load_masked_model,
     logged,
+    made_up_profile,
     run_command,
     run_script,
     run_to_exit,
@@ -26,10 +28,12 @@ from helpers import (
     small_run,
 )
 
+from evaluation.cost import made_by
 from training.data import SpeechDataModule
 from training.settings import DataSettings
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
+from wav2vec2.profiles import Profile
 from wav2vec2.sparsity import size_of
 
 pytestmark = pytest.mark.slow
@@ -158,7 +162,7 @@ def test_every_unit_to_both_budgets(manifests, tmp_path, monkeypatch, capsys):
     student, original = load_as_others_do(saved), load_as_others_do(teacher)
     config = student.config
     assert config["encoder_embed_dim"] < 64 and config["encoder_pos_conv_kernel"] < 16
-    gone = [1 - after / before for after, before in zip(size_of(student), size_of(original), strict=True)]
+    gone = [1 - after / before for after, before in zip(size_of(student)[:2], size_of(original)[:2], strict=True)]
     beyond = [share - target for share, target in zip(gone, targets.values(), strict=True)]
     assert min(beyond) > -0.02 and min(map(abs, beyond)) < 0.02  # a head is that much of such models
     evaluated = tmp_path / "evaluation.json"
@@ -168,6 +172,55 @@ def test_every_unit_to_both_budgets(manifests, tmp_path, monkeypatch, capsys):
     run_script(monkeypatch, "report.__main__", exp_dir)
     report = (exp_dir / "report.html").read_text()
     assert "multiply-adds gone" in report and f"{config['encoder_embed_dim']}/64" in report
+
+
+def test_a_target_in_time(manifests, small_teacher, tmp_path, monkeypatch, capsys):
+    """The exact control meets it; prune.py rounds as the machine likes, says what came of it, and the report too."""
+    original = load_as_others_do(small_teacher)
+    about = {"made_by": {"device": "another machine"}, "multiple": 2}
+    contents = made_up_profile(original, 0.4, lambda op, x, y: 100 + 3 * x * y if op.kind == "conv" else 20 * x) | about
+    here = contents | {"made_by": made_by(torch.device("cpu")), "multiple": 1}
+    path, exp_dir = tmp_path / "profile.json", tmp_path / "exp"
+    path.write_text(json.dumps(contents))
+    flags = (*small_run(manifests, small_teacher, sparsity_warmup_updates=3), "--exp_dir", exp_dir)
+    target = ("--target_latency", 0.4, "--latency_profile")
+    run_script(monkeypatch, "distill", *flags, *target, path, "--pruning_units", "conv,interm")
+    rows = [row for row in logged(exp_dir) if "latency_expected" in row]
+    assert float(rows[-1]["latency_expected"]) == pytest.approx(0.4, abs=1e-4) and "sparsity_target" not in rows[-1]
+
+    moved = path.rename(tmp_path / "moved.json")  # the contents count
+    again = (*flags, "--pruning_units", "conv,interm", "--resume_checkpoint", "auto")
+    capsys.readouterr()
+    run_script(monkeypatch, "distill", *again, *target, moved)
+    assert "complete already" in capsys.readouterr().out
+    path.write_text(json.dumps(here))
+    assert run_to_exit(monkeypatch, "distill", *again, *target, path) == 1
+    assert "latency_profile" in error_line(capsys)
+
+    last = exp_dir / "ckpts/last.ckpt"
+    run_script(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", small_teacher)
+    printed = capsys.readouterr().err
+    profile, pruned = Profile(contents), load_as_others_do(exp_dir / "ckpts/pruned_hubert_base.pth")
+    times = [float(profile.total(model.operations(profile.num_samples))) for model in (pruned, original)]
+    assert f"time: {times[0] / times[1]:.4f} of the teacher's" in printed and "of another machine" in printed
+    assert times[0] / times[1] == pytest.approx(0.6, abs=0.02)
+    assert all(channels % 2 == 0 for channels, _, _ in pruned.config["extractor_conv_layer_config"])
+    run_script(monkeypatch, "report.__main__", exp_dir)
+    report = (exp_dir / "report.html").read_text()
+    assert f"time: {times[0] / times[1]:.4f} of the teacher" in report and "time gone (%)" in report
+
+    checkpoint_here = torch.load(last, weights_only=True)
+    checkpoint_here["distillation"]["settings"]["latency_profile"] = json.dumps(here)
+    torch.save(checkpoint_here, last)
+    run_script(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", small_teacher)
+    printed = capsys.readouterr().err
+    assert re.search(
+        r"time: 0\.\d+ of the teacher's \(.*ms/s\) expected, \d\.\d+ of the teacher's \(.*\) measured", printed
+    )
+    checkpoint_here["distillation"]["settings"]["latency_profile"] = "{}"
+    torch.save(checkpoint_here, last)
+    assert run_to_exit(monkeypatch, "prune", "--distilled_ckpt", last, "--original_ckpt", small_teacher) == 1
+    assert "last.ckpt: latency_profile: not a profile" in error_line(capsys)
 
 
 def test_prune_without_correction_is_the_published_rounding(finished_run, small_teacher, tmp_path, monkeypatch):
@@ -294,6 +347,12 @@ BAD_FLAGS = [
         "--target_macs 0.5: the lagrangian knows parameters only; leave out --sparsity_control, or give exact",
     ),
     ({"target_macs": 1.5}, "--target_macs: expected a number between 0 and 1, found 1.5"),
+    ({"target_latency": 0.5}, "--target_latency and --latency_profile: give both, or neither"),
+    (
+        {"target_latency": "40ms", "latency_profile": "profile.json"},
+        "--target_latency: expected a share between 0 and 1, or milliseconds such as 40ms/s, found '40ms'",
+    ),
+    ({"target_latency": "0.5", "latency_profile": "profile.json"}, "profile.json: no such file; expected a profile"),
     (
         {"save_at_sparsity": "0.5,0.9"},
         "--save_at_sparsity: expected different numbers between 0 and --target_sparsity (0.",

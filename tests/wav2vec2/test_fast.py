@@ -15,14 +15,20 @@ from wav2vec2.components import FeatureExtractor
 from wav2vec2.fast import (
     conv_channels_last,
     conv_frames,
+    linear,
     norm_over_time,
     normalized_conv,
     plain_paths,
     prefers_fused_attention,
+    prefers_onednn,
 )
 from wav2vec2.model import PRUNING_UNITS, with_masks
 
 LENGTHS = {"no lengths": None, "padded": (1200, 1000, 700), "lengths without padding": (1200, 1200, 1200)}
+
+
+def double(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
 def masked_model(family: str, size: str) -> torch.nn.Module:
@@ -162,15 +168,75 @@ def test_fused_attention_on_a_cpu():
     assert prefers_fused_attention(query.to("meta"), 0.1)
 
 
+# --- products by oneDNN
+
+
+@pytest.fixture(params=[True, False], ids=["AMD", "another processor"])
+def is_amd(request, monkeypatch) -> bool:
+    monkeypatch.setattr("wav2vec2.fast._is_amd", request.param)
+    return request.param
+
+
+def single(*shape: int, seed: int = 0) -> Tensor:
+    return double(*shape, seed=seed).detach().float().requires_grad_()
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear(has_bias, is_amd):
+    """The same numbers and gradients, of rows and weights that are no contiguous memory, too."""
+    whole, transposed, bias = single(2, 12, 9), single(6, 7, seed=1), single(7, seed=2) if has_bias else None
+    inputs = [x for x in (whole, transposed, bias) if x is not None]
+
+    def results(multiply) -> tuple[Tensor, ...]:
+        y = multiply(whole[:, 1:11, :6], transposed.t(), bias)
+        return y, *torch.autograd.grad(y, inputs, torch.ones_like(y).cumsum(1))
+
+    assert prefers_onednn(whole, transposed) is is_amd
+    found, expected = results(linear), results(F.linear)
+    assert found[0].layout == torch.strided and found[0].is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(whole, whole[0, :5], None), F.linear(whole, whole[0, :5], None))
+
+
+def test_products_that_torch_makes(monkeypatch):
+    """Other precisions, nothing to multiply, and the plain paths: the very numbers of torch."""
+    monkeypatch.setattr("wav2vec2.fast._is_amd", True)
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    assert prefers_onednn(x, weight)
+    for one, other in ((x.double(), weight.double()), (x.bfloat16(), weight), (x[:0], weight), (x, weight[:0])):
+        assert not prefers_onednn(one, other)
+    assert not prefers_onednn(x.to("meta"), weight)
+    assert linear(x[:0], weight, None).shape == (0, 5) and linear(x, weight[:0], None).shape == (3, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not prefers_onednn(x, weight)
+    with plain_paths():
+        assert not prefers_onednn(x, weight) and torch.equal(linear(x, weight, None), F.linear(x, weight))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "num_frames"), [(3, 2, 12), (2, 2, 9), (2, 3, 12), (10, 5, 33)])
+def test_conv_frames_in_float32(kernel, stride, num_frames, is_amd):
+    inputs = [single(2, num_frames, 4), single(6, 4, kernel, seed=1), single(6, seed=2)]
+    found = conv_frames(*inputs, stride)
+    expected = F.conv1d(inputs[0].transpose(1, 2), *inputs[1:], stride).transpose(1, 2)
+    gradient = torch.randn_like(expected)
+    ours, theirs = ((y, *torch.autograd.grad(y, inputs, gradient)) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+def test_features_and_gradients_on_each_processor(family, size, is_amd):
+    model = masked_model(family, size)
+    fast, plain = (features_and_gradients(model, random_waveforms(1200, 1200)[0], None, plain) for plain in (0, 1))
+    torch.testing.assert_close(fast[0], plain[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fast[2], plain[2], rtol=1e-4, atol=1e-5)
+
+
 # --- the extractor frame by frame
 
 
 # Kernels above, at and below the stride, and frames that no window covers.
 WINDOWS = [(3, 2, 11), (3, 2, 12), (2, 2, 9), (10, 5, 33), (5, 1, 5), (2, 3, 12), (1, 1, 4), (12, 4, 30)]
-
-
-def double(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
