@@ -44,7 +44,7 @@ def test_the_grid_has_all_pairs(name):
     for operation in model_of(config).operations(80_000):
         sizes = tables[operation.key]["sizes"]
         assert (sizes[0][-1], sizes[1][-1]) == operation.sizes
-    found = Profile({"seconds": 5, "prices": tables})
+    found = Profile({"batch": 1, "seconds": 5, "prices": tables})
     for shape in profile.checked_shapes(config).values():
         # At the smallest sizes, which the grid has not, rows of a formula without a constant are exact too.
         assert float(size_of(model_of(shape), found).latency) == pytest.approx(sum(passes(shape)[0]))
