@@ -88,7 +88,9 @@ FLAGS = ("--backend", "torch", "--seconds", SECONDS, "--rounds", 2)
 def test_a_profile_is_made_and_shown(tmp_path, monkeypatch, capsys, teacher):
     student, model = (
         tmp_path / "student.pth",
-        random_model(small_config("wavlm", extractor_conv_layer_config=[[6, 40, 40]])),
+        random_model(
+            small_config("wavlm", extractor_conv_layer_config=[[10, 10, 5], [12, 3, 2], [20, 3, 2], [9, 2, 2]])
+        ),
     )
     checkpoint.save(student, {"config": model.config, "state_dict": model.state_dict()})
     out = tmp_path / "profiles" / "pi.json"
@@ -98,6 +100,8 @@ def test_a_profile_is_made_and_shown(tmp_path, monkeypatch, capsys, teacher):
     assert printed.count("ms expected") == len(contents["checked"]) == 8 and f"written to {out}" in printed
     assert list(out.parent.iterdir()) == [out] and contents["multiple"] in (1, 4, 8, 16)
     assert latency.is_this_machine(Profile(contents))
+    reaches = {key: [sizes[-1] for sizes in table["sizes"]] for key, table in contents["prices"].items()}
+    assert reaches["conv kernel=2 stride=2 norm=none frames=19"] == [20, 9]  # the student's, as it is the wider one
     for path in (teacher, student):
         size = size_of(checkpoint.load_model(path), Profile(contents))
         assert 0 < float(size.latency) < 1e6
