@@ -13,11 +13,13 @@ goes, and what each kind of pruning unit can free at most. distill.py takes the 
 import argparse
 import itertools
 import json
+import math
 import random
 import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +50,11 @@ def shaped(
     config: Mapping[str, Any], channels: Sequence[int], units: int, rings: int, heads: Sequence[int], ff: Sequence[int]
 ) -> dict[str, Any]:
     """Return a config with these conv channels, units of D and rings of taps, and a layer for each of ``heads``."""
-    full, counts = check_config(config), {"encoder_num_heads": list[Any](heads)}
+    full = check_config(config)
+    counts: dict[str, Any] = {"encoder_num_heads": list(heads)}
     if isinstance(full, WavLMConfig):
         remaining = [list(range(count)) for count in heads]
-        counts = {
-            "encoder_total_num_heads": full.encoder_total_num_heads[:1] * len(heads),
-            "encoder_remaining_heads": remaining,
-        }
+        counts = {"encoder_total_num_heads": full.encoder_total_num_heads[0], "encoder_remaining_heads": remaining}
     layers = zip(channels, full.extractor_conv_layer_config, strict=True)
     return {
         **with_masks(config, ()),
@@ -73,7 +73,8 @@ def shaped(
 
 def _sizes(config: Mapping[str, Any]) -> tuple[list[int], int, int, list[int], list[int]]:
     """Return a config's own sizes, as :func:`shaped` takes them."""
-    full, (channels, heads, ff) = check_config(config), unit_counts(config).values()
+    full = check_config(config)
+    channels, heads, ff = unit_counts(full.to_dict()).values()
     return channels, full.num_embed_units, (full.encoder_pos_conv_kernel + 1) // 2, heads, ff
 
 
@@ -185,6 +186,11 @@ def prices(configs: Sequence[Any], times: Sequence[Any], num_samples: int) -> di
     return tables
 
 
+def _reach(table: Mapping[str, Any]) -> int:
+    """Return the product of a table's largest sizes."""
+    return math.prod(sizes[-1] for sizes in table["sizes"])
+
+
 def liked_multiple(times: Sequence[Any]) -> int:
     """Return the largest of :data:`MULTIPLES` for which a width half way to the next one takes longer than that."""
     whole, *others = (sum(map(min, zip(*passes, strict=True))) for passes in times)
@@ -197,21 +203,30 @@ def make(args: argparse.Namespace) -> None:
 
     from evaluation.cost import made_by
     from evaluation.latency import Conditions
+    from exporters.options import DEFAULT_OPSET, check_onnx
     from wav2vec2.files.checkpoint import read_model_file
     from wav2vec2.profiles import Profile
     from wav2vec2.sparsity import size_of
 
+    if args.backend == "onnx":
+        check_onnx(DEFAULT_OPSET)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here; give --device cpu")
     check_writable(args.out)
     torch.set_num_threads(args.threads)
     conditions = Conditions(*(getattr(args, name) for name in Conditions._fields))
     contents = {"format": FORMAT, "made_by": made_by(torch.device(args.device)), **conditions._asdict()}
     contents |= {"models": [read_model_file(path)["config"] for path in args.model], "prices": {}, "checked": []}
+    if args.backend == "onnx":
+        contents["made_by"]["versions"]["onnxruntime"] = version("onnxruntime")
     partial = args.out.with_name(f"{args.out.name}.partial")
     for number, config in enumerate(contents["models"]):
         parts, likes, shapes = grid(config), steps(config), checked_shapes(config)
         folder = partial / str(number)
         times = measure([*parts, *likes], list(shapes.values()), conditions, args.rounds, folder)
-        contents["prices"] = {**prices(parts, times[: len(parts)], conditions.num_samples), **contents["prices"]}
+        for key, table in prices(parts, times[: len(parts)], conditions.num_samples).items():
+            if key not in contents["prices"] or _reach(table) > _reach(contents["prices"][key]):
+                contents["prices"][key] = table
         contents.setdefault("multiple", liked_multiple(times[len(parts) : -len(shapes)]))
         for (name, shape), passes in zip(shapes.items(), times[-len(shapes) :], strict=True):
             expected, measured = float(size_of(_meta(shape), Profile(contents)).latency) / 1e3, min(passes) / 1e3
@@ -240,7 +255,7 @@ def show(args: argparse.Namespace) -> None:
     whole = expected_size(model, profile)
     _table("where they go", _shares(model, profile))
     freed = {}
-    for name, chosen in {**{unit: [unit] for unit in units}, "all together": units}.items():
+    for name, chosen in {**{unit: [unit] for unit in units}, "together": units}.items():
         masked = _meta(with_masks(config, chosen))
         for mask in masked.modules():
             if isinstance(mask, HardConcrete):
@@ -301,8 +316,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.backend == "onnx" and (args.device, args.precision) != ("cpu", "32"):
         parser.error("--backend onnx: is timed with --device cpu and --precision 32")
-    if min(args.threads, args.batch, args.rounds) < 1 or not 0 < args.seconds <= 60:
-        parser.error("--threads, --batch and --rounds: expected at least 1; --seconds: expected 60 at most")
+    if min(args.threads, args.batch, args.rounds) < 1 or not 0.05 <= args.seconds <= 60:
+        parser.error("--threads, --batch and --rounds: expected at least 1; --seconds: from 0.05 to 60")
     return args
 
 

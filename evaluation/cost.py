@@ -83,7 +83,7 @@ def measure_speed(
     for seconds in progress(lengths, "speed", unit="length"):
         generator = torch.Generator().manual_seed(0)
         waveforms = torch.randn(1, round(seconds * SAMPLE_RATE), generator=generator).to(device)
-        work = {str(number): partial(timed, run, waveforms) for number, run in enumerate(runs)}
+        work = {str(number): partial(_timed, run, waveforms) for number, run in enumerate(runs)}
         for warm_up in work.values():
             warm_up()
         medians = take_turns(work, REPETITIONS).values()
@@ -93,7 +93,7 @@ def measure_speed(
     return found
 
 
-def timed(run: Callable[[torch.Tensor], object], waveforms: torch.Tensor) -> float:
+def _timed(run: Callable[[torch.Tensor], object], waveforms: torch.Tensor) -> float:
     """Run the model once and return the seconds it took."""
     wait = partial(torch.cuda.synchronize, waveforms.device) if waveforms.is_cuda else lambda: None
     wait()

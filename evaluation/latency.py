@@ -10,7 +10,6 @@ import json
 import re
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,20 +55,19 @@ class Conditions(NamedTuple):
         return torch.randn(self.batch, self.num_samples, generator=torch.Generator().manual_seed(0))
 
 
-class Passes(ABC):
-    """Passes of a model over the waveforms of some conditions."""
+class Passes:
+    """Passes of a model over the waveforms of some conditions.
+
+    ``run()`` makes one and waits for its end. ``parts()`` makes one to warm up, then returns the microseconds
+    (passes, n) of the model's n operations in others.
+    """
+
+    run: Callable[[], None]
+    parts: Callable[[], np.ndarray]
 
     def __init__(self, conditions: Conditions) -> None:
         on_one_core = conditions.device == "cpu" and conditions.threads == 1
         self.clock = time.thread_time if on_one_core else time.perf_counter
-
-    @abstractmethod
-    def run(self) -> None:
-        """Make a pass, and wait for its end."""
-
-    @abstractmethod
-    def parts(self) -> np.ndarray:
-        """Return the microseconds (passes, n) of the model's n operations, after a pass to warm up."""
 
     def whole(self) -> float:
         """Return the microseconds of a pass."""
@@ -159,6 +157,7 @@ class OnnxPasses(Passes):
             with atomic_path(folder) as temporary, quiet():
                 temporary.mkdir()
                 convert(model, OnnxOptions(), temporary / ONNX)
+        self.is_pre_norm = model.encoder.transformer.layer_norm_first
         operations = model.operations(conditions.num_samples)
         names = {module: name for name, module in model.named_modules()}
         self.owners = {names[operation.module]: number for number, operation in enumerate(operations)}
@@ -184,21 +183,22 @@ class OnnxPasses(Passes):
         return np.array([self._parts(one, nodes) for one in passes[1:]])
 
     def _parts(self, one: Mapping[str, Any], nodes: list[dict[str, Any]]) -> list[float]:
-        spent: Counter[int] = Counter()
+        spent: dict[int, float] = dict.fromkeys(range(self.num_operations), 0.0)
         owner = norms = self.owners[""]
         for node in nodes:
             if not 0 <= node["ts"] - one["ts"] < one["dur"]:
                 continue
             module, slash, _ = node["name"].rpartition("/")
             if slash:
-                norms = self.owners[layer[0]] if (layer := _LAYER.match(module)) else norms
+                if (layer := _LAYER.match(module)) and not self.is_pre_norm:
+                    norms = self.owners[layer[0]]
                 while module not in self.owners:
                     module = module.rpartition(".")[0]
                 owner = self.owners[module]
-            elif "LayerNorm" in node["name"]:  # made of a norm and the residual before it
+            elif "LayerNorm" in node["name"]:  # made of a norm and the residual before it; pre-norm, of the last norm
                 owner = norms
-            spent[owner] += node["dur"]
-        return [spent[number] for number in range(self.num_operations)]
+            spent[owner] += node["dur"] + 0.5  # the trace cuts fractions off
+        return list(spent.values())
 
 
 def passes(model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> Passes:

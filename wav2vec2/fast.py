@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 _fast = True
 
+# Private to torch: a release that lacks it does without.
+_has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Of Linux, which names the maker of the processor.
 _CPUINFO = Path("/proc/cpuinfo")
 _is_amd = _CPUINFO.is_file() and "AuthenticAMD" in _CPUINFO.read_text(errors="replace")
@@ -65,7 +67,7 @@ def prefers_onednn(x: Tensor, weight: Tensor) -> bool:
 
     They are in float32 on AMD's processors, whose AVX-512 MKL leaves unused. Empty products are left to torch.
     """
-    if not (_is_amd and fast_paths() and on_cpu(x) and torch.backends.mkldnn.is_available()):
+    if not (_is_amd and _has_onednn and fast_paths() and on_cpu(x)):
         return False
     is_float32 = x.dtype == weight.dtype == torch.float32 and autocast_dtype("cpu") is None
     return is_float32 and min(x.numel(), weight.numel()) > 0
