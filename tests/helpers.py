@@ -30,6 +30,7 @@ from hardconcrete import HardConcrete
 from lightning import DistillLoss, DistillModule, make_projections
 from training import saving
 from training.pairing import freeze_unreached
+from wav2vec2 import streaming
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.fast import plain_paths
 from wav2vec2.files import checkpoint
@@ -498,10 +499,23 @@ def run_without(packages: tuple[str, ...], code: str) -> str:
     return result.stdout
 
 
+def take_steps(model: Wav2Vec2Model, waveforms: Tensor) -> Tensor:
+    """Compute the frames of whole chunks, a chunk at a time."""
+    extractor, state, frames = model.feature_extractor, streaming.first_state(model, len(waveforms)), []
+    for chunk in waveforms.unfold(1, extractor.num_samples(extractor.chunk_frames), extractor.hop).unbind(1):
+        lengths = torch.full((len(chunk),), chunk.size(1), device=chunk.device)
+        x, _, state = streaming.step(model, chunk, lengths, state)
+        frames.append(x)
+    return torch.cat(frames, dim=1)
+
+
 def torch_counts(
     config: dict[str, Any], num_samples: int, num_layers: int | None = None, plain: bool = True
 ) -> dict[str, int]:
-    """Operations of each part as torch meets them on its meta device; see ``wav2vec2.flops.Parts``."""
+    """Operations of each part as torch meets them on its meta device; see ``wav2vec2.flops.Parts``.
+
+    Those of a streaming model are of the steps that ``num_samples`` take, all of its layers.
+    """
     with torch.device("meta"):
         model = wav2vec2_model(**config).eval()
         waveforms = torch.empty(1, num_samples)
@@ -522,7 +536,11 @@ def torch_counts(
             module.register_forward_pre_hook(lambda *_, part=part: add(part, -1))
             module.register_forward_hook(lambda *_, part=part: add(part, 1))
     with torch.no_grad(), plain_paths(plain), counter:
-        model.extract_features(waveforms, num_layers=num_layers)
+        if model.encoder.chunk_frames is None:
+            model.extract_features(waveforms, num_layers=num_layers)
+        else:
+            model.feature_extractor.heard = None  # a norm's sums, which do not count
+            take_steps(model, waveforms)
     return {**counts, "projection": counter.get_total_flops() - sum(counts.values())}
 
 

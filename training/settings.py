@@ -39,6 +39,8 @@ AUTO = "auto"
 ALWAYS = "all"
 # The value of --init_layers for layers that start fresh, and the named choice of --extractor.
 RANDOM, LIGHT = "random", "light"
+# The default of --left_frames.
+LEFT_FRAMES = 64
 
 
 def parse_distill_layers(text: str) -> list[list[int]]:
@@ -338,10 +340,22 @@ class StudentSettings(_Settings):
     extractor: str | None = _recorded(
         None, f"train an extractor, '{LIGHT}' or JSON [[channels, kernel, stride], ...], to make the model's frames"
     )
+    streaming: int | None = _option(None, "make a student that streams, in chunks of this many frames", _POSITIVE)
+    left_frames: int | None = _option(
+        None,
+        f"frames before its chunk that a frame of such a student attends to (default: {LEFT_FRAMES})",
+        _NOT_NEGATIVE,
+    )
 
     def __post_init__(self) -> None:
-        if self.student_config is None and self.init_layers is None and self.extractor is None:
-            raise UserError("nothing to make: give --student_config, --init_layers or --extractor")
+        super().__post_init__()
+        if self.streaming is None and self.left_frames is not None:
+            raise UserError(f"--left_frames {self.left_frames}: is for a student that streams; give --streaming too")
+        if all(each is None for each in (self.student_config, self.init_layers, self.extractor, self.streaming)):
+            raise UserError("nothing to make: give --student_config, --init_layers, --extractor or --streaming")
+        for key in ("encoder_chunk_frames", "encoder_left_frames"):
+            if key in self.changes:
+                raise UserError(f"--student_config: {key}: not for a slice; give --streaming and --left_frames instead")
         _ = self.changes, self.layers, self.extractor_layers  # what is wrong is refused before all else
 
     @property
@@ -365,6 +379,11 @@ class StudentSettings(_Settings):
         return [int(word) for word in words]
 
     @property
+    def num_left_frames(self) -> int:
+        """--left_frames, or its default."""
+        return LEFT_FRAMES if self.left_frames is None else self.left_frames
+
+    @property
     def extractor_layers(self) -> Any:
         """--extractor as a list from JSON, ``LIGHT`` or None; a UserError if it is none of these."""
         if self.extractor in (None, LIGHT):
@@ -383,7 +402,10 @@ class StudentSettings(_Settings):
     def recorded(self) -> dict[str, Any]:
         """The contents of the JSON file, wherever it lies, and the other options."""
         changes = json.dumps(self.changes, sort_keys=True)
-        return super().recorded() | {"student_config": changes, "init_layers": self.init_layers}
+        recorded = super().recorded() | {"student_config": changes, "init_layers": self.init_layers}
+        if self.streaming is not None:
+            recorded |= {"streaming": self.streaming, "left_frames": self.num_left_frames}
+        return recorded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.data import SpeechDataModule
 from training.settings import RANDOM
+from wav2vec2.audio import SAMPLE_RATE
+from wav2vec2.components import Heard, RunningMoments
 from wav2vec2.config import MAX_LAYERS, PRUNING_UNITS, ModelConfig, check_config
 from wav2vec2.files.checkpoint import build_model
 from wav2vec2.files.errors import UserError, short_repr
@@ -38,7 +41,10 @@ _PARTS = {
     "output layer": ("aux.", [*_FRAMES, "aux_num_out"]),
 }
 _LAYERS = _PARTS["layers"][0]
+_POSITIONAL = _PARTS["positional convolution"][0]
 _TABLE = "attention.rel_attn_embed.weight"  # WavLM's positions, which the first layer with attention holds for all
+# Speech whose statistics a streaming model starts with.
+_PRIOR_SECONDS = 600
 
 
 def slice_model(
@@ -68,6 +74,12 @@ def slice_model(
         raise UserError("--student_config: has masks, expected none; distill.py --pruning_units puts them on a student")
     sliced = _sliced(contents["state_dict"], own, wanted, starts, whole_layers=init_layers == RANDOM)
     obstacles = _obstacles(check_config(sliced.config), wanted)
+    if own.encoder_chunk_frames and ("extractor" in obstacles or own.normalize_waveform != wanted.normalize_waveform):
+        key = obstacles.get("extractor", "normalize_waveform")
+        raise UserError(
+            f"--student_config: {key}: {source} streams, by statistics of what its extractor hears: expected no change "
+            "but fewer channels; slice the model that it was made from, with --streaming in the same call"
+        )
     if init_layers == RANDOM:
         obstacles["layers"] = f"--init_layers {RANDOM}"
     elif key := obstacles.get("layers"):
@@ -85,6 +97,63 @@ def slice_model(
     fresh = ", ".join(f"{part} ({obstacles[part]})" for part in origins if part in obstacles)
     line = f"from the model {same or 'nothing'}; fresh {fresh or 'nothing'}"
     return {"config": student.config, "state_dict": student.state_dict()}, line
+
+
+def streaming_model(
+    contents: Mapping[str, Any], chunk_frames: int, left_frames: int, data: SpeechDataModule | None
+) -> dict[str, Any]:
+    """Make a model stream; one that does already gets other chunks, and is the same otherwise.
+
+    The positional convolution keeps the taps up to the frame itself. An extractor with a GroupNorm gets the waveform as
+    it is: the norm makes up for it.
+
+    Args:
+        contents: contents of the model file; its head is left out.
+        chunk_frames: frames of a chunk.
+        left_frames: frames before its chunk that a frame attends to.
+        data: training data, whose statistics stand for what a stream has not heard yet; only norms that need them do.
+
+    Raises:
+        UserError: no model can have these chunks, or data are needed and missing.
+    """
+    config = check_config(with_masks(contents["config"], ())).to_dict()
+    state_dict, had_chunks = dict(contents["state_dict"]), "encoder_chunk_frames" in config
+    config |= {"encoder_chunk_frames": chunk_frames, "encoder_left_frames": left_frames}
+    if not had_chunks:
+        # Tap i of the kernel K is for the frame i - K // 2 later.
+        config["encoder_pos_conv_kernel"] = taps = config["encoder_pos_conv_kernel"] // 2 + 1
+        for name in ("conv.weight_g", "conv.weight_v"):
+            state_dict[_POSITIONAL + name] = state_dict[_POSITIONAL + name][..., :taps].clone()
+        config["normalize_waveform"] &= config["extractor_mode"] != "group_norm"
+    model = build_model(config, "--streaming")
+    heard = model.feature_extractor.heard
+    if heard is not None and not had_chunks:
+        if data is None:
+            raise UserError(
+                "--tsv_dir: is not given; the model's norm, where it has heard little, needs statistics of speech: "
+                "give a directory of prepare_data.py's manifests"
+            )
+        mean, products = _moments(heard, data)
+        state_dict |= {"feature_extractor.heard.prior_mean": mean, "feature_extractor.heard.prior_products": products}
+    model.load_state_dict(state_dict)
+    return {"config": model.config, "state_dict": model.state_dict()}
+
+
+def _moments(heard: RunningMoments, data: SpeechDataModule) -> tuple[Tensor, Tensor]:
+    """Return mean (kernel,) and mean products (kernel, kernel) of windows of samples, from the first training batches.
+
+    They are the same in every run with the same seed.
+    """
+    crops, dataset = data.sampler(data.train_subset, num_replicas=1, rank=0), data.datasets[data.train_subset]
+    total, num_samples = heard.nothing(1), 0
+    for crop in crops:
+        waveforms = dataset[crop].waveforms
+        lengths = torch.full((len(waveforms),), waveforms.size(1))
+        total += Heard(*(part.sum(0, keepdim=True) for part in heard.sums(waveforms, lengths)))
+        num_samples += waveforms.numel()
+        if num_samples >= _PRIOR_SECONDS * SAMPLE_RATE:
+            break
+    return (total.sum / total.number)[0], (total.products / total.number)[0]
 
 
 def _starting_layers(
@@ -142,8 +211,9 @@ def _kept_units(own: ModelConfig, student: ModelConfig, whole_layers: bool) -> d
             kept[f"feature_extractor.conv_layers.{number}.hard_concrete"] = range(conv[0])
     num_dims = student.encoder_embed_dim * own.num_embed_units // own.encoder_embed_dim
     kept["encoder.hard_concrete"] = range(max(1, num_dims))
-    # Taps go in rings, from the outside in.
-    kept["encoder.transformer.pos_conv_embed.hard_concrete"] = range((student.encoder_pos_conv_kernel + 1) // 2)
+    # Taps go in rings, from the outside in; those of a streaming model one by one, from the past on.
+    taps, streams = student.encoder_pos_conv_kernel, own.encoder_chunk_frames is not None
+    kept["encoder.transformer.pos_conv_embed.hard_concrete"] = range(taps if streams else (taps + 1) // 2)
     for number in range(0 if whole_layers else own.encoder_num_layers):
         source, layer = own.of_layer(number), student.of_layer(number)
         attention = f"{_LAYERS}{number}.attention.hard_concrete"

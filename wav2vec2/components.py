@@ -453,9 +453,15 @@ class FeatureExtractor(nn.Module):
         """Return what the layers do with ``num_samples`` samples; the last one's sizes have the expected channels."""
         operations: list[Operation] = []
         channels: Count = 1
+        times = 1
+        if self.chunk_frames is not None:  # each chunk makes its own of what the next one's first frames read, too
+            times, num_samples = (
+                -(-self.num_frames(num_samples) // self.chunk_frames),
+                self.num_samples(self.chunk_frames),
+            )
         for layer in self.conv_layers:
             num_samples = layer.num_frames(num_samples)
-            operations.append(layer.operation(channels, num_samples))
+            operations.append(layer.operation(channels, times * num_samples))
             channels = operations[-1].sizes[1]
         return operations
 
@@ -649,6 +655,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         embed_dim, width = config.encoder_embed_dim, num_heads * head_dim
         self.num_heads, self.head_dim = num_heads, head_dim
+        chunk = config.encoder_chunk_frames
+        self.keys = {} if chunk is None else {"keys": config.encoder_left_frames + chunk}  # that a frame sees; else all
         self.dropout = config.encoder_attention_dropout
         self.k_proj = Linear(embed_dim, width)
         self.v_proj = Linear(embed_dim, width)
@@ -720,7 +728,7 @@ class SelfAttention(nn.Module):
 
     def operation(self, embed_dim: Count, num_frames: int) -> Operation:
         sizes = _expected_size(self.hard_concrete_for_heads, self.num_heads), embed_dim
-        fixed = {"head_dim": self.head_dim, "gates": self._num_gates(), "frames": num_frames}
+        fixed = {"head_dim": self.head_dim, "gates": self._num_gates(), "frames": num_frames, **self.keys}
         return Operation(self, "attention", sizes, fixed, _expected_size(self.hard_concrete_for_layer, 1))
 
     def _num_gates(self) -> int:

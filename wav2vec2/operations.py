@@ -33,8 +33,9 @@ def part(size: Count, num_parts: int) -> Count:
     return size // num_parts if isinstance(size, int) else size / num_parts
 
 
-def _attention(heads: Count, dim: Count, *, head_dim: int, frames: int, gates: int) -> Count:
-    macs = heads * dim * (4 * head_dim * frames) + heads * (2 * head_dim * frames**2)
+def _attention(heads: Count, dim: Count, *, head_dim: int, frames: int, gates: int, keys: int | None = None) -> Count:
+    keys = frames if keys is None else keys
+    macs = heads * dim * (4 * head_dim * frames) + heads * (2 * head_dim * frames * keys)
     return macs + heads * part(dim, gates) * (8 * frames) if gates else macs
 
 

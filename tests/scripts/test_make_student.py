@@ -50,7 +50,7 @@ def extractor_run(manifests: Path, model: Path, exp_dir: Path, **changes: object
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "nothing to make: give --student_config, --init_layers or --extractor"),
+        ([], "nothing to make: give --student_config, --init_layers, --extractor or --streaming"),
         *(
             (["--init_layers", layers], "--init_layers: expected random, or layers from 1 such as 1,2, found")
             for layers in ("", "0", "1,,2", "first", "1;2", "-1", "1.2", "٣", "1, 2")

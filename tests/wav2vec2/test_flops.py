@@ -31,6 +31,21 @@ def test_as_torch_counts(family, size, plain, num_samples):
         )
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+def test_steps(family, size):
+    """A streaming model's are of its steps: in each the extractor makes a chunk, which sees the frames that it may."""
+    for changes in ({}, IRREGULAR | {"encoder_pos_conv_kernel": 7}):
+        chunks = {"encoder_chunk_frames": 4, "encoder_left_frames": 6}
+        config = small_config(family, size, **changes, **chunks)
+        num_samples = wav2vec2_model(**config).feature_extractor.num_samples(20)
+        counted, found = count_flops(config, num_samples), torch_counts(config, num_samples)
+        assert sum(counted) == sum(found.values())
+        assert (counted.attention, counted.feed_forward) == (found["attention"], found["feed_forward"])
+    keys = {operation.fixed.get("keys") for operation in wav2vec2_model(**config).operations(num_samples)}
+    assert keys == {None, 10}
+
+
 def test_parts():
     """The parameters of all parts are all there are, and HuBERT Base's operations are those counted by hand."""
     with torch.device("meta"):
