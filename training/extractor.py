@@ -48,6 +48,11 @@ def with_extractor(contents: dict[str, Any], layers: Any) -> dict[str, Any]:
         UserError: no model can have these layers, or they do not make the frames and channels of the model's own.
     """
     own = check_config(with_masks(contents["config"], ()))
+    if own.encoder_chunk_frames is not None:
+        raise UserError(
+            "--extractor: the model streams, expected one that does not; give the model that it was made from, with "
+            "--streaming in the same call"
+        )
     layers = light_layers(own) if layers == LIGHT else layers
     try:
         config = check_config({**own.to_dict(), "extractor_conv_layer_config": layers})

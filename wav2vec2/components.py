@@ -262,6 +262,10 @@ class RunningMoments(nn.Module):
         self.register_buffer("prior_mean", torch.zeros(kernel, dtype=torch.float64))
         self.register_buffer("prior_products", torch.eye(kernel, dtype=torch.float64))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningMoments":
+        # The dtype stays: a covariance is a small difference of products.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
     def nothing(self, batch: int) -> Heard:
         """Return what was heard before the first chunk."""
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.prior_mean.device)

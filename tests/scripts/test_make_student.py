@@ -26,7 +26,8 @@ from helpers import (
 )
 
 from s3prl_upstream.expert import UpstreamExpert
-from wav2vec2 import extract, load
+from wav2vec2 import extract, load, stream
+from wav2vec2.config import PRUNING_UNITS
 from wav2vec2.files import checkpoint
 
 STUDENT = {"encoder_num_layers": 2, "encoder_embed_dim": 8, "encoder_ff_interm_features": 150}
@@ -68,6 +69,20 @@ def extractor_run(manifests: Path, model: Path, exp_dir: Path, **changes: object
         (["--student_config", "none.json"], "none.json: no such file; expected JSON of the config's keys"),
         (["--student_config", "bad.json"], "bad.json: not readable as JSON"),
         (["--student_config", "list.json"], "list.json: expected a JSON object"),
+        (["--left_frames", 8], "--left_frames 8: is for a student that streams; give --streaming too"),
+        *((["--streaming", chunk], "--streaming: expected a number above 0, found") for chunk in (0, -3)),
+        (["--streaming", 4, "--left_frames", -1], "--left_frames: expected 0 or more, found -1"),
+        (["--streaming", 4], "--tsv_dir: is not given; the model's norm, where it has heard little"),
+        (["--streaming", 2**21, "--tsv_dir", "x"], "x/train100.tsv: "),
+        (
+            ["--streaming", 4, "--left_frames", 2**21],
+            "--streaming: no model can be built from its config: encoder_left",
+        ),
+        (["--streaming", 4, "--extractor", "light"], "--tsv_dir: is not given"),
+        (
+            ["--student_config", "chunks.json"],
+            "encoder_left_frames: not for a slice; give --streaming and --left_frames",
+        ),
         (
             ["--init_layers", "1,9"],
             "--init_layers: expected 2 layers, one for each of the student's, from 1 to 3; found 1, 9",
@@ -78,6 +93,7 @@ def extractor_run(manifests: Path, model: Path, exp_dir: Path, **changes: object
 def test_bad_flags(small_teacher, tmp_path, monkeypatch, capsys, flags, message):
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "list.json").write_text("[2]")
+    (tmp_path / "chunks.json").write_text('{"encoder_left_frames": 8}')
     flags = [tmp_path / flag if str(flag).endswith(".json") else flag for flag in flags]
     base = ("--model", small_teacher, "--exp_dir", tmp_path / "exp", "--accelerator", "cpu")
     assert run_to_exit(monkeypatch, "make_student", *base, *flags) == 1
@@ -186,6 +202,55 @@ def test_whatever_takes_models_takes_it(manifests, tmp_path, monkeypatch):
     torch.testing.assert_close(upstream, states)
     for path in (saved, tmp_path / "back.pth"):
         torch.testing.assert_close(extract(load(path), [waveforms[0]])[0], states[:, 0], rtol=1e-4, atol=1e-4)
+
+
+# --- a student that streams ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "size"), [("hubert", "base"), ("wavlm", "large")])
+def test_a_student_that_streams(manifests, tmp_path, monkeypatch, capsys, family, size):
+    """Sliced in the same call, through every stage with all units and two exact targets; it streams as it computes."""
+    teacher = save_small_model(tmp_path / "teacher.pth", family, size, encoder_ff_interm_features=[200] * 3)
+    student, last = tmp_path / "student/student.pth", tmp_path / "exp/final/ckpts/last.ckpt"
+    data = ("--tsv_dir", manifests, "--min_seconds", 0.5, "--streaming", 4, "--left_frames", 8)
+    flags = ("--model", teacher, "--init_layers", "1,3", *data, "--exp_dir", tmp_path / "student")
+    run_script(monkeypatch, "make_student", *flags)
+    made = student.read_bytes()
+    run_script(monkeypatch, "make_student", *flags)
+    assert "made already" in capsys.readouterr().out
+    student.unlink()
+    run_script(monkeypatch, "make_student", *flags)
+    assert student.read_bytes() == made
+    # Frames of 40 samples, as these small models make, are so many that attention by chunks is all that is saved.
+    units = ("--pruning_units", ",".join(PRUNING_UNITS), "--target_sparsity", 0.6, "--target_macs", 0.99)
+    run = {"student_ckpt": student, "distill_mode": "predlayer", "distill_layers": "1,3", "max_updates": 4}
+    flags = small_run(manifests, teacher, **run)
+    pruning = (*units, "--sparsity_control", "exact", "--exp_dir", tmp_path / "exp")
+    assert run_to_exit(monkeypatch, "distill", *flags, *pruning, "--check") == 0
+    run_script(monkeypatch, "distill", *flags, *pruning)
+    masked = tmp_path / "exp/ckpts/last.ckpt"
+    run_script(monkeypatch, "prune", "--distilled_ckpt", masked, "--original_ckpt", student)
+    pruned = load_as_others_do(masked.with_name("pruned_hubert_base.pth"))
+    sizes = [load_as_others_do(teacher).get_num_params(), pruned.get_num_params()]
+    assert 0.6 - 0.005 < 1 - sizes[1] / sizes[0]
+    run["student_ckpt"] = masked.with_name("pruned_hubert_base.pth")
+    run_script(monkeypatch, "final_distill", *small_run(manifests, teacher, **run), "--exp_dir", tmp_path / "exp/final")
+    run_script(monkeypatch, "save_final_ckpt", "--ckpt_after_final_distill", last)
+    saved = last.with_name("pruned_hubert_base.pth")
+    flags = ("--teacher", teacher, "--models", saved, "--tsv", manifests / "valid.tsv", "--distill_layers", "1,3")
+    once = ("--speed_seconds", "--device", "cpu", "--out", tmp_path / "evaluation.json")
+    run_script(monkeypatch, "evaluate", *flags, *once)
+    model, first = load(saved), checkpoint.read_model_file(student)
+    assert model.config == pruned.config and model.config["encoder_chunk_frames"] == 4
+    for name, tensor in model.feature_extractor.state_dict().items():
+        if name.startswith("heard"):  # measured once, and the same to the last bit behind all stages
+            assert torch.equal(tensor, first["state_dict"][f"feature_extractor.{name}"])
+    waveform = random_waveforms(3000)[0][0]
+    running = stream(model)
+    steps = torch.cat([running.push(waveform[:1700]), running.push(waveform[1700:]), running.finish()])
+    with torch.no_grad():
+        torch.testing.assert_close(steps, model(waveform[None])[0][0], rtol=1e-3, atol=1e-3)
 
 
 # --- a light extractor -----------------------------------------------------------------------------

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import REPOSITORY, SMALL_LIGHT_LAYERS, random_model, random_waveforms, small_config
+from helpers import REPOSITORY, SMALL_LIGHT_LAYERS, random_model, random_waveforms, small_config, take_steps
 from torch import Tensor
 
-from training.students import slice_model
+from training.data import SpeechDataModule
+from training.settings import DataSettings
+from training.students import slice_model, streaming_model
 from wav2vec2.files.errors import UserError
 from wav2vec2.model import Wav2Vec2Model, hubert_base, wav2vec2_model
 
@@ -235,3 +237,86 @@ def test_shipped_students(name, init_layers, num_params):
     extractors = [model.feature_extractor for model in (student, source)]
     assert extractors[0].stride == extractors[1].stride
     assert extractors[0].receptive_field == extractors[1].receptive_field
+
+
+# --- students that stream
+
+
+@pytest.fixture(scope="module")
+def data(manifests) -> SpeechDataModule:
+    return SpeechDataModule(DataSettings(tsv_dir=manifests, seconds_per_batch=4, min_seconds=0.5))
+
+
+def streaming(source: Wav2Vec2Model, data: SpeechDataModule | None, chunk: int = 4, left: int = 6) -> Wav2Vec2Model:
+    contents = streaming_model({"config": source.config, "state_dict": source.state_dict()}, chunk, left, data)
+    student = wav2vec2_model(**contents["config"]).to(source.feature_extractor.dummy_weight.dtype).eval()
+    student.load_state_dict(contents["state_dict"], strict=True)
+    return student
+
+
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+@pytest.mark.parametrize("kernel", [7, 8])
+def test_what_a_streaming_student_keeps(data, family, size, kernel):
+    """All but the taps behind the frame; the convolution is the source's with those at zero, and steps are the whole."""
+    source = random_model(small_config(family, size, encoder_pos_conv_kernel=kernel)).double()
+    student = streaming(source, data)
+    changes = {"encoder_chunk_frames": 4, "encoder_left_frames": 6, "encoder_pos_conv_kernel": kernel // 2 + 1}
+    assert student.config == {**source.config, **changes}
+    found, expected = student.state_dict(), source.state_dict()
+    names = {f"feature_extractor.heard.{name}" for name in ("prior_mean", "prior_products")}
+    assert found.keys() - expected.keys() == names and not expected.keys() - found.keys()
+    cut = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+    assert cut == [f"encoder.transformer.pos_conv_embed.conv.weight_{letter}" for letter in "gv"]
+    frames = torch.randn(2, 13, 16, generator=torch.Generator().manual_seed(0)).double()
+    waveforms = random_waveforms(student.feature_extractor.num_samples(20))[0].double()
+    with torch.no_grad():
+        source.encoder.transformer.pos_conv_embed.conv.weight_g[..., kernel // 2 + 1 :] = 0
+        ours, theirs = (model.encoder.transformer.pos_conv_embed(frames) for model in (student, source))
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(take_steps(student, waveforms), student(waveforms)[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), [("base", 10, 5), ("large", 1, 1)])
+def test_prior_is_of_training_data(data, size, kernel, stride, monkeypatch):
+    """Mean and mean products of the windows of all batches here, in double precision, which no dtype changes."""
+    source = random_model(small_config("hubert", size))
+    heard = streaming(source, data).feature_extractor.heard
+    crops = data.sampler(data.train_subset, 1, 0)
+    batches = [data.datasets[data.train_subset][crop].waveforms.double() for crop in crops]
+    windows = torch.cat([batch.unfold(1, kernel, stride).flatten(0, 1) for batch in batches])
+    torch.testing.assert_close(heard.prior_mean, windows.mean(0))
+    torch.testing.assert_close(heard.prior_products, windows.T @ windows / len(windows))
+    for module in (streaming(source, data).bfloat16(), streaming(source, data).half()):
+        assert torch.equal(module.feature_extractor.heard.prior_products, heard.prior_products)
+    monkeypatch.setattr("training.students._PRIOR_SECONDS", 1)
+    assert not torch.equal(streaming(source, data).feature_extractor.heard.prior_mean, heard.prior_mean)
+
+
+def test_a_norm_of_the_waveform_goes_before_a_group_norm(data):
+    """It has no data of its own to measure; other extractors need none."""
+    assert not streaming(random_model(small_config("hubert", normalize_waveform=True)), data).normalize_waveform
+    student = streaming(random_model(small_config("wavlm", "large", normalize_waveform=False)), None)
+    assert student.feature_extractor.heard is None
+    for size in ("base", "large"):
+        with pytest.raises(UserError, match="--tsv_dir: is not given; the model's norm"):
+            streaming(random_model(small_config("hubert", size)), None)
+    with pytest.raises(UserError, match="--streaming: no model can be built .*encoder_chunk_frames: expected a whole"):
+        streaming(student, None, chunk=2**30)
+
+
+@pytest.mark.parametrize(("family", "size"), FAMILIES)
+def test_a_streaming_model_is_sliced_and_streams_otherwise(data, family, size):
+    """Its units of the convolution are taps: those of the far past go. Other chunks are no other weights."""
+    source = streaming(random_model(small_config(family, size)), data)
+    student, origins = sliced(source, {"encoder_pos_conv_kernel": 3, "encoder_ff_interm_features": 7}, [1, 3])
+    assert origins.endswith("fresh nothing") and student.config["encoder_chunk_frames"] == 4
+    name = "encoder.transformer.pos_conv_embed.conv.weight_v"
+    assert torch.equal(student.state_dict()[name], source.state_dict()[name][..., -3:])
+    other = streaming(source, None, chunk=8, left=0)
+    assert other.config == {**source.config, "encoder_chunk_frames": 8, "encoder_left_frames": 0}
+    assert_weights(other, source.state_dict())
+    channels = [[8, 10, 5], *source.config["extractor_conv_layer_config"][1:]]
+    assert sliced(source, {"extractor_conv_layer_config": channels})[1].endswith("fresh nothing")
+    changes = {"extractor_conv_layer_config": SMALL_LIGHT_LAYERS} if size == "base" else {"normalize_waveform": False}
+    with pytest.raises(UserError, match="source.pth streams, .*expected no change but fewer channels; slice"):
+        sliced(source, changes)
