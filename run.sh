@@ -129,9 +129,11 @@ student_ckpt=${student_ckpt:-$teacher_ckpt}
 if ((${#make_student[@]})); then
     make_student+=(--model "$student_ckpt" --exp_dir "$exp_dir/student")
     student_ckpt=$exp_dir/student/student.pth
-    # Without a new extractor nothing is trained.
-    [[ " ${make_student[*]}" != *" --extractor"* ]] ||
-        make_student+=(${tsv_dir:+--tsv_dir "$tsv_dir"} "${subset[@]}" "${always[@]}")
+    # A student that streams starts with statistics of speech. Without a new extractor nothing is trained.
+    if [[ " ${make_student[*]}" =~ " --"(extractor|streaming) ]]; then
+        make_student+=(${tsv_dir:+--tsv_dir "$tsv_dir"} "${subset[@]}")
+    fi
+    [[ " ${make_student[*]}" != *" --extractor"* ]] || make_student+=("${always[@]}")
 fi
 ((!${#finetune[@]})) || finetune+=("${always[@]}")
 shared+=(${tsv_dir:+--tsv_dir "$tsv_dir"} "${subset[@]}" --teacher_ckpt "$teacher_ckpt")
