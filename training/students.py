@@ -75,9 +75,9 @@ def slice_model(
     sliced = _sliced(contents["state_dict"], own, wanted, starts, whole_layers=init_layers == RANDOM)
     obstacles = _obstacles(check_config(sliced.config), wanted)
     if own.encoder_chunk_frames and ("extractor" in obstacles or own.normalize_waveform != wanted.normalize_waveform):
-        key = obstacles.get("extractor", "normalize_waveform")
+        cause = obstacles.get("extractor", "normalize_waveform")
         raise UserError(
-            f"--student_config: {key}: {source} streams, by statistics of what its extractor hears: expected no change "
+            f"--student_config: {cause}: {source} streams, by statistics of what its extractor hears: expected no change "
             "but fewer channels; slice the model that it was made from, with --streaming in the same call"
         )
     if init_layers == RANDOM:

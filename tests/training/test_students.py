@@ -257,7 +257,7 @@ def streaming(source: Wav2Vec2Model, data: SpeechDataModule | None, chunk: int =
 @pytest.mark.parametrize(("family", "size"), FAMILIES)
 @pytest.mark.parametrize("kernel", [7, 8])
 def test_what_a_streaming_student_keeps(data, family, size, kernel):
-    """All but the taps behind the frame; the convolution is the source's with those at zero, and steps are the whole."""
+    """All but the taps behind the frame, as if the source had zeros there; steps give what whole passes give."""
     source = random_model(small_config(family, size, encoder_pos_conv_kernel=kernel)).double()
     student = streaming(source, data)
     changes = {"encoder_chunk_frames": 4, "encoder_left_frames": 6, "encoder_pos_conv_kernel": kernel // 2 + 1}
@@ -300,7 +300,7 @@ def test_a_norm_of_the_waveform_goes_before_a_group_norm(data):
     for size in ("base", "large"):
         with pytest.raises(UserError, match="--tsv_dir: is not given; the model's norm"):
             streaming(random_model(small_config("hubert", size)), None)
-    with pytest.raises(UserError, match="--streaming: no model can be built .*encoder_chunk_frames: expected a whole"):
+    with pytest.raises(UserError, match=r"--streaming: no model can be built .*encoder_chunk_frames: expected a whole"):
         streaming(student, None, chunk=2**30)
 
 
@@ -318,5 +318,5 @@ def test_a_streaming_model_is_sliced_and_streams_otherwise(data, family, size):
     channels = [[8, 10, 5], *source.config["extractor_conv_layer_config"][1:]]
     assert sliced(source, {"extractor_conv_layer_config": channels})[1].endswith("fresh nothing")
     changes = {"extractor_conv_layer_config": SMALL_LIGHT_LAYERS} if size == "base" else {"normalize_waveform": False}
-    with pytest.raises(UserError, match="source.pth streams, .*expected no change but fewer channels; slice"):
+    with pytest.raises(UserError, match=r"source.pth streams, .*expected no change but fewer channels; slice"):
         sliced(source, changes)
