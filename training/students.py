@@ -77,8 +77,8 @@ def slice_model(
     if own.encoder_chunk_frames and ("extractor" in obstacles or own.normalize_waveform != wanted.normalize_waveform):
         cause = obstacles.get("extractor", "normalize_waveform")
         raise UserError(
-            f"--student_config: {cause}: {source} streams, by statistics of what its extractor hears: expected no change "
-            "but fewer channels; slice the model that it was made from, with --streaming in the same call"
+            f"--student_config: {cause}: {source} streams, by statistics of what its extractor hears: expected no "
+            "change but fewer channels; slice the model that it was made from, with --streaming in the same call"
         )
     if init_layers == RANDOM:
         obstacles["layers"] = f"--init_layers {RANDOM}"
