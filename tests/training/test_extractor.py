@@ -67,3 +67,9 @@ def test_layers_that_do_not_fit(layers, message):
         message = "made for frames of 400 samples every 320, the model's are of 10 every 5; give the layers in JSON"
     with pytest.raises(UserError, match=f"^--extractor.*: .*{re.escape(message)}"):
         with_extractor(contents, layers)
+
+
+def test_a_model_that_streams_keeps_its_own():
+    model = random_model(small_config("hubert", encoder_chunk_frames=4))
+    with pytest.raises(UserError, match="--extractor: the model streams, expected one that does not"):
+        with_extractor({"config": model.config, "state_dict": model.state_dict()}, SMALL_LIGHT_LAYERS)
