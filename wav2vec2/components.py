@@ -442,7 +442,7 @@ class FeatureExtractor(nn.Module):
     @property
     def stride(self) -> int:
         """Samples from one frame to the next."""
-        return math.prod(layer.conv.stride[0] for layer in self.conv_layers)
+        return math.prod([layer.conv.stride[0] for layer in self.conv_layers])  # a list, for torch.compile
 
     def get_num_params(self) -> tuple[Count, Count]:
         """Return the expected parameters and output channels."""

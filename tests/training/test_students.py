@@ -320,3 +320,14 @@ def test_a_streaming_model_is_sliced_and_streams_otherwise(data, family, size):
     changes = {"extractor_conv_layer_config": SMALL_LIGHT_LAYERS} if size == "base" else {"normalize_waveform": False}
     with pytest.raises(UserError, match=r"source.pth streams, .*expected no change but fewer channels; slice"):
         sliced(source, changes)
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_a_streaming_student_compiles_as_a_whole(data, size):
+    """As --compile does it, which allows no break in the graph; the same numbers, and gradients."""
+    student = streaming(random_model(small_config("hubert", size)), data).train()
+    waveforms, _ = random_waveforms(1000, 1000)
+    compiled = torch.compile(lambda waveforms: student(waveforms)[0], backend="eager", fullgraph=True)(waveforms)
+    torch.testing.assert_close(compiled, student(waveforms)[0], rtol=1e-4, atol=1e-4)
+    compiled.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in student.parameters() if parameter.requires_grad)
