@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from evaluation.backends import Subject, check_backends, exported, read_speech, torch_subject
-from evaluation.cost import cost, counted_on, made_by, measure_speed
+from evaluation.cost import cost, counted_on, made_by, measure_speed, streaming_cost
 from evaluation.features import LogMel
 from evaluation.fidelity import Student, held_out_speech, measure_fidelity
 from evaluation.probes import Probed, Run, probe_random_models, run_probe, summary
@@ -177,6 +177,7 @@ def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str
             every += exported(subject, backends, Path(folder) / str(number), calibration)
         speeds = measure_speed([subject.features.run for subject in every], args.speed_seconds, device)
         probed, controls = probe_all(every, probes, args.seeds, device)
+    streaming = {each.name: streaming_cost(each.model) if args.speed_seconds else None for each in subjects}
     summaries = _summaries(probed)
     quality: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
@@ -194,7 +195,11 @@ def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str
                 "backend": subject.backend,
                 "is_teacher": subject.is_teacher,
                 "config": subject.model.config,
-                "cost": {**cost(subject.model, subject.num_bytes), "speed": speed},
+                "cost": {
+                    **cost(subject.model, subject.num_bytes),
+                    "speed": speed,
+                    "streaming": streaming.get(subject.name),
+                },
                 "fidelity": fidelity.get(subject.name),
                 "probes": summaries[subject.name],
                 "head": heads.get(subject.name),
