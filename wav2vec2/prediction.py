@@ -147,7 +147,9 @@ def streaming_task_model(model: "Wav2Vec2Model", source: str) -> "TaskModel":
 
     check_streaming(model, source)
     if not isinstance(model, TaskModel) or model.kind == CLIPS:
-        raise UserError(f"{source}: has no head for text or segments, expected one; others have no answer before the end")
+        raise UserError(
+            f"{source}: has no head for text or segments, expected one; others have no answer before the end"
+        )
     return model
 
 
@@ -216,7 +218,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m wav2vec2.prediction", description=about, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a fine-tuned model: a file, a folder or ORG/NAME on the hub")
     parser.add_argument("audio", metavar="AUDIO", nargs="+", help="audio files")
-    parser.add_argument("--stream", action="store_true", help="take each file as it would be heard, print as it is said")
+    parser.add_argument(
+        "--stream", action="store_true", help="take each file as it would be heard, print as it is said"
+    )
     parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     return parser.parse_args()
 

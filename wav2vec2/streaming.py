@@ -73,7 +73,7 @@ def step_states(
 
     Args:
         model: a streaming model in eval mode, without masks.
-        chunk: its samples (B, T), T those of ``encoder_chunk_frames`` frames; the last of them are the next chunk's first.
+        chunk: its samples (B, T), T those of ``encoder_chunk_frames`` frames; the last are the next chunk's first.
         lengths: (B,) valid samples; all but in the last chunk.
         state: of :func:`first_state`, or of the step before.
 
