@@ -148,6 +148,12 @@ def compare_with_teacher(
     return {each.name: {**fidelity, "tsv": str(args.tsv)} for each, fidelity in zip(others, found, strict=True)}
 
 
+def _cost(subject: Subject, speed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return all costs of a model; as a stream if PyTorch runs it, and its speed was measured."""
+    streaming = streaming_cost(subject.model) if speed and subject.backend == "torch" else None
+    return {**cost(subject.model, subject.num_bytes), "speed": speed, "streaming": streaming}
+
+
 def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str]) -> dict[str, Any]:
     """Measure what the flags of evaluate.py ask for; returns its results, see :mod:`evaluation.tables`.
 
@@ -177,7 +183,6 @@ def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str
             every += exported(subject, backends, Path(folder) / str(number), calibration)
         speeds = measure_speed([subject.features.run for subject in every], args.speed_seconds, device)
         probed, controls = probe_all(every, probes, args.seeds, device)
-    streaming = {each.name: streaming_cost(each.model) if args.speed_seconds else None for each in subjects}
     summaries = _summaries(probed)
     quality: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
@@ -195,11 +200,7 @@ def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str
                 "backend": subject.backend,
                 "is_teacher": subject.is_teacher,
                 "config": subject.model.config,
-                "cost": {
-                    **cost(subject.model, subject.num_bytes),
-                    "speed": speed,
-                    "streaming": streaming.get(subject.name),
-                },
+                "cost": _cost(subject, speed),
                 "fidelity": fidelity.get(subject.name),
                 "probes": summaries[subject.name],
                 "head": heads.get(subject.name),
