@@ -19,11 +19,14 @@ from cli import progress
 from wav2vec2.audio import SAMPLE_RATE
 from wav2vec2.flops import UTTERANCE_SECONDS, count_flops, count_params
 from wav2vec2.model import Wav2Vec2Model, hubert_base
+from wav2vec2.streaming import Stream
 
 # SUPERB's profile of HuBERT Base, as the DPHuBERT paper gives it.
 SUPERB_HUBERT_BASE_MACS = 1.669e12
 # Timed runs of each model and length.
 REPETITIONS = 5
+# Timed chunks of a stream.
+STEPS = 50
 
 
 def macs_per_second(config: dict[str, Any]) -> dict[str, float]:
@@ -93,9 +96,27 @@ def measure_speed(
     return found
 
 
+def streaming_cost(model: Wav2Vec2Model) -> dict[str, float] | None:
+    """Return delay in ms and real-time factor of a streaming model, one stream and one chunk at a time; else None.
+
+    The delay is the algorithmic one, the sound that a chunk's frames need: a receptive field for the last of them.
+    """
+    chunk_frames = model.encoder.chunk_frames
+    if chunk_frames is None:
+        return None
+    hop, window = model.feature_extractor.hop, model.feature_extractor.num_samples(chunk_frames)
+    stream, generator = Stream(model), torch.Generator().manual_seed(0)
+    stream.push(torch.randn(window, generator=generator))
+    taken = [_timed(stream.push, torch.randn(hop, generator=generator)) for _ in range(STEPS)]
+    return {
+        "delay_ms": 1000 * window / SAMPLE_RATE,
+        "real_time_factor": statistics.median(taken) * SAMPLE_RATE / hop,
+    }
+
+
 def _timed(run: Callable[[torch.Tensor], object], waveforms: torch.Tensor) -> float:
     """Run the model once and return the seconds it took."""
-    wait = partial(torch.cuda.synchronize, waveforms.device) if waveforms.is_cuda else lambda: None
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     wait()
     start = time.perf_counter()
     with torch.inference_mode():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from evaluation.backends import Subject, check_backends, exported, read_speech, torch_subject
-from evaluation.cost import cost, counted_on, made_by, measure_speed
+from evaluation.cost import cost, counted_on, made_by, measure_speed, streaming_cost
 from evaluation.features import LogMel
 from evaluation.fidelity import Student, held_out_speech, measure_fidelity
 from evaluation.probes import Probed, Run, probe_random_models, run_probe, summary
@@ -148,6 +148,12 @@ def compare_with_teacher(
     return {each.name: {**fidelity, "tsv": str(args.tsv)} for each, fidelity in zip(others, found, strict=True)}
 
 
+def _cost(subject: Subject, speed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return all costs of a model; as a stream if PyTorch runs it, and its speed was measured."""
+    streaming = streaming_cost(subject.model) if speed and subject.backend == "torch" else None
+    return {**cost(subject.model, subject.num_bytes), "speed": speed, "streaming": streaming}
+
+
 def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str]) -> dict[str, Any]:
     """Measure what the flags of evaluate.py ask for; returns its results, see :mod:`evaluation.tables`.
 
@@ -194,7 +200,7 @@ def evaluate(args: argparse.Namespace, layers: list[int], backends: Sequence[str
                 "backend": subject.backend,
                 "is_teacher": subject.is_teacher,
                 "config": subject.model.config,
-                "cost": {**cost(subject.model, subject.num_bytes), "speed": speed},
+                "cost": _cost(subject, speed),
                 "fidelity": fidelity.get(subject.name),
                 "probes": summaries[subject.name],
                 "head": heads.get(subject.name),

@@ -4,7 +4,8 @@ The file is JSON:
 
     made_by    command, versions, device, threads, seeds
     teacher    its name, or null
-    models     one entry each: name, path, backend, is_teacher, config, cost (:mod:`evaluation.cost`, with "speed"),
+    models     one entry each: name, path, backend, is_teacher, config, cost (:mod:`evaluation.cost`, with "speed", and
+               "streaming" with delay_ms and real_time_factor by steps; null unless it streams),
                fidelity (:class:`evaluation.fidelity.Student`; null without teacher or manifest), probes by name
                (:class:`evaluation.probes.Probed`), head (:func:`evaluation.measure.head_summary`; null without one),
                quality (:func:`evaluation.measure.figure_of_merit`; null without teacher or probes)
@@ -92,9 +93,11 @@ def cost_table(
     teachers = [model["cost"]["num_params"] for model in models if model.get("is_teacher")]
     before = original_num_params or next(iter(teachers), None)
     speeds = [f"RTF {entry['seconds']:g} s x {entry['batch']}" for entry in models[0]["cost"].get("speed", [])]
+    streams = any(model["cost"].get("streaming") for model in models)
     rows = []
     for model in models:
         cost = model["cost"]
+        streaming = cost.get("streaming") or {}
         macs = cost["macs_per_second"]
         rows.append(
             [
@@ -106,6 +109,9 @@ def cost_table(
                 f"{macs['conv'] / 1e9:.3f}",
                 f"{cost['superb_macs']['total']:.4g}",
                 *(f"{entry['real_time_factor']:.4f}" for entry in cost.get("speed", [])),
+                *([f"{streaming['delay_ms']:.0f}", f"{streaming['real_time_factor']:.4f}"] if streaming else "--")[
+                    : 2 * streams
+                ],
             ]
         )
     notes = [
@@ -116,6 +122,9 @@ def cost_table(
     if speeds:
         notes.append("RTF (real-time factor): seconds of work per second of audio, by length and batch")
     header = ["", "parameters", "sparsity", "MB", "GMACs/s", "(conv)", "SUPERB-style MACs", *speeds]
+    if streams:
+        header += ["delay ms", "RTF by steps"]
+        notes.append("delay of a stream: the sound that a chunk's frames need; by steps: one stream, chunk by chunk")
     return Table("Cost", header, rows, notes)
 
 

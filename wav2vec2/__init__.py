@@ -2,17 +2,18 @@
 
 ``load`` reads any model, and ``extract`` and ``extract_iter`` return features of audio, see :mod:`wav2vec2.inference`.
 ``predict`` and ``predict_iter`` return the predictions of a fine-tuned model, see :mod:`wav2vec2.prediction`.
-``stream`` runs a streaming model as the sound comes, see :class:`wav2vec2.streaming.Stream`.
+``stream`` runs a streaming model as the sound comes, see :class:`wav2vec2.streaming.Stream`; ``predict_stream`` a
+fine-tuned one.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .inference import extract, extract_iter, load
-    from .prediction import predict, predict_iter
+    from .prediction import predict, predict_iter, predict_stream
     from .streaming import Stream as stream
 
-__all__ = ["extract", "extract_iter", "load", "predict", "predict_iter", "stream"]
+__all__ = ["extract", "extract_iter", "load", "predict", "predict_iter", "predict_stream", "stream"]
 
 
 def __getattr__(name: str) -> Any:

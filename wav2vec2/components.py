@@ -1046,8 +1046,8 @@ class Transformer(nn.Module):
                 x = _run(layer, self.recompute, x, scores, position_bias, embed_mask)
         return self.finished(x, embed_mask)
 
-    def step(self, x: Tensor, scores: Tensor, taps: Tensor, pasts: Sequence[list[Tensor]]) -> Tensor:
-        """(B, C, D) frames of the next chunk -> (B, C, D) as :meth:`forward` gives.
+    def step(self, x: Tensor, scores: Tensor, taps: Tensor, pasts: Sequence[list[Tensor]]) -> list[Tensor]:
+        """(B, C, D) frames of the next chunk -> the output (B, C, D) of each layer.
 
         Args:
             x: projected frames.
@@ -1060,10 +1060,12 @@ class Transformer(nn.Module):
         position_bias = self._position_bias(scores.size(-1))
         if position_bias is not None:
             position_bias = position_bias[:, -num_frames:]
+        outputs = []
         for layer in self.layers:
             past = None if layer.attention is None else remaining.pop(0)
             x = layer(x, scores, position_bias, past=past)
-        return self.finished(x)
+            outputs.append(x)
+        return outputs
 
     def finished(self, x: Tensor, embed_mask: Tensor | None = None) -> Tensor:
         """Turn the last layer's output (B, T, D) into that of :meth:`forward`."""
@@ -1166,8 +1168,8 @@ class Encoder(nn.Module):
 
     def step(
         self, features: Tensor, valid: Tensor, num_before: Tensor, taps: Tensor, pasts: Sequence[list[Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Return the frames (B, C, D) of the next chunk as :meth:`forward` gives them, and the next step's ``taps``.
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the hidden states (B, C, D) of the next chunk as :meth:`extract_features`, and next step's ``taps``.
 
         Args:
             features: the extractor's (B, C, C_in), of which ``valid`` (B,) are no padding.
@@ -1186,7 +1188,7 @@ class Encoder(nn.Module):
         )
         scores = hidden[:, None, None].to(x.dtype) * _PADDING_SCORE
         following = torch.cat([taps, x], dim=1)[:, x.size(1) :]
-        return self.transformer.step(x, scores, taps, pasts), following
+        return [x, *self.transformer.step(x, scores, taps, pasts)], following
 
     def _embed_mask(self) -> Tensor | None:
         """(D,), or None without a mask"""

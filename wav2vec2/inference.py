@@ -30,14 +30,13 @@ from .files import checkpoint, hub
 from .files.errors import UserError, one_line, short_repr
 from .files.heads import model_with_its_head
 from .model import Wav2Vec2Model, normalize_waveforms
+from .samples import as_samples, check_finite
+from .streaming import steps
 
 BATCH_SECONDS = 60.0
 MAX_SECONDS = 60.0
 CONTEXT_SECONDS = 5.0
 LOOKAHEAD_SECONDS = 240.0
-
-# The value of a full-scale sample, and of silence, in arrays of whole numbers.
-_FULL_SCALE = {torch.int16: (2**15, 0), torch.int32: (2**31, 0), torch.uint8: (2**7, 2**7)}
 
 _FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # not of a name on the hub
 
@@ -113,7 +112,8 @@ def extract(
     Audio of at most ``max_seconds`` has the features that :meth:`Wav2Vec2Model.extract_features` returns for it alone,
     whatever the batch. Longer audio is cut for the transformer: its chunks overlap by twice ``context_seconds``, and
     each gives up half of an overlap. The result has the frames of the whole, its normalisation, the statistics of the
-    Base models' first norm, and layer 0 of the whole. In the other layers attention sees its chunk.
+    Base models' first norm, and layer 0 of the whole. In the other layers attention sees its chunk. A streaming model
+    computes longer audio as a stream, and all of it is that of the whole.
 
     Args:
         model: in eval mode, as :func:`load` returns it.
@@ -235,6 +235,7 @@ class _Extraction:
         num_states = len(model.encoder.transformer.layers) + 1
         self.model = model
         self.layers = None if layers == "output" else _checked_layers(layers, num_states)  # None: the model's output
+        self.streams = model.encoder.chunk_frames is not None
         self.is_stacked = not isinstance(layers, (int, str))
         self.batch_samples = batch_seconds * SAMPLE_RATE
         self.max_samples, self.chunk_frames, self.context_frames = math.inf, 0, 0
@@ -290,22 +291,24 @@ class _Extraction:
         if num_frames == 0:
             wanted = f"at least {extractor.receptive_field}, which make one frame"
             raise UserError(f"{name}: has {len(waveform)} samples at 16 kHz, expected {wanted}; leave it out")
-        num_bad = len(waveform) - int(waveform.isfinite().sum())
-        if num_bad:
-            problem = f"{num_bad} of its {len(waveform)} samples are NaN or infinite"
-            raise UserError(f"{name}: {problem}, expected numbers; mend it")
-        if self.model.normalize_waveform:
+        check_finite(waveform, name)
+        if self.model.normalize_waveform and not self.streams:  # a stream is normalised by its extractor
             waveform = normalize_waveforms(waveform[None])[0]
-        if len(waveform) > self.max_samples:
+        if len(waveform) > self.max_samples and not self.streams:
             extractor = _with_statistics_of(extractor, waveform)
         return _Utterance(waveform, num_frames, extractor)
 
     def _results_of(self, window: list[_Utterance | None]) -> Iterator[Tensor | None]:
         """Yield the results of some utterances; each leaves the window first, so that its memory can be freed."""
-        pieces = [piece for utterance in window if utterance is not None for piece in self._pieces(utterance)]
+        pieces = []
+        for utterance in window:
+            if utterance is not None and self.streams and len(utterance.waveform) > self.max_samples:
+                self._compute_by_steps(utterance)
+            elif utterance is not None:
+                pieces += self._pieces(utterance)
         for batch in self._batches(pieces):
             self._compute(batch)
-        del pieces
+        del pieces, utterance
         window.reverse()
         while window:
             utterance = window.pop()
@@ -353,6 +356,18 @@ class _Extraction:
                 if utterance.result is None:
                     utterance.result = torch.empty(len(wanted), utterance.num_frames, row.size(-1), dtype=row.dtype)
                 utterance.result[number, kept_start:kept_end] = row[kept_start - start : kept_end - start]
+
+    @torch.no_grad()
+    def _compute_by_steps(self, utterance: _Utterance) -> None:
+        """Compute a long utterance as a stream, which gives the frames of the whole."""
+        start = 0
+        for states in steps(self.model, utterance.waveform):
+            output = self.model.apply_aux(self.model.encoder.transformer.finished(states[-1]))
+            rows = torch.cat([output] if self.layers is None else [states[layer] for layer in self.layers]).cpu()
+            if utterance.result is None:
+                utterance.result = rows.new_empty(len(rows), utterance.num_frames, rows.size(-1))
+            utterance.result[:, start : start + rows.size(1)] = rows
+            start += rows.size(1)
 
     def _frames(self, batch: list[_Piece]) -> tuple[Tensor, Tensor | None]:
         """Return the extractor's (B, frames, C), and (B,) valid frames or None if none is padded."""
@@ -440,45 +455,6 @@ def _contents(value: Any, name: str) -> bytes:
     if not contents:
         raise UserError(f"{name}: has no bytes left, expected audio; go back to its beginning with seek(0)")
     return contents
-
-
-def as_samples(value: Any, name: str, num_dims: int = 1) -> Tensor:
-    """Return a tensor, array or list of numbers as float32 on the CPU, at full scale 1: (T,), or (B, T) for two dims.
-
-    Raises:
-        UserError: it is something else; ``name`` is what the error calls it.
-    """
-    wanted = "(samples,)" if num_dims == 1 else "(batch, samples)"
-    if not hasattr(value, "__array__") and not isinstance(value, Sequence):
-        raise UserError(f"{name}: found {short_repr(value)}, expected a path, bytes, or a tensor or array {wanted}")
-    try:
-        waveform = _plain_tensor(value)
-    except Exception as error:  # torch's, numpy's or the object's own: the value decides
-        raise UserError(f"{name}: cannot be used ({one_line(error)}), expected floats or int16") from error
-    if waveform.ndim != num_dims:
-        advice = "average channels, and give several waveforms as a list" if num_dims == 1 else "a row for each stream"
-        raise UserError(f"{name}: has shape {list(waveform.shape)}, expected {wanted}; {advice}")
-    if not waveform.is_floating_point() and waveform.dtype not in _FULL_SCALE:
-        raise UserError(f"{name}: holds {waveform.dtype}, expected floats (full scale 1), int16, int32 or uint8")
-    full_scale, silence = _FULL_SCALE.get(waveform.dtype, (1, 0))
-    return (waveform.float() - silence) / full_scale
-
-
-def _plain_tensor(value: Any) -> Tensor:
-    """Return a tensor, array or list as a dense tensor on the CPU."""
-    if isinstance(value, Tensor):
-        if value.is_nested or torch.masked.is_masked_tensor(value):
-            raise TypeError("it is nested or masked")
-        return value.detach().to_dense().cpu()
-    import numpy as np
-
-    if np.ma.is_masked(value):
-        raise ValueError("some of its samples are masked")
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiubc":
-        raise TypeError(f"it holds {array.dtype.name}")
-    # A copy: torch does not take every array as it is (read-only, reversed, of the other byte order).
-    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 
 
 class _FixedNorm(nn.Module):

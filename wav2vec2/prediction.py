@@ -6,6 +6,8 @@
     wav2vec2.predict(model, "call.flac")  # text: 'three one seven'
     wav2vec2.predict(model, paths)  # a list, one result for each
 
+``predict_stream`` and ``--stream`` give them as the sound comes, from a streaming model.
+
 ``python -m wav2vec2.prediction MODEL AUDIO...`` writes one line for each file, with fields separated by tabs: its path,
 then the text, or the label and its probability. For stretches it writes a line for each: path, start and end in
 seconds, label. A file that cannot be used is named on stderr, and the exit status is 1.
@@ -18,7 +20,7 @@ from io import TextIOWrapper
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from .audio import SAMPLE_RATE
+from .audio import SAMPLE_RATE, AudioError
 from .files.errors import UserError, visible
 from .threads import choose_waiting
 
@@ -92,36 +94,89 @@ def _prediction(model: "TaskModel", states: "Tensor") -> Prediction:
     """Return one utterance's result from its logits (frames, outputs) of text, else from what the head reads."""
     import torch
 
-    from .files.heads import greedy_units
     from .task_model import CLIPS
 
     settings = model.head_settings
     if model.head is None:
-        separator = " " if settings.units == "words" else ""
-        return separator.join(settings.labels[unit] for unit in greedy_units(states))
+        return "".join(_text(model, states.argmax(-1).tolist()))
     states = states.to(model.head.linear.weight.device)  # (layers, frames, D), or (frames, D) of the last
     with torch.no_grad():
         logits = model.head(list(states[:, None]) if settings.layers == "weighted" else [states[None]], None)[0].float()
     if settings.kind == CLIPS:
         probability, best = logits.softmax(-1).max(-1)
         return Labelled(settings.labels[best], probability.item())
-    return _stretches(model, logits.argmax(-1).tolist())
+    return list(_stretches(model, logits.argmax(-1).tolist()))
 
 
-def _stretches(model: "TaskModel", best: list[int]) -> list[Stretch]:
+def _text(model: "TaskModel", best: Iterable[int]) -> Iterator[str]:
+    """Decode CTC greedily: yield pieces of text as soon as the best outputs of frames say them."""
+    separator = ""
+    for output, _ in groupby(best):
+        if output:  # 0 is the blank
+            yield separator + model.labels[output - 1]
+            separator = " " if model.head_settings.units == "words" else ""
+
+
+def _stretches(model: "TaskModel", best: Iterable[int]) -> Iterator[Stretch]:
     """Join the frames' labels into stretches, which change half-way between the middles of two frames.
 
-    The first begins with the audio, the last ends with the last frame.
+    The first begins with the audio, the last ends with the last frame. Each comes when the next one begins.
     """
     extractor = model.feature_extractor
     hop, window = extractor.stride, extractor.receptive_field
-    found: list[Stretch] = []
-    behind = 0
-    for label, frames in groupby(best):
-        behind += len(list(frames))
-        end = behind * hop + (window - hop) / 2 if behind < len(best) else (behind - 1) * hop + window
-        found.append(Stretch(found[-1].end if found else 0.0, end / SAMPLE_RATE, model.labels[label]))
-    return found
+    start, behind, label = 0.0, 0, None
+    for following, frames in groupby(best):
+        if label is not None:
+            end = (behind * hop + (window - hop) / 2) / SAMPLE_RATE
+            yield Stretch(start, end, model.labels[label])
+            start = end
+        label = following
+        behind += sum(1 for _ in frames)
+    if label is not None:
+        yield Stretch(start, ((behind - 1) * hop + window) / SAMPLE_RATE, model.labels[label])
+
+
+def streaming_task_model(model: "Wav2Vec2Model", source: str) -> "TaskModel":
+    """Return the model if it streams and has a head for text or segments.
+
+    Raises:
+        UserError: it does not; ``source`` is what the error calls it.
+    """
+    from .streaming import check_streaming
+    from .task_model import CLIPS, TaskModel
+
+    check_streaming(model, source)
+    if not isinstance(model, TaskModel) or model.kind == CLIPS:
+        raise UserError(
+            f"{source}: has no head for text or segments, expected one; others have no answer before the end"
+        )
+    return model
+
+
+def predict_stream(model: "Wav2Vec2Model", blocks: Iterable[Any]) -> Iterator[str | Stretch]:
+    """Yield what the head of a streaming model recognises as soon as the sound says it.
+
+    Args:
+        model: a streaming model with a head for text or segments.
+        blocks: the samples as they come, each what :meth:`~wav2vec2.streaming.Stream.push` takes.
+
+    Returns:
+        Pieces of text, which joined are that of :func:`predict`, or its stretches.
+
+    Raises:
+        UserError: the model does not stream, has no such head, or a block cannot be used.
+    """
+    from .streaming import Stream
+
+    model = streaming_task_model(model, "model")
+    stream = Stream(model)
+
+    def best() -> Iterator[int]:
+        for block in blocks:
+            yield from stream.push(block).argmax(-1).tolist()
+        yield from stream.finish().argmax(-1).tolist()
+
+    return (_text if model.head is None else _stretches)(model, best())
 
 
 # --- the command -----------------------------------------------------------------------------------
@@ -138,11 +193,34 @@ def lines(path: str, found: Prediction) -> list[str]:
     return ["\t".join([visible(path), *(visible(" ".join(field.split())) for field in row)]) for row in rows]
 
 
+def print_stream(model: "TaskModel", path: str) -> None:
+    """Print the lines of one file as a stream says them."""
+    from .audio import read_audio
+
+    found = predict_stream(model, read_audio(path).split(model.feature_extractor.hop))
+    if model.head is not None:
+        for stretch in found:
+            print(*lines(path, [cast(Stretch, stretch)]), flush=True)
+        return
+    print(visible(path), end="\t")
+    is_text = gap = False
+    for piece in cast(Iterator[str], found):
+        words = " ".join(piece.split())
+        gap = gap or piece[0].isspace()
+        if words:
+            print(" " * (is_text and gap) + visible(words), end="", flush=True)
+            is_text, gap = True, piece[-1].isspace()
+    print()
+
+
 def parse_args() -> argparse.Namespace:
     about = "Write what a fine-tuned model recognises in audio files."
     parser = argparse.ArgumentParser(prog="python -m wav2vec2.prediction", description=about, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a fine-tuned model: a file, a folder or ORG/NAME on the hub")
     parser.add_argument("audio", metavar="AUDIO", nargs="+", help="audio files")
+    parser.add_argument(
+        "--stream", action="store_true", help="take each file as it would be heard, print as it is said"
+    )
     parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     return parser.parse_args()
 
@@ -165,6 +243,14 @@ def main() -> int:
 
     try:
         model = load(args.model, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for path in args.audio if args.stream else ():
+            task_model = streaming_task_model(model, args.model)
+            try:
+                print_stream(task_model, path)
+            except AudioError as error:
+                report(None, error)
+        if args.stream:
+            return status
         for path, found in zip(args.audio, predict_iter(model, args.audio, on_error=report), strict=True):
             if found is not None:
                 print(*lines(path, found), sep="\n", flush=True)

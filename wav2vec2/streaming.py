@@ -1,5 +1,6 @@
 """A streaming model chunk by chunk: each frame is computed once, as the sound comes."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,10 @@ from torch.nn import functional as F
 from .audio import SAMPLE_RATE
 from .components import Heard
 from .files.errors import UserError, short_repr
-from .inference import as_samples
+from .kinds import SEGMENTS
 from .model import Wav2Vec2Model
+from .samples import as_samples, check_finite
+from .task_model import TaskModel
 
 
 class State(NamedTuple):
@@ -47,7 +50,26 @@ def first_state(model: Wav2Vec2Model, batch: int) -> State:
 
 
 def step(model: Wav2Vec2Model, chunk: Tensor, lengths: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-    """Compute the frames of the next chunk.
+    """Compute the frames of the next chunk; arguments and the rest as in :func:`step_states`.
+
+    They are the last hidden states (B, C, D) as ``model.forward`` gives them; with a head their logits (B, C, outputs),
+    unless the head is for whole clips.
+    """
+    states, valid, state = step_states(model, chunk, lengths, state)
+    return _frames(model, states), valid, state
+
+
+def _frames(model: Wav2Vec2Model, states: list[Tensor]) -> Tensor:
+    output = model.encoder.transformer.finished(states[-1])
+    if isinstance(model, TaskModel) and model.kind == SEGMENTS:
+        return model.logits(states, output, None)
+    return model.apply_aux(output)
+
+
+def step_states(
+    model: Wav2Vec2Model, chunk: Tensor, lengths: Tensor, state: State
+) -> tuple[list[Tensor], Tensor, State]:
+    """Compute the hidden states of the next chunk.
 
     Args:
         model: a streaming model in eval mode, without masks.
@@ -56,7 +78,7 @@ def step(model: Wav2Vec2Model, chunk: Tensor, lengths: Tensor, state: State) -> 
         state: of :func:`first_state`, or of the step before.
 
     Returns:
-        Last hidden states (B, C, D) as ``model.forward`` gives them, (B,) valid frames, and the next step's state.
+        Hidden states (B, C, D) as ``model.extract_features`` gives them, (B,) valid frames, and the next step's state.
     """
     extractor, heard, moments = model.feature_extractor, state.heard, None
     if extractor.heard is not None and heard is not None:
@@ -65,8 +87,19 @@ def step(model: Wav2Vec2Model, chunk: Tensor, lengths: Tensor, state: State) -> 
     features = extractor.chunk_frame_features(chunk, lengths, moments)
     valid = extractor.num_frames(lengths)
     pasts = [list(past) for past in state.pasts]
-    x, taps = model.encoder.step(features, valid, state.num_frames, state.taps, pasts)
-    return model.apply_aux(x), valid, State(state.num_frames + valid, heard, taps, pasts)
+    states, taps = model.encoder.step(features, valid, state.num_frames, state.taps, pasts)
+    return states, valid, State(state.num_frames + valid, heard, taps, pasts)
+
+
+def steps(model: Wav2Vec2Model, waveform: Tensor) -> Iterator[list[Tensor]]:
+    """Yield the hidden states (1, frames, D) of each chunk of a waveform (T,)."""
+    extractor, state = model.feature_extractor, first_state(model, 1)
+    window = extractor.num_samples(model.encoder.chunk_frames or 1)
+    for start in range(0, len(waveform) - extractor.receptive_field + 1, extractor.hop):
+        samples = waveform[None, start : start + window].to(extractor.dummy_weight)
+        lengths = torch.full((1,), samples.size(1), device=samples.device)
+        states, valid, state = step_states(model, F.pad(samples, (0, window - samples.size(1))), lengths, state)
+        yield [each[:, : int(valid)] for each in states]
 
 
 class Stream:
@@ -104,6 +137,7 @@ class Stream:
         new = as_samples(samples, "push", 1 if self.batch is None else 2)
         if self.batch is not None and len(new) != self.batch:
             raise UserError(f"push: expected samples of {self.batch} streams (batch, samples), found {len(new)}")
+        check_finite(new, "push")
         self._samples = torch.cat([self._samples, new.view(self.batch or 1, -1).to(self._samples)], dim=1)
         frames, hop = [], self.model.feature_extractor.hop
         while self._samples.size(1) >= self._window:
@@ -131,6 +165,8 @@ class Stream:
 
     def _joined(self, frames: list[Tensor]) -> Tensor:
         if not frames:
-            frames = [self.model.apply_aux(self._samples.new_zeros(self.batch or 1, 0, self.model.encoder.embed_dim))]
+            none = self._samples.new_zeros(self.batch or 1, 0, self.model.encoder.embed_dim)
+            with torch.inference_mode():
+                frames = [_frames(self.model, [none] * (len(self.model.encoder.transformer.layers) + 1))]
         joined = torch.cat(frames, dim=1)
         return joined[0] if self.batch is None else joined

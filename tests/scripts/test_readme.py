@@ -1,5 +1,6 @@
 """Every command, code block, path and link of the README and the other pages works."""
 
+import contextlib
 import importlib
 import os
 import re
@@ -7,17 +8,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import soundfile
 import torch
-from helpers import REPOSITORY, random_model, random_waveforms, small_config
+from helpers import REPOSITORY, random_model, random_waveforms, small_config, task_contents
 from test_imports import ROOMS, files, imports
 from torch import Tensor
 from torch.nn import functional as F
 
 import lightning
+import wav2vec2
 from wav2vec2.files import checkpoint
+from wav2vec2.task_model import Head
 
 PAGES = {
     path: path.read_text()
@@ -128,6 +132,39 @@ def test_term():
     term, states, others = names["FrameRelations"](1.0), torch.randn(5, 2, 3, 4), torch.randn(5, 2, 3, 4)
     same, other = (term(lightning.States(None, None, None, states, x, None)) for x in (states, others))
     assert same == 0 < other
+
+
+def test_microphone(tmp_path, monkeypatch, capsys):
+    """using.md: its program prints what a model hears, from a stand-in for the microphone until it is stopped."""
+    (code,) = [block for block in blocks("python") if "sounddevice" in block]
+    head = Head("text", ("a", "b"), units="characters")
+    contents = task_contents(head)
+    contents["config"] |= {"encoder_chunk_frames": 4, "encoder_left_frames": 8}
+    contents["state_dict"] |= random_model(small_config("hubert", encoder_chunk_frames=4)).feature_extractor.state_dict(
+        prefix="feature_extractor."
+    )
+    (tmp_path / "exp/digits").mkdir(parents=True)
+    checkpoint.save(tmp_path / "exp/digits/finetuned.pth", contents)
+    sound = random_waveforms(4800)[0][0]
+    heard = iter(sound.numpy().reshape(3, 1600, 1))
+
+    class Microphone(contextlib.nullcontext):
+        def __init__(self, **settings):
+            assert settings["samplerate"] == 16_000 and settings["channels"] == 1
+            super().__init__(self)
+
+        def read(self, count):
+            if (samples := next(heard, None)) is None:
+                raise KeyboardInterrupt
+            assert len(samples) == count
+            return samples, False
+
+    monkeypatch.setitem(sys.modules, "sounddevice", types.SimpleNamespace(InputStream=Microphone))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        exec(code, {})
+    printed = capsys.readouterr().out
+    assert printed and wav2vec2.predict(wav2vec2.load("exp/digits/finetuned.pth"), sound).startswith(printed)
 
 
 @pytest.mark.slow
