@@ -267,7 +267,7 @@ def _processor_files(config: ModelConfig, model_type: str, head: Head | None) ->
     """Settings of the feature extractor and, for text, of a tokenizer with no other tokens than blank and labels."""
     extractor = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "do_normalize": config.normalize_waveform,
+        "do_normalize": config.normalize_waveform and config.encoder_chunk_frames is None,  # not a stream as a whole
         "feature_size": 1,
         "padding_side": "right",
         "padding_value": 0.0,
