@@ -578,7 +578,7 @@ def test_streaming(tmp_path: Path, speech: Path) -> None:
     assert {"MatMulInteger", "DequantizeLinear"} <= {node.op_type for node in quantized.node}
     assert re.search(r"- model.onnx: .* noise, step by step\n", exported.card)
     assert re.search(r"- model.int8.onnx: .* 3 utterances, step by step\n", exported.card)
-    assert "takes 50 samples" in exported.card and "`waveforms`" not in exported.card
+    assert "takes the 50 samples" in exported.card and "`waveforms`" not in exported.card
 
 
 @slow
