@@ -2,7 +2,7 @@
 
   huggingface  model.safetensors and config.json for the Hugging Face hub: transformers' Auto classes open the folder,
                with the model's code in it where transformers does not know the model, and so does wav2vec2.load
-  onnx         model.onnx for ONNX Runtime, for any length or, with --chunk_seconds, by chunks, and with --int8 a
+  onnx         model.onnx for ONNX Runtime, for any length or, of a streaming model, of one step, and with --int8 a
                smaller file beside it; pip install -r requirements-export.txt
 
 Every file is loaded again and compared with the model before it is kept; the card says what was measured. Of a
@@ -49,9 +49,6 @@ def parse_args() -> argparse.Namespace:
     onnx.add_argument(
         "--tsv", type=Path, help="manifest of speech, from prepare_data.py: with it convolutions have 8 bits, too"
     )
-    onnx.add_argument("--chunk_seconds", type=float, help="take speech by chunks of this length, for streaming")
-    onnx.add_argument("--left_seconds", type=float, help="context before a chunk")
-    onnx.add_argument("--right_seconds", type=float, help="context behind a chunk")
     parser.set_defaults(**ONNX_FLAGS)
     card = parser.add_argument_group("card")
     card.add_argument(
@@ -68,7 +65,6 @@ def main(args: argparse.Namespace) -> None:
     from evaluation.backends import read_speech
     from evaluation.cost import UTTERANCE_SECONDS, macs_per_second
     from exporters.card import card_text
-    from exporters.chunks import chosen_chunk
     from exporters.huggingface import write_huggingface
     from exporters.onnx import OnnxOptions, onnx_facts, write_onnx
     from wav2vec2.files.checkpoint import read_model_file
@@ -89,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     facts |= {"macs_per_second": macs_per_second(model.config)["total"], "macs_seconds": UTTERANCE_SECONDS}
     evaluation = measured_metrics(args, model.config) if args.evaluation else ()
     speech = read_speech(args.tsv) if args.tsv else []
-    onnx = OnnxOptions(args.outputs, args.opset, args.int8, chosen_chunk(model, args), speech)
+    onnx = OnnxOptions(args.outputs, args.opset, args.int8, speech)
     metadata = {"model_name": args.out.resolve().name, **metadata}
     for name in formats:
         with atomic_path(args.out / name) as folder:

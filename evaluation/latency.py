@@ -206,6 +206,8 @@ def passes(model: Wav2Vec2Model, conditions: Conditions, folder: Path) -> Passes
     if conditions.backend == "torch":
         return TorchPasses(model, conditions)
     check_onnx(DEFAULT_OPSET)
+    if model.encoder.chunk_frames is not None:
+        raise UserError("backend onnx: found a streaming model, whose file has no whole passes to time; take torch")
     return OnnxPasses(model, conditions, folder)
 
 

@@ -123,7 +123,8 @@ def export_huggingface(contents: Mapping[str, Any], folder: Path, model_type: st
         prefix = f"{model_type}." if head else ""
         names = {name: _their_name(name, prefix) for name in weights if name != DUMMY_WEIGHT}
         settings = _their_settings(ours, config, model_type, head)
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
+    # A stream's sums are in float64, in a model of any precision.
+    dtypes = {str(x.dtype).removeprefix("torch.") for name, x in weights.items() if ".heard." not in name}
     if len(dtypes) == 1:
         settings["dtype"] = dtypes.pop()
     pipelines = {"feature-extraction": {"impl": f"{_PIPELINE}.SpeechFeaturesPipeline", "pt": ["AutoModel"]}}
@@ -180,7 +181,8 @@ def _chosen_type(config: ModelConfig, scale: Tensor, model_type: str | None, hea
     raise UserError(
         f"--model_type {model_type}: transformers' class does not hold this model: it has all heads and one "
         "feed-forward width in every layer, a LayerNorm before the projection (of wav2vec2), no output scale of the "
-        "extractor, and no head but of text; leave out --model_type to have the model written with code of its own"
+        "extractor, no head but of text, and does not stream; leave out --model_type to have the model written with "
+        "code of its own"
     )
 
 
@@ -198,6 +200,7 @@ def _fits_transformers(config: ModelConfig, scale: Tensor, model_type: str, head
         and {count * config.encoder_head_dim for count in heads} == {config.encoder_embed_dim}
         and set(widths) == {widths[0]} != {0}
         and bool((scale == 1).all())
+        and config.encoder_chunk_frames is None
     )
 
 
@@ -264,7 +267,7 @@ def _processor_files(config: ModelConfig, model_type: str, head: Head | None) ->
     """Settings of the feature extractor and, for text, of a tokenizer with no other tokens than blank and labels."""
     extractor = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "do_normalize": config.normalize_waveform,
+        "do_normalize": config.normalize_waveform and config.encoder_chunk_frames is None,  # not a stream as a whole
         "feature_size": 1,
         "padding_side": "right",
         "padding_value": 0.0,

@@ -1,7 +1,7 @@
-"""Writes a model as ONNX for ONNX Runtime: in float32 and of 8 bits, for any length or by chunks.
+"""Writes a model as ONNX for ONNX Runtime: in float32 and of 8 bits, for any length or, if it streams, one step.
 
-Standard operators only: ONNX Runtime's builds for phones and browsers may have no others. A file by chunks has fixed
-shapes, which such builds want, and keeps nothing from call to call.
+Standard operators only: ONNX Runtime's builds for phones and browsers may have no others. A step has fixed shapes,
+which such builds want; the state of the stream goes in and comes out.
 """
 
 import ast
@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.task_model import TaskModel
 from wav2vec2.utils.quiet import quiet
 
-from .chunks import Chunk, by_chunks, chunk_windows
 from .comparison import CHECKED_BATCHES, LARGEST_DIFFERENCE, Run, compare, noise
 from .int8 import LARGEST_ONNX_FILE, quantize
 from .options import DEFAULT_OPSET
+from .steps import StepFunction, by_steps, check_step, description, first_step, names_of_step, stepped, streams
 
 ONNX, ONNX_INT8 = "model.onnx", "model.int8.onnx"
-# So many windows of the speech are enough to measure ranges on.
-_CALIBRATION_WINDOWS = 200
+# So many chunks of the speech are enough to measure ranges on.
+_CALIBRATION_CHUNKS = 200
 # Where PyTorch's exporter notes the modules around a node, as a list.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -52,7 +53,6 @@ class OnnxOptions:
     outputs: str = "last"  # one of OUTPUTS
     opset: int = DEFAULT_OPSET  # in all files
     int8: bool = False  # write model.int8.onnx as well, see int8.py
-    chunk: Chunk | None = None  # write files by chunks
     speech: Sequence[Tensor] = ()  # waveforms (T,), to measure ranges of convolutions' inputs, and differences, on
 
     def output_of(self, model: Wav2Vec2Model) -> str:
@@ -63,32 +63,28 @@ class OnnxOptions:
 
 
 class Outputs(nn.Module):
-    """The function of a file: see :data:`~.comparison.Run`; by chunks (1, samples of the window) -> the chunk's frames.
+    """The function of whole waveforms: see :data:`~.comparison.Run`.
 
     ``outputs`` is "last" for what ``forward`` gives, which may be logits, or "all" for what ``extract_features`` gives.
     """
 
-    def __init__(self, model: Wav2Vec2Model, outputs: str, chunk: Chunk | None = None) -> None:
+    def __init__(self, model: Wav2Vec2Model, outputs: str) -> None:
         super().__init__()
-        self.model, self.outputs, self.chunk = model, outputs, chunk
+        self.model, self.outputs = model, outputs
 
-    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> Any:
+    def forward(self, waveforms: Tensor, lengths: Tensor) -> Any:
         if self.outputs == "last":
-            found, frames = self.model(waveforms, lengths)
-        else:
-            states, frames = self.model.extract_features(waveforms, lengths)
-            found = torch.stack(states)
-        if self.chunk is None:
-            return found, frames
-        return found[..., self.chunk.left : self.chunk.left + self.chunk.frames, :]
+            return self.model(waveforms, lengths)
+        states, frames = self.model.extract_features(waveforms, lengths)
+        return torch.stack(states), frames
 
 
 def write_onnx(model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> list[OnnxFile]:
     """Write model.onnx and the other files of the options.
 
     Inputs are ``waveforms`` and ``lengths``, outputs ``last_hidden_state``, ``hidden_states`` or ``logits``, and
-    ``frames``; by chunks ``waveforms`` and the first output alone. The labels of logits are in the metadata, under
-    ``head``, the frames of a chunk under ``chunk``.
+    ``frames``; a streaming model's are those of a step, which the metadata describe under ``step``. The labels of
+    logits are there too, under ``head``.
 
     Args:
         model: in eval mode, on the CPU.
@@ -96,8 +92,10 @@ def write_onnx(model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> list
         folder: made if it is not there.
 
     Raises:
-        UserError: model.onnx differs from the model by too much, or PyTorch's exporter cannot write it.
+        UserError: model.onnx differs from the model by too much, PyTorch's exporter cannot write it, or a streaming
+            model's steps do not have the wanted output.
     """
+    check_step(model, options.outputs)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / ONNX]
     with quiet():
@@ -105,7 +103,7 @@ def write_onnx(model: Wav2Vec2Model, options: OnnxOptions, folder: Path) -> list
         if options.int8:
             paths.append(folder / ONNX_INT8)
             has_norms = model.feature_extractor.conv_layers[-1].layer_norm is not None
-            quantize(paths[0], paths[1], has_norms, _feeds(model, options))
+            quantize(paths[0], paths[1], has_norms, _feeds(paths[0], model, options.speech))
         return [_measured(path, model, options) for path in paths]
 
 
@@ -116,24 +114,25 @@ def onnx_facts(model: Wav2Vec2Model, options: OnnxOptions, files: Sequence[OnnxF
         "output": options.output_of(model),
         "operators": sorted(set().union(*(file.operators for file in files))),
         "opset": options.opset,
-        "chunk": options.chunk,
+        "step": description(model) if streams(model) else None,
         "extractor": model.feature_extractor,
     }
 
 
 def traced(model: Wav2Vec2Model, options: OnnxOptions) -> torch.export.ExportedProgram:
-    """Trace a model without masks for any batch and any length of at least two frames, or for windows of a chunk."""
+    """Trace a model without masks for any batch and any length of at least two frames, or one step of it."""
     model = copy.deepcopy(model).requires_grad_(False)
     model.fold_weight_norm()  # one weight instead of weight norm's two factors
-    function = Outputs(model, options.outputs, options.chunk).eval()
-    inputs: tuple[Tensor, ...]
-    if options.chunk is None:
-        (inputs,), dynamic = noise(model, [(11, 7)]), torch.export.Dim.DYNAMIC
-        shapes = {"waveforms": {0: dynamic, 1: dynamic}, "lengths": {0: dynamic}}
+    function: nn.Module
+    inputs: tuple[Any, ...]
+    if streams(model):
+        function, inputs, shapes = StepFunction(model), first_step(model), None
     else:
-        inputs, shapes = (torch.randn(1, model.feature_extractor.num_samples(options.chunk.window)),), None
+        function, dynamic = Outputs(model, options.outputs), torch.export.Dim.DYNAMIC
+        (inputs,) = noise(model, [(11, 7)])
+        shapes = {"waveforms": {0: dynamic, 1: dynamic}, "lengths": {0: dynamic}}
     with torch.no_grad(), quiet():
-        return torch.export.export(function, inputs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(function.eval(), inputs, dynamic_shapes=shapes, strict=False)
 
 
 def convert(model: Wav2Vec2Model, options: OnnxOptions, path: Path) -> None:
@@ -143,13 +142,14 @@ def convert(model: Wav2Vec2Model, options: OnnxOptions, path: Path) -> None:
     """
     from onnx.helper import find_min_ir_version_for, make_opsetid
 
-    output, opset = options.output_of(model), options.opset
+    opset, output = options.opset, options.output_of(model)
+    inputs, outputs = names_of_step(model, output) if streams(model) else (["waveforms", "lengths"], [output, "frames"])
     # Any: its type says that it may be None, which the exporter with dynamo never returns.
     converted: Any = torch.onnx.export(
         traced(model, options),
         dynamo=True,
-        input_names=["waveforms"] if options.chunk else ["waveforms", "lengths"],
-        output_names=[output] if options.chunk else [output, "frames"],
+        input_names=inputs,
+        output_names=outputs,
         opset_version=opset,
         verbose=False,
     )
@@ -161,8 +161,8 @@ def convert(model: Wav2Vec2Model, options: OnnxOptions, path: Path) -> None:
     properties = {"sample_rate": str(SAMPLE_RATE), "config": json.dumps(model.config)}
     if isinstance(model, TaskModel):
         properties["head"] = json.dumps(model.head_settings.to_dict())
-    if options.chunk:
-        properties["chunk"] = json.dumps(options.chunk._asdict())
+    if streams(model):
+        properties["step"] = json.dumps(description(model))
     else:
         batch, samples = graph.inputs[0].shape
         converted.rename_axes({batch: "batch", samples: "samples"})
@@ -179,34 +179,28 @@ def convert(model: Wav2Vec2Model, options: OnnxOptions, path: Path) -> None:
     converted.save(path, external_data=num_bytes > LARGEST_ONNX_FILE)
 
 
-def _feeds(model: Wav2Vec2Model, options: OnnxOptions) -> list[dict[str, np.ndarray]]:
-    """Return the speech as inputs of the file."""
-    if options.chunk is None:
-        return [{"waveforms": x[None].numpy(), "lengths": np.array([len(x)])} for x in options.speech]
-    windows = [window for waveform in options.speech for window in chunk_windows(waveform, model, options.chunk)]
-    return [{"waveforms": window.numpy()} for window in windows[:: max(1, len(windows) // _CALIBRATION_WINDOWS)]]
+def _feeds(path: Path, model: Wav2Vec2Model, speech: Sequence[Tensor]) -> list[dict[str, np.ndarray]]:
+    """Return speech as inputs of a file; of a step some of its chunks, with the state before each."""
+    if not streams(model):
+        return [{"waveforms": x[None].numpy(), "lengths": np.array([len(x)])} for x in speech]
+    run, names = _function(path), names_of_step(model, "")[0]
+    num_chunks = sum(model.feature_extractor.num_frames(len(x)) for x in speech) // model.config["encoder_chunk_frames"]
+    steps = (inputs for x in speech for inputs, _ in stepped(run, model, x))
+    chosen = islice(steps, 0, None, max(1, num_chunks // _CALIBRATION_CHUNKS))
+    return [{name: x.numpy() for name, x in zip(names, inputs, strict=True)} for inputs in chosen]
 
 
 def _measured(path: Path, model: Wav2Vec2Model, options: OnnxOptions) -> OnnxFile:
     """Compare a file with the model, and check that it can run everywhere."""
-    operators, is_exact, chunk = _operators(path), path.name == ONNX, options.chunk
-    session = _function(path)
-    run: Run = session
-    function: Callable[..., Any] = Outputs(model, options.outputs, chunk).eval()
-    speech = [(waveform[None], torch.tensor([len(waveform)])) for waveform in options.speech]
-    checked, compared_on, whole_lines = noise(model, CHECKED_BATCHES), "noise", []
-    if chunk is not None:
-        run, function = by_chunks(session, model, chunk), by_chunks(function, model, chunk)
-        checked, compared_on = noise(model, ((2 * chunk.frames + 1,), (chunk.frames, 1))), "noise, chunk by chunk"
-        from_whole = compare(Outputs(model, options.outputs).eval(), run, speech)
-        whole_lines.append(
-            f"{path.name}, chunk by chunk: cosine of a frame with that of the whole utterance "
-            f"{from_whole.mean_cosine:.4f} on average, {from_whole.lowest_cosine:.4f} at least; "
-            f"{len(speech)} utterances"
-        )
-    if speech and not is_exact:  # what is quantised fits speech, and not noise
-        checked, compared_on = speech, f"{len(speech)} utterances"
-    difference = compare(function, run, checked)
+    operators, is_exact = _operators(path), path.name == ONNX
+    run: Run = _function(path)
+    checked, compared_on = noise(model, CHECKED_BATCHES), "noise"
+    if options.speech and not is_exact:  # what is quantised fits speech, and not noise
+        checked = [(waveform[None], torch.tensor([len(waveform)])) for waveform in options.speech]
+        compared_on = f"{len(checked)} utterances"
+    if streams(model):
+        run, compared_on = by_steps(run, model), f"{compared_on}, step by step"
+    difference = compare(Outputs(model, options.outputs).eval(), run, checked)
     if is_exact:
         difference.check(path.name)
     num_bytes = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
@@ -216,7 +210,7 @@ def _measured(path: Path, model: Wav2Vec2Model, options: OnnxOptions) -> OnnxFil
         f"most {difference.largest:.1e}{limit}, relative to the largest value where that is above 1; cosine of a frame "
         f"{difference.mean_cosine:.6f} on average, {difference.lowest_cosine:.6f} at least; {compared_on}"
     )
-    return OnnxFile(path, num_bytes, operators, [line, *whole_lines], run)
+    return OnnxFile(path, num_bytes, operators, [line], run)
 
 
 def _operators(path: Path) -> set[str]:
@@ -254,13 +248,12 @@ def onnx_session(path: Path, trace: Path | None = None) -> Any:
 
 
 def _function(path: Path) -> Callable[..., Any]:
-    """Load a file; returns its function of tensors: its outputs, or the output if it has one."""
+    """Load a file; returns its function of tensors."""
     session = onnx_session(path)
     names = [value.name for value in session.get_inputs()]
 
-    def run(*inputs: Tensor) -> Any:
+    def run(*inputs: Tensor) -> list[Tensor]:
         feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-        outputs = [torch.from_numpy(x) for x in session.run(None, feeds)]
-        return outputs if len(outputs) > 1 else outputs[0]
+        return [torch.from_numpy(x) for x in session.run(None, feeds)]
 
     return run

@@ -12,18 +12,9 @@ from wav2vec2.files.errors import UserError, check_utf8, one_line, short_repr
 FORMATS = {"huggingface": "transformers", "onnx": "onnx"}
 OUTPUTS = ("last", "all")
 MIN_OPSET, DEFAULT_OPSET = 18, 20  # 18 is the oldest that PyTorch's exporter writes
-MAX_SECONDS = 60.0  # a longer chunk is no streaming
 
 # The flags of the onnx format alone, and their defaults.
-ONNX_FLAGS = {
-    "outputs": "last",
-    "opset": DEFAULT_OPSET,
-    "int8": False,
-    "tsv": None,
-    "chunk_seconds": None,
-    "left_seconds": 2.0,
-    "right_seconds": 0.0,
-}
+ONNX_FLAGS = {"outputs": "last", "opset": DEFAULT_OPSET, "int8": False, "tsv": None}
 
 # The metadata that --card may give: keys of huggingface_hub's ModelCardData, of text, and of text or lists of texts.
 _TEXT_KEYS = {
@@ -47,22 +38,10 @@ def check_flags(args: argparse.Namespace) -> list[str]:
         raise UserError(f"--formats: expected some of {', '.join(FORMATS)}, separated by commas, found {unknown[0]!r}")
     formats = [name for name in FORMATS if name in wanted]  # what takes longer comes last
     given = [name for name, default in ONNX_FLAGS.items() if getattr(args, name) != default]
-    seconds = ("chunk_seconds", "left_seconds", "right_seconds")
-    by_chunks = args.chunk_seconds is not None
-    for name in given:
-        value, problem = getattr(args, name), None
-        if "onnx" not in formats:
-            problem = "applies to the onnx format; add onnx to --formats, or leave it out"
-        elif name in seconds and not by_chunks:
-            problem = "is context around a chunk; give --chunk_seconds, too"
-        elif name in seconds and not 0 <= value <= MAX_SECONDS:
-            problem = f"expected 0 to {MAX_SECONDS:g}, found {value:g}"
-        elif name == "chunk_seconds" and not args.tsv:
-            problem = "give --tsv, speech to compare chunks with whole utterances on"
-        elif name == "tsv" and not by_chunks and not args.int8:
-            problem = "nothing is measured on it; give --int8 or --chunk_seconds, too"
-        if problem:
-            raise UserError(f"--{name}: {problem}")
+    if given and "onnx" not in formats:
+        raise UserError(f"--{given[0]}: applies to the onnx format; add onnx to --formats, or leave it out")
+    if args.tsv and not args.int8:
+        raise UserError("--tsv: nothing is measured on it; give --int8, too")
     check_utf8("--out", args.out)
     for folder in [args.out / name for name in formats]:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

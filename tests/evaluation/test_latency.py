@@ -99,6 +99,13 @@ def test_own_times_in_onnx_runtime(tmp_path, family):
     assert (tmp_path / "one" / "model.onnx").stat().st_mtime_ns == written, "exported once"
 
 
+def test_steps_are_not_timed(tmp_path):
+    model = random_model(one_layer_config("hubert") | {"encoder_chunk_frames": 4})
+    with pytest.raises(UserError, match="found a streaming model"):
+        passes(model, subject_conditions(), tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+
+
 def subject_conditions():
     return CONDITIONS._replace(backend="onnx", batch=1)
 

@@ -34,11 +34,12 @@ from markdown_it import MarkdownIt
 from torch import Tensor
 
 from evaluation import backends
-from exporters import chunks, comparison, int8
+from exporters import comparison, int8, steps
 from exporters import onnx as export_onnx
 from exporters.card import card_text
 from exporters.huggingface import export_huggingface
 from exporters.options import read_card
+from wav2vec2 import streaming
 from wav2vec2.files import checkpoint
 from wav2vec2.files.errors import UserError
 from wav2vec2.files.heads import Head, contents_of, model_with_its_head, with_head
@@ -156,7 +157,7 @@ def test_hubert(tmp_path: Path) -> None:
 
     # With a LayerNorm in each layer, all convolutions but that of the waveform suit 8 bits.
     options = export_onnx.OnnxOptions(speech=list(random_waveforms(1500, 1100)[0]))
-    feeds = export_onnx._feeds(exported.model, options)
+    feeds = export_onnx._feeds(exported.folder / "model.onnx", exported.model, options.speech)
     int8.quantize(exported.folder / "model.onnx", tmp_path / "model.onnx", True, feeds)
     model = onnx.load(tmp_path / "model.onnx")
     makers = {name: node.op_type for node in model.graph.node for name in node.output}
@@ -399,15 +400,7 @@ def test_a_changed_program_is_refused() -> None:
         (("--formats", "onnx", "--opset", "99"), "opset 99: expected at most"),
         (("--int8",), "--int8: applies to the onnx format"),
         (("--outputs", "all"), "--outputs: applies to the onnx format"),
-        (("--chunk_seconds", "1"), "--chunk_seconds: applies to the onnx format"),
-        (("--formats", "onnx", "--right_seconds", "1"), "--right_seconds: is context around a chunk"),
         (("--formats", "onnx", "--tsv", "nowhere.tsv"), "--tsv: nothing is measured on it"),
-        (("--formats", "onnx", "--chunk_seconds", "1"), "--chunk_seconds: give --tsv"),
-        (
-            ("--formats", "onnx", "--chunk_seconds", "1", "--tsv", "x", "--left_seconds", "-1"),
-            "--left_seconds: .*60, found -1",
-        ),
-        (("--formats", "onnx", "--chunk_seconds", "nan"), "--chunk_seconds: expected 0 to 60, found nan"),
         (("--card", "nowhere.yaml"), "nowhere.yaml"),
         (("--out", "o\udcff"), r"--out o\\udcff: its name is not UTF-8"),
     ],
@@ -529,49 +522,119 @@ def test_operators_that_are_not_standard(tmp_path: Path) -> None:
         export_onnx._operators(tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize("chunk", [(16, 50, 0), (1, 0, 0), (30, 7, 9)])
-def test_windows_are_of_the_whole(chunk: tuple[int, int, int]) -> None:
-    """Chunk by chunk a model whose frames do not depend on each other gives what it gives of the whole."""
-    model = random_model(small_config("hubert", "large", **PRUNED["hubert"]))
-    extractor, chunk = model.feature_extractor, chunks.Chunk(*chunk)
+STREAMING = {"encoder_chunk_frames": 4, "encoder_left_frames": 6}
 
-    def window_frames(window: Tensor) -> Tensor:
-        return extractor(window, None)[0][:, chunk.left : chunk.left + chunk.frames]
 
-    run = chunks.by_chunks(window_frames, model, chunk)
-    for num_samples in BATCHES:
-        waveforms, lengths = random_waveforms(*num_samples)
-        valid = lengths >= MIN_SAMPLES
-        found, frames = run(waveforms[valid], lengths[valid])
-        wanted = extractor(waveforms[valid], lengths[valid])
-        assert torch.equal(frames, wanted[1]) and found.shape == wanted[0].shape
-        for row, count in enumerate(frames):
-            torch.testing.assert_close(found[row, :count], wanted[0][row, :count], atol=1e-5, rtol=1e-5)
+def check_step_file(session: Any, exported: Exported, output: str, width: int) -> None:
+    """Names and shapes, in the file and in its metadata."""
+    (step, sample_rate) = map(session.get_modelmeta().custom_metadata_map.get, ("step", "sample_rate"))
+    described, extractor = json.loads(step), exported.model.feature_extractor
+    assert sample_rate == "16000" and described["chunk_frames"] == 4
+    assert described["chunk_samples"] == extractor.num_samples(4) and described["hop_samples"] == 4 * extractor.stride
+    state = {name: tuple(shape) for name, shape in described["state"].items()}
+    inputs = {value.name: tuple(value.shape) for value in session.get_inputs()}
+    assert inputs == {"samples": (1, extractor.num_samples(4)), "length": (1,), **state}
+    outputs = {value.name: tuple(value.shape) for value in session.get_outputs()}
+    assert outputs == {output: (1, 4, width), "frames": (1,)} | {f"next_{name}": x for name, x in state.items()}
+
+
+def run_steps(file: Path, waveform: np.ndarray, output: str) -> np.ndarray:
+    """The frames of a stream of one waveform, by what the metadata say alone."""
+    session = onnxruntime.InferenceSession(file)
+    described = json.loads(session.get_modelmeta().custom_metadata_map["step"])
+    size, hop = described["chunk_samples"], described["hop_samples"]
+    types = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
+    kinds = {value.name: types[value.type] for value in session.get_inputs()}
+    state = {name: np.zeros(shape, kinds[name]) for name, shape in described["state"].items()}
+    found = []
+    for start in range(0, len(waveform), hop):
+        chunk = waveform[start : start + size]
+        feeds = {"samples": np.pad(chunk, (0, size - len(chunk)))[None], "length": np.array([len(chunk)]), **state}
+        outputs = session.run(None, feeds)
+        named = dict(zip([value.name for value in session.get_outputs()], outputs, strict=True))
+        state = {name: named[f"next_{name}"] for name in state}
+        found.append(named[output][0, : named["frames"][0]])
+    return np.concatenate(found)
 
 
 @slow
-def test_chunks(tmp_path: Path, speech: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """A file of fixed shapes: all hidden states of a chunk, which is computed in a window."""
-    contents = contents_with_head(TASK_HEADS[2], one_layer_config("hubert"))
-    model = model_with_its_head(contents, "model.pth").eval()
-    hop, size = model.feature_extractor.stride / 16_000, model.feature_extractor.num_samples(30)
-    seconds = ("--chunk_seconds", 7 * hop, "--left_seconds", 20 * hop, "--right_seconds", 3 * hop)
-    exported = Exported(tmp_path, contents, "--tsv", speech, "--int8", "--outputs", "all", *seconds)
-    for name, tolerance in (("model.onnx", 1e-5), ("model.int8.onnx", 1)):
-        session = onnxruntime.InferenceSession(exported.folder / name)
-        assert [(value.name, value.shape) for value in session.get_inputs()] == [("waveforms", [1, size])]
-        assert [(value.name, value.shape) for value in session.get_outputs()] == [("hidden_states", [2, 1, 7, 16])]
-        waveforms, _ = random_waveforms(size)
-        (found,) = session.run(None, {"waveforms": waveforms.numpy()})
-        wanted = torch.stack(model.extract_features(waveforms)[0])[:, :, 20:27].detach().numpy()
-        np.testing.assert_allclose(found, wanted, atol=tolerance)
-    assert f"`waveforms` is (1, {size})" in exported.card and "(hidden_states,) = session.run" in exported.card
-    assert re.search(r"model.onnx, chunk by chunk: cosine .* whole utterance 0\.\d+ on average", exported.card)
-    assert "model.int8.onnx, chunk by chunk" in capsys.readouterr().out
+def test_streaming(tmp_path: Path, speech: Path) -> None:
+    """One step, with a GroupNorm and a pruned layer: frames of the whole pass, beyond the second of the prior too."""
+    model = random_model(small_config("wavlm", "base", **PRUNED["wavlm"], **STREAMING))
+    model.feature_extractor.heard.prior_products.mul_(0.3)
+    exported = Exported(tmp_path, contents_of(model), "--int8", "--tsv", speech)
+    waveforms, lengths = random_waveforms(20_003)
+    with torch.inference_mode():
+        wanted = model(waveforms, lengths)[0][0].numpy()
+    for name, least in (("model.onnx", 0.99999), ("model.int8.onnx", 0.95)):
+        check_step_file(onnxruntime.InferenceSession(exported.folder / name), exported, "last_hidden_state", 12)
+        found = run_steps(exported.folder / name, waveforms[0].numpy(), "last_hidden_state")
+        assert found.shape == wanted.shape
+        cosines = (found * wanted).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(wanted, axis=-1)
+        assert cosines.min() > least if name == "model.onnx" else cosines.mean() > least
+        if name == "model.onnx":
+            np.testing.assert_allclose(found, wanted, atol=1e-4)
+    quantized = onnx.load(exported.folder / "model.int8.onnx").graph
+    assert {"MatMulInteger", "DequantizeLinear"} <= {node.op_type for node in quantized.node}
+    assert re.search(r"- model.onnx: .* noise, step by step\n", exported.card)
+    assert re.search(r"- model.int8.onnx: .* 3 utterances, step by step\n", exported.card)
+    assert "takes the 50 samples" in exported.card and "`waveforms`" not in exported.card
 
-    monkeypatch.setattr(backends, "_MIN_SECONDS", 0.1)
-    flags = ("--model", tmp_path / "model.pth", "--out", tmp_path / "none", "--formats", "onnx", "--tsv", speech)
-    assert run_to_exit(monkeypatch, "export", *flags, "--outputs", "all", "--chunk_seconds", hop / 3) == 1
-    assert f"expected at least {hop:g}, which is one frame" in error_line(capsys)
-    assert run_to_exit(monkeypatch, "export", *flags, "--chunk_seconds", 1) == 1
-    assert "head labels whole clips" in error_line(capsys) and not (tmp_path / "none").exists()
+
+@slow
+def test_streaming_logits(tmp_path: Path) -> None:
+    """A model that normalises waveforms, keeps nothing of the past and gives logits; by the lines of the card alone."""
+    config = small_config("hubert", "large", **PRUNED["hubert"], **STREAMING | {"encoder_left_frames": 0})
+    exported = Exported(tmp_path, contents_with_head(TASK_HEADS[0], config), "--opset", 18)
+    check_step_file(onnxruntime.InferenceSession(exported.folder / "model.onnx"), exported, "logits", 4)
+    waveforms, _ = random_waveforms(777)
+    np.save(exported.folder / "input.npy", waveforms[0].numpy())
+    lines = exported.card.split("```python\n")[1].split("```")[0]
+    code = f"""
+import os
+os.chdir({str(exported.folder)!r})
+{lines}
+waveform, found = np.load("input.npy"), []
+for start in range(0, len(waveform), 40):
+    frames, state = push(waveform[start : start + 50], state)
+    found.append(frames)
+found = np.concatenate(found)
+print(len(found), float(abs(found).astype(float).sum()))
+"""
+    count, total = run_without((*TRAINING_PACKAGES, "wav2vec2", "hardconcrete", "torch"), code).split()
+    wanted = exported.model(waveforms)[0].detach().double()
+    assert int(count) == wanted.size(1) and float(total) == pytest.approx(float(wanted.abs().sum()), rel=1e-5)
+
+
+def test_a_step_that_forgets_is_refused() -> None:
+    """The state goes from step to step in what is compared."""
+    model = random_model(one_layer_config("hubert") | STREAMING)
+    function = steps.StepFunction(model)
+
+    def difference(keeps: float) -> float:
+        def run(samples: Tensor, length: Tensor, num_frames: Tensor, *tensors: Tensor) -> Any:
+            *heard, taps, keys, values = tensors
+            state = streaming.State(num_frames, streaming.Heard(*heard), taps * keeps, [[keys, values]])
+            return function(samples, length, state)
+
+        batches = comparison.noise(model, [(11, 0, 4, 3)])
+        return comparison.compare(model, steps.by_steps(run, model), batches).largest
+
+    assert difference(keeps=1.0) < 1e-5 and difference(keeps=0.0) > comparison.LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize(
+    ("head", "flags", "message"),
+    [
+        (None, ("--formats", "onnx", "--outputs", "all"), "found outputs 'all', expected 'last'"),
+        (TASK_HEADS[2], ("--formats", "onnx"), "head labels whole clips, expected frames; give --drop_head"),
+        (None, ("--model_type", "hubert"), "--model_type hubert: .*does not stream; leave out"),
+    ],
+)
+def test_refused_of_streaming(head, flags: tuple[str, ...], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    config = one_layer_config("hubert") | STREAMING
+    contents = contents_with_head(head, config) if head else contents_of(random_model(config))
+    checkpoint.save(tmp_path / "model.pth", contents)
+    source = ("--model", tmp_path / "model.pth", "--out", tmp_path / "out", *flags)
+    assert run_to_exit(monkeypatch, "export", *source) == 1
+    assert re.search(message, error_line(capsys)) and not list((tmp_path / "out").iterdir())

@@ -57,12 +57,15 @@ PRUNED = {
         "encoder_ff_interm_features": [0, 11, 3],
     },
 }
+# By the norm of the extractor. Their shape is one that transformers knows.
+STREAMING = {"streaming_group": "base", "streaming_layer": "large"}
 HEADS = {"characters": TASK_HEADS[0], "words": TASK_HEADS[1], "clips": TASK_HEADS[5], "segments": TASK_HEADS[-1]}
 # Other lengths than anything was traced with; alone and padded.
 BATCHES = {"one": (1700,), "padded": (2100, 900, 333), "short": (777, 30)}
 CLASSES = {
     "hubert": DPHuBERTModel,
     "wavlm": DPHuBERTModel,
+    **dict.fromkeys(STREAMING, DPHuBERTModel),
     "characters": DPHuBERTForCTC,
     "clips": DPHuBERTForAudioClassification,
     "segments": DPHuBERTForAudioFrameClassification,
@@ -76,6 +79,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     for family, size in (("hubert", "base"), ("wavlm", "large")):
         models[family] = random_model(small_config(family, size, **PRUNED[family]))
         assert export_huggingface(contents_of(models[family]), folder / family) == OWN_TYPE
+    for name, size in STREAMING.items():
+        config = small_config("hubert", size, encoder_chunk_frames=4, encoder_left_frames=6)
+        models[name] = random_model(config)
+        models[name].feature_extractor.dummy_weight.fill_(1)
+        models[name].feature_extractor.heard.prior_products.mul_(0.3)
+        assert export_huggingface(contents_of(models[name]), folder / name) == OWN_TYPE
     for name, head in HEADS.items():
         contents = task_contents(head, "hubert" if name == "words" else "wavlm", "large")
         if name == "words":
@@ -129,6 +138,16 @@ def test_settings_that_tools_ask_for(exported) -> None:
     }
     clips = json.loads((exported[0] / "clips" / "config.json").read_text())
     assert clips["id2label"] == {"0": "yes", "1": "no", "2": "up"} and clips["use_weighted_layer_sum"]
+
+
+@pytest.mark.parametrize("name", STREAMING)
+def test_precision_of_streaming(exported, name: str) -> None:
+    """The sums of a stream are in float64, which does not make the model so; its waveform is normalised by chunks."""
+    model = transformers.AutoModel.from_pretrained(exported[0] / name, trust_remote_code=True)
+    assert model.dtype == torch.float32
+    assert not transformers.AutoFeatureExtractor.from_pretrained(exported[0] / name).do_normalize
+    models = wav2vec2.load(exported[0] / name), exported[1][name]
+    torch.testing.assert_close(*(each.feature_extractor.heard.prior_products.float() for each in models))
 
 
 @pytest.mark.parametrize("name", ["hubert", "wavlm"])
@@ -282,7 +301,7 @@ results = {{}}
 batches = torch.load("batches.pt")
 classes = {{"characters": AutoModelForCTC, "clips": AutoModelForAudioClassification}}
 classes["segments"] = transformers.AutoModelForAudioFrameClassification
-for name in ("hubert", "wavlm", *classes):
+for name in ("hubert", "wavlm", "streaming_group", "streaming_layer", *classes):
     model = classes.get(name, AutoModel).from_pretrained(name, **code)
     with torch.inference_mode():
         results[name] = {{key: model(*batch)[0] for key, batch in batches.items()}}
