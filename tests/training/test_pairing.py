@@ -1,13 +1,24 @@
 """Teachers and students that do not fit each other."""
 
+import json
+
 import pytest
 import torch
-from helpers import SMALL_LIGHT_LAYERS, make_module, random_model, random_waveforms, small_config
+from helpers import (
+    SMALL_LIGHT_LAYERS,
+    made_up_profile,
+    make_module,
+    random_model,
+    random_waveforms,
+    small_config,
+)
 
 from lightning import student_layer
-from training.pairing import check_pair
+from training.pairing import check_budgets, check_pair, targets
+from training.settings import PruningSettings
 from wav2vec2.files.errors import UserError
-from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.model import Wav2Vec2Model, with_masks
+from wav2vec2.sparsity import size_of
 
 
 @pytest.mark.parametrize(
@@ -70,3 +81,29 @@ def test_pairs_that_normalize_differently():
     large = [random_model(small_config("hubert", "large", normalize_waveform=value)) for value in (True, False)]
     with pytest.raises(UserError, match="normalize_waveform is False, the teacher's True; give models"):
         check_pair(*large, [0], "layer2layer")
+
+
+def test_targets_in_time(tmp_path):
+    """A share of the teacher's time, or milliseconds for a second of audio, which two waveforms of 0.5 s make."""
+    teacher = random_model(small_config("hubert"))
+    contents = made_up_profile(teacher, 0.5, lambda op, x, y: 100 * x * y) | {"batch": 2}
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(contents))
+
+    def of(target: str) -> PruningSettings:
+        return PruningSettings(target_latency=target, latency_profile=path, sparsity_control="exact")
+
+    original = size_of(teacher, of("0.5").profile)
+    milliseconds = float(original.latency) / 1e3
+    assert targets(of("0.5"), original) == (None, None, 0.5)
+    assert targets(of(f"{milliseconds / 4:.6f}ms/s"), original).latency == pytest.approx(0.75, abs=1e-6)
+    slow = f"{milliseconds + 1:.3f}ms/s"
+    with pytest.raises(
+        UserError, match=rf"--target_latency {slow}: the teacher takes .*ms/s on the machine of .*profile"
+    ):
+        targets(of(slow), original)
+    student = random_model(with_masks(teacher.config, ["interm"]))
+    with pytest.raises(
+        UserError, match=r"--target_latency 0.9: pruning .* removes at most 0\.\d+ of the teacher's time"
+    ):
+        check_budgets(of("0.9"), teacher, student)
