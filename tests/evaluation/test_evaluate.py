@@ -76,7 +76,7 @@ def test_evaluate(files, corpus, monkeypatch, capsys):
     assert {"layer", "l1", "cosine", "cka"} <= first["fidelity"]["layers"][0].keys()
     assert second["config"]["encoder_ff_interm_features"] == [10, 11, 12]
     assert second["cost"]["superb_macs"]["feed_forward"] < teacher["cost"]["superb_macs"]["feed_forward"]
-    assert second["cost"].keys() == {"num_params", "params", "num_bytes", "macs_per_second", "superb_macs"}
+    assert second["cost"].keys() == {"num_params", "params", "num_bytes", "macs_per_second", "superb_macs", "streaming"}
     wav2vec2_model(**first["config"])
     assert results["probes"] == {
         "pitch": {"kind": "clips", "metric": "accuracy", "num_classes": 2, "num_train": 20, "num_test": 8, "chance": 50}
