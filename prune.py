@@ -69,6 +69,9 @@ def main(args: argparse.Namespace) -> None:
     from wav2vec2.files.checkpoint import read_model_file, save
 
     distilled, original = read_training_checkpoint(args.distilled_ckpt), read_model_file(args.original_ckpt)
+    profile = recorded_profile(distilled["distillation"], args.distilled_ckpt)
+    if args.round_to is None:
+        args.round_to = 1 if profile is None else profile.multiple
     out = args.distilled_ckpt.parent / PRUNED_MODEL
     made_by = {
         "script": "prune.py",
@@ -83,15 +86,12 @@ def main(args: argparse.Namespace) -> None:
         print(f"made already, from the same files with the same settings: {out}", file=sys.stderr)
         return
     check_writable(out)
-    profile = recorded_profile(distilled["distillation"], args.distilled_ckpt)
-    if args.round_to is None:
-        args.round_to = 1 if profile is None else profile.multiple
     contents, summary = prune(distilled, original["config"], profile, args)
     if profile is not None:
         from evaluation.latency import times_of
 
         configs = contents["config"], original["config"]
-        contents["time"], warnings = times_of(profile, *configs, distilled["distillation"]["original_latency"])
+        contents["time"], warnings = times_of(profile, *configs, distilled["distillation"].get("original_latency"))
         print(contents["time"], *warnings, sep="\n", file=sys.stderr)
     save(out, {**contents, "made_by": made_by})
     print(json.dumps(contents["config"], indent=2))

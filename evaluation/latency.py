@@ -266,7 +266,7 @@ ACCEPTED, _NAMED = 0.1, 3
 
 
 def times_of(
-    profile: Profile, pruned: dict[str, Any], original: dict[str, Any], teacher_time: float
+    profile: Profile, pruned: dict[str, Any], original: dict[str, Any], teacher_time: float | None
 ) -> tuple[str, list[str]]:
     """Say which share of the teacher's time a pruned model takes: expected, and measured where this is the machine.
 
@@ -274,7 +274,7 @@ def times_of(
         profile: the times that the model was pruned for.
         pruned: its config.
         original: the config of the model before pruning, which may be of another shape than the teacher.
-        teacher_time: the teacher's expected microseconds.
+        teacher_time: the teacher's expected microseconds (default: those of ``original``).
 
     Returns:
         A line, and lines that warn of a difference of more than :data:`ACCEPTED`.
@@ -282,12 +282,12 @@ def times_of(
     configs = {"original": original, "pruned": pruned}
     models = {name: wav2vec2_model(**with_masks(config, ())).eval() for name, config in configs.items()}
     expected = {name: float(profile.total(model.operations(profile.num_samples))) for name, model in models.items()}
-    milliseconds = 1e3 * profile.audio_seconds
+    whole, milliseconds = teacher_time or expected["original"], 1e3 * profile.audio_seconds
 
     def words(time: float, teacher: float) -> str:
         return f"{time / teacher:.4f} of the teacher's ({time / milliseconds:.3g}ms/s)"
 
-    line = f"time: {words(expected['pruned'], teacher_time)} expected"
+    line = f"time: {words(expected['pruned'], whole)} expected"
     if not is_this_machine(profile):
         return f"{line}; the profile is of another machine, {profile.contents['made_by']['device']}", []
     try:
@@ -295,7 +295,7 @@ def times_of(
     except UserError as error:  # the backend is not installed here
         return f"{line}; not measured: {error}", []
     speed = found["original"].measured / expected["original"]  # a machine that is slower now is slower for both
-    line += f", {words(found['pruned'].measured, speed * teacher_time)} measured"
+    line += f", {words(found['pruned'].measured, speed * whole)} measured"
     if abs(found["pruned"].measured / speed / expected["pruned"] - 1) <= ACCEPTED:
         return line, []
     parts = sorted(found["pruned"].parts, key=lambda part: -abs(part.measured / speed - part.expected))[:_NAMED]

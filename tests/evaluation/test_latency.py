@@ -35,7 +35,7 @@ def clock(monkeypatch):
 
     slow(components.ConvLayerBlock, "forward", "conv")
     slow(components, "conv_frames", "conv")
-    slow(fast, "_window_statistics", "conv")
+    slow(fast, "_moments", "conv")
     slow(components.FeatureProjection, "forward", "projection")
     slow(components.ConvolutionalPositionalEmbedding, "forward", "positional")
     slow(components.SelfAttention, "forward", "attention")
