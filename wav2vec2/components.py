@@ -234,7 +234,7 @@ class ConvLayerBlock(nn.Module):
 
 
 class Heard(NamedTuple):
-    """What a stream has heard before a chunk: sums over the windows of samples that statistics are of, in float64."""
+    """Sums over all windows of samples that a stream has heard, in float64."""
 
     number: Tensor  # (B,)
     sum: Tensor  # (B, kernel)

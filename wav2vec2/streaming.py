@@ -17,7 +17,7 @@ from .task_model import TaskModel
 
 
 class State(NamedTuple):
-    """What a stream keeps between chunks; its size does not grow. B streams run together."""
+    """The state of B streams between chunks; its size does not grow."""
 
     num_frames: Tensor  # (B,) before the chunk
     heard: Heard | None  # of all samples before the chunk's first

@@ -16,7 +16,7 @@ SECONDS = 0.05
 @pytest.mark.parametrize("family", ["hubert", "wavlm"])
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_a_price_by_formula(family, size):
-    """What is bilinear is exact between grid points: microseconds per unit of each size, and of their product."""
+    """A bilinear price is exact between grid points."""
     dense = random_model(small_config(family, size))
     masked = random_model(with_masks(small_config(family, size), PRUNING_UNITS))
     profile = Profile(made_up_profile(dense, SECONDS, lambda operation, x, y: len(operation.kind) * x * y + 3 * x * y))
