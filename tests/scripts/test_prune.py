@@ -78,6 +78,23 @@ def test_an_unfinished_run_is_named(prune) -> None:
     assert "warning" not in prune("--target_sparsity", "0.6")[0]
 
 
+def test_the_tolerance_counts_what_is_left(prune) -> None:
+    """With the Lagrangian half a per cent of it, with the exact control nothing: the nearest unit there is."""
+    printed, _ = prune("--sparsity_tolerance", 1)
+    (rounded,) = re.findall(r"rounded (0\.\d+); within tolerance", printed)
+    left = 1 - float(rounded)
+    for share, is_met in ((0.004, True), (0.006, False)):
+        target = ("--target_sparsity", float(rounded) + share * left)
+        assert ("within tolerance, masks as trained" in prune(*target)[0]) == is_met
+    settings = torch.load(prune.checkpoint, weights_only=True)["distillation"]["settings"]
+    record(prune.checkpoint, settings={**settings, "sparsity_control": "exact"})
+    target = float(rounded) + 0.004 * left
+    printed, _ = prune("--target_sparsity", target)
+    assert "to meet the target" in printed
+    (reached,) = re.findall(r"parameters, sparsity (0\.\d+)", printed)
+    assert abs(float(reached) - target) < 0.002 * left
+
+
 def test_prune_round_to(prune, manifests, tmp_path, monkeypatch) -> None:
     """Widths, the target, the report, and a file that others load and the final distillation takes."""
     plain = prune()[1]

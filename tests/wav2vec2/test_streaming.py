@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from wav2vec2 import fast
 from wav2vec2.components import RunningMoments
 from wav2vec2.fast import plain_paths
 from wav2vec2.model import PRUNING_UNITS, Wav2Vec2Model, normalize_waveforms, with_masks
@@ -195,3 +196,23 @@ def test_a_config_that_does_not_stream_is_as_before():
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):
         random_model({**streaming_config("hubert", "base"), **changes})
+
+
+def test_the_first_norm_hears_every_window_once():
+    """Over many chunks: the last chunk's moments are those of the whole, as the offline norm takes them."""
+    model = streaming_model("hubert", "base")
+    extractor, found = model.feature_extractor, []
+    plain = extractor.chunk_frame_features
+
+    def spy(chunks: Tensor, lengths: Tensor, moments: Any) -> Tensor:
+        found.append(moments)
+        return plain(chunks, lengths, moments)
+
+    extractor.chunk_frame_features = spy
+    num_chunks = -(-20_000 // extractor.hop)
+    waveforms, _ = random_waveforms(extractor.num_samples(4 * num_chunks))
+    with torch.no_grad():
+        extractor(waveforms, None)
+    expected = fast._moments(waveforms, extractor.conv_layers[0].conv)
+    ((mean, covariance),) = found
+    torch.testing.assert_close((mean[-1:], covariance[-1:]), expected)
