@@ -30,7 +30,7 @@ from .files import checkpoint, hub
 from .files.errors import UserError, one_line, short_repr
 from .files.heads import model_with_its_head
 from .model import Wav2Vec2Model, normalize_waveforms
-from .samples import as_samples, check_finite
+from .samples import as_samples, check_finite, check_length
 from .streaming import steps
 
 BATCH_SECONDS = 60.0
@@ -288,9 +288,7 @@ class _Extraction:
             waveform = resample_to_16k(as_samples(value, name), sample_rate)
         extractor = self.model.feature_extractor
         num_frames = extractor.num_frames(len(waveform))
-        if num_frames == 0:
-            wanted = f"at least {extractor.receptive_field}, which make one frame"
-            raise UserError(f"{name}: has {len(waveform)} samples at 16 kHz, expected {wanted}; leave it out")
+        check_length(waveform, extractor.receptive_field, name)
         check_finite(waveform, name)
         if self.model.normalize_waveform and not self.streams:  # a stream is normalised by its extractor
             waveform = normalize_waveforms(waveform[None])[0]

@@ -20,7 +20,7 @@ from io import TextIOWrapper
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from .audio import SAMPLE_RATE, AudioError
+from .audio import SAMPLE_RATE
 from .files.errors import UserError, visible
 from .threads import choose_waiting
 
@@ -196,8 +196,12 @@ def lines(path: str, found: Prediction) -> list[str]:
 def print_stream(model: "TaskModel", path: str) -> None:
     """Print the lines of one file as a stream says them."""
     from .audio import read_audio
+    from .samples import check_finite, check_length
 
-    found = predict_stream(model, read_audio(path).split(model.feature_extractor.hop))
+    waveform = read_audio(path)
+    check_length(waveform, model.feature_extractor.receptive_field, path)
+    check_finite(waveform, path)
+    found = predict_stream(model, waveform.split(model.feature_extractor.hop))
     if model.head is not None:
         for stretch in found:
             print(*lines(path, [cast(Stretch, stretch)]), flush=True)
@@ -247,7 +251,7 @@ def main() -> int:
             task_model = streaming_task_model(model, args.model)
             try:
                 print_stream(task_model, path)
-            except AudioError as error:
+            except UserError as error:
                 report(None, error)
         if args.stream:
             return status

@@ -57,3 +57,10 @@ def check_finite(waveform: Tensor, name: str) -> None:
     if num_bad:
         problem = f"{num_bad} of its {waveform.numel()} samples are NaN or infinite"
         raise UserError(f"{name}: {problem}, expected numbers; mend it")
+
+
+def check_length(waveform: Tensor, least: int, name: str) -> None:
+    """Raise a :class:`UserError` if a waveform (T,) is too short for a frame of ``least`` samples."""
+    if len(waveform) < least:
+        wanted = f"at least {least}, which make one frame"
+        raise UserError(f"{name}: has {len(waveform)} samples at 16 kHz, expected {wanted}; leave it out")

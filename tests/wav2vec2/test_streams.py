@@ -91,13 +91,16 @@ def test_command_prints_the_same_with_stream(tmp_path, monkeypatch, capsys, head
     paths = [tmp_path / name for name in ("a.wav", "b.flac")]
     for seed, path in enumerate(paths):
         soundfile.write(path, random_waveforms(3000 + 500 * seed, seed=seed)[0][0].numpy(), SAMPLE_RATE)
-    (bad := tmp_path / "bad.wav").write_text("no audio")
-    arguments = tmp_path / "model.pth", paths[0], bad, paths[1]
+    bad = [tmp_path / name for name in ("bad.wav", "short.wav", "nan.wav")]
+    bad[0].write_text("no audio")
+    soundfile.write(bad[1], [0.1] * 20, SAMPLE_RATE)
+    soundfile.write(bad[2], [0.1, float("nan")] * 900, SAMPLE_RATE, subtype="FLOAT")
+    arguments = tmp_path / "model.pth", paths[0], *bad, paths[1]
     assert run(monkeypatch, *arguments) == 1
     whole = capsys.readouterr()
     assert run(monkeypatch, *arguments, "--stream") == 1
     streamed = capsys.readouterr()
-    assert streamed == whole and whole.out and whole.err.count("\n") == 1
+    assert streamed == whole and whole.out and whole.err.count("\n") == 3
     assert run(monkeypatch, *arguments[:2], "--stream") == 0
 
 
